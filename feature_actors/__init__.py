@@ -2,3 +2,22 @@
 
 if __name__ != "millpond.feature_actors":
     raise ImportError(f"import millpond.feature_actors, not {__name__}: a second copy would double every class")
+
+from millpond.feature_actors.aggregations import Count, Last, Max, Mean, Min, SecondsSince, Sum
+from millpond.feature_actors.errors import MillpondError
+from millpond.feature_actors.source import Field, Source
+from millpond.feature_actors.view import FeatureView
+
+__all__ = [
+    "Count",
+    "FeatureView",
+    "Field",
+    "Last",
+    "Max",
+    "Mean",
+    "MillpondError",
+    "Min",
+    "SecondsSince",
+    "Source",
+    "Sum",
+]

@@ -1,0 +1,391 @@
+"""An embedded cluster: Ray and Serve of this machine only, started and stopped by one Python process.
+
+Promises:
+- Every socket is on the loopback interface, but for the HTTP port if `EmbeddedSettings.host` says so.
+- Clusters of different run directories live side by side; one run directory runs one cluster.
+- After `stop`, and after Ctrl-C or SIGTERM inside `with` or `wait`, no process, socket, temporary file
+  or shared memory of the cluster is left. After SIGKILL the kernel ends Ray and HAProxy, and the next
+  `start` in the same run directory clears away the files, and any process that is left all the same.
+- Only processes that belong to this cluster are ever signalled, each by its id.
+
+Does not deploy anything: that is `serve.run` after `start`. One cluster per process at a time: Ray allows
+no more. Start it from a thread that lives as long as the cluster (the main thread, as a rule): the
+kernel ends Ray's processes when the *thread* that started them ends.
+
+Starting takes about 8 s on 2 cores (half of it Ray, half of it Serve), stopping 2 to 3 s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, TextIO
+
+from millpond.cluster.serve_env import Proxy, serve_environment, write_launcher
+from millpond.feature_actors.errors import MillpondError, Unavailable
+
+__all__ = ["EmbeddedCluster", "EmbeddedSettings", "free_port"]
+
+#: Namespace of the driver's named actors. Serve's own actors live in Serve's.
+NAMESPACE = "millpond"
+
+#: Longest path of the shelter: the longest socket below it is HAProxy's,
+#: `<shelter>/<56 digits of a node id>/s`, and HAProxy allows 97 bytes of the 107 that the kernel does.
+_SHELTER_BYTES_MAX = 36
+
+#: Ports for replicas, below those that the kernel hands out (32768 and up) and that Ray's workers get.
+_INGRESS_PORTS = range(20_000, 32_600, 200)
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EmbeddedSettings:
+    """Say what an embedded cluster is to be.
+
+    run_dir: a directory of this cluster's own; made, and set to mode 0700. Any length.
+    port: the HTTP port that is tried first; if it is taken, or 0, a free one is chosen.
+    proxy: "haproxy" is fast (section 8 of the design); "serve" is Serve's own proxy in Python.
+    num_cpus: what actors and replicas may reserve in sum; None is the number of cores.
+    object_store_mb: shared memory for Ray objects above 100 KB; reserved, not used until needed.
+    draining_period_s: how long a replica that is replaced still takes requests; 0 in tests.
+    """
+
+    run_dir: Path
+    host: str = "127.0.0.1"
+    port: int = 8000
+    proxy: Proxy = "haproxy"
+    num_cpus: int | None = None
+    object_store_mb: int = 100
+    draining_period_s: float = 2
+    log_level: str = "WARNING"
+
+
+class EmbeddedCluster:
+    """Start and stop one embedded cluster; a context manager.
+
+    `with EmbeddedCluster(settings) as cluster: serve.run(...); cluster.wait()` ends cleanly on Ctrl-C
+    and SIGTERM.
+    """
+
+    def __init__(self, settings: EmbeddedSettings) -> None:
+        self.settings = settings
+        self.port = 0
+        self.shelter: Path | None = None
+        self._lock: TextIO | None = None
+        self._environment_before: dict[str, str | None] = {}
+
+    @property
+    def http_url(self) -> str:
+        """Where requests go, `http://127.0.0.1:8000`."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.settings.host, self.settings.host)
+        return f"http://{host}:{self.port}"
+
+    @property
+    def address(self) -> str:
+        """Ray's own address (its GCS), `127.0.0.1:43765`; reached only with the token in `shelter`."""
+        import ray
+
+        return str(ray.get_runtime_context().gcs_address)
+
+    def start(self) -> EmbeddedCluster:
+        """Start Ray, Serve and its proxy, and return when the proxy takes requests.
+
+        1. Lock the run directory, and clear away what a killed predecessor left.
+        2. Choose ports and a shelter; write them down for the successor.
+        3. Set the environment.
+        4. Start Ray, then Serve.
+
+        Raises `Unavailable` if the run directory is in use, `MillpondError` if this process is in a cluster.
+        """
+        self._lock_run_dir()
+        try:
+            self._clear_predecessor()
+            self.port = free_port(self.settings.host, self.settings.port)
+            self.shelter = self._make_shelter()
+            self._set_environment(self.shelter)
+            self._start_ray(self.shelter)
+            self._start_serve()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def stop(self) -> None:
+        """Drain and end the applications, then Ray, then whatever is left. Harmless when not started."""
+        with _signals_deferred():
+            try:
+                if "ray" in sys.modules and self.shelter is not None:
+                    self._stop_ray()
+            finally:
+                self._clear_away()
+
+    def wait(self) -> int:
+        """Block until SIGINT or SIGTERM and return its number. Main thread only; a `stop` should follow."""
+        arrived: list[int] = []
+        before = {s: signal.signal(s, lambda number, _: arrived.append(number)) for s in _END_SIGNALS}
+        try:
+            while not arrived:
+                # Not signal.pause(): a signal between the test and the pause would be slept over.
+                time.sleep(0.2)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return arrived[0]
+
+    def __enter__(self) -> EmbeddedCluster:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    # -- steps of `start` --
+
+    def _lock_run_dir(self) -> None:
+        if self._lock is not None:
+            raise MillpondError("embedded cluster: already started; stop it first")
+        run_dir = self.settings.run_dir
+        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.chmod(0o700)
+        # The kernel gives the lock back when this process ends, however it ends: unlike a pid file.
+        lock = (run_dir / "lock").open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise Unavailable(
+                f"embedded cluster: run directory `{run_dir}` is in use by a running cluster; "
+                "stop that one, or use another directory"
+            ) from None
+        self._lock = lock
+
+    @property
+    def _record(self) -> Path:
+        return self.settings.run_dir / "embedded.json"
+
+    def _clear_predecessor(self) -> None:
+        try:
+            left = Path(json.loads(self._record.read_text())["shelter"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+        # The lock is ours, so the process that wrote this is dead. Its shelter may have been deleted and
+        # the name given to someone else since: only a directory of ours, made by us, is taken away.
+        if left.is_dir() and (left / "run_dir").is_symlink() and left.stat().st_uid == os.getuid():
+            if (left / "run_dir").readlink() == self.settings.run_dir.absolute():
+                _LOG.warning("clearing away what a killed cluster left in %s", left)
+                _end_processes_of(left, patience_s=5)
+                shutil.rmtree(left, ignore_errors=True)
+        self._record.unlink(missing_ok=True)
+
+    def _make_shelter(self) -> Path:
+        # mkdtemp makes it with mode 0700 and a name that nobody can guess beforehand.
+        roots = [Path(tempfile.gettempdir()), Path("/tmp")]
+        root = next((r for r in roots if len(os.fsencode(r)) + 12 <= _SHELTER_BYTES_MAX), roots[-1])
+        shelter = Path(tempfile.mkdtemp(prefix="mp-", dir=root)).resolve()
+        (shelter / "run_dir").symlink_to(self.settings.run_dir.absolute())
+        beside = self._record.with_suffix(".tmp")
+        beside.write_text(
+            json.dumps({"pid": os.getpid(), "shelter": str(shelter), "http_url": self.http_url})
+        )
+        beside.replace(self._record)
+        token = os.open(shelter / "token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(token, "w", encoding="utf-8") as file:
+            file.write(secrets.token_hex(32))
+        if self.settings.proxy == "haproxy":
+            write_launcher(shelter, self.settings.host)
+        return shelter
+
+    def _set_environment(self, shelter: Path) -> None:
+        settings = self.settings
+        environment = serve_environment(
+            shelter,
+            proxy=settings.proxy,
+            draining_period_s=settings.draining_period_s,
+            ingress_port_min=_free_port_block(settings.run_dir),
+            other_ports=(free_port("127.0.0.1"), free_port("127.0.0.1"), free_port(settings.host)),
+        )
+        self._environment_before = {name: os.environ.get(name) for name in (*environment, "RAY_ADDRESS")}
+        os.environ.update(environment)
+        os.environ.pop("RAY_ADDRESS", None)  # it would win over address="local"
+
+    def _start_ray(self, shelter: Path) -> None:
+        import ray
+        from ray._private import ray_constants
+        from ray._raylet import AuthenticationTokenLoader, Config
+
+        if ray.is_initialized():
+            raise MillpondError("embedded cluster: this process is in a Ray cluster already; leave it first")
+        # Ray read these when it was imported, or at an earlier start in this process. (What Serve reads when
+        # it is imported matters in its actors only, which are born into the new environment.)
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+        ray.init(
+            address="local",
+            namespace=NAMESPACE,
+            num_cpus=self.settings.num_cpus,
+            object_store_memory=self.settings.object_store_mb << 20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=self.settings.log_level,
+            _temp_dir=str(shelter / "r"),
+        )
+
+    def _start_serve(self) -> None:
+        from ray import serve
+
+        logging.getLogger("ray.serve").setLevel(self.settings.log_level)
+        serve.start(
+            # HAProxy mode binds every interface unless the host is passed explicitly.
+            http_options={"host": self.settings.host, "port": self.port},
+            logging_config={"log_level": self.settings.log_level, "enable_access_log": False},
+        )
+
+    # -- steps of `stop` --
+
+    def _stop_ray(self) -> None:
+        import ray
+
+        if not ray.is_initialized():
+            return
+        from ray._private import worker
+
+        # Serve ends its controller in the middle of the call that asks it to, and Ray's driver prints that
+        # as a failed task, on stdout, at every stop.
+        shown, worker.print_to_stdstream = worker.print_to_stdstream, lambda *_, **__: None
+        try:
+            if "ray.serve" in sys.modules:
+                from ray import serve
+
+                serve.shutdown()
+        except Exception:  # a broken cluster must be taken away all the same
+            _LOG.warning("Serve did not shut down cleanly", exc_info=True)
+        finally:
+            ray.shutdown()
+            worker.print_to_stdstream = shown
+
+    def _clear_away(self) -> None:
+        if self.shelter is not None:
+            _end_processes_of(self.shelter, patience_s=5)
+            shutil.rmtree(self.shelter, ignore_errors=True)
+            self._record.unlink(missing_ok=True)
+            self.shelter = None
+        for name, value in self._environment_before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        self._environment_before = {}
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def free_port(host: str, preferred: int = 0) -> int:
+    """Return `preferred` if it can be listened on at `host`, else a port that the kernel says is free.
+
+    Nothing holds the port until someone binds it.
+    """
+    for port in (preferred, 0):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            # As HAProxy does: connections in TIME_WAIT do not make a port taken, a listener does.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise Unavailable(f"no port of {host} can be listened on")
+
+
+def _free_port_block(run_dir: Path) -> int:
+    """Return the first of 200 ports where nobody listens; the same one each time, if it can be."""
+    blocks = list(_INGRESS_PORTS)
+    first = zlib.crc32(os.fsencode(run_dir.absolute())) % len(blocks)
+    for block in blocks[first:] + blocks[:first]:
+        if all(free_port("127.0.0.1", port) == port for port in range(block, block + _INGRESS_PORTS.step)):
+            return block
+    raise Unavailable("no block of 200 free ports for replicas")
+
+
+def _processes_of(shelter: Path) -> list[int]:
+    """Return the ids of the processes of the cluster that lives in `shelter`.
+
+    A process belongs to it if it runs Python, HAProxy or a program of Ray, and names a file of the shelter
+    in its command line or has one open, as each process of Ray has its log. (Its environment would not
+    do: Ray's workers overwrite theirs with their titles.)
+    """
+    inside = f"{shelter}/"
+    found = []
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit() or int(process.name) == os.getpid():
+            continue
+        # A process may end, or be someone else's, at any step.
+        with contextlib.suppress(OSError):
+            if process.stat().st_uid != os.getuid():
+                continue
+            program = str((process / "exe").readlink())
+            if not ("python" in program or "/ray" in program or "haproxy" in program):
+                continue
+            names = (process / "cmdline").read_text(errors="replace").split("\0")
+            if any(inside in name for name in names) or any(
+                str(file.readlink()).startswith(inside) for file in (process / "fd").iterdir()
+            ):
+                found.append(int(process.name))
+    return found
+
+
+def _end_processes_of(shelter: Path, patience_s: float) -> None:
+    """Wait for the processes of `shelter` to end; then ask them to; then make them."""
+    for ask in (None, signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + patience_s
+        left = _processes_of(shelter)
+        if ask is not None:
+            for pid in left:
+                _LOG.warning("process %d of the cluster in %s is left: %s", pid, shelter, ask.name)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, ask)
+        while left and time.monotonic() < deadline:
+            time.sleep(0.05)
+            left = _processes_of(shelter)
+        if not left:
+            return
+
+
+_END_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _signals_deferred() -> Any:
+    """Let SIGINT and SIGTERM wait: a second Ctrl-C must not break off the clearing away."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        arrived.append(number)
+
+    before = {s: signal.signal(s, note) for s in _END_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

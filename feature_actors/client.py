@@ -1,0 +1,230 @@
+"""The client: takes events to the shards and features back. One function per journey.
+
+It speaks to ports, so the same client serves N plain shards in a test and N actors on a cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from millpond.feature_actors.clock import Clock
+from millpond.feature_actors.dedupe import CONFLICT, DUPLICATE, NEW
+from millpond.feature_actors.errors import BadRequest, Problem, Unavailable
+from millpond.feature_actors.keys import hash_columns
+from millpond.feature_actors.layout import FOR_EVER, Layout
+from millpond.feature_actors.plan import FeatureRows, ReadPlan, ShardAnswer
+from millpond.feature_actors.ports import IngestPort, ReadPort
+from millpond.feature_actors.shard import key_validity
+from millpond.feature_actors.shard_map import ShardMap
+from millpond.feature_actors.source import Source
+
+__all__ = ["Ack", "FeatureClient", "TimeLimits"]
+
+T = TypeVar("T")
+K = TypeVar("K")
+Ints = npt.NDArray[np.int64]
+
+_READS_MAX = 8
+_PROBLEMS_MAX = 10
+
+
+@dataclass(frozen=True)
+class TimeLimits:
+    """late_after_ms: an event further behind its arrival stamp is counted late.
+    ahead_ms_max: an event further ahead of its arrival stamp is refused."""
+
+    late_after_ms: int = 3_600_000
+    ahead_ms_max: int = 600_000
+
+
+@dataclass(frozen=True)
+class Ack:
+    """What became of the events of a request. Late, too late and unkeyed are of the accepted ones."""
+
+    accepted: int = 0
+    duplicates: int = 0
+    conflicts: int = 0
+    late: int = 0
+    too_late: int = 0
+    unkeyed: int = 0
+
+
+class FeatureClient:
+    """Events in, features out, over the shards of one cluster."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        shard_map: ShardMap,
+        ingest: IngestPort,
+        read: ReadPort,
+        clock: Clock,
+        limits: TimeLimits = TimeLimits(),
+    ) -> None:
+        self.layout = layout
+        self._map = shard_map
+        self._ingest = ingest
+        self._read = read
+        self._clock = clock
+        self._limits = limits
+
+    async def ingest(self, source_name: str, batch: pa.RecordBatch, *, arrival_is_event_time: bool = False) -> Ack:
+        """Bring validated events of a source to every shard that keeps something of them.
+
+        Returns when each of them has applied its part. A request that failed can be repeated:
+        what was applied by then is not applied again (sources with an `event_id`).
+
+        Raises `BadRequest` if an event is ahead of its arrival; `Unavailable` if a shard is.
+        """
+        source = self.layout.source(source_name)
+        # 1. Stamp the arrival, once for all shards; judge time before anything is applied.
+        arrivals = self._stamp(source, batch, arrival_is_event_time)
+        # 2. The home of each event id says what is new.
+        verdicts = await self._admit(source, batch, arrivals)
+        # 3. Everything but conflicts goes on: a duplicate may come from a request that failed halfway.
+        if (conflicts := verdicts == CONFLICT).any():
+            kept = np.flatnonzero(~conflicts)
+            batch, arrivals = batch.take(pa.array(kept)), arrivals[kept]
+        # 4. Every shard that owns one of the keys applies its part.
+        unkeyed = await self._apply(source, batch, arrivals)
+        # 5. Count what was accepted.
+        new = verdicts[~conflicts] == NEW
+        times: Ints = batch.column(source.event_time).cast(pa.int64()).to_numpy()
+        late, too_late = self._lateness(source, times[new], arrivals[new])
+        return Ack(
+            accepted=int(new.sum()),
+            duplicates=int((verdicts == DUPLICATE).sum()),
+            conflicts=int(conflicts.sum()),
+            late=late,
+            too_late=too_late,
+            unkeyed=int(unkeyed[new].sum()),
+        )
+
+    async def read(
+        self, plan: ReadPlan, keys: Mapping[str, Sequence[Any]], n: int, as_of_ms: int | None = None
+    ) -> FeatureRows:
+        """Read the plan's features of n ids, `keys` as `ReadPlan.key_columns` returns them.
+
+        All features of an id are as of one time. The shards do not know each other's, so each reads
+        as of its own first; those that lag behind the newest are asked again for that time.
+
+        Raises `AsOfInPast`; `Unavailable` if a shard is, or if time runs away from the readers.
+        """
+        if n == 0:
+            return FeatureRows(np.empty((0, len(plan.features))), np.empty(0, np.int64), [])
+        now_ms = self._clock.now_ms()
+        clock = None if now_ms is None else np.full(n, now_ms, np.int64)
+        as_of = None if as_of_ms is None else np.full(n, as_of_ms, np.int64)
+        questions = plan.questions(keys, n, self._map, clock, as_of)
+        answers: dict[int, ShardAnswer] = {}
+        asking = questions
+        for _ in range(_READS_MAX):
+            answers |= await _all({s: self._read.read(s, q) for s, q in asking.items()})
+            newest = np.maximum.reduce([a.as_of for a in answers.values()])
+            behind = [s for s, a in answers.items() if (a.as_of < newest).any()]
+            if not behind:
+                return plan.assemble(n, questions, answers, newest)
+            asking = {s: replace(questions[s], clock=newest) for s in behind}
+        raise Unavailable(
+            f"{plan.subject}: events of the entity arrive faster than it can be read", retry_after_ms=100
+        )
+
+    # -- steps of ingest
+
+    def _stamp(self, source: Source, batch: pa.RecordBatch, arrival_is_event_time: bool) -> Ints:
+        """Return the arrival stamps, int64 [n]; refuse events that are ahead of them."""
+        times: Ints = batch.column(source.event_time).cast(pa.int64()).to_numpy()
+        now_ms = self._clock.now_ms()
+        if now_ms is None:  # time stands at the newest stamp: an event arrives when it happens
+            return times
+        ahead = np.flatnonzero(times > now_ms + self._limits.ahead_ms_max)
+        if ahead.size:
+            problems: list[Problem] = [
+                (
+                    f"event of `{source.name}`: {source.event_time} {times[i]} lies {times[i] - now_ms} ms ahead of "
+                    f"its arrival; allowed is {self._limits.ahead_ms_max} ms",
+                    f"$[{i}].{source.event_time}",
+                )
+                for i in ahead[:_PROBLEMS_MAX].tolist()
+            ]
+            raise BadRequest(problems[0][0], path=problems[0][1], code="event_ahead", problems=tuple(problems))
+        return times if arrival_is_event_time else np.full(len(times), now_ms, np.int64)
+
+    async def _admit(self, source: Source, batch: pa.RecordBatch, arrivals: Ints) -> npt.NDArray[np.uint8]:
+        """Return a verdict per event, uint8 [n], from the homes of the event ids."""
+        n = batch.num_rows
+        verdicts = np.full(n, NEW, np.uint8)
+        if source.event_id is None or n == 0:
+            return verdicts
+        ids = hash_columns([batch.column(source.event_id)], n)
+        contents = hash_columns(batch.columns, n)[:, 0].view(np.int64)
+        rows = _rows_by_shard(self._map.shards_of(ids))
+        answers = await _all(
+            {
+                shard: self._ingest.admit(shard, source.name, ids[at], contents[at], arrivals[at])
+                for shard, at in rows.items()
+            }
+        )
+        for shard, at in rows.items():
+            verdicts[at] = answers[shard]
+        return verdicts
+
+    async def _apply(
+        self, source: Source, batch: pa.RecordBatch, arrivals: Ints
+    ) -> npt.NDArray[np.bool_]:
+        """Send each shard the events of its keys; return which events lack a key, bool [n]."""
+        n = batch.num_rows
+        unkeyed = np.zeros(n, np.bool_)
+        wanted = np.zeros((self._map.n_shards, n), np.bool_)
+        for table in self.layout.tables_of(source.name):
+            keys = [batch.column(name) for name in table.key]
+            valid = key_validity(keys, n)
+            unkeyed |= ~valid
+            rows = np.flatnonzero(valid)
+            wanted[self._map.shards_of(hash_columns(keys, n))[rows], rows] = True
+        # Where time is the newest stamp, every shard has to hear of it, else it would stand still
+        # on the shards without events and a read would depend on the number of shards.
+        everyone = self._clock.now_ms() is None and n > 0
+        started: dict[int, Awaitable[None]] = {}
+        for shard, mask in enumerate(wanted):
+            count = int(np.count_nonzero(mask))
+            if count * 2 > n:  # a shard passes over what is not its own, quicker than it is cut out here
+                started[shard] = self._ingest.apply(shard, source.name, batch, arrivals)
+            elif count:
+                rows = np.flatnonzero(mask)
+                started[shard] = self._ingest.apply(shard, source.name, batch.take(pa.array(rows)), arrivals[rows])
+            elif everyone:
+                started[shard] = self._ingest.apply(shard, source.name, batch.slice(0, 0), arrivals.max(keepdims=True))
+        await _all(started)
+        return unkeyed
+
+    def _lateness(self, source: Source, times: Ints, arrivals: Ints) -> tuple[int, int]:
+        """Return how many events are late, and how many too late for every feature."""
+        late = times < arrivals - self._limits.late_after_ms
+        keep_ms = self.layout.keep_ms(source.name)
+        too_late = np.zeros(len(times), np.bool_) if keep_ms == FOR_EVER else times < arrivals - keep_ms
+        return int((late & ~too_late).sum()), int(too_late.sum())
+
+
+def _rows_by_shard(shards: Ints) -> dict[int, Ints]:
+    return {shard: np.flatnonzero(shards == shard) for shard in sorted(set(shards.tolist()))}
+
+
+async def _all(started: Mapping[K, Awaitable[T]]) -> dict[K, T]:
+    """Wait for every call, also when one fails, so that none is still under way at the answer."""
+    done: dict[K, T] = {}
+    failed: Exception | None = None
+    for shard, call in started.items():
+        try:
+            done[shard] = await call
+        except Exception as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
+    return done

@@ -1,0 +1,359 @@
+"""Decode the body of `POST /v1/events/{source}` to one Arrow record batch, whole or not at all.
+
+Promises: what `Decoder.decode` returns has exactly `source.schema`, and every row of it is valid, so
+nothing behind it validates again; for any other bytes it raises an error of `errors`, and no other.
+Does not: drop duplicates, judge lateness, stamp arrival.
+
+How: a body is first taken on a fast path that works on whole columns and only learns *whether* all
+fits. If it does not, a second path finds the first bad rows by halving, with the same checks, and
+names them. So good bodies pay nothing for good messages, and both paths cannot disagree.
+
+Where the forms leave room: of a key that an object repeats, the last value counts; an ISO time is cut
+to milliseconds; an int64 may be a string of its digits, written as Millpond would write it (`"42"`,
+not `"042"`), since JavaScript holds no int64; NDJSON values need white space between them only where
+JSON does. Arrow columns must convert without loss.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import islice
+from typing import Annotated, Any, NoReturn
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from millpond.feature_actors.errors import BadRequest, Problem, TooLarge, UnsupportedMediaType, did_you_mean
+from millpond.feature_actors.source import Field, Source
+
+__all__ = ["CONTENT_TYPES", "TIME_MAX_MS", "TIME_MIN_MS", "BodyLimits", "Decoder"]
+
+#: Content type to body form.
+CONTENT_TYPES = {
+    "application/json": "json",
+    "application/x-ndjson": "ndjson",
+    "application/ndjson": "ndjson",
+    "application/jsonl": "ndjson",
+    "application/vnd.apache.arrow.stream": "arrow",
+}
+
+#: 1970-01-01 and 2200-01-01, both included: a time outside is a wrong unit or a broken clock.
+TIME_MIN_MS, TIME_MAX_MS = 0, 7_258_118_400_000
+
+#: What msgspec, Arrow and Python raise for a value that does not fit.
+_MISFITS = (
+    msgspec.MsgspecError,
+    pa.ArrowException,
+    ValueError,
+    TypeError,
+    OverflowError,
+    OSError,
+    RecursionError,
+    struct.error,
+)
+
+#: The two spellings of the end of an Arrow IPC stream.
+_ARROW_ENDS = (b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0")
+
+_JSON_SPACE = re.compile(r"[ \t\n\r]*")
+_FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
+
+#: Rows that the slow path holds at a time.
+_CHUNK_ROWS = 1_000
+
+
+@dataclass(frozen=True)
+class BodyLimits:
+    """What one body may hold; above it a body is refused with `TooLarge`, a string with `BadRequest`.
+
+    arrow_bytes_max: an Arrow body in memory: a dictionary counts with every batch, and its strings with
+        every row that names them.
+    batches_max: record batches and dictionaries of an Arrow body.
+    problems_max: bad values named in one answer.
+    """
+
+    body_bytes_max: int = 16 * 1024 * 1024
+    rows_max: int = 1_000_000
+    string_bytes_max: int = 65_536
+    event_id_bytes_max: int = 1_024
+    arrow_bytes_max: int = 64 * 1024 * 1024
+    batches_max: int = 1_000
+    problems_max: int = 10
+
+
+class Decoder:
+    """Decode bodies for one source. Build it once; it holds no state between bodies.
+
+    key_fields: fields that some view has in its key; as strings they have at most `key_bytes_max` bytes.
+
+    >>> source = Source("clicks", owner="web", fields={"page": "string", "at": "timestamp[ms, UTC]"},
+    ...                 event_time="at")
+    >>> Decoder(source).decode(b'{"page": "home", "at": "2024-05-01T12:00:00Z"}', None).num_rows
+    1
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        limits: BodyLimits = BodyLimits(),  # noqa: B008 - frozen
+        key_fields: Collection[str] = (),
+        key_bytes_max: int = 1_024,
+    ) -> None:
+        self.source = source
+        self.limits = limits
+        self._schema = source.schema
+        self._columns: dict[str, _Column] = {}
+        for name, spec in source.fields.items():
+            bytes_max = limits.string_bytes_max
+            if name in key_fields:
+                bytes_max = min(bytes_max, key_bytes_max)
+            if name == source.event_id:
+                bytes_max = min(bytes_max, limits.event_id_bytes_max)
+            self._columns[name] = _column(spec, bytes_max)
+        # Attributes are numbered: a field may be named as a Python keyword.
+        attributes = {f"f{i}": name for i, name in enumerate(self._columns)}
+        event = msgspec.defstruct(
+            "Event",
+            [(a, *self._columns[name].json_field) for a, name in attributes.items()],
+            rename=attributes,
+            forbid_unknown_fields=True,
+            kw_only=True,
+            gc=False,
+        )
+        self._events_type: Any = list[event]  # type: ignore[valid-type]
+        self._json = msgspec.json.Decoder(self._events_type | event)
+        self._ndjson = msgspec.json.Decoder(event)
+        self._struct_type = pa.struct(list(self._schema))
+
+    def decode(self, body: bytes, content_type: str | None) -> pa.RecordBatch:
+        """Decode one body; return its rows in the order of the body, as `source.schema`.
+
+        A missing content type means JSON. The batch may be a view of `body`.
+
+        Raises `UnsupportedMediaType`; `TooLarge` with the limit; `BadRequest` with code
+        `invalid_events`, whose path is that of the first bad value and whose `problems` are the first ten.
+        """
+        form = self._form(content_type)
+        if len(body) > self.limits.body_bytes_max:
+            self._too_large("body_bytes_max", f"{len(body)} bytes")
+        if not body:
+            self._refuse([(f"{self._body}: empty; allowed are events, or `[]`", "$")])
+        if form == "arrow":
+            return self._decode_arrow(body)
+        try:
+            events: Any = self._json.decode(body) if form == "json" else self._ndjson.decode_lines(body)
+            if not isinstance(events, list):
+                events = [events]
+            self._check_rows(len(events))
+            return self._from_events(events)
+        except _MISFITS as error:
+            reason = str(error)
+        self._refuse(self._json_problems(body, form, reason))
+
+    # JSON and NDJSON.
+
+    def _from_events(self, events: list[Any]) -> pa.RecordBatch:
+        rows = list(map(msgspec.structs.astuple, events))
+        try:
+            batch = pa.RecordBatch.from_struct_array(pa.array(rows, self._struct_type))
+            columns = batch.columns
+        except pa.ArrowInvalid:
+            # Integers that came as strings are converted by column.
+            batch = None
+            by_column = zip(*rows, strict=True)
+            columns = [c.from_json(v) for c, v in zip(self._columns.values(), by_column, strict=True)]
+        checked = [c.checked(a) for c, a in zip(self._columns.values(), columns, strict=True)]
+        if batch is not None and all(a is b for a, b in zip(checked, columns, strict=True)):
+            return batch
+        return pa.RecordBatch.from_arrays(checked, schema=self._schema)
+
+    def _json_problems(self, body: bytes, form: str, reason: str) -> list[Problem]:
+        """Find the first bad values of a body that the fast path refused; `reason` if there are none."""
+        # Invalid UTF-8 becomes lone surrogates, which no string may hold: it is named where it stands.
+        text = body.decode("utf-8", "surrogateescape")
+        scan = _Scan(text, form)
+        problems: list[Problem] = []
+        start = 0
+        while chunk := list(islice(scan, _CHUNK_ROWS)):
+            self._check_rows(start + len(chunk))
+            rows = _misfits(len(chunk), lambda a, b, c=chunk: self._fits(c[a:b]), self._wanted(problems))  # type: ignore[misc]
+            for row in rows:
+                problems += self._row_problems(chunk[row], scan.path(start + row), reason)
+            if not self._wanted(problems):
+                return problems
+            start += len(chunk)
+        if scan.malformed:
+            problems.append((f"{self._body}: {scan.malformed}", scan.path(start)))
+        return problems or [(f"{self._body}: {_shown(reason, 200)}", "$")]
+
+    def _fits(self, rows: list[Any]) -> bool:
+        try:
+            self._from_events(msgspec.convert(rows, self._events_type))
+        except _MISFITS:
+            return False
+        return True
+
+    def _row_problems(self, row: Any, path: str, reason: str) -> list[Problem]:
+        """Return the problems of one bad row: of its values as they stand, then of what is missing."""
+        if not isinstance(row, dict):
+            return [(f"{self._event}: expected an object, got {_got(row)}", path)]
+        problems = []
+        for name, value in row.items():
+            column = self._columns.get(name)
+            if column is None:
+                problems.append((self._unknown(name), _member(path, name)))
+            elif not column.fits_json(value):
+                problems.append((f"{self._event}: {column.expected(value)}", _member(path, name)))
+        for name, column in self._columns.items():
+            if name not in row and column.required:
+                problems.append((f"{self._event}: expected `{column.name}`, got nothing", _member(path, name)))
+        return problems or [(f"{self._event}: {_shown(reason, 200)}", path)]
+
+    # Arrow.
+
+    def _decode_arrow(self, body: bytes) -> pa.RecordBatch:
+        try:
+            self._check_messages(body)
+            reader = pa.ipc.open_stream(pa.BufferReader(body))
+            self._check_columns(reader.schema)
+            table = self._read(reader)
+        except (*_MISFITS, MemoryError, KeyError) as error:
+            reason = _shown(str(error).partition("\n")[0], 200)
+            self._refuse([(f"{self._body}: not an Arrow IPC stream that can be read: {reason}", "$")])
+        arrays: list[pa.Array] = []
+        problems: list[tuple[int, Problem]] = []
+        for name, column in self._columns.items():
+            array = table.get(name)
+            try:
+                arrays.append(column.from_arrow(array, len(table[None])))
+            except _MISFITS:
+                problems += self._column_problems(name, column, array)
+        if problems:
+            problems.sort(key=lambda p: p[0])
+            self._refuse([problem for _, problem in problems])
+        return pa.RecordBatch.from_arrays(arrays, schema=self._schema)
+
+    def _check_messages(self, body: bytes) -> None:
+        """Refuse what must not be read: what says so in its messages' metadata, before it costs memory."""
+        stream = pa.BufferReader(body)
+        rows = count = end = 0
+        for message in pa.ipc.MessageReader.open_stream(stream):
+            end = stream.tell()
+            count += 1
+            if count - 1 > self.limits.batches_max:
+                self._too_large("batches_max", f"more than {self.limits.batches_max} Arrow batches")
+            if message.type == "schema" and count == 1:
+                continue
+            if message.type not in ("record batch", "dictionary"):
+                raise ValueError(f"unexpected {message.type} message")
+            head = _BatchHead.of(message)
+            if head.compressed:
+                raise ValueError("compressed batches are not read; write them without compression")
+            if head.delta:
+                raise ValueError("dictionary deltas are not read; write whole dictionaries")
+            # Buffers start at multiples of 8 within the message: aligned if it is.
+            if head.rows < 0 or (message.body.size and message.body.address % 8):
+                raise ValueError("damaged message")
+            rows += 0 if message.type == "dictionary" else head.rows
+            self._check_rows(rows)
+        if body[end:] not in _ARROW_ENDS:
+            raise ValueError("cut off, or bytes after its end; close the stream writer before sending")
+
+    def _check_columns(self, schema: pa.Schema) -> None:
+        problems: list[Problem] = []
+        for name in dict.fromkeys(schema.names):
+            column = self._columns.get(name)
+            path = _member("$[*]", name)
+            if column is None:
+                problems.append((self._unknown(name), path))
+            elif schema.names.count(name) > 1:
+                problems.append((f"{self._event}: column `{name}` comes twice; allowed is once", path))
+            elif not column.accepts(schema.field(name).type):
+                got = _shown(str(schema.field(name).type))
+                problems.append((f"{self._event}: expected `{column.name}`, got a column of `{got}`", path))
+            if not self._wanted(problems):
+                break
+        for name, column in self._columns.items():
+            if column.required and name not in schema.names:
+                problems.append((f"{self._event}: expected `{column.name}`, got nothing", _member("$[*]", name)))
+        if problems:
+            self._refuse(problems)
+
+    def _read(self, reader: pa.RecordBatchReader) -> dict[str | None, Any]:
+        """Return the stream's columns, dictionaries decoded; under None one byte per row."""
+        columns: dict[str, list[pa.Array]] = {name: [] for name in reader.schema.names}
+        spent = rows = 0
+        for batch in reader:
+            spent += batch.get_total_buffer_size()
+            self._check_arrow_bytes(spent)
+            # Nothing of a batch may be touched before this: its offsets and indices may point anywhere.
+            batch.validate(full=True)
+            rows += batch.num_rows
+            for name, array in zip(batch.schema.names, batch.columns, strict=True):
+                if pa.types.is_dictionary(array.type):
+                    spent += pc.sum(pc.binary_length(array.dictionary).take(array.indices)).as_py() or 0
+                    self._check_arrow_bytes(spent)
+                    array = array.dictionary_decode()
+                columns[name].append(array)
+        if rows == 0:
+            return {None: b""}
+        whole = {n: a[0] if len(a) == 1 else pa.concat_arrays(a) for n, a in columns.items()}
+        return {**whole, None: bytes(rows)}
+
+    def _column_problems(self, name: str, column: _Column, array: pa.Array) -> list[tuple[int, Problem]]:
+        rows = _misfits(len(array), lambda a, b: column.fits_arrow(array.slice(a, b - a)), self._wanted(()))
+        return [
+            (row, (f"{self._event}: {column.expected(_plain(array[row]))}", _member(f"$[{row}]", name)))
+            for row in rows
+        ]
+
+    # Refusals.
+
+    @property
+    def _event(self) -> str:
+        return f"event of `{self.source.name}`"
+
+    @property
+    def _body(self) -> str:
+        return f"body of `{self.source.name}`"
+
+    def _form(self, content_type: str | None) -> str:
+        media_type = (content_type or "application/json").partition(";")[0].strip().lower()
+        form = CONTENT_TYPES.get(media_type)
+        if form is None:
+            allowed = ", ".join(f"`{t}`" for t in CONTENT_TYPES)
+            raise UnsupportedMediaType(
+                f"{self._body}: content type `{_shown(media_type)}`; allowed are {allowed}"
+            )
+        return form
+
+    def _unknown(self, name: str) -> str:
+        return f"{self._event}: unknown field `{_shown(name)}`" + did_you_mean(name[:64], self._columns)
+
+    def _wanted(self, problems: Sequence[Problem]) -> int:
+        return max(0, self.limits.problems_max - len(problems))
+
+    def _check_rows(self, rows: int) -> None:
+        if rows > self.limits.rows_max:
+            self._too_large("rows_max", f"more than {self.limits.rows_max} events")
+
+    def _check_arrow_bytes(self, size: int) -> None:
+        if size > self.limits.arrow_bytes_max:
+            self._too_large("arrow_bytes_max", f"{size} bytes when decoded")
+
+    def _too_large(self, limit: str, got: str) -> NoReturn:
+        allowed = getattr(self.limits, limit)
+        raise TooLarge(f"{self._body}: {got}; `{limit}` is {allowed}; send fewer events at a time")
+
+    def _refuse(self, problems: list[Problem]) -> NoReturn:
+        message, path = problems[0]
+        most = self.limits.problems_max
+        raise BadRequest(message, path=path, code="invalid_events", problems=tuple(problems[:most]))

@@ -1,0 +1,119 @@
+"""The duplicate filter: which event ids a slot has seen, for as long as the horizon says.
+
+An id is a duplicate if it was seen with an arrival stamp at most `horizon_ms` older than the newest
+stamp of the slot. That is a function of the events in their order, so purging what is older, when
+the filter has to grow, changes no verdict. An id seen again with another content is a conflict:
+it is not applied and it is counted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba as nb
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["CONFLICT", "DUPLICATE", "NEW", "IdFilter"]
+
+NEW, DUPLICATE, CONFLICT = 0, 1, 2
+
+#: Words of an entry: two halves of the id's hash, arrival stamp, hash of the content.
+_WORDS = 4
+_EMPTY = np.iinfo(np.int64).min  # no arrival stamp is this
+_ENTRIES_AT_FIRST = 16
+
+
+@nb.njit(cache=True, nogil=True)
+def _place(entries: Any, lo: Any, hi: Any) -> Any:
+    mask = entries.shape[0] - 1
+    place = np.int64(lo) & mask
+    while entries[place, 2] != _EMPTY and (entries[place, 0] != lo or entries[place, 1] != hi):
+        place = (place + 1) & mask
+    return place
+
+
+@nb.njit(cache=True, nogil=True)
+def _admit(
+    entries: Any, used: Any, newest: Any, horizon: Any, rows: Any, start: Any, ids: Any, contents: Any,
+    arrivals: Any, verdicts: Any,
+) -> Any:  # fmt: skip
+    """Judge the ids `rows[start:]`; return (next row, used, newest), next < len(rows) when full."""
+    for k in range(start, rows.shape[0]):
+        if used * 3 >= entries.shape[0] * 2:
+            return k, used, newest
+        i = rows[k]
+        newest = max(newest, arrivals[i])
+        place = _place(entries, ids[i, 0], ids[i, 1])
+        if entries[place, 2] == _EMPTY:
+            used += 1
+        elif entries[place, 2] >= newest - horizon:
+            verdicts[i] = DUPLICATE if entries[place, 3] == contents[i] else CONFLICT
+            continue
+        entries[place, 0], entries[place, 1] = ids[i, 0], ids[i, 1]
+        entries[place, 2], entries[place, 3] = arrivals[i], contents[i]
+        verdicts[i] = NEW
+    return rows.shape[0], used, newest
+
+
+@nb.njit(cache=True, nogil=True)
+def _rehash(old: Any, new: Any, oldest: Any) -> Any:
+    used = 0
+    for e in range(old.shape[0]):
+        if old[e, 2] != _EMPTY and old[e, 2] >= oldest:
+            place = _place(new, old[e, 0], old[e, 1])
+            new[place] = old[e]
+            used += 1
+    return used
+
+
+class IdFilter:
+    """Event ids that one slot has seen within the horizon."""
+
+    def __init__(self, horizon_ms: int) -> None:
+        self._horizon_ms = horizon_ms
+        self._newest = np.int64(_EMPTY + horizon_ms)
+        self._used = 0
+        self._entries = self._empty(_ENTRIES_AT_FIRST)
+
+    @staticmethod
+    def _empty(n: int) -> npt.NDArray[np.int64]:
+        entries = np.zeros((n, _WORDS), np.int64)
+        entries[:, 2] = _EMPTY
+        return entries
+
+    def admit(
+        self,
+        rows: npt.NDArray[np.int64],
+        ids: npt.NDArray[np.int64],
+        contents: npt.NDArray[np.int64],
+        arrivals: npt.NDArray[np.int64],
+        verdicts: npt.NDArray[np.uint8],
+    ) -> None:
+        """Judge the ids `rows` in that order into `verdicts` and remember the new ones.
+
+        ids int64 [n, 2], contents and arrivals int64 [n], verdicts uint8 [n].
+        """
+        start = 0
+        while True:
+            start, self._used, self._newest = _admit(
+                self._entries, self._used, self._newest, self._horizon_ms, rows, start, ids, contents,
+                arrivals, verdicts,
+            )  # fmt: skip
+            if start == len(rows):
+                return
+            self._make_room()
+
+    def _make_room(self) -> None:
+        oldest = self._newest - self._horizon_ms
+        kept = int(np.count_nonzero(self._entries[:, 2] >= oldest))
+        size = _ENTRIES_AT_FIRST
+        while size < kept * 2 + 2:
+            size *= 2
+        new = self._empty(size)
+        self._used = int(_rehash(self._entries, new, oldest))
+        self._entries = new
+
+    @property
+    def allocated_bytes(self) -> int:
+        return int(self._entries.nbytes)

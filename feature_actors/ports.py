@@ -1,0 +1,86 @@
+"""The seam between the client and the shards: an ingest port and a read port.
+
+A call of a port starts at once and returns an awaitable, so that a caller can start one call per
+shard and then wait for all of them. Here are the ports to shards in the same process, which are
+done before they return; the ports to Ray actors are in `actor`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Coroutine, Generator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from millpond.feature_actors.keys import Hashes
+from millpond.feature_actors.plan import ShardAnswer, ShardQuestion
+from millpond.feature_actors.shard import Shard
+
+__all__ = ["IngestPort", "LocalIngest", "LocalRead", "ReadPort", "complete"]
+
+T = TypeVar("T")
+Ints = npt.NDArray[np.int64]
+
+
+class IngestPort(Protocol):
+    """Writes to shards, by their number; see `Shard.admit` and `Shard.apply`."""
+
+    def admit(
+        self, shard: int, source: str, ids: Hashes, contents: Ints, arrivals: Ints
+    ) -> Awaitable[npt.NDArray[np.uint8]]: ...
+
+    def apply(self, shard: int, source: str, batch: pa.RecordBatch, arrivals: Ints) -> Awaitable[None]: ...
+
+
+class ReadPort(Protocol):
+    """Reads from shards, by their number; see `Shard.read`."""
+
+    def read(self, shard: int, question: ShardQuestion) -> Awaitable[ShardAnswer]: ...
+
+
+class _Done(Generic[T]):
+    """An awaitable that is done already."""
+
+    def __init__(self, value: T) -> None:
+        self._value = value
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return self._value
+        yield
+
+
+class LocalIngest:
+    """Ingest port to shards in this process."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._shards = shards
+
+    def admit(
+        self, shard: int, source: str, ids: Hashes, contents: Ints, arrivals: Ints
+    ) -> Awaitable[npt.NDArray[np.uint8]]:
+        return _Done(self._shards[shard].admit(source, ids, contents, arrivals))
+
+    def apply(self, shard: int, source: str, batch: pa.RecordBatch, arrivals: Ints) -> Awaitable[None]:
+        return _Done(self._shards[shard].apply(source, batch, arrivals))
+
+
+class LocalRead:
+    """Read port to shards in this process."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._shards = shards
+
+    def read(self, shard: int, question: ShardQuestion) -> Awaitable[ShardAnswer]:
+        return _Done(self._shards[shard].read(question))
+
+
+def complete(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that never waits, as all over the ports of this file are, without an event loop."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return]
+    coroutine.close()
+    raise AssertionError("the coroutine waits; run it in an event loop")

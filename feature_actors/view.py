@@ -1,0 +1,172 @@
+"""A feature view: a source, an entity key and named features over its events, owned by a team."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from millpond.feature_actors.aggregations import NUMBERS, Aggregation
+from millpond.feature_actors.errors import DeclarationError, did_you_mean
+from millpond.feature_actors.source import Source, check_name, check_owner
+
+__all__ = ["Feature", "FeatureView"]
+
+#: Types that a key field may have: integers widen to int64; strings are compared byte by byte.
+KEY_TYPES = frozenset({"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "string"})
+
+
+@dataclass(frozen=True, eq=False)
+class Feature:
+    """One feature of a view; what `view["name"]` returns."""
+
+    view: FeatureView
+    name: str
+    aggregation: Aggregation
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.view.name}.{self.name}"
+
+    @property
+    def where(self) -> pc.Expression | None:
+        """The view's and the feature's `where` together, or None."""
+        both = [w for w in (self.view.where, self.aggregation.where) if w is not None]
+        return both[0] & both[1] if len(both) == 2 else (both[0] if both else None)
+
+    @property
+    def id(self) -> str:
+        """The feature's identity: a digest of what it computes, whatever it is called.
+
+        Two features of one definition share their state; a changed definition is another feature.
+        """
+        where = self.where
+        content = {
+            **self.aggregation.identity(),
+            "source": [self.view.source.name, self.view.source.version],
+            "key": self.view.key,
+            "where": None if where is None else str(where),
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureView:
+    """Declare features of one entity over the events of one source.
+
+    key: the field or fields that the view is about; several make a composite key.
+    features: name to aggregation.
+    where: a `pyarrow.compute` expression that every event of the view satisfies.
+
+    Raises `DeclarationError` that names the view and the feature if anything does not fit.
+    """
+
+    name: str
+    owner: str = ""
+    source: Source = None  # type: ignore[assignment]
+    key: list[str] = field(default_factory=list)
+    features: Mapping[str, Aggregation] = field(default_factory=dict)
+    where: pc.Expression | None = None
+    about: str = ""
+
+    def __post_init__(self) -> None:
+        check_name("view", self.name)
+        check_owner("view", self.name, self.owner)
+        if not isinstance(self.source, Source):
+            raise DeclarationError(f"view `{self.name}`: source must be a Source, got {self.source!r}")
+        self._check_key()
+        if not self.features:
+            raise DeclarationError(f"view `{self.name}`: no features")
+        self._check_where(f"view `{self.name}`", self.where)
+        for name, aggregation in self.features.items():
+            self._check_feature(name, aggregation)
+
+    def _check_key(self) -> None:
+        if isinstance(self.key, str) or not self.key:
+            raise DeclarationError(f"view `{self.name}`: key must be a list of fields, got {self.key!r}")
+        for name in self.key:
+            if name not in self.source.fields:
+                raise DeclarationError(
+                    f"view `{self.name}`: key field {name!r} is not a field of source `{self.source.name}`"
+                    + did_you_mean(str(name), self.source.fields)
+                )
+            spec = self.source.fields[name]
+            if spec.type not in KEY_TYPES:
+                raise DeclarationError(
+                    f"view `{self.name}`: key field `{name}` is `{spec.type}`; a key is of integers (up to "
+                    "int64) and strings"
+                )
+        if len(set(self.key)) != len(self.key):
+            raise DeclarationError(f"view `{self.name}`: a key field is named twice in {self.key!r}")
+
+    def _check_feature(self, name: str, aggregation: Aggregation) -> None:
+        subject = f"view `{self.name}`: feature"
+        check_name(subject, name)
+        subject = f"{subject} `{name}`"
+        if name in self.key:
+            raise DeclarationError(f"{subject} has the name of a key field")
+        if not isinstance(aggregation, Aggregation):
+            raise DeclarationError(f"{subject} must be an aggregation such as Count(), got {aggregation!r}")
+        kind = type(aggregation).__name__
+        if aggregation.takes_field:
+            wanted = aggregation.field
+            if wanted not in self.source.fields:
+                raise DeclarationError(
+                    f"{subject}: {kind} of {wanted!r}, which is not a field of source `{self.source.name}`"
+                    + did_you_mean(str(wanted), self.source.fields)
+                )
+            spec = self.source.fields[wanted]
+            if spec.type not in NUMBERS:
+                raise DeclarationError(f"{subject}: {kind} takes a number, `{wanted}` is `{spec.type}`")
+        self._check_where(subject, aggregation.where)
+
+    def _check_where(self, subject: str, where: pc.Expression | None) -> None:
+        """Try the expression on an empty batch: unknown fields and wrong types show at once."""
+        if where is None:
+            return
+        if not isinstance(where, pc.Expression):
+            raise DeclarationError(f"{subject}: where= takes a pyarrow.compute expression, got {where!r}")
+        try:
+            mask_of(where, pa.RecordBatch.from_pylist([], schema=self.source.schema))
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            raise DeclarationError(
+                f"{subject}: where= `{where}` does not fit source `{self.source.name}`: "
+                f"{str(error).splitlines()[0]}"
+            ) from None
+
+    def __getitem__(self, name: str) -> Feature:
+        if name not in self.features:
+            raise DeclarationError(
+                f"view `{self.name}`: no feature {name!r}" + did_you_mean(str(name), self.features)
+            )
+        return Feature(self, name, self.features[name])
+
+    def __iter__(self) -> Any:
+        return (self[name] for name in self.features)
+
+
+def mask_of(where: pc.Expression, batch: pa.RecordBatch) -> pa.Array:
+    """Return which rows satisfy `where`, a boolean Arrow array without nulls.
+
+    Raises `TypeError` if the expression is not boolean.
+    """
+    from pyarrow import acero
+
+    # Acero evaluates an expression over a batch; there is no lighter public way (0.1 ms a call).
+    plan = acero.Declaration.from_sequence(
+        [
+            acero.Declaration("table_source", acero.TableSourceNodeOptions(pa.Table.from_batches([batch]))),
+            acero.Declaration("project", acero.ProjectNodeOptions([where], ["mask"])),
+        ]
+    )
+    mask = plan.to_table(use_threads=False).column(0).combine_chunks()
+    if isinstance(mask, pa.ChunkedArray):
+        mask = pa.concat_arrays(mask.chunks) if mask.num_chunks else pa.array([], mask.type)
+    if not pa.types.is_boolean(mask.type):
+        raise TypeError(f"the expression gives {mask.type}, not bool")
+    return mask.fill_null(False)
