@@ -182,7 +182,8 @@ class Decoder:
         scan = _Scan(text, form)
         problems: list[Problem] = []
         start = 0
-        while chunk := list(islice(scan, _CHUNK_ROWS)):
+        unread = iter(scan)
+        while chunk := list(islice(unread, _CHUNK_ROWS)):
             self._check_rows(start + len(chunk))
             rows = _misfits(len(chunk), lambda a, b, c=chunk: self._fits(c[a:b]), self._wanted(problems))  # type: ignore[misc]
             for row in rows:
@@ -224,16 +225,16 @@ class Decoder:
             self._check_messages(body)
             reader = pa.ipc.open_stream(pa.BufferReader(body))
             self._check_columns(reader.schema)
-            table = self._read(reader)
-        except (*_MISFITS, MemoryError, KeyError) as error:
+            received, rows = self._read(reader)
+        except (*_MISFITS, MemoryError) as error:
             reason = _shown(str(error).partition("\n")[0], 200)
             self._refuse([(f"{self._body}: not an Arrow IPC stream that can be read: {reason}", "$")])
         arrays: list[pa.Array] = []
         problems: list[tuple[int, Problem]] = []
         for name, column in self._columns.items():
-            array = table.get(name)
+            array = received[name] if name in received else pa.nulls(rows, column.type)
             try:
-                arrays.append(column.from_arrow(array, len(table[None])))
+                arrays.append(column.from_arrow(array))
             except _MISFITS:
                 problems += self._column_problems(name, column, array)
         if problems:
@@ -287,8 +288,8 @@ class Decoder:
         if problems:
             self._refuse(problems)
 
-    def _read(self, reader: pa.RecordBatchReader) -> dict[str | None, Any]:
-        """Return the stream's columns, dictionaries decoded; under None one byte per row."""
+    def _read(self, reader: pa.RecordBatchReader) -> tuple[dict[str, pa.Array], int]:
+        """Return the stream's columns, batches joined and dictionaries decoded, and the number of rows."""
         columns: dict[str, list[pa.Array]] = {name: [] for name in reader.schema.names}
         spent = rows = 0
         for batch in reader:
@@ -303,10 +304,9 @@ class Decoder:
                     self._check_arrow_bytes(spent)
                     array = array.dictionary_decode()
                 columns[name].append(array)
-        if rows == 0:
-            return {None: b""}
-        whole = {n: a[0] if len(a) == 1 else pa.concat_arrays(a) for n, a in columns.items()}
-        return {**whole, None: bytes(rows)}
+        if not rows:
+            return {n: pa.nulls(0, self._columns[n].type) for n in columns}, 0
+        return {n: a[0] if len(a) == 1 else pa.concat_arrays(a) for n, a in columns.items()}, rows
 
     def _column_problems(self, name: str, column: _Column, array: pa.Array) -> list[tuple[int, Problem]]:
         rows = _misfits(len(array), lambda a, b: column.fits_arrow(array.slice(a, b - a)), self._wanted(()))
@@ -357,3 +357,331 @@ class Decoder:
         message, path = problems[0]
         most = self.limits.problems_max
         raise BadRequest(message, path=path, code="invalid_events", problems=tuple(problems[:most]))
+
+
+@dataclass(frozen=True)
+class _Column:
+    """One field, compiled: what it takes from JSON and Arrow, and the checks that both share."""
+
+    name: str
+    type: pa.DataType
+    required: bool
+    default: pa.Scalar | None
+    bytes_max: int
+    json_type: Any
+    check: Callable[[_Column, Any], bool] | None
+
+    @property
+    def json_field(self) -> tuple[Any, ...]:
+        return (self.json_type,) if self.required else (self.json_type | None, None)
+
+    def checked(self, array: pa.Array) -> pa.Array:
+        """Return `array`, nulls replaced by the default. Raises `ValueError` if any value is not allowed."""
+        present = array
+        if array.null_count:
+            if self.required:
+                raise ValueError("null")
+            present = array.drop_null()
+        if self.check is not None and len(present) and not self.check(self, present):
+            raise ValueError("not allowed")
+        return array.fill_null(self.default) if self.default is not None and array.null_count else array
+
+    def from_json(self, values: Sequence[Any]) -> pa.Array:
+        """Return decoded JSON values as Arrow, not checked yet. Raises one of `_MISFITS`."""
+        try:
+            return pa.array(values, self.type)
+        except pa.ArrowInvalid:
+            if not pa.types.is_int64(self.type):
+                raise
+        texts = pa.array([v if type(v) is str else None for v in values], pa.string())
+        numbers = pa.array([None if type(v) is str else v for v in values], self.type)
+        parsed = texts.cast(self.type)
+        if not parsed.cast(pa.string()).equals(texts):
+            raise ValueError("not as Millpond writes it")
+        return pc.coalesce(numbers, parsed)
+
+    def fits_json(self, value: Any) -> bool:
+        try:
+            self.checked(self.from_json([msgspec.convert(value, self.json_field[0])]))
+        except _MISFITS:
+            return False
+        return True
+
+    def accepts(self, given: pa.DataType) -> bool:
+        """Return whether an Arrow column of type `given` may hold this field, its values yet to be seen."""
+        is_ = pa.types
+        if is_.is_null(given):
+            return not self.required
+        if is_.is_integer(self.type):
+            return bool(is_.is_integer(given))
+        if is_.is_floating(self.type):
+            return bool(is_.is_integer(given) or is_.is_float32(given) or is_.is_float64(given))
+        if is_.is_timestamp(self.type):
+            return bool(is_.is_int64(given) or (is_.is_timestamp(given) and given.tz is not None))
+        if is_.is_string(self.type):
+            text = given.value_type if is_.is_dictionary(given) else given
+            return bool(is_.is_string(text) or is_.is_large_string(text))
+        return bool(given == self.type)
+
+    def from_arrow(self, array: pa.Array) -> pa.Array:
+        """Return a column of an accepted type as this field, checked. Raises one of `_MISFITS`."""
+        cast = array if array.type == self.type else array.cast(self.type)
+        # Arrow checks every other conversion for loss.
+        if pa.types.is_float64(array.type) and cast is not array and not cast.cast(array.type).equals(array):
+            raise ValueError("loses digits")
+        return self.checked(cast)
+
+    def fits_arrow(self, array: pa.Array) -> bool:
+        try:
+            self.from_arrow(array)
+        except _MISFITS:
+            return False
+        return True
+
+    def expected(self, value: Any) -> str:
+        """Return what to say of a value that does not fit."""
+        said = f"expected `{self.name}`, got {_got(value)}"
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if pa.types.is_integer(self.type) and is_number and isinstance(value, int):
+            low, high = _int_range(self.type)
+            return f"{said}; allowed is {low} to {high}"
+        if pa.types.is_floating(self.type) and is_number:
+            return said + ("; it does not fit without loss" if math.isfinite(value) else "; allowed are finite numbers")
+        if pa.types.is_timestamp(self.type) and (is_number or isinstance(value, str | _Time)):
+            return said + (
+                "; allowed is ISO 8601 with a zone, or epoch milliseconds, from 1970-01-01 to 2200-01-01"
+            )
+        if pa.types.is_string(self.type) and isinstance(value, str):
+            size = len(value.encode("utf-8", "surrogatepass"))
+            if size > self.bytes_max:
+                return f"expected `{self.name}`, got {size} bytes; allowed are {self.bytes_max}"
+            return f"{said}; allowed is valid UTF-8"
+        return said
+
+
+def _column(spec: Field, bytes_max: int) -> _Column:
+    arrow_type = spec.arrow_type
+    check: Callable[[_Column, Any], bool] | None = None
+    json_type: Any
+    if pa.types.is_integer(arrow_type):
+        json_type = int | str if pa.types.is_int64(arrow_type) else int
+    elif pa.types.is_floating(arrow_type):
+        json_type, check = float, _all_finite
+    elif pa.types.is_timestamp(arrow_type):
+        json_type, check = int | Annotated[datetime, msgspec.Meta(tz=True)], _all_in_time
+    elif pa.types.is_string(arrow_type):
+        json_type, check = str, _all_short
+    else:
+        json_type = bool
+    return _Column(
+        name=spec.type,
+        type=arrow_type,
+        required=not spec.optional and spec.default is None,
+        default=None if spec.default is None else pa.scalar(spec.default, arrow_type),
+        bytes_max=bytes_max,
+        json_type=json_type,
+        check=check,
+    )
+
+
+# The checks of values; an array given to them holds at least one row and no null.
+
+
+def _all_finite(column: _Column, array: pa.Array) -> bool:
+    return bool(np.isfinite(array.to_numpy()).all())
+
+
+def _all_in_time(column: _Column, array: pa.Array) -> bool:
+    times_ms = array.to_numpy().view(np.int64)
+    return bool(times_ms.min() >= TIME_MIN_MS and times_ms.max() <= TIME_MAX_MS)
+
+
+def _all_short(column: _Column, array: pa.Array) -> bool:
+    # The first test costs nothing, and most batches pass it.
+    return array.nbytes <= column.bytes_max or pc.max(pc.binary_length(array)).as_py() <= column.bytes_max
+
+
+def _misfits(rows: int, fit: Callable[[int, int], bool], most: int) -> list[int]:
+    """Return the first `most` rows that do not fit, by halving; `fit(a, b)` judges rows a to b - 1."""
+    found: list[int] = []
+    spans = [(0, rows)]
+    while spans and len(found) < most:
+        start, stop = spans.pop()
+        if start == stop or fit(start, stop):
+            continue
+        if stop - start == 1:
+            found.append(start)
+        else:
+            middle = (start + stop) // 2
+            spans += [(middle, stop), (start, middle)]
+    return found
+
+
+class _Scan:
+    """Iterate over the rows of a JSON or NDJSON text; it ends early at what is no JSON, see `malformed`.
+
+    One row is held at a time. Accepts a little more than JSON (`NaN`), so that bad values get a path.
+    """
+
+    def __init__(self, text: str, form: str) -> None:
+        self.malformed = ""
+        self._text = text
+        self._form = form
+        self._position = self._after_space(0)
+        self._single = form == "json" and not text.startswith("[", self._position)
+        self._rows = self._lines() if form == "ndjson" else self._one() if self._single else self._array()
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self._rows
+        except json.JSONDecodeError as error:
+            self.malformed = self._say(error.msg, error.pos)
+        except RecursionError:
+            self.malformed = self._say("nested too deeply", self._position)
+
+    def path(self, row: int) -> str:
+        return "$" if self._single else f"$[{row}]"
+
+    def _lines(self) -> Iterator[Any]:
+        while self._position < len(self._text):
+            yield self._value()
+
+    def _one(self) -> Iterator[Any]:
+        yield self._value()
+        self._end()
+
+    def _array(self) -> Iterator[Any]:
+        self._position = self._after_space(self._position + 1)
+        if not self._skip("]"):
+            yield self._value()
+            while self._skip(","):
+                yield self._value()
+            if not self._skip("]"):
+                raise json.JSONDecodeError("expected `,` or `]`", self._text, self._position)
+        self._end()
+
+    def _value(self) -> Any:
+        value, end = _JSON.raw_decode(self._text, self._position)
+        self._position = self._after_space(end)
+        return value
+
+    def _skip(self, character: str) -> bool:
+        if not self._text.startswith(character, self._position):
+            return False
+        self._position = self._after_space(self._position + 1)
+        return True
+
+    def _end(self) -> None:
+        if self._position < len(self._text):
+            raise json.JSONDecodeError("bytes after the end", self._text, self._position)
+
+    def _after_space(self, position: int) -> int:
+        match = _JSON_SPACE.match(self._text, position)
+        assert match is not None
+        return match.end()
+
+    def _say(self, reason: str, position: int) -> str:
+        before = self._text[:position].encode("utf-8", "surrogateescape")
+        reason = reason[0].lower() + reason[1:]
+        if self._form == "ndjson":
+            start = before.rfind(b"\n") + 1
+            line = before.count(b"\n") + 1
+            return f"line {line} is not JSON: {reason} at its byte {len(before) - start}"
+        return f"not JSON: {reason} at byte {len(before)}"
+
+
+def _json_int(digits: str) -> int | float:
+    # Python refuses to read more than 4,300 digits; 310 and more are infinite in every type.
+    return int(digits) if len(digits) <= 310 else float(digits)
+
+
+_JSON = json.JSONDecoder(parse_int=_json_int)
+
+
+@dataclass(frozen=True)
+class _BatchHead:
+    """What the metadata of a record batch or dictionary message says, read from its flatbuffer.
+
+    Source: Message.fbs, https://github.com/apache/arrow/blob/main/format/Message.fbs. PyArrow verifies
+    the flatbuffer but shows none of this before it has read, and decompressed, the batch.
+    """
+
+    rows: int
+    compressed: bool
+    delta: bool
+
+    @classmethod
+    def of(cls, message: pa.ipc.Message) -> _BatchHead:
+        """Raises `ValueError` or `struct.error` if the metadata is damaged."""
+        table = memoryview(message.metadata)
+        batch = _child(table, struct.unpack_from("<I", table, 0)[0], 2)
+        delta = False
+        if message.type == "dictionary":
+            is_delta = _member_at(table, batch, 2)
+            delta = bool(is_delta and table[is_delta])
+            batch = _child(table, batch, 1)
+        length = _member_at(table, batch, 0)
+        rows = struct.unpack_from("<q", table, length)[0] if length else 0
+        return cls(rows, bool(_member_at(table, batch, 3)), delta)
+
+
+def _member_at(buffer: memoryview, table: int, member: int) -> int:
+    """Return where a member of a flatbuffer table lies, 0 if it is absent."""
+    vtable = table - struct.unpack_from("<i", buffer, table)[0]
+    if not 0 <= vtable < len(buffer):
+        raise ValueError("damaged message")
+    entry = 4 + 2 * member
+    if entry >= struct.unpack_from("<H", buffer, vtable)[0]:
+        return 0
+    offset: int = struct.unpack_from("<H", buffer, vtable + entry)[0]
+    return table + offset if offset else 0
+
+
+def _child(buffer: memoryview, table: int, member: int) -> int:
+    """Return where the table lies that a member points to."""
+    at = _member_at(buffer, table, member)
+    if not at:
+        raise ValueError("damaged message")
+    return at + int(struct.unpack_from("<I", buffer, at)[0])
+
+
+# How values and names are shown: short, and in valid UTF-8 whatever was sent.
+
+
+@dataclass(frozen=True)
+class _Time:
+    """A time of an Arrow column, which Python's datetime may be too narrow for."""
+
+    text: str
+
+
+def _plain(scalar: pa.Scalar) -> Any:
+    if pa.types.is_timestamp(scalar.type) and scalar.is_valid:
+        return _Time(f"{scalar.value} {scalar.type.unit}")
+    return scalar.as_py()
+
+
+def _got(value: Any) -> str:
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return "an array"
+    if isinstance(value, _Time):
+        return f"`{value.text}`"
+    if isinstance(value, str):
+        return f"`{_shown(json.dumps(value[:60], ensure_ascii=False))}`"
+    return f"`{_shown(json.dumps(value))}`"
+
+
+def _shown(text: str, most: int = 60) -> str:
+    cut = text if len(text) <= most else text[: most - 3] + "..."
+    return cut.encode("utf-8", "backslashreplace").decode()
+
+
+def _member(path: str, name: str) -> str:
+    return f"{path}.{name}" if _FIELD_NAME.fullmatch(name) else f"{path}[{_shown(json.dumps(name[:60]))}]"
+
+
+def _int_range(int_type: pa.DataType) -> tuple[int, int]:
+    bits = int_type.bit_width
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if pa.types.is_signed_integer(int_type) else (0, 2**bits - 1)

@@ -53,7 +53,7 @@ from millpond.feature_actors.layout import (
     V_WIDTH_MS,
 )
 
-__all__ = ["apply_events", "copy_arena", "find_rows", "read_features"]
+__all__ = ["apply_events", "copy_arena", "find_rows", "join_features", "read_features"]
 
 # Words of an arena's header; the pool of series s has three words from H_POOLS + 3*s.
 H_ROWS_USED, H_ROWS_MAX, H_INDEX_MASK, H_INDEX_AT, H_ROWS_AT, H_POOLS = range(6)
@@ -203,6 +203,62 @@ def _new_row(arena: Any, floats: Any, place: Any, lo: Any, hi: Any, row_words: A
 
 
 @kernel
+def _has_room(arena: Any, series: Any) -> Any:
+    """Say whether any event can be applied, whatever it needs."""
+    room = arena[H_ROWS_USED] < arena[H_ROWS_MAX]
+    for s in range(series.shape[0]):
+        pool = H_POOLS + POOL_WORDS * s
+        room = room and (series[s, S_LIFETIME] or arena[pool + P_USED] < arena[pool + P_MAX])
+    return room
+
+
+@kernel
+def _apply_one(
+    arena: Any,
+    floats: Any,
+    seed: Any,
+    series: Any,
+    columns: Any,
+    row_words: Any,
+    lo: Any,
+    hi: Any,
+    time: Any,
+    arrival: Any,
+    inputs: Any,
+    masks: Any,
+    i: Any,
+) -> None:
+    row = _find(arena, seed, lo, hi)
+    if row < 0:
+        row = _new_row(arena, floats, ~row, lo, hi, row_words, series, columns)
+    for w in range(masks.shape[0]):
+        if masks[w, i]:
+            arena[row + ROW_HEADER_WORDS + w] = max(arena[row + ROW_HEADER_WORDS + w], time)
+    for s in range(series.shape[0]):
+        if not masks[series[s, S_WHERE], i]:
+            continue
+        first, count = series[s, S_COLUMN], series[s, S_COLUMNS]
+        keep, at = series[s, S_KEEP_MS], row + series[s, S_ROW_OFFSET]
+        if series[s, S_LIFETIME]:
+            if keep != FOR_EVER:
+                if time < arrival - keep:
+                    continue  # too late
+                if arena[at] != NEVER and arena[at] < arrival - keep:
+                    _init(arena, floats, at + 1, columns, first, count)
+            arena[at] = max(arena[at], time)
+            _update(arena, floats, at + 1, columns, first, count, time, inputs, i)
+        else:
+            width = series[s, S_WIDTH_MS]
+            number = time // width
+            if number < (arrival - keep) // width:
+                continue  # too late: no window that is still to be read covers this tile
+            tile = _tile(
+                arena, floats, H_POOLS + POOL_WORDS * s, at, number, series[s, S_TILE_WORDS], columns, first, count
+            )
+            _update(arena, floats, tile + TILE_HEADER_WORDS, columns, first, count, time, inputs, i)
+
+
+@kernel
 def apply_events(
     arena: Any,
     floats: Any,
@@ -225,42 +281,13 @@ def apply_events(
     has no room; that event is not begun, so the caller grows the arena and goes on from there.
     """
     for k in range(start, rows.shape[0]):
-        i = rows[k]
-        room = arena[H_ROWS_USED] < arena[H_ROWS_MAX]
-        for s in range(series.shape[0]):
-            pool = H_POOLS + POOL_WORDS * s
-            room = room and (series[s, S_LIFETIME] or arena[pool + P_USED] < arena[pool + P_MAX])
-        if not room:
+        if not _has_room(arena, series):
             return k
-        lo, hi, time, arrival = hashes[i, 0], hashes[i, 1], times[i], arrivals[i]
-        row = _find(arena, seed, lo, hi)
-        if row < 0:
-            row = _new_row(arena, floats, ~row, lo, hi, row_words, series, columns)
-        for w in range(masks.shape[0]):
-            if masks[w, i]:
-                arena[row + ROW_HEADER_WORDS + w] = max(arena[row + ROW_HEADER_WORDS + w], time)
-        for s in range(series.shape[0]):
-            if not masks[series[s, S_WHERE], i]:
-                continue
-            first, count = series[s, S_COLUMN], series[s, S_COLUMNS]
-            keep, at = series[s, S_KEEP_MS], row + series[s, S_ROW_OFFSET]
-            if series[s, S_LIFETIME]:
-                if keep != FOR_EVER:
-                    if time < arrival - keep:
-                        continue  # too late
-                    if arena[at] != NEVER and arena[at] < arrival - keep:
-                        _init(arena, floats, at + 1, columns, first, count)
-                arena[at] = max(arena[at], time)
-                _update(arena, floats, at + 1, columns, first, count, time, inputs, i)
-            else:
-                width = series[s, S_WIDTH_MS]
-                number = time // width
-                if number < (arrival - keep) // width:
-                    continue  # too late: no window that is still to be read covers this tile
-                tile = _tile(
-                    arena, floats, H_POOLS + POOL_WORDS * s, at, number, series[s, S_TILE_WORDS], columns, first, count
-                )
-                _update(arena, floats, tile + TILE_HEADER_WORDS, columns, first, count, time, inputs, i)
+        i = rows[k]
+        _apply_one(
+            arena, floats, seed, series, columns, row_words, hashes[i, 0], hashes[i, 1], times[i], arrivals[i],
+            inputs, masks, i,
+        )  # fmt: skip
     return DONE
 
 
@@ -321,6 +348,64 @@ def _scan(
 
 
 @kernel
+def _scratch(columns: Any) -> Any:
+    """Return room for any partial of a table."""
+    words = 2
+    for c in range(columns.shape[0]):
+        words = max(words, columns[c, C_OFFSET] + 2)
+    return np.empty(words, np.int64)
+
+
+@kernel
+def _read_one(
+    arena: Any,
+    floats: Any,
+    series: Any,
+    columns: Any,
+    scans: Any,
+    features: Any,
+    views: Any,
+    row: Any,
+    as_of: Any,
+    out: Any,
+    known: Any,
+    i: Any,
+    scratch: Any,
+    scratch_floats: Any,
+    chain: Any,
+) -> None:
+    scanned = -1
+    for f in range(features.shape[0]):
+        scan = features[f, F_SCAN]
+        if scan != scanned:
+            _scan(
+                arena, floats, scratch, scratch_floats, row, series, scans[scan, R_SERIES], columns,
+                scans[scan, R_WINDOW_MS], as_of, chain,
+            )  # fmt: skip
+            scanned = scan
+        a, b, how = features[f, F_OFFSET_A], features[f, F_OFFSET_B], features[f, F_READ]
+        if how == READ_INT:
+            value = np.float64(scratch[a])
+        elif how == READ_FLOAT:
+            value = scratch_floats[a]
+        elif how == READ_RATIO:
+            value = scratch_floats[a] / scratch[b] if scratch[b] > 0 else np.nan
+        elif how == READ_LAST:
+            value = scratch_floats[a + 1]
+        else:
+            value = (as_of - scratch[a]) / 1000.0 if scratch[a] != NEVER else np.nan
+        out[i, features[f, F_OUT]] = value
+    for v in range(views.shape[0]):
+        seen = NEVER if row == NONE else arena[row + ROW_HEADER_WORDS + views[v, V_WHERE]]
+        length = views[v, V_LENGTH_MS]
+        if seen == NEVER or length == FOR_EVER:
+            known[i, v] = seen != NEVER
+        else:
+            width = views[v, V_WIDTH_MS]
+            known[i, v] = seen >= (as_of - length) // width * width
+
+
+@kernel
 def read_features(
     arena: Any,
     floats: Any,
@@ -340,44 +425,65 @@ def read_features(
     out float64 [n, features] and known bool [n, views] are filled at `which`; a row of `NONE` reads
     as an entity without events.
     """
-    words = 2  # of the longest partial
-    for c in range(columns.shape[0]):
-        words = max(words, columns[c, C_OFFSET] + 2)
-    scratch = np.empty(words, np.int64)
+    scratch = _scratch(columns)
     scratch_floats = scratch.view(np.float64)
     chain = np.empty(TILES_READ_MAX, np.int64)
     for k in range(which.shape[0]):
         i = which[k]
-        row = rows[i]
-        scanned = -1
-        for f in range(features.shape[0]):
-            scan = features[f, F_SCAN]
-            if scan != scanned:
-                _scan(
-                    arena, floats, scratch, scratch_floats, row, series, scans[scan, R_SERIES], columns,
-                    scans[scan, R_WINDOW_MS], as_of[i], chain,
-                )  # fmt: skip
-                scanned = scan
-            a, b, how = features[f, F_OFFSET_A], features[f, F_OFFSET_B], features[f, F_READ]
-            if how == READ_INT:
-                value = np.float64(scratch[a])
-            elif how == READ_FLOAT:
-                value = scratch_floats[a]
-            elif how == READ_RATIO:
-                value = scratch_floats[a] / scratch[b] if scratch[b] > 0 else np.nan
-            elif how == READ_LAST:
-                value = scratch_floats[a + 1]
-            else:
-                value = (as_of[i] - scratch[a]) / 1000.0 if scratch[a] != NEVER else np.nan
-            out[i, features[f, F_OUT]] = value
-        for v in range(views.shape[0]):
-            seen = NEVER if row == NONE else arena[row + ROW_HEADER_WORDS + views[v, V_WHERE]]
-            length = views[v, V_LENGTH_MS]
-            if seen == NEVER or length == FOR_EVER:
-                known[i, v] = seen != NEVER
-            else:
-                width = views[v, V_WIDTH_MS]
-                known[i, v] = seen >= (as_of[i] - length) // width * width
+        _read_one(
+            arena, floats, series, columns, scans, features, views, rows[i], as_of[i], out, known, i,
+            scratch, scratch_floats, chain,
+        )  # fmt: skip
+
+
+@kernel
+def join_features(
+    arena: Any,
+    floats: Any,
+    seed: Any,
+    series: Any,
+    columns: Any,
+    row_words: Any,
+    steps: Any,
+    start: Any,
+    hashes: Any,
+    times: Any,
+    arrivals: Any,
+    inputs: Any,
+    masks: Any,
+    scans: Any,
+    features: Any,
+    views: Any,
+    asked: Any,
+    as_of: Any,
+    out: Any,
+    known: Any,
+) -> Any:
+    """Apply events and read features in one order: the point-in-time join of one slot.
+
+    steps int64: i applies event i, ~i reads for key `asked[i]`, int64 [m, 2], as of `as_of[i]`.
+    Returns as `apply_events`.
+    """
+    scratch = _scratch(columns)
+    scratch_floats = scratch.view(np.float64)
+    chain = np.empty(TILES_READ_MAX, np.int64)
+    for k in range(start, steps.shape[0]):
+        i = steps[k]
+        if i >= 0:
+            if not _has_room(arena, series):
+                return k
+            _apply_one(
+                arena, floats, seed, series, columns, row_words, hashes[i, 0], hashes[i, 1], times[i],
+                arrivals[i], inputs, masks, i,
+            )  # fmt: skip
+        else:
+            i = ~i
+            row = _find(arena, seed, asked[i, 0], asked[i, 1])
+            _read_one(
+                arena, floats, series, columns, scans, features, views, row if row >= 0 else NONE, as_of[i],
+                out, known, i, scratch, scratch_floats, chain,
+            )  # fmt: skip
+    return DONE
 
 
 @kernel

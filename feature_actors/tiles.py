@@ -35,6 +35,7 @@ from millpond.feature_actors.kernels import (
     apply_events,
     copy_arena,
     find_rows,
+    join_features,
     read_features,
 )
 from millpond.feature_actors.layout import (
@@ -127,6 +128,32 @@ class SlotTiles:
             self._arena, self._floats, table.series_program, table.column_program, program.scans,
             program.features, program.views, which, rows, as_of, out, known,
         )  # fmt: skip
+
+    def join(
+        self,
+        program: ReadProgram,
+        steps: Ints,
+        hashes: Ints,
+        times: Ints,
+        arrivals: Ints,
+        inputs: Floats,
+        masks: Bools,
+        asked: Ints,
+        as_of: Ints,
+        out: Floats,
+        known: Bools,
+    ) -> None:
+        """Apply events and read features in the order of `steps`; see `kernels.join_features`."""
+        table, start = self._table, 0
+        while True:
+            start = join_features(
+                self._arena, self._floats, self._seed, table.series_program, table.column_program,
+                table.row_words, steps, start, hashes, times, arrivals, inputs, masks, program.scans,
+                program.features, program.views, asked, as_of, out, known,
+            )  # fmt: skip
+            if start == DONE:
+                return
+            self._grow()
 
     @property
     def entities(self) -> int:

