@@ -48,8 +48,8 @@ NAMESPACE = "millpond"
 #: `<shelter>/<56 digits of a node id>/s`, and HAProxy allows 97 bytes of the 107 that the kernel does.
 _SHELTER_BYTES_MAX = 36
 
-#: Ports for replicas, below those that the kernel hands out (32768 and up) and that Ray's workers get.
-_INGRESS_PORTS = range(20_000, 32_600, 200)
+#: Where blocks of ports start: below what the kernel hands out (32768 and up), as to Ray's workers.
+_PORTS = range(20_000, 32_600, 200)
 
 _LOG = logging.getLogger(__name__)
 
@@ -86,8 +86,10 @@ class EmbeddedCluster:
     def __init__(self, settings: EmbeddedSettings) -> None:
         self.settings = settings
         self.port = 0
+        self.ports = range(0)
         self.shelter: Path | None = None
         self._lock: TextIO | None = None
+        self._claims: list[socket.socket] = []
         self._environment_before: dict[str, str | None] = {}
 
     @property
@@ -116,7 +118,8 @@ class EmbeddedCluster:
         self._lock_run_dir()
         try:
             self._clear_predecessor()
-            self.port = free_port(self.settings.host, self.settings.port)
+            _exit_on_sigterm()
+            self._choose_ports()
             self.shelter = self._make_shelter()
             self._set_environment(self.shelter)
             self._start_ray(self.shelter)
@@ -194,6 +197,37 @@ class EmbeddedCluster:
                 shutil.rmtree(left, ignore_errors=True)
         self._record.unlink(missing_ok=True)
 
+    def _choose_ports(self) -> None:
+        """Set `ports` and `port`, and claim both against other clusters that start just now."""
+        starts = list(_PORTS)
+        # The same block each time for one directory, if it can be.
+        first = zlib.crc32(os.fsencode(self.settings.run_dir.absolute())) % len(starts)
+        for start in starts[first:] + starts[:first]:
+            block = range(start, start + _PORTS.step)
+            if self._claim(start) and all(free_port("127.0.0.1", port) == port for port in block):
+                self.ports = block
+                break
+        else:
+            raise Unavailable("embedded cluster: no 200 free ports in a row for replicas")
+        # Serve's own proxy binds without SO_REUSEADDR: for it a port that was just closed is taken.
+        reuse = self.settings.proxy == "haproxy"
+        for preferred in (self.settings.port, self.ports[-1], 0):
+            self.port = free_port(self.settings.host, preferred, reuse=reuse)
+            if self._claim(self.port):
+                return
+
+    def _claim(self, port: int) -> bool:
+        # Eight seconds pass between choosing a port and HAProxy's binding it. A name in the abstract
+        # namespace is a lock of exactly a port's scope (the network namespace), and dies with us.
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0millpond-port-{port}")
+        except OSError:
+            claim.close()
+            return False
+        self._claims.append(claim)
+        return True
+
     def _make_shelter(self) -> Path:
         # mkdtemp makes it with mode 0700 and a name that nobody can guess beforehand.
         roots = [Path(tempfile.gettempdir()), Path("/tmp")]
@@ -218,8 +252,7 @@ class EmbeddedCluster:
             shelter,
             proxy=settings.proxy,
             draining_period_s=settings.draining_period_s,
-            ingress_port_min=_free_port_block(settings.run_dir),
-            other_ports=(free_port("127.0.0.1"), free_port("127.0.0.1"), free_port(settings.host)),
+            ports=self.ports,
         )
         self._environment_before = {name: os.environ.get(name) for name in (*environment, "RAY_ADDRESS")}
         os.environ.update(environment)
@@ -227,7 +260,7 @@ class EmbeddedCluster:
 
     def _start_ray(self, shelter: Path) -> None:
         import ray
-        from ray._private import ray_constants
+        from ray._private import ray_constants, worker
         from ray._raylet import AuthenticationTokenLoader, Config
 
         if ray.is_initialized():
@@ -235,6 +268,9 @@ class EmbeddedCluster:
         # Ray read these when it was imported, or at an earlier start in this process. (What Serve reads when
         # it is imported matters in its actors only, which are born into the new environment.)
         ray_constants.ENABLE_RAY_CLUSTER = False
+        # Ray prints to our stdout that a worker died, and at every stop that Serve's controller ended in the
+        # middle of the call that asked it to.
+        worker.print_to_stdstream = _log_of_ray
         Config.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()
         ray.init(
@@ -247,6 +283,7 @@ class EmbeddedCluster:
             logging_level=self.settings.log_level,
             _temp_dir=str(shelter / "r"),
         )
+        _exit_on_sigterm()  # `ray.init` has put a handler of its own, which prints a stack and dies
 
     def _start_serve(self) -> None:
         from ray import serve
@@ -265,11 +302,6 @@ class EmbeddedCluster:
 
         if not ray.is_initialized():
             return
-        from ray._private import worker
-
-        # Serve ends its controller in the middle of the call that asks it to, and Ray's driver prints that
-        # as a failed task, on stdout, at every stop.
-        shown, worker.print_to_stdstream = worker.print_to_stdstream, lambda *_, **__: None
         try:
             if "ray.serve" in sys.modules:
                 from ray import serve
@@ -279,7 +311,6 @@ class EmbeddedCluster:
             _LOG.warning("Serve did not shut down cleanly", exc_info=True)
         finally:
             ray.shutdown()
-            worker.print_to_stdstream = shown
 
     def _clear_away(self) -> None:
         if self.shelter is not None:
@@ -293,36 +324,32 @@ class EmbeddedCluster:
             else:
                 os.environ[name] = value
         self._environment_before = {}
+        while self._claims:
+            self._claims.pop().close()
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
 
-def free_port(host: str, preferred: int = 0) -> int:
+def _log_of_ray(printed: dict[str, Any], ignore_prefix: bool = False) -> None:
+    _LOG.info("%s: %s", printed.get("pid"), "\n".join(printed.get("lines", [])))
+
+
+def free_port(host: str, preferred: int = 0, *, reuse: bool = True) -> int:
     """Return `preferred` if it can be listened on at `host`, else a port that the kernel says is free.
 
+    reuse: connections that were closed in the last minute do not make a port taken, only a listener does.
     Nothing holds the port until someone binds it.
     """
     for port in (preferred, 0):
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            # As HAProxy does: connections in TIME_WAIT do not make a port taken, a listener does.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(reuse))
             try:
                 probe.bind((host, port))
             except OSError:
                 continue
             return int(probe.getsockname()[1])
-    raise Unavailable(f"no port of {host} can be listened on")
-
-
-def _free_port_block(run_dir: Path) -> int:
-    """Return the first of 200 ports where nobody listens; the same one each time, if it can be."""
-    blocks = list(_INGRESS_PORTS)
-    first = zlib.crc32(os.fsencode(run_dir.absolute())) % len(blocks)
-    for block in blocks[first:] + blocks[:first]:
-        if all(free_port("127.0.0.1", port) == port for port in range(block, block + _INGRESS_PORTS.step)):
-            return block
-    raise Unavailable("no block of 200 free ports for replicas")
+    raise Unavailable(f"no port of `{host}` can be listened on; is it an address of this machine?")
 
 
 def _processes_of(shelter: Path) -> list[int]:
@@ -370,6 +397,12 @@ def _end_processes_of(shelter: Path, patience_s: float) -> None:
 
 
 _END_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def _exit_on_sigterm() -> None:
+    """Make SIGTERM an exception, as SIGINT is one, so that `start` and `with` are unwound by it."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 @contextlib.contextmanager

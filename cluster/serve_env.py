@@ -26,27 +26,22 @@ Proxy = Literal["haproxy", "serve"]
 #: An answer of the application itself, of whatever status, passes through unchanged.
 _ERROR_PAGES = {
     502: "the replica went away before it answered; events with an `event_id` are safe to send again",
-    503: "no replica is up",
+    503: "no replica of the application is up",
     504: "the replica did not answer in time; events with an `event_id` are safe to send again",
 }
-
-_INGRESS_PORTS = 200
-
 
 def serve_environment(
     shelter: Path,
     *,
     proxy: Proxy = "haproxy",
     draining_period_s: float = 2,
-    ingress_port_min: int = 30000,
-    other_ports: tuple[int, int, int] = (44217, 44227, 8500),
+    ports: range = range(30_000, 30_200),
 ) -> dict[str, str]:
     """Return the variables to set in the driver, before it imports `ray`, and on every node.
 
     shelter: a short-named directory of mode 0700 for sockets and generated files: unix socket paths end
     at 107 bytes, and HAProxy's hold a node id of 56.
-    ingress_port_min: first of the 200 ports that this cluster's replicas may listen on.
-    other_ports: of Ray's autoscaler, of its dashboard, and of the proxy that Serve keeps behind HAProxy.
+    ports: those that replicas (and three fixed servers of Ray and Serve) may listen on, this cluster's own.
     """
     haproxy = proxy == "haproxy"
     return {
@@ -66,17 +61,17 @@ def serve_environment(
         "RAY_task_events_report_interval_ms": "0",  # off: nobody reads them without the dashboard
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` each worker would build an environment first
         # Fixed ports by default, and two clusters of a machine would fight for them.
-        "AUTOSCALER_METRIC_PORT": str(other_ports[0]),
-        "DASHBOARD_METRIC_PORT": str(other_ports[1]),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(other_ports[2]),
+        "AUTOSCALER_METRIC_PORT": str(ports[-2]),
+        "DASHBOARD_METRIC_PORT": str(ports[-3]),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports[-4]),
         "RAY_SERVE_ENABLE_HA_PROXY": "1" if haproxy else "0",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         # Without HAProxy the replicas' own ports have no user, and waiting for them slows each stop.
         "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1" if haproxy else "0",
         # A range of its own: a port that a dead replica of one cluster leaves must not be taken by a
         # replica of another while the first cluster's HAProxy still sends requests to it.
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ingress_port_min),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ingress_port_min + _INGRESS_PORTS),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports[0]),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports[-5]),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(draining_period_s),
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
@@ -114,7 +109,11 @@ def tighten_haproxy(config: str, *, host: str, shelter: str) -> str:
     - Metrics and the stats page, for which Serve binds every interface, become unix sockets in
       `shelter` (`curl --unix-socket .../stats http://x/stats`): no port, so no clash between clusters.
     - No log datagram per request to 127.0.0.1:514, where nobody listens.
-    - `_ERROR_PAGES` instead of a plain 500.
+    - `_ERROR_PAGES` instead of a plain 500; also where HAProxy knows no application for a path: for half
+      a second after a restart it knows none at all, and a client must not take that for a 404.
+    - Requests carry `x-request-disconnect-disabled`: then Serve hands the application the connection's
+      own `receive`, instead of reading the whole body ahead in a task of its own, and does not cancel an
+      ingest half done because the client has gone.
 
     Raises `ValueError` for a bind line that it does not know: an unknown door stays shut.
 
@@ -137,9 +136,13 @@ def tighten_haproxy(config: str, *, host: str, shelter: str) -> str:
             raise ValueError(f"HAProxy configuration: `{text}` of `{section}` is not on {host}")
         elif text.startswith("log ") or text == "option log-health-checks":
             continue
+        elif section == "backend default_backend" and text.startswith("http-request return status 404"):
+            text = "http-request deny deny_status 503"
         elif match := re.fullmatch(r"errorfile (50[234]) .*", text):
             text = f"errorfile {match[1]} {shelter}/{match[1]}.http"
         lines.append(indent + text)
+        if section == "frontend http_frontend" and text.startswith("bind "):
+            lines.append(f"{indent}http-request set-header x-request-disconnect-disabled ?1")
     return "\n".join(lines) + "\n"
 
 

@@ -30,7 +30,6 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-
 from millpond.feature_actors.errors import BadRequest, Problem, TooLarge, UnsupportedMediaType, did_you_mean
 from millpond.feature_actors.source import Field, Source
 
@@ -103,7 +102,7 @@ class Decoder:
     def __init__(
         self,
         source: Source,
-        limits: BodyLimits = BodyLimits(),  # noqa: B008 - frozen
+        limits: BodyLimits = BodyLimits(),
         key_fields: Collection[str] = (),
         key_bytes_max: int = 1_024,
     ) -> None:
@@ -145,7 +144,7 @@ class Decoder:
         if len(body) > self.limits.body_bytes_max:
             self._too_large("body_bytes_max", f"{len(body)} bytes")
         if not body:
-            self._refuse([(f"{self._body}: empty; allowed are events, or `[]`", "$")])
+            raise self._invalid([(f"{self._body}: empty; allowed are events, or `[]`", "$")])
         if form == "arrow":
             return self._decode_arrow(body)
         try:
@@ -156,23 +155,20 @@ class Decoder:
             return self._from_events(events)
         except _MISFITS as error:
             reason = str(error)
-        self._refuse(self._json_problems(body, form, reason))
+        raise self._invalid(self._json_problems(body, form, reason))
 
     # JSON and NDJSON.
 
     def _from_events(self, events: list[Any]) -> pa.RecordBatch:
         rows = list(map(msgspec.structs.astuple, events))
+        columns = self._columns.values()
         try:
-            batch = pa.RecordBatch.from_struct_array(pa.array(rows, self._struct_type))
-            columns = batch.columns
+            # One struct array, taken apart, is made in a third of the time of one array per column.
+            arrays = pa.array(rows, self._struct_type).flatten()
         except pa.ArrowInvalid:
-            # Integers that came as strings are converted by column.
-            batch = None
-            by_column = zip(*rows, strict=True)
-            columns = [c.from_json(v) for c, v in zip(self._columns.values(), by_column, strict=True)]
-        checked = [c.checked(a) for c, a in zip(self._columns.values(), columns, strict=True)]
-        if batch is not None and all(a is b for a, b in zip(checked, columns, strict=True)):
-            return batch
+            # Integers that came as strings: converted by column.
+            arrays = [c.from_json(v) for c, v in zip(columns, zip(*rows, strict=True), strict=True)]
+        checked = [c.checked(a) for c, a in zip(columns, arrays, strict=True)]
         return pa.RecordBatch.from_arrays(checked, schema=self._schema)
 
     def _json_problems(self, body: bytes, form: str, reason: str) -> list[Problem]:
@@ -185,8 +181,7 @@ class Decoder:
         unread = iter(scan)
         while chunk := list(islice(unread, _CHUNK_ROWS)):
             self._check_rows(start + len(chunk))
-            rows = _misfits(len(chunk), lambda a, b, c=chunk: self._fits(c[a:b]), self._wanted(problems))  # type: ignore[misc]
-            for row in rows:
+            for row in self._misfit_events(chunk, self._wanted(problems)):
                 problems += self._row_problems(chunk[row], scan.path(start + row), reason)
             if not self._wanted(problems):
                 return problems
@@ -195,12 +190,15 @@ class Decoder:
             problems.append((f"{self._body}: {scan.malformed}", scan.path(start)))
         return problems or [(f"{self._body}: {_shown(reason, 200)}", "$")]
 
-    def _fits(self, rows: list[Any]) -> bool:
-        try:
-            self._from_events(msgspec.convert(rows, self._events_type))
-        except _MISFITS:
-            return False
-        return True
+    def _misfit_events(self, events: list[Any], most: int) -> list[int]:
+        def fit(start: int, stop: int) -> bool:
+            try:
+                self._from_events(msgspec.convert(events[start:stop], self._events_type))
+            except _MISFITS:
+                return False
+            return True
+
+        return _misfits(len(events), fit, most)
 
     def _row_problems(self, row: Any, path: str, reason: str) -> list[Problem]:
         """Return the problems of one bad row: of its values as they stand, then of what is missing."""
@@ -213,9 +211,7 @@ class Decoder:
                 problems.append((self._unknown(name), _member(path, name)))
             elif not column.fits_json(value):
                 problems.append((f"{self._event}: {column.expected(value)}", _member(path, name)))
-        for name, column in self._columns.items():
-            if name not in row and column.required:
-                problems.append((f"{self._event}: expected `{column.name}`, got nothing", _member(path, name)))
+        problems += self._missing(row, path)
         return problems or [(f"{self._event}: {_shown(reason, 200)}", path)]
 
     # Arrow.
@@ -228,7 +224,7 @@ class Decoder:
             received, rows = self._read(reader)
         except (*_MISFITS, MemoryError) as error:
             reason = _shown(str(error).partition("\n")[0], 200)
-            self._refuse([(f"{self._body}: not an Arrow IPC stream that can be read: {reason}", "$")])
+            raise self._invalid([(f"{self._body}: not an Arrow IPC stream that can be read: {reason}", "$")])
         arrays: list[pa.Array] = []
         problems: list[tuple[int, Problem]] = []
         for name, column in self._columns.items():
@@ -239,7 +235,7 @@ class Decoder:
                 problems += self._column_problems(name, column, array)
         if problems:
             problems.sort(key=lambda p: p[0])
-            self._refuse([problem for _, problem in problems])
+            raise self._invalid([problem for _, problem in problems])
         return pa.RecordBatch.from_arrays(arrays, schema=self._schema)
 
     def _check_messages(self, body: bytes) -> None:
@@ -282,11 +278,9 @@ class Decoder:
                 problems.append((f"{self._event}: expected `{column.name}`, got a column of `{got}`", path))
             if not self._wanted(problems):
                 break
-        for name, column in self._columns.items():
-            if column.required and name not in schema.names:
-                problems.append((f"{self._event}: expected `{column.name}`, got nothing", _member("$[*]", name)))
+        problems += self._missing(schema.names, "$[*]")
         if problems:
-            self._refuse(problems)
+            raise self._invalid(problems)
 
     def _read(self, reader: pa.RecordBatchReader) -> tuple[dict[str, pa.Array], int]:
         """Return the stream's columns, batches joined and dictionaries decoded, and the number of rows."""
@@ -335,6 +329,13 @@ class Decoder:
             )
         return form
 
+    def _missing(self, names: Collection[str], path: str) -> list[Problem]:
+        return [
+            (f"{self._event}: expected `{column.name}`, got nothing", _member(path, name))
+            for name, column in self._columns.items()
+            if column.required and name not in names
+        ]
+
     def _unknown(self, name: str) -> str:
         return f"{self._event}: unknown field `{_shown(name)}`" + did_you_mean(name[:64], self._columns)
 
@@ -353,10 +354,10 @@ class Decoder:
         allowed = getattr(self.limits, limit)
         raise TooLarge(f"{self._body}: {got}; `{limit}` is {allowed}; send fewer events at a time")
 
-    def _refuse(self, problems: list[Problem]) -> NoReturn:
+    def _invalid(self, problems: list[Problem]) -> BadRequest:
         message, path = problems[0]
         most = self.limits.problems_max
-        raise BadRequest(message, path=path, code="invalid_events", problems=tuple(problems[:most]))
+        return BadRequest(message, path=path, code="invalid_events", problems=tuple(problems[:most]))
 
 
 @dataclass(frozen=True)
@@ -446,7 +447,9 @@ class _Column:
             low, high = _int_range(self.type)
             return f"{said}; allowed is {low} to {high}"
         if pa.types.is_floating(self.type) and is_number:
-            return said + ("; it does not fit without loss" if math.isfinite(value) else "; allowed are finite numbers")
+            return said + (
+                "; it does not fit without loss" if math.isfinite(value) else "; allowed are finite numbers"
+            )
         if pa.types.is_timestamp(self.type) and (is_number or isinstance(value, str | _Time)):
             return said + (
                 "; allowed is ISO 8601 with a zone, or epoch milliseconds, from 1970-01-01 to 2200-01-01"
@@ -498,7 +501,9 @@ def _all_in_time(column: _Column, array: pa.Array) -> bool:
 
 def _all_short(column: _Column, array: pa.Array) -> bool:
     # The first test costs nothing, and most batches pass it.
-    return array.nbytes <= column.bytes_max or pc.max(pc.binary_length(array)).as_py() <= column.bytes_max
+    return bool(
+        array.nbytes <= column.bytes_max or pc.max(pc.binary_length(array)).as_py() <= column.bytes_max
+    )
 
 
 def _misfits(rows: int, fit: Callable[[int, int], bool], most: int) -> list[int]:
@@ -582,7 +587,7 @@ class _Scan:
 
     def _say(self, reason: str, position: int) -> str:
         before = self._text[:position].encode("utf-8", "surrogateescape")
-        reason = reason[0].lower() + reason[1:]
+        reason = (reason[0].lower() + reason[1:]).removesuffix(" at")
         if self._form == "ndjson":
             start = before.rfind(b"\n") + 1
             line = before.count(b"\n") + 1
@@ -684,4 +689,6 @@ def _member(path: str, name: str) -> str:
 
 def _int_range(int_type: pa.DataType) -> tuple[int, int]:
     bits = int_type.bit_width
-    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if pa.types.is_signed_integer(int_type) else (0, 2**bits - 1)
+    if pa.types.is_signed_integer(int_type):
+        return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    return 0, 2**bits - 1

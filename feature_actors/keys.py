@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-__all__ = ["KEY_HASH_VERSION", "Hashes", "hash_columns", "hash_values", "slots_of"]
+__all__ = ["KEY_HASH_VERSION", "Hashes", "hash_columns", "hash_keys", "hash_values", "slots_of"]
 
 KEY_HASH_VERSION = 1
 
@@ -129,10 +129,18 @@ def finish(state: Any) -> Any:
 _NO_MASK = np.zeros(0, np.bool_)
 
 
+def owned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the array, or a copy if it is read-only, as what comes from Arrow or Ray may be.
+
+    To Numba a read-only array is another type: a kernel would be compiled anew for each mixture.
+    """
+    return array if array.flags.writeable else array.copy()
+
+
 def _valid(column: pa.Array) -> npt.NDArray[np.bool_]:
     if column.null_count == 0:
         return _NO_MASK
-    return column.is_valid().to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
+    return owned(column.is_valid().to_numpy(zero_copy_only=False))
 
 
 def _absorb_column(state: Any, column: pa.Array) -> None:
@@ -147,7 +155,7 @@ def _absorb_column(state: Any, column: pa.Array) -> None:
             if payload_buffer is not None and payload_buffer.size
             else np.zeros(1, np.uint8)
         )
-        absorb_strings(state, offsets, payload, _valid(column))
+        absorb_strings(state, owned(offsets), owned(payload), _valid(column))
     else:
         absorb_words(state, _words(column), _valid(column))
 
@@ -181,10 +189,15 @@ def hash_values(columns: Sequence[Sequence[int] | Sequence[str]], n: int) -> Has
             offsets = np.zeros(n + 1, np.int32)
             np.cumsum([len(e) for e in encoded], out=offsets[1:])
             payload = np.frombuffer(b"".join(encoded) or b"\0", np.uint8)
-            absorb_strings(state, offsets, payload, _NO_MASK)
+            absorb_strings(state, offsets, owned(payload), _NO_MASK)
         else:
             absorb_words(state, np.array(column, np.int64).view(np.uint64), _NO_MASK)
     return finish(state)  # type: ignore[no-any-return]
+
+
+def hash_keys(columns: Sequence[Any], n: int) -> Hashes:
+    """Hash n keys, given as Arrow arrays or as Python lists."""
+    return hash_columns(columns, n) if isinstance(columns[0], pa.Array) else hash_values(columns, n)
 
 
 def slots_of(hashes: Hashes, n_slots: int) -> npt.NDArray[np.int64]:

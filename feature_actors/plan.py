@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from millpond.feature_actors.errors import AsOfInPast, BadRequest, Problem, did_you_mean
-from millpond.feature_actors.keys import Hashes, hash_values
+from millpond.feature_actors.keys import Hashes, hash_keys
 from millpond.feature_actors.layout import Layout, ReadProgram
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.view import Feature, FeatureView
@@ -176,10 +176,13 @@ class ReadPlan:
     def questions(
         self, keys: Mapping[str, Sequence[Any]], n: int, shard_map: ShardMap, clock: Ints | None, as_of: Ints | None
     ) -> dict[int, ShardQuestion]:
-        """Return the question for each shard that has something of the n ids."""
+        """Return the question for each shard that has something of the n ids.
+
+        keys: per key field n checked values, a Python list or an Arrow array.
+        """
         parts: dict[int, list[Part]] = {}
         for program, key, _ in self._parts:
-            hashes = hash_values([keys[name] for name in key], n)
+            hashes = hash_keys([keys[name] for name in key], n)
             shards = shard_map.shards_of(hashes)
             for shard in set(shards.tolist()):
                 parts.setdefault(shard, []).append(Part(program, hashes, np.flatnonzero(shards == shard)))

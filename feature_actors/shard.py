@@ -14,7 +14,7 @@ was not is applied.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,8 +24,8 @@ import pyarrow.compute as pc
 
 from millpond.feature_actors.dedupe import NEW, IdFilter
 from millpond.feature_actors.kernels import NEVER
-from millpond.feature_actors.keys import Hashes, hash_columns, slots_of
-from millpond.feature_actors.layout import Layout, ReadProgram, Table
+from millpond.feature_actors.keys import Hashes, hash_columns, owned, slots_of
+from millpond.feature_actors.layout import Layout, Table
 from millpond.feature_actors.plan import ShardAnswer, ShardQuestion, as_of_in_past
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.tiles import SlotTiles
@@ -34,6 +34,22 @@ from millpond.feature_actors.view import mask_of
 __all__ = ["Shard", "ShardStatus"]
 
 Ints = npt.NDArray[np.int64]
+
+
+#: No slot: its tiles stay empty, to read the features of an unknown entity from.
+_NOWHERE = -1
+_NO_ROWS = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True)
+class _Route:
+    """What of a batch goes to one table: hashes int64 [n, 2] of all keys, the rows to apply by slot,
+    inputs float64 [fields, n], masks bool [wheres, n]."""
+
+    hashes: Ints
+    rows_by_slot: list[tuple[int, Ints]]
+    inputs: npt.NDArray[np.float64]
+    masks: npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -85,6 +101,7 @@ class Shard:
 
         ids uint64 [n, 2]: hashes of the event ids; contents int64 [n]: hashes of the whole events.
         """
+        ids, contents, arrivals = owned(ids), owned(contents), owned(arrivals)
         verdicts = np.zeros(len(ids), np.uint8)
         for slot, rows in self._by_slot(ids, np.arange(len(ids))):
             home = self._homes.get((source, slot))
@@ -101,22 +118,25 @@ class Shard:
         if len(arrivals):
             self._newest_arrival_ms = max(self._newest_arrival_ms, int(arrivals.max()))
         declared = self._layout.source(source)
-        times = batch.column(declared.event_time).cast(pa.int64()).to_numpy()
+        times = owned(batch.column(declared.event_time).cast(pa.int64()).to_numpy())
+        arrivals = owned(arrivals)
         ids = None
         if declared.event_id is not None and batch.num_rows:
             ids = hash_columns([batch.column(declared.event_id)], batch.num_rows)
         for table in self._layout.tables_of(source):
-            self._apply_table(table, batch, times, arrivals, ids)
+            route = self._route(table, batch, arrivals, ids)
+            for slot, rows in route.rows_by_slot:
+                self._tiles_of(table.number, slot).apply(
+                    rows, route.hashes, times, arrivals, route.inputs, route.masks
+                )
 
-    def _apply_table(
-        self, table: Table, batch: pa.RecordBatch, times: Ints, arrivals: Ints, ids: Hashes | None
-    ) -> None:
+    def _route(self, table: Table, batch: pa.RecordBatch, arrivals: Ints, ids: Hashes | None) -> _Route:
+        """Return what of a batch goes to this shard's slots of a table, duplicates dropped."""
         keys = [batch.column(name) for name in table.key]
         hashes = hash_columns(keys, batch.num_rows)
         keyed = np.flatnonzero(key_validity(keys, batch.num_rows))
-        inputs = _inputs(table, batch)
-        masks = _masks(table, batch)
         route_ids = None if ids is None else (ids + hashes[:, ::-1]).view(np.int64)
+        rows_by_slot = []
         for slot, rows in self._by_slot(hashes, keyed):
             if route_ids is not None:
                 seen = self._filters.get((table.number, slot))
@@ -125,11 +145,15 @@ class Shard:
                 verdicts = np.zeros(batch.num_rows, np.uint8)
                 seen.admit(rows, route_ids, np.zeros(batch.num_rows, np.int64), arrivals, verdicts)
                 rows = rows[verdicts[rows] == NEW]
-            tiles = self._tiles.get((table.number, slot))
-            if tiles is None:
-                tiles = self._tiles[table.number, slot] = SlotTiles(table, self._seed)
             self._events[table.name] += len(rows)
-            tiles.apply(rows, hashes.view(np.int64), times, arrivals, inputs, masks)
+            rows_by_slot.append((slot, rows))
+        return _Route(hashes.view(np.int64), rows_by_slot, _inputs(table, batch), _masks(table, batch))
+
+    def _tiles_of(self, table: int, slot: int) -> SlotTiles:
+        tiles = self._tiles.get((table, slot))
+        if tiles is None:
+            tiles = self._tiles[table, slot] = SlotTiles(self._layout.tables[table], self._seed)
+        return tiles
 
     def _by_slot(self, hashes: Hashes, rows: Ints) -> Iterator[tuple[int, Ints]]:
         """Yield (slot, rows of it in order) for the slots of this shard."""
@@ -176,18 +200,43 @@ class Shard:
             out = np.empty((n, len(part.program.features)), np.float64)
             known = np.zeros((n, len(part.program.views)), np.bool_)
             for slot, which in self._by_slot(part.hashes, part.which):
-                tiles = self._tiles.get((part.program.table, slot)) or self._nothing(part.program)
+                tiles = self._tiles.get((part.program.table, slot)) or self._tiles_of(part.program.table, _NOWHERE)
                 tiles.read(part.program, which, rows, as_of, out, known)
             matrices.append(out[part.which])
             knowns.append(known[part.which])
         return ShardAnswer(as_of, tuple(matrices), tuple(knowns))
 
-    def _nothing(self, program: ReadProgram) -> SlotTiles:
-        """Return tiles without entities, to read the features of an unknown one from."""
-        empty = self._tiles.get((program.table, -1))
-        if empty is None:
-            empty = self._tiles[program.table, -1] = SlotTiles(self._layout.tables[program.table], self._seed)
-        return empty
+    def join(self, question: ShardQuestion, events: Mapping[str, tuple[pa.RecordBatch, Ints]]) -> ShardAnswer:
+        """Answer a question while the events come in: the point-in-time join of a training set.
+
+        question.as_of: int64 [n], ascending. events: per source a batch in ascending event time and
+        its arrival stamps. Row i is read when every event up to as_of[i] is applied and none after.
+        The state is left as after all the events.
+        """
+        assert question.as_of is not None
+        matrices, knowns = [], []
+        for part in question.parts:
+            table = self._layout.tables[part.program.table]
+            batch, arrivals = events[table.source.name]
+            times = owned(batch.column(table.source.event_time).cast(pa.int64()).to_numpy())
+            arrivals = owned(arrivals)
+            ids = None if table.source.event_id is None else hash_columns([batch.column(table.source.event_id)], len(times))
+            route = self._route(table, batch, arrivals, ids)
+            applied = dict(route.rows_by_slot)
+            asked = dict(self._by_slot(part.hashes, part.which))
+            out = np.empty((question.n, len(part.program.features)), np.float64)
+            known = np.zeros((question.n, len(part.program.views)), np.bool_)
+            for slot in applied.keys() | asked.keys():
+                rows, which = applied.get(slot, _NO_ROWS), asked.get(slot, _NO_ROWS)
+                # A stable sort of events before questions: an event at the very as-of is seen.
+                order = np.argsort(np.concatenate([times[rows], question.as_of[which]]), kind="stable")
+                self._tiles_of(table.number, slot).join(
+                    part.program, np.concatenate([rows, ~which])[order], route.hashes, times, arrivals, route.inputs,
+                    route.masks, part.hashes.view(np.int64), question.as_of, out, known,
+                )  # fmt: skip
+            matrices.append(out[part.which])
+            knowns.append(known[part.which])
+        return ShardAnswer(question.as_of, tuple(matrices), tuple(knowns))
 
     # -- what it holds
 

@@ -1,2 +1,9 @@
+"""What a model is, and how one is loaded, trained for and asked."""
+
 if __name__ != "millpond.models":
     raise ImportError(f"import millpond.models, not {__name__}: a second copy would double every class")
+
+from millpond.models.model import Features, Model
+from millpond.models.training import training_set
+
+__all__ = ["Features", "Model", "training_set"]

@@ -1,0 +1,208 @@
+"""The description of the calls: an OpenAPI document, and a page for people made from the same facts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+import msgspec
+
+from millpond.feature_actors.layout import Layout
+from millpond.feature_actors.plan import ReadPlan
+from millpond.feature_actors.source import Field, Source
+from millpond.models.model import LoadedModel
+
+__all__ = ["docs_page", "openapi_document"]
+
+_JSON_TYPES: dict[str, dict[str, Any]] = {
+    "string": {"type": "string"},
+    "bool": {"type": "boolean"},
+    "timestamp[ms, UTC]": {
+        "oneOf": [{"type": "string", "format": "date-time"}, {"type": "integer", "format": "int64"}],
+        "description": "ISO 8601 with a zone, or milliseconds since the epoch",
+    },
+}
+_EXAMPLES: dict[str, Any] = {"string": "abc", "bool": True, "timestamp[ms, UTC]": "2024-05-01T12:00:00Z"}
+
+_ERROR = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                "code": {"type": "string"},
+                "message": {"type": "string"},
+                "path": {"type": ["string", "null"]},
+                "problems": {"type": "array", "items": {"type": "object"}},
+            },
+            "required": ["code", "message", "path"],
+        }
+    },
+}
+_ACK = {
+    "type": "object",
+    "properties": {
+        name: {"type": "integer", "description": about}
+        for name, about in {
+            "accepted": "applied by every shard concerned",
+            "duplicates": "seen before with the same content: dropped",
+            "conflicts": "seen before with another content: dropped",
+            "late": "of the accepted, behind their arrival by more than the limit: still merged",
+            "too_late": "of the accepted, older than anything kept",
+            "unkeyed": "of the accepted, without a key for some view",
+        }.items()
+    },
+}
+
+
+def openapi_document(layout: Layout, models: Mapping[str, LoadedModel], cluster_name: str) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of this cluster: a path for each source, model and view."""
+    paths: dict[str, Any] = {}
+    for source in layout.sources.values():
+        event = _event_schema(source)
+        forms = {"application/json": {"schema": {"oneOf": [event, {"type": "array", "items": event}]}}}
+        for form in ("application/x-ndjson", "application/vnd.apache.arrow.stream"):
+            forms[form] = {"schema": {"type": "string", "format": "binary"}}
+        paths[f"/v1/events/{source.name}"] = {
+            "post": _call(
+                source.about or f"Events of {source.name}",
+                f"events_{source.name}",
+                _ACK,
+                body=forms,
+                parameters=[_parameter("arrival", {"enum": ["now", "event"]}, "event: a bulk load or replay")],
+            )
+        }
+    for name, loaded in models.items():
+        one = _id_schema(loaded.plan)
+        paths[f"/v1/score/{name}"] = {
+            "post": _call(
+                loaded.model.about or f"Scores of {name}",
+                f"score_{name}",
+                _answer_schema(),
+                body={"application/json": {"schema": {"oneOf": [one, {"type": "array", "items": one}]}}},
+                parameters=[
+                    _parameter("as_of", {"type": "string"}, "not before what has been applied; for replays"),
+                    _parameter("features", {"enum": ["true", "false"]}, "answer with the features read, too"),
+                ],
+            )
+        }
+    for name, view in layout.views.items():
+        plan = ReadPlan(layout, list(view), f"view `{name}`")
+        key = [_parameter(k, _key_schema(kind), "key field", required=True) for k, kind in plan.key_fields.items()]
+        paths[f"/v1/features/{name}"] = {
+            "get": _call(view.about or f"Features of {name}", f"features_{name}", {"type": "object"}, parameters=key)
+        }
+    for path, about in (("/healthz", "Liveness of this replica"), ("/readyz", "Every shard and model is ready")):
+        paths[path] = {"get": _call(about, path.strip("/"), {"type": "object"})}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": f"Millpond: {cluster_name}", "version": "1"},
+        "paths": paths,
+        "components": {"schemas": {"Error": _ERROR}},
+    }
+
+
+def _call(
+    about: str,
+    operation: str,
+    answer: dict[str, Any],
+    body: dict[str, Any] | None = None,
+    parameters: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    call: dict[str, Any] = {
+        "summary": about,
+        "operationId": operation,
+        "responses": {
+            "200": {"description": "OK", "content": {"application/json": {"schema": answer}}},
+            "4XX": {"description": "The request is wrong", "content": error},
+            "5XX": {"description": "Try again after Retry-After", "content": error},
+        },
+    }
+    if body:
+        call["requestBody"] = {"required": True, "content": body}
+    if parameters:
+        call["parameters"] = parameters
+    return call
+
+
+def _parameter(name: str, schema: dict[str, Any], about: str, required: bool = False) -> dict[str, Any]:
+    return {"name": name, "in": "query", "required": required, "schema": schema, "description": about}
+
+
+def _event_schema(source: Source) -> dict[str, Any]:
+    fields: dict[str, Field] = source.fields
+    return {
+        "type": "object",
+        "properties": {name: _field_schema(f) for name, f in fields.items()},
+        "required": [name for name, f in fields.items() if not f.optional and f.default is None],
+        "additionalProperties": False,
+    }
+
+
+def _field_schema(field: Field) -> dict[str, Any]:
+    if field.type in _JSON_TYPES:
+        return dict(_JSON_TYPES[field.type])
+    return {"type": "number"} if field.type in ("float32", "float64", "double") else {"type": "integer"}
+
+
+def _key_schema(kind: str) -> dict[str, Any]:
+    return {"type": "string"} if kind == "string" else {"type": "integer", "format": "int64"}
+
+
+def _id_schema(plan: ReadPlan) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {name: _key_schema(kind) for name, kind in plan.key_fields.items()},
+        "required": list(plan.key_fields),
+        "additionalProperties": False,
+    }
+
+
+def _answer_schema() -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {
+            "id": {"type": "string", "description": "of this answer: joins labels and explanations to it"},
+            "model": {"type": "string"},
+            "version": {"type": "string"},
+            "result": {"description": "what the model returned: a number or any JSON"},
+            "as_of": {"type": ["string", "null"], "format": "date-time"},
+            "unknown": {"type": "array", "items": {"type": "string"}, "description": "views without the entity"},
+        },
+    }
+
+
+def docs_page(layout: Layout, models: Mapping[str, LoadedModel], cluster_name: str) -> str:
+    """Return the page at `/docs`: every call with a line that can be pasted into a terminal.
+
+    A page of our own, not Swagger's: that one loads its program from elsewhere.
+    """
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        files("millpond.deployments").joinpath("docs.html").read_text(encoding="utf-8")
+    )
+    return template.render(
+        cluster=cluster_name,
+        sources=[
+            {"source": s, "example": _json({n: _example(f.type) for n, f in s.fields.items()})}
+            for s in layout.sources.values()
+        ],
+        models=[
+            {"model": m.model, "example": _json({n: _example(k) for n, k in m.plan.key_fields.items()}), "plan": m.plan}
+            for m in models.values()
+        ],
+        views=[
+            {"view": v, "query": "&".join(f"{k}={_example(v.source.fields[k].type)}" for k in v.key)}
+            for v in layout.views.values()
+        ],
+    )
+
+
+def _example(kind: str) -> Any:
+    return _EXAMPLES.get(kind, 42 if "int" in kind else 12.5)
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.encode(value).decode()

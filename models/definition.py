@@ -1,0 +1,128 @@
+"""A definition: the one file in which an ML team writes sources, views and models, with its artifacts.
+
+It travels as text and bytes, so that every process that needs it, on whatever node, has the same;
+each runs the text once and takes what it declares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+import sys
+import tempfile
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from millpond.feature_actors.errors import DeclarationError, MillpondError
+from millpond.feature_actors.layout import Layout
+from millpond.feature_actors.source import Source
+from millpond.feature_actors.view import FeatureView
+from millpond.models.model import LoadedModel, Model
+
+T = TypeVar("T")
+
+__all__ = ["Declared", "Definition", "load_models"]
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a definition declares, in the order of the file."""
+
+    sources: tuple[Source, ...]
+    views: tuple[FeatureView, ...]
+    models: tuple[Model, ...]
+
+
+@dataclass(frozen=True)
+class Definition:
+    """The text of a file and the content of its artifacts: file name to bytes."""
+
+    file_name: str
+    text: str
+    artifacts: dict[str, bytes] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path, artifacts_dir: Path | None = None) -> Definition:
+        """Read a file and the artifacts of its models that lie beside it (or in `artifacts_dir`).
+
+        Raises `DeclarationError` if the file cannot be read or does not run.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DeclarationError(f"definition `{path}`: cannot be read: {error}") from None
+        folder = artifacts_dir or path.parent
+        files = {f for model in cls(path.name, text).declared().models for f in model.artifacts.values()}
+        return cls(path.name, text, {f: (folder / f).read_bytes() for f in sorted(files) if (folder / f).is_file()})
+
+    @property
+    def digest(self) -> str:
+        content = hashlib.sha256(self.text.encode())
+        for name, data in sorted(self.artifacts.items()):
+            content.update(f"\0{name}\0{len(data)}\0".encode() + data)
+        return content.hexdigest()[:16]
+
+    def declared(self) -> Declared:
+        """Run the text (once a process) and return what it declares."""
+        name = f"millpond_definition_{hashlib.sha256(self.text.encode()).hexdigest()[:16]}"
+        module = sys.modules.get(name)
+        if module is None:
+            module = types.ModuleType(name)
+            module.__file__ = f"<{self.file_name}>"
+            # Tracebacks and inspect find the text although there may be no such file on this node.
+            linecache.cache[module.__file__] = (len(self.text), None, self.text.splitlines(True), module.__file__)
+            sys.modules[name] = module
+            try:
+                exec(compile(self.text, module.__file__, "exec"), module.__dict__)
+            except MillpondError:
+                del sys.modules[name]
+                raise
+            except Exception as error:
+                del sys.modules[name]
+                raise DeclarationError(
+                    f"definition `{self.file_name}`: does not run: {type(error).__name__}: {error}"
+                ) from error
+        values = list(vars(module).values())
+        models = _each(values, Model)
+        views = _each([*values, *(f.view for m in models for f in m.features)], FeatureView)
+        sources = _each([*values, *(v.source for v in views)], Source)
+        return Declared(sources, views, models)
+
+
+def _each(values: Iterable[object], kind: type[T]) -> tuple[T, ...]:
+    return tuple({id(v): v for v in values if isinstance(v, kind)}.values())
+
+
+def load_models(definitions: Iterable[Definition], layout: Layout) -> dict[str, LoadedModel]:
+    """Load every model of the definitions that can be: name to loaded model.
+
+    A predictor is given the paths of its artifacts, written to a private folder that lives as long
+    as the loading. Raises `DeclarationError` if two models share a name, an artifact is missing, or
+    a predictor fails.
+    """
+    loaded: dict[str, LoadedModel] = {}
+    for definition in definitions:
+        with tempfile.TemporaryDirectory(prefix="millpond-") as folder:
+            for name, data in definition.artifacts.items():
+                (Path(folder) / name).write_bytes(data)
+            for model in definition.declared().models:
+                if model.name in loaded:
+                    raise DeclarationError(f"two models are named `{model.name}`")
+                for artifact, file in model.artifacts.items():
+                    if file not in definition.artifacts:
+                        raise DeclarationError(
+                            f"model `{model.name}`: artifact `{artifact}` is `{file}`, which does not lie beside "
+                            f"`{definition.file_name}`; train the model first"
+                        )
+                try:
+                    loaded[model.name] = LoadedModel(model, layout, Path(folder))
+                except MillpondError:
+                    raise
+                except Exception as error:
+                    raise DeclarationError(
+                        f"model `{model.name}`: its predictor does not load: {type(error).__name__}: {error}"
+                    ) from error
+    return loaded

@@ -1,0 +1,120 @@
+"""A model: a name, a version, an owner, the features it reads and the predictor behind it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from millpond.feature_actors.errors import DeclarationError, MillpondError
+from millpond.feature_actors.layout import Layout
+from millpond.feature_actors.plan import FeatureRows, ReadPlan
+from millpond.feature_actors.source import check_name, check_owner
+from millpond.feature_actors.view import Feature
+
+__all__ = ["Features", "LoadedModel", "Model", "PredictionFailed", "Predictor"]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What `predict` gets: matrix float64 [n, features], one column per feature of the model, in the
+    order of its declaration; names are `view.feature`."""
+
+    matrix: npt.NDArray[np.float64]
+    names: tuple[str, ...]
+
+
+class Predictor(Protocol):
+    """Anything with `predict`: n rows in, n results out (numbers, or anything that JSON holds)."""
+
+    def predict(self, features: Features, /) -> Any: ...
+
+
+class PredictionFailed(MillpondError):
+    """The model's own code failed on these features: its owner has to look."""
+
+    code, status = "prediction_failed", 500
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """Declare a model.
+
+    version: names one immutable content; another content is another version.
+    features: what it reads, `view["name"]`, possibly of views with different keys.
+    predictor: called with the path of each artifact to make the thing that predicts.
+    artifacts: name to file name, beside the file of the definition.
+
+    Raises `DeclarationError` that names the model and what does not fit.
+    """
+
+    name: str
+    version: str = ""
+    owner: str = ""
+    features: Sequence[Feature] = ()
+    predictor: Callable[..., Predictor] = None  # type: ignore[assignment]
+    artifacts: Mapping[str, str] = field(default_factory=dict)
+    about: str = ""
+
+    def __post_init__(self) -> None:
+        check_name("model", self.name)
+        check_owner("model", self.name, self.owner)
+        if not isinstance(self.version, str) or not 0 < len(self.version) <= 63:
+            raise DeclarationError(
+                f"model `{self.name}`: version is a text of 1 to 63 characters, got {self.version!r}"
+            )
+        if not self.features:
+            raise DeclarationError(f"model `{self.name}`: no features")
+        for one in self.features:
+            if not isinstance(one, Feature):
+                raise DeclarationError(f'model `{self.name}`: expected features such as view["name"], got {one!r}')
+        names = [f.full_name for f in self.features]
+        if len(set(names)) != len(names):
+            twice = next(n for n in names if names.count(n) > 1)
+            raise DeclarationError(f"model `{self.name}`: feature `{twice}` is named twice")
+        if not callable(self.predictor):
+            raise DeclarationError(f"model `{self.name}`: predictor must be a class or a function, got {self.predictor!r}")
+        for artifact, file in self.artifacts.items():
+            if Path(file).name != file:
+                raise DeclarationError(
+                    f"model `{self.name}`: artifact `{artifact}` must be a file name without folders, got {file!r}"
+                )
+
+    @property
+    def subject(self) -> str:
+        return f"model `{self.name}`"
+
+
+class LoadedModel:
+    """A model version in memory: its plan over the cluster's layout, and its predictor."""
+
+    def __init__(self, model: Model, layout: Layout, artifacts_dir: Path) -> None:
+        self.model = model
+        self.plan = ReadPlan(layout, model.features, model.subject)
+        self._predictor = model.predictor(
+            **{name: str(artifacts_dir / file) for name, file in model.artifacts.items()}
+        )
+
+    def predict(self, rows: FeatureRows) -> list[Any]:
+        """Return one result per row.
+
+        Raises `PredictionFailed` if the predictor fails, returns another number of results, or a
+        number that is not finite (JSON has no word for it).
+        """
+        subject, n = self.model.subject, len(rows.matrix)
+        try:
+            results = self._predictor.predict(Features(rows.matrix, self.plan.names))
+            results = results.tolist() if isinstance(results, np.ndarray) else list(results)
+        except Exception as error:
+            raise PredictionFailed(f"{subject}: predict raised {type(error).__name__}: {error}") from error
+        if len(results) != n:
+            raise PredictionFailed(f"{subject}: predict returned {len(results)} results for {n} rows")
+        for result in results:
+            if isinstance(result, float) and not math.isfinite(result):
+                raise PredictionFailed(f"{subject}: predict returned {result}, which is not a finite number")
+        return results
