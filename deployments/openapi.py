@@ -71,7 +71,9 @@ def openapi_document(layout: Layout, models: Mapping[str, LoadedModel], cluster_
                 f"events_{source.name}",
                 _ACK,
                 body=forms,
-                parameters=[_parameter("arrival", {"enum": ["now", "event"]}, "event: a bulk load or replay")],
+                parameters=[
+                    _parameter("arrival", {"enum": ["now", "event"]}, "event: a bulk load or replay")
+                ],
             )
         }
     for name, loaded in models.items():
@@ -90,11 +92,19 @@ def openapi_document(layout: Layout, models: Mapping[str, LoadedModel], cluster_
         }
     for name, view in layout.views.items():
         plan = ReadPlan(layout, list(view), f"view `{name}`")
-        key = [_parameter(k, _key_schema(kind), "key field", required=True) for k, kind in plan.key_fields.items()]
+        key = [
+            _parameter(k, _key_schema(kind), "key field", required=True)
+            for k, kind in plan.key_fields.items()
+        ]
         paths[f"/v1/features/{name}"] = {
-            "get": _call(view.about or f"Features of {name}", f"features_{name}", {"type": "object"}, parameters=key)
+            "get": _call(
+                view.about or f"Features of {name}", f"features_{name}", {"type": "object"}, parameters=key
+            )
         }
-    for path, about in (("/healthz", "Liveness of this replica"), ("/readyz", "Every shard and model is ready")):
+    for path, about in (
+        ("/healthz", "Liveness of this replica"),
+        ("/readyz", "Every shard and model is ready"),
+    ):
         paths[path] = {"get": _call(about, path.strip("/"), {"type": "object"})}
     return {
         "openapi": "3.1.0",
@@ -170,7 +180,11 @@ def _answer_schema() -> dict[str, Any]:
             "version": {"type": "string"},
             "result": {"description": "what the model returned: a number or any JSON"},
             "as_of": {"type": ["string", "null"], "format": "date-time"},
-            "unknown": {"type": "array", "items": {"type": "string"}, "description": "views without the entity"},
+            "unknown": {
+                "type": "array",
+                "items": {"type": "string"},
+                "description": "views without the entity",
+            },
         },
     }
 
@@ -190,7 +204,11 @@ def docs_page(layout: Layout, models: Mapping[str, LoadedModel], cluster_name: s
             for s in layout.sources.values()
         ],
         models=[
-            {"model": m.model, "example": _json({n: _example(k) for n, k in m.plan.key_fields.items()}), "plan": m.plan}
+            {
+                "model": m.model,
+                "example": _json({n: _example(k) for n, k in m.plan.key_fields.items()}),
+                "plan": m.plan,
+            }
             for m in models.values()
         ],
         views=[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import itertools
 import secrets
@@ -40,7 +41,7 @@ class ScoreApp(App):
         models: Mapping[str, LoadedModel],
         status: Status,
         limits: ScoreLimits,
-        admin_token: str,
+        admin_token_sha256: str,
         cluster_name: str,
     ) -> None:
         super().__init__(
@@ -58,7 +59,7 @@ class ScoreApp(App):
         self._models = models
         self._status = status
         self._limits = limits
-        self._admin_token = admin_token
+        self._admin_token_sha256 = admin_token_sha256
         layout = client.layout
         self._view_plans = {
             name: ReadPlan(layout, list(view), f"view `{name}`") for name, view in layout.views.items()
@@ -152,13 +153,15 @@ class ScoreApp(App):
 
     async def get_status(self, request: Request) -> Response:
         given = (request.header(b"authorization") or "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), self._admin_token.encode()):
+        digest = hashlib.sha256(given.encode()).hexdigest()
+        if not hmac.compare_digest(digest, self._admin_token_sha256):
             raise Unauthorized(
                 "this call needs the admin token of the cluster: `Authorization: Bearer ...`; it is in the file "
                 "`admin_token` of the cluster's data directory"
             )
         models = [
-            {"model": m.model.name, "version": m.model.version, "owner": m.model.owner} for m in self._models.values()
+            {"model": m.model.name, "version": m.model.version, "owner": m.model.owner}
+            for m in self._models.values()
         ]
         return json_response({"shards": await self._status(), "models": models})
 

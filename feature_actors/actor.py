@@ -28,7 +28,15 @@ from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.source import Source
 from millpond.feature_actors.view import FeatureView
 
-__all__ = ["ActorIngest", "ActorRead", "FeatureActor", "ShardSpec", "actor_name", "find_actors", "start_actors"]
+__all__ = [
+    "ActorIngest",
+    "ActorRead",
+    "FeatureActor",
+    "ShardSpec",
+    "actor_name",
+    "find_actors",
+    "start_actors",
+]
 
 Ints = npt.NDArray[np.int64]
 

@@ -21,12 +21,13 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from millpond.feature_actors.errors import DeclarationError
 from millpond.feature_actors.windows import parse_window_ms
 
-__all__ = ["Aggregation", "Column", "Count", "Last", "Max", "Mean", "Min", "SecondsSince", "Sum"]
+__all__ = ["Aggregation", "Column", "Count", "Last", "Max", "Mean", "Min", "SecondsSince", "Sum", "where_text"]
 
 # Operations on a column of a partial.
 COUNT, VALUES, SUM, MIN, MAX, LAST, LAST_TIME = range(7)
@@ -109,8 +110,20 @@ class Aggregation:
             "field": self.field,
             "window_ms": self.window_ms,
             "ttl_ms": self.ttl_ms,
-            "where": None if self.where is None else str(self.where),
+            "where": where_text(self.where),
         }
+
+
+def where_text(where: pc.Expression | None) -> str:
+    """Return a text that two conditions share only if they are the same; "" for none.
+
+    `str` alone elides the middle of a long `isin` and writes `2` and `2.0` alike, which divide differently.
+    """
+    if where is None:
+        return ""
+    # An expression pickles as an Arrow file of one row: its literals, with their types, in order.
+    literals = pa.ipc.open_file(where.__reduce__()[1][0]).get_batch(0)
+    return f"{where} of {[(str(c.type), c.to_pylist()) for c in literals.columns]}"
 
 
 class Count(Aggregation):

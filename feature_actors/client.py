@@ -17,7 +17,7 @@ from millpond.feature_actors.clock import Clock
 from millpond.feature_actors.dedupe import CONFLICT, DUPLICATE, NEW
 from millpond.feature_actors.errors import BadRequest, Problem, Unavailable
 from millpond.feature_actors.keys import hash_columns
-from millpond.feature_actors.layout import FOR_EVER, Layout
+from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.plan import FeatureRows, ReadPlan, ShardAnswer
 from millpond.feature_actors.ports import IngestPort, ReadPort
 from millpond.feature_actors.shard import key_validity
@@ -74,7 +74,9 @@ class FeatureClient:
         self._clock = clock
         self._limits = limits
 
-    async def ingest(self, source_name: str, batch: pa.RecordBatch, *, arrival_is_event_time: bool = False) -> Ack:
+    async def ingest(
+        self, source_name: str, batch: pa.RecordBatch, *, arrival_is_event_time: bool = False
+    ) -> Ack:
         """Bring validated events of a source to every shard that keeps something of them.
 
         Returns when each of them has applied its part. A request that failed can be repeated:
@@ -96,13 +98,15 @@ class FeatureClient:
         # 5. Count what was accepted.
         new = verdicts[~conflicts] == NEW
         times: Ints = batch.column(source.event_time).cast(pa.int64()).to_numpy()
-        late, too_late = self._lateness(source, times[new], arrivals[new])
+        times, arrivals = times[new], arrivals[new]
+        too_late = self.layout.too_late(source.name, times, arrivals)
+        late = (times < arrivals - self._limits.late_after_ms) & ~too_late
         return Ack(
             accepted=int(new.sum()),
             duplicates=int((verdicts == DUPLICATE).sum()),
             conflicts=int(conflicts.sum()),
-            late=late,
-            too_late=too_late,
+            late=int(late.sum()),
+            too_late=int(too_late.sum()),
             unkeyed=int(unkeyed[new].sum()),
         )
 
@@ -153,7 +157,9 @@ class FeatureClient:
                 )
                 for i in ahead[:_PROBLEMS_MAX].tolist()
             ]
-            raise BadRequest(problems[0][0], path=problems[0][1], code="event_ahead", problems=tuple(problems))
+            raise BadRequest(
+                problems[0][0], path=problems[0][1], code="event_ahead", problems=tuple(problems)
+            )
         return times if arrival_is_event_time else np.full(len(times), now_ms, np.int64)
 
     async def _admit(self, source: Source, batch: pa.RecordBatch, arrivals: Ints) -> npt.NDArray[np.uint8]:
@@ -175,9 +181,7 @@ class FeatureClient:
             verdicts[at] = answers[shard]
         return verdicts
 
-    async def _apply(
-        self, source: Source, batch: pa.RecordBatch, arrivals: Ints
-    ) -> npt.NDArray[np.bool_]:
+    async def _apply(self, source: Source, batch: pa.RecordBatch, arrivals: Ints) -> npt.NDArray[np.bool_]:
         """Send each shard the events of its keys; return which events lack a key, bool [n]."""
         n = batch.num_rows
         unkeyed = np.zeros(n, np.bool_)
@@ -188,9 +192,9 @@ class FeatureClient:
             unkeyed |= ~valid
             rows = np.flatnonzero(valid)
             wanted[self._map.shards_of(hash_columns(keys, n))[rows], rows] = True
-        # Where time is the newest stamp, every shard has to hear of it, else it would stand still
-        # on the shards without events and a read would depend on the number of shards.
-        everyone = self._clock.now_ms() is None and n > 0
+        # Where time is the newest stamp, every shard has to hear of it, else it would stand still on
+        # the shards that do not get the newest event and a read would depend on the number of shards.
+        clock = arrivals.max(keepdims=True) if self._clock.now_ms() is None and n > 0 else arrivals[:0]
         started: dict[int, Awaitable[None]] = {}
         for shard, mask in enumerate(wanted):
             count = int(np.count_nonzero(mask))
@@ -198,18 +202,12 @@ class FeatureClient:
                 started[shard] = self._ingest.apply(shard, source.name, batch, arrivals)
             elif count:
                 rows = np.flatnonzero(mask)
-                started[shard] = self._ingest.apply(shard, source.name, batch.take(pa.array(rows)), arrivals[rows])
-            elif everyone:
-                started[shard] = self._ingest.apply(shard, source.name, batch.slice(0, 0), arrivals.max(keepdims=True))
+                stamps = np.concatenate([arrivals[rows], clock])
+                started[shard] = self._ingest.apply(shard, source.name, batch.take(pa.array(rows)), stamps)
+            elif len(clock):
+                started[shard] = self._ingest.apply(shard, source.name, batch.slice(0, 0), clock)
         await _all(started)
         return unkeyed
-
-    def _lateness(self, source: Source, times: Ints, arrivals: Ints) -> tuple[int, int]:
-        """Return how many events are late, and how many too late for every feature."""
-        late = times < arrivals - self._limits.late_after_ms
-        keep_ms = self.layout.keep_ms(source.name)
-        too_late = np.zeros(len(times), np.bool_) if keep_ms == FOR_EVER else times < arrivals - keep_ms
-        return int((late & ~too_late).sum()), int(too_late.sum())
 
 
 def _rows_by_shard(shards: Ints) -> dict[int, Ints]:

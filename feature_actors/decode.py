@@ -163,7 +163,7 @@ class Decoder:
         rows = list(map(msgspec.structs.astuple, events))
         columns = self._columns.values()
         try:
-            # One struct array, taken apart, is made in a third of the time of one array per column.
+            # One struct array, taken apart: 11 us for one event of six fields, against 25 by column.
             arrays = pa.array(rows, self._struct_type).flatten()
         except pa.ArrowInvalid:
             # Integers that came as strings: converted by column.
@@ -224,15 +224,16 @@ class Decoder:
             received, rows = self._read(reader)
         except (*_MISFITS, MemoryError) as error:
             reason = _shown(str(error).partition("\n")[0], 200)
-            raise self._invalid([(f"{self._body}: not an Arrow IPC stream that can be read: {reason}", "$")])
+            problem = (f"{self._body}: not an Arrow IPC stream that can be read: {reason}", "$")
+            raise self._invalid([problem]) from None
         arrays: list[pa.Array] = []
         problems: list[tuple[int, Problem]] = []
         for name, column in self._columns.items():
             array = received[name] if name in received else pa.nulls(rows, column.type)
             try:
                 arrays.append(column.from_arrow(array))
-            except _MISFITS:
-                problems += self._column_problems(name, column, array)
+            except _MISFITS as error:
+                problems += self._column_problems(name, column, array, str(error))
         if problems:
             problems.sort(key=lambda p: p[0])
             raise self._invalid([problem for _, problem in problems])
@@ -302,12 +303,15 @@ class Decoder:
             return {n: pa.nulls(0, self._columns[n].type) for n in columns}, 0
         return {n: a[0] if len(a) == 1 else pa.concat_arrays(a) for n, a in columns.items()}, rows
 
-    def _column_problems(self, name: str, column: _Column, array: pa.Array) -> list[tuple[int, Problem]]:
+    def _column_problems(
+        self, name: str, column: _Column, array: pa.Array, reason: str
+    ) -> list[tuple[int, Problem]]:
+        """Return the first bad values of a column that does not fit, with their rows; never none."""
         rows = _misfits(len(array), lambda a, b: column.fits_arrow(array.slice(a, b - a)), self._wanted(()))
         return [
             (row, (f"{self._event}: {column.expected(_plain(array[row]))}", _member(f"$[{row}]", name)))
             for row in rows
-        ]
+        ] or [(0, (f"{self._event}: {_shown(reason, 200)}", _member("$[*]", name)))]
 
     # Refusals.
 

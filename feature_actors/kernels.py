@@ -48,9 +48,10 @@ from millpond.feature_actors.layout import (
     S_WHERE,
     S_WIDTH_MS,
     TILE_HEADER_WORDS,
-    V_LENGTH_MS,
+    V_TTL_MS,
     V_WHERE,
     V_WIDTH_MS,
+    V_WINDOW_MS,
 )
 
 __all__ = ["apply_events", "copy_arena", "find_rows", "join_features", "read_features"]
@@ -397,12 +398,12 @@ def _read_one(
         out[i, features[f, F_OUT]] = value
     for v in range(views.shape[0]):
         seen = NEVER if row == NONE else arena[row + ROW_HEADER_WORDS + views[v, V_WHERE]]
-        length = views[v, V_LENGTH_MS]
-        if seen == NEVER or length == FOR_EVER:
+        if seen == NEVER or views[v, V_TTL_MS] == FOR_EVER:
             known[i, v] = seen != NEVER
         else:
             width = views[v, V_WIDTH_MS]
-            known[i, v] = seen >= (as_of - length) // width * width
+            window_start = (as_of - views[v, V_WINDOW_MS]) // width * width
+            known[i, v] = seen >= min(window_start, as_of - views[v, V_TTL_MS])
 
 
 @kernel

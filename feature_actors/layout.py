@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from millpond.feature_actors.aggregations import COLUMN_WORDS, Column
+from millpond.feature_actors.aggregations import COLUMN_WORDS, Column, where_text
 from millpond.feature_actors.errors import DeclarationError, NotFound, did_you_mean
 from millpond.feature_actors.source import Source
 from millpond.feature_actors.view import Feature, FeatureView
@@ -38,12 +38,12 @@ ROW_HEADER_WORDS = 2
 S_LIFETIME, S_WHERE, S_WIDTH_MS, S_KEEP_MS, S_ROW_OFFSET, S_TILE_WORDS, S_COLUMN, S_COLUMNS = range(8)
 # Columns of `Table.column_program`, int64 [columns, 3].
 C_OPERATION, C_INPUT, C_OFFSET = range(3)
-# Columns of `ReadProgram.scans`, int64 [scans, 2], of `.features`, int64 [features, 5], of `.views`, int64 [views, 3].
+# Columns of `ReadProgram.scans`, int64 [scans, 2], of `.features`, int64 [features, 5], of `.views`, int64 [views, 4].
 R_SERIES, R_WINDOW_MS = range(2)
 F_SCAN, F_READ, F_OFFSET_A, F_OFFSET_B, F_OUT = range(5)
-V_WHERE, V_LENGTH_MS, V_WIDTH_MS = range(3)
+V_WHERE, V_WINDOW_MS, V_WIDTH_MS, V_TTL_MS = range(4)
 
-#: Stands for "kept for ever" in S_KEEP_MS and V_LENGTH_MS.
+#: Stands for "kept for ever" in S_KEEP_MS and V_TTL_MS.
 FOR_EVER = -1
 
 
@@ -106,10 +106,6 @@ class ReadProgram:
     feature_ids: tuple[str, ...]
 
 
-def _where_text(where: pc.Expression | None) -> str:
-    return "" if where is None else str(where)
-
-
 class Layout:
     """All sources and views of a cluster, compiled."""
 
@@ -124,8 +120,11 @@ class Layout:
             features.update({f.id: f for f in view})
         for (source, key), by_id in sorted(grouped.items(), key=lambda item: item[0]):
             self._table_numbers[source, key] = len(self.tables)
+            # A feature stands for all of its identity, whose views may have other conditions of their own.
+            of_views = {where_text(v.where): v.where for v in views if (v.source.name, tuple(v.key)) == (source, key)}
+            in_order = [by_id[i] for i in sorted(by_id)]
             self.tables.append(
-                _compile_table(len(self.tables), self.sources[source], key, [by_id[i] for i in sorted(by_id)])
+                _compile_table(len(self.tables), self.sources[source], key, in_order, of_views)
             )
 
     def tables_of(self, source: str) -> list[Table]:
@@ -144,13 +143,16 @@ class Layout:
             raise NotFound(f"no view `{name}`" + did_you_mean(name, self.views))
         return self.views[name]
 
-    def keep_ms(self, source: str) -> int:
-        """How far back any feature of a source looks; `FOR_EVER` if one is kept for ever.
-
-        An event older than this at its arrival is too late for every feature.
-        """
-        kept = [s.keep_ms for t in self.tables_of(source) for s in t.series]
-        return FOR_EVER if not kept or FOR_EVER in kept else max(kept)
+    def too_late(self, source: str, times: Words, arrivals: Words) -> npt.NDArray[np.bool_]:
+        """Return which events, int64 [n] of times and arrival stamps, no feature of a source takes any more."""
+        series = {(s.lifetime, s.width_ms, s.keep_ms) for t in self.tables_of(source) for s in t.series}
+        too_late = np.full(len(times), bool(series))
+        for lifetime, width_ms, keep_ms in series:
+            if lifetime:
+                too_late &= (times < arrivals - keep_ms) & (keep_ms != FOR_EVER)
+            else:
+                too_late &= times // width_ms < (arrivals - keep_ms) // width_ms
+        return too_late
 
     def read_program(self, table: Table, features: Sequence[Feature]) -> ReadProgram:
         """Compile the reading of `features`, all of one table, in this order."""
@@ -168,23 +170,30 @@ class Layout:
             scans=np.array(list(scans), np.int64).reshape(-1, 2),
             # Features of one scan stand together, so that each scan is made once.
             features=np.array(sorted(rows), np.int64).reshape(-1, 5),
-            views=np.array([_view_row(table, v) for v in views.values()], np.int64).reshape(-1, 3),
+            views=np.array([_view_row(table, v) for v in views.values()], np.int64).reshape(-1, 4),
             view_names=tuple(views),
             feature_ids=tuple(f.id for f in features),
         )
 
 
-def _compile_table(number: int, source: Source, key: tuple[str, ...], features: Sequence[Feature]) -> Table:
+def _compile_table(
+    number: int,
+    source: Source,
+    key: tuple[str, ...],
+    features: Sequence[Feature],
+    of_views: dict[str, pc.Expression | None],
+) -> Table:
     wheres: dict[str, pc.Expression | None] = {"": None}
     for feature in features:
-        wheres.setdefault(_where_text(feature.where), feature.where)
-        wheres.setdefault(_where_text(feature.view.where), feature.view.where)
+        wheres.setdefault(where_text(feature.where), feature.where)
+    for text in sorted(of_views):
+        wheres.setdefault(text, of_views[text])
     where_numbers = {text: i for i, text in enumerate(wheres)}
 
     columns: dict[tuple[int, bool, int], dict[Column, None]] = {}
     keep: dict[tuple[int, bool, int], int] = {}
     for feature in features:
-        spot, keep_ms = _spot(where_numbers[_where_text(feature.where)], feature)
+        spot, keep_ms = _spot(where_numbers[where_text(feature.where)], feature)
         columns.setdefault(spot, {}).update(dict.fromkeys(feature.aggregation.columns))
         keep[spot] = max(keep.get(spot, keep_ms), keep_ms)
     series = tuple(
@@ -229,8 +238,8 @@ def _spot(where: int, feature: Feature) -> tuple[tuple[int, bool, int], int]:
 
 
 def _series_of(table: Table, feature: Feature) -> tuple[Series, int]:
-    texts = [_where_text(w) for w in table.wheres]
-    spot, _ = _spot(texts.index(_where_text(feature.where)), feature)
+    texts = [where_text(w) for w in table.wheres]
+    spot, _ = _spot(texts.index(where_text(feature.where)), feature)
     for number, series in enumerate(table.series):
         if (series.where, series.lifetime, series.width_ms) == spot:
             return series, number
@@ -238,17 +247,15 @@ def _series_of(table: Table, feature: Feature) -> tuple[Series, int]:
 
 
 def _view_row(table: Table, view: FeatureView) -> list[int]:
-    """Return the where and the longest reach of a view, by which an entity is known to it or not."""
-    where = [_where_text(w) for w in table.wheres].index(_where_text(view.where))
-    longest, width = 0, 1
-    for feature in view:
-        window_ms, ttl_ms = feature.aggregation.window_ms, feature.aggregation.ttl_ms
-        if window_ms is None and ttl_ms is None:
-            return [where, FOR_EVER, 1]
-        length, w = (window_ms, tile_width_ms(window_ms)) if window_ms is not None else (ttl_ms or 0, 1)
-        if length > longest:
-            longest, width = length, w
-    return [where, longest, width]
+    """Return the where of a view, its longest window and its longest ttl: where an entity must have an
+    event to be known to it."""
+    where = [where_text(w) for w in table.wheres].index(where_text(view.where))
+    aggregations = [f.aggregation for f in view]
+    windows = [a.window_ms for a in aggregations if a.window_ms is not None]
+    ttls = [FOR_EVER if a.ttl_ms is None else a.ttl_ms for a in aggregations if a.window_ms is None]
+    window_ms = max(windows, default=0)
+    ttl_ms = FOR_EVER if FOR_EVER in ttls else max(ttls, default=0)
+    return [where, window_ms, tile_width_ms(window_ms) if window_ms else 1, ttl_ms]
 
 
 def compile_layout(sources: Iterable[Source], views: Iterable[FeatureView]) -> Layout:

@@ -68,7 +68,11 @@ class Manifest:
             manifest = cls(**content)
         except TypeError as error:
             raise ManifestError(f"data directory: `{path}` is damaged: {error}") from None
-        for name, want in (("cluster_name", cluster_name), ("n_slots", n_slots), ("key_hash_version", KEY_HASH_VERSION)):
+        for name, want in (
+            ("cluster_name", cluster_name),
+            ("n_slots", n_slots),
+            ("key_hash_version", KEY_HASH_VERSION),
+        ):
             if (have := getattr(manifest, name)) != want:
                 raise ManifestError(
                     f"data directory: `{path}` has {name} {have!r}, the configuration says {want!r}; it is fixed "

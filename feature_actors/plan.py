@@ -6,6 +6,7 @@ question per shard, and the shards' answers into a matrix: float64 [ids, feature
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ __all__ = ["FeatureRows", "ReadPlan", "ShardAnswer", "ShardQuestion", "as_of_in_
 Ints = npt.NDArray[np.int64]
 
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
+#: An int64 as text, in its one spelling: `"042"` and `"-0"` are somebody's strings.
+_INT64_TEXT = re.compile(r"0|-?[1-9][0-9]{0,18}")
 KEY_BYTES_MAX = 1_024
 _PROBLEMS_MAX = 10
 
@@ -127,7 +130,9 @@ class ReadPlan:
                     value = _key_value(one[name], kind)
                     if value is None:
                         got = "true" if one[name] is True else repr(one[name])[:80]
-                        problems.append((f"{self.subject}: expected `{name}` as {kind}, got {got}", f"{path}.{name}"))
+                        problems.append(
+                            (f"{self.subject}: expected `{name}` as {kind}, got {got}", f"{path}.{name}")
+                        )
                     else:
                         columns[name].append(value)
             if len(problems) >= _PROBLEMS_MAX:
@@ -174,7 +179,12 @@ class ReadPlan:
     # -- questions and answers
 
     def questions(
-        self, keys: Mapping[str, Sequence[Any]], n: int, shard_map: ShardMap, clock: Ints | None, as_of: Ints | None
+        self,
+        keys: Mapping[str, Sequence[Any]],
+        n: int,
+        shard_map: ShardMap,
+        clock: Ints | None,
+        as_of: Ints | None,
     ) -> dict[int, ShardQuestion]:
         """Return the question for each shard that has something of the n ids.
 
@@ -216,8 +226,8 @@ def _key_value(value: Any, kind: str) -> int | str | None:
             return value if len(value.encode()) <= KEY_BYTES_MAX else None
         except UnicodeEncodeError:  # a lone surrogate is not text
             return None
-    if isinstance(value, str) and len(value) <= 20 and value.removeprefix("-").isascii():
-        value = int(value) if value.removeprefix("-").isdigit() else None
+    if isinstance(value, str) and _INT64_TEXT.fullmatch(value):
+        value = int(value)
     if type(value) is not int or not _INT64_MIN <= value <= _INT64_MAX:
         return None
     return value

@@ -113,7 +113,7 @@ class Shard:
     def apply(self, source: str, batch: pa.RecordBatch, arrivals: Ints) -> None:
         """Apply those routes of the events that are of this shard, in the order of the batch.
 
-        batch: of the source's schema; arrivals int64 [n]. An empty batch only moves the clock.
+        batch: of the source's schema; arrivals int64 [n], or one more, which only moves the clock.
         """
         if len(arrivals):
             self._newest_arrival_ms = max(self._newest_arrival_ms, int(arrivals.max()))
@@ -136,6 +136,8 @@ class Shard:
         hashes = hash_columns(keys, batch.num_rows)
         keyed = np.flatnonzero(key_validity(keys, batch.num_rows))
         route_ids = None if ids is None else (ids + hashes[:, ::-1]).view(np.int64)
+        # What can fail comes before the filter, which takes an event for applied once it has seen it.
+        inputs, masks = _inputs(table, batch), _masks(table, batch)
         rows_by_slot = []
         for slot, rows in self._by_slot(hashes, keyed):
             if route_ids is not None:
@@ -147,7 +149,7 @@ class Shard:
                 rows = rows[verdicts[rows] == NEW]
             self._events[table.name] += len(rows)
             rows_by_slot.append((slot, rows))
-        return _Route(hashes.view(np.int64), rows_by_slot, _inputs(table, batch), _masks(table, batch))
+        return _Route(hashes.view(np.int64), rows_by_slot, inputs, masks)
 
     def _tiles_of(self, table: int, slot: int) -> SlotTiles:
         tiles = self._tiles.get((table, slot))
@@ -200,7 +202,9 @@ class Shard:
             out = np.empty((n, len(part.program.features)), np.float64)
             known = np.zeros((n, len(part.program.views)), np.bool_)
             for slot, which in self._by_slot(part.hashes, part.which):
-                tiles = self._tiles.get((part.program.table, slot)) or self._tiles_of(part.program.table, _NOWHERE)
+                tiles = self._tiles.get((part.program.table, slot)) or self._tiles_of(
+                    part.program.table, _NOWHERE
+                )
                 tiles.read(part.program, which, rows, as_of, out, known)
             matrices.append(out[part.which])
             knowns.append(known[part.which])
@@ -220,7 +224,11 @@ class Shard:
             batch, arrivals = events[table.source.name]
             times = owned(batch.column(table.source.event_time).cast(pa.int64()).to_numpy())
             arrivals = owned(arrivals)
-            ids = None if table.source.event_id is None else hash_columns([batch.column(table.source.event_id)], len(times))
+            ids = (
+                None
+                if table.source.event_id is None
+                else hash_columns([batch.column(table.source.event_id)], len(times))
+            )
             route = self._route(table, batch, arrivals, ids)
             applied = dict(route.rows_by_slot)
             asked = dict(self._by_slot(part.hashes, part.which))
@@ -263,7 +271,11 @@ class Shard:
             for (table, slot), tiles in self._tiles.items()
             for problem in tiles.check()
         ]
-        wrong += [f"slot {s} is not of shard {self._number}" for _, s in self._tiles if s >= 0 and not self._owned[s]]
+        wrong += [
+            f"slot {s} is not of shard {self._number}"
+            for _, s in self._tiles
+            if s >= 0 and not self._owned[s]
+        ]
         return wrong
 
 

@@ -7,6 +7,7 @@ application sends, and nothing behind it validates again.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,6 +111,8 @@ class Source:
         if spec.default is not None:
             try:
                 pa.scalar(spec.default, spec.arrow_type)
+                if isinstance(spec.default, float) and not math.isfinite(spec.default):
+                    raise ValueError
             except (pa.ArrowException, TypeError, ValueError, OverflowError):
                 raise DeclarationError(
                     f"source `{self.name}`: field `{name}` is `{spec.type}`, its default {spec.default!r} is not"

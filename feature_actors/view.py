@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from millpond.feature_actors.aggregations import NUMBERS, Aggregation
+from millpond.feature_actors.aggregations import NUMBERS, Aggregation, where_text
 from millpond.feature_actors.errors import DeclarationError, did_you_mean
 from millpond.feature_actors.source import Source, check_name, check_owner
 
@@ -45,12 +45,11 @@ class Feature:
 
         Two features of one definition share their state; a changed definition is another feature.
         """
-        where = self.where
         content = {
             **self.aggregation.identity(),
             "source": [self.view.source.name, self.view.source.version],
             "key": self.view.key,
-            "where": None if where is None else str(where),
+            "where": where_text(self.where),
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -56,7 +56,9 @@ class Definition:
             raise DeclarationError(f"definition `{path}`: cannot be read: {error}") from None
         folder = artifacts_dir or path.parent
         files = {f for model in cls(path.name, text).declared().models for f in model.artifacts.values()}
-        return cls(path.name, text, {f: (folder / f).read_bytes() for f in sorted(files) if (folder / f).is_file()})
+        return cls(
+            path.name, text, {f: (folder / f).read_bytes() for f in sorted(files) if (folder / f).is_file()}
+        )
 
     @property
     def digest(self) -> str:
@@ -73,7 +75,12 @@ class Definition:
             module = types.ModuleType(name)
             module.__file__ = f"<{self.file_name}>"
             # Tracebacks and inspect find the text although there may be no such file on this node.
-            linecache.cache[module.__file__] = (len(self.text), None, self.text.splitlines(True), module.__file__)
+            linecache.cache[module.__file__] = (
+                len(self.text),
+                None,
+                self.text.splitlines(True),
+                module.__file__,
+            )
             sys.modules[name] = module
             try:
                 exec(compile(self.text, module.__file__, "exec"), module.__dict__)

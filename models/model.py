@@ -72,13 +72,17 @@ class Model:
             raise DeclarationError(f"model `{self.name}`: no features")
         for one in self.features:
             if not isinstance(one, Feature):
-                raise DeclarationError(f'model `{self.name}`: expected features such as view["name"], got {one!r}')
+                raise DeclarationError(
+                    f'model `{self.name}`: expected features such as view["name"], got {one!r}'
+                )
         names = [f.full_name for f in self.features]
         if len(set(names)) != len(names):
             twice = next(n for n in names if names.count(n) > 1)
             raise DeclarationError(f"model `{self.name}`: feature `{twice}` is named twice")
         if not callable(self.predictor):
-            raise DeclarationError(f"model `{self.name}`: predictor must be a class or a function, got {self.predictor!r}")
+            raise DeclarationError(
+                f"model `{self.name}`: predictor must be a class or a function, got {self.predictor!r}"
+            )
         for artifact, file in self.artifacts.items():
             if Path(file).name != file:
                 raise DeclarationError(

@@ -40,7 +40,9 @@ def training_set(
     plan = ReadPlan(layout, features, "training set")
     for column in (*plan.key_fields, as_of):
         if column not in labels.column_names:
-            raise BadRequest(f"training set: labels have no column `{column}`; they have {labels.column_names}")
+            raise BadRequest(
+                f"training set: labels have no column `{column}`; they have {labels.column_names}"
+            )
     batches = {name: _in_order(layout.source(name), events) for name in layout.sources}
 
     label_times = labels[as_of].combine_chunks().cast(pa.timestamp("ms", "UTC")).cast(pa.int64()).to_numpy()

@@ -1,0 +1,155 @@
+"""The `millpond` command. Heavy modules are imported by the commands that need them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from millpond.cluster.config import Config, load_config
+from millpond.feature_actors.errors import MillpondError, Unavailable
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; return 0, or 1 after an error that stands on standard error."""
+    options = _parser().parse_args(arguments)
+    try:
+        flags = {f.name: getattr(options, f.name, None) for f in fields(Config)}
+        config, origins = load_config(options.config, flags=flags)
+        result: int = options.run(options, config, origins)
+        return result
+    except MillpondError as error:
+        print(f"millpond: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="millpond", description="Raw events in, model scores out.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, about: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about)
+        sub.set_defaults(run=run)
+        sub.add_argument(
+            "--config", type=Path, help="configuration file (default: millpond.toml, if there is one)"
+        )
+        settings = sub.add_argument_group("settings (also in the file and as MILLPOND_... variables)")
+        hints = get_type_hints(Config)
+        for field in fields(Config):
+            kind = hints[field.name]
+            settings.add_argument(
+                f"--{field.name.replace('_', '-')}",
+                dest=field.name,
+                metavar="|".join(get_args(kind)) or kind.__name__.upper(),
+                help=f"{field.metadata['about']} (default: {field.default})",
+            )
+        return sub
+
+    demo = command("demo", _demo, "Run real data end to end and measure it: flights in, delay scores out.")
+    demo.add_argument("dataset", nargs="?", choices=["flights", "churn"], default="flights")
+    demo.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+    demo.add_argument("--keep", action="store_true", help="go on serving at the end, until Ctrl-C")
+    up = command("up", _up, "Start a cluster from definition files and serve until Ctrl-C.")
+    up.add_argument("files", nargs="+", type=Path, metavar="FILE.py")
+    up.add_argument(
+        "--artifacts", type=Path, help="folder of the models' artifacts (default: beside each file)"
+    )
+    status = command("status", _status, "Show what the running cluster holds.")
+    status.add_argument("--json", action="store_true", help="print it as JSON")
+    command("down", _down, "Stop the running cluster cleanly.")
+    command("config", _config, "Print every setting and where its value came from.")
+    bench = command("bench", _bench, "Measure; the figures are described in the README.")
+    bench.add_argument("scenario", choices=["score"])
+    bench.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+    bench.add_argument("--seconds", type=float, default=5.0, help="length of each measurement")
+    return parser
+
+
+def _demo(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    from millpond.cluster.demo.churn import run_churn
+    from millpond.cluster.demo.flight_delay import run_flight_delay
+
+    run = run_churn if options.dataset == "churn" else run_flight_delay
+    return run(config, origins, as_json=options.json, keep=options.keep)
+
+
+def _up(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    from millpond.cluster.cluster import Cluster
+    from millpond.models.definition import Definition
+
+    definitions = [Definition.read(path, options.artifacts) for path in options.files]
+    print(f"starting cluster `{config.name}` in {config.directory} ...", file=sys.stderr)
+    with Cluster(config, definitions) as cluster:
+        models = [m.name for d in definitions for m in d.declared().models]
+        print(f"serving {cluster.url}  (calls: {cluster.url}/docs; stop: Ctrl-C or `millpond down`)")
+        for source in cluster.layout.sources:
+            print(f"  POST /v1/events/{source}")
+        for model in models:
+            print(f"  POST /v1/score/{model}")
+        sys.stdout.flush()
+        cluster.wait()
+        print("stopping ...", file=sys.stderr)
+    return 0
+
+
+def _running(config: Config) -> dict[str, Any]:
+    from millpond.cluster.cluster import running
+
+    state = running(config.directory)
+    if state is None:
+        raise Unavailable(
+            f"no cluster `{config.name}` runs on {config.directory}; start one with `millpond up`"
+        )
+    return state
+
+
+def _status(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    from millpond.cluster.status import fetch_status, print_status
+
+    status = fetch_status(_running(config), config.directory)
+    if options.json:
+        print(json.dumps(status))
+    else:
+        print_status(status)
+    return 0
+
+
+def _down(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    from millpond.cluster.cluster import running
+
+    state = _running(config)
+    os.kill(state["pid"], signal.SIGTERM)
+    deadline = time.monotonic() + 60
+    while running(config.directory) is not None:
+        if time.monotonic() > deadline:
+            raise Unavailable(f"cluster `{config.name}` (process {state['pid']}) did not stop within 60 s")
+        time.sleep(0.1)
+    print(f"cluster `{config.name}` has stopped")
+    return 0
+
+
+def _config(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    width = max(map(len, origins))
+    for name, origin in origins.items():
+        print(f"{name:{width}} = {json.dumps(getattr(config, name)):24} # {origin}")
+    return 0
+
+
+def _bench(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    from millpond.bench.score import run_score_bench
+
+    return run_score_bench(config, origins, as_json=options.json, seconds=options.seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""A cluster on this machine: shards, the events app and the score app, from start to stop."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from millpond.cluster.config import Config
+from millpond.cluster.embedded import NAMESPACE, EmbeddedCluster, EmbeddedSettings
+from millpond.deployments.score import ScoreLimits
+from millpond.deployments.serving import (
+    EVENTS_PREFIX,
+    SCORE_PREFIX,
+    ServingSpec,
+    app_names,
+    events_application,
+    score_application,
+)
+from millpond.feature_actors.client import TimeLimits
+from millpond.feature_actors.decode import BodyLimits
+from millpond.feature_actors.errors import DeclarationError
+from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.manifest import Manifest, write_json
+from millpond.feature_actors.shard_map import ShardMap
+from millpond.feature_actors.warm import warm_kernels
+from millpond.models.definition import Definition, load_models
+
+__all__ = ["Cluster", "admin_token", "running"]
+
+logger = logging.getLogger("millpond.cluster")
+
+
+class Cluster:
+    """Run a cluster from this process; it ends with the process at the latest.
+
+    `with Cluster(config, definitions) as cluster: ...` starts shards and both apps. The sources and
+    views are those of the definitions at the start; models can be deployed later, too.
+    """
+
+    def __init__(self, config: Config, definitions: Sequence[Definition]) -> None:
+        self.config = config
+        self._definitions = tuple(definitions)
+        declared = [d.declared() for d in self._definitions]
+        self.layout = compile_layout(
+            [s for d in declared for s in d.sources], [v for d in declared for v in d.views]
+        )
+        if not self.layout.views:
+            raise DeclarationError("the definitions declare no feature view")
+        self._embedded = EmbeddedCluster(
+            EmbeddedSettings(
+                run_dir=config.directory / "run",
+                host=config.host,
+                port=config.port,
+                proxy=config.proxy,
+                # Millpond's actors reserve little and share the cores; Serve's own need some besides.
+                num_cpus=max(4, os.cpu_count() or 1, config.shards),
+                object_store_mb=config.object_store_mb,
+                draining_period_s=config.draining_period_s,
+            )
+        )
+        self._state_file = config.directory / "cluster.json"
+        self._spec: ServingSpec | None = None
+
+    @property
+    def url(self) -> str:
+        return self._embedded.http_url
+
+    @property
+    def admin_token(self) -> str:
+        return admin_token(self.config.directory)
+
+    def start(self, *, models: bool = True) -> Cluster:
+        """Start everything and return when requests are answered.
+
+        models: whether to deploy the definitions' models now; `deploy` does so later.
+
+        1. Check the definitions and load the models once here: a mistake shows before anything runs.
+        2. Open the data directory.
+        3. Warm the kernels; start Ray and Serve.
+        4. Start the shards, then the apps.
+        """
+        config = self.config
+        if models:
+            load_models(self._definitions, self.layout)
+        manifest = Manifest.open(config.directory, config.name, config.slots)
+        token = admin_token(config.directory, make=True)
+        warm_kernels()
+        try:
+            self._embedded.start()
+            self._start_shards(manifest, token)
+            self._run_apps(self._definitions if models else (), events=True)
+            write_json(self._state_file, {"pid": os.getpid(), "url": self.url, "name": config.name})
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _start_shards(self, manifest: Manifest, token: str) -> None:
+        from millpond.feature_actors.actor import ShardSpec, start_actors
+
+        config, layout = self.config, self.layout
+        shard_map = ShardMap.even(manifest.n_slots, config.shards)
+        sources, views = tuple(layout.sources.values()), tuple(layout.views.values())
+        start_actors(
+            ShardSpec(
+                cluster_name=config.name,
+                run_id=uuid.uuid4().hex,
+                data_dir=str(config.directory),
+                sources=sources,
+                views=views,
+                shard_map=shard_map,
+                hash_seed=manifest.hash_seed,
+                dedupe_horizon_ms=config.dedupe_horizon_ms,
+            ),
+            NAMESPACE,
+            num_cpus=0.1,
+        )
+        self._spec = ServingSpec(
+            cluster_name=config.name,
+            namespace=NAMESPACE,
+            sources=sources,
+            views=views,
+            shard_map=shard_map,
+            clock=config.clock,
+            times=TimeLimits(config.late_after_ms, config.ahead_ms_max),
+            bodies=BodyLimits(body_bytes_max=config.event_body_bytes_max, rows_max=config.event_rows_max),
+            scores=ScoreLimits(config.score_body_bytes_max, config.score_ids_max),
+            shard_timeout_s=config.shard_timeout_s,
+            admin_token_sha256=hashlib.sha256(token.encode()).hexdigest(),
+            replicas=config.replicas,
+            requests_ongoing_max=config.requests_ongoing_max,
+            requests_queued_max=config.requests_queued_max,
+        )
+
+    def _run_apps(self, definitions: tuple[Definition, ...], *, events: bool) -> None:
+        """Run the score app with the models of `definitions`, and the events app beside it if asked."""
+        from ray import serve
+
+        assert self._spec is not None
+        events_name, score_name = app_names(self.config.name)
+        score = serve.RunTarget(
+            score_application(self._spec, definitions), name=score_name, route_prefix=SCORE_PREFIX
+        )
+        targets = [score]
+        if events:
+            targets.append(
+                serve.RunTarget(events_application(self._spec), name=events_name, route_prefix=EVENTS_PREFIX)
+            )
+        serve.run_many(targets)
+
+    def deploy(self, definitions: Sequence[Definition]) -> None:
+        """Score the models of `definitions` from now on; they read the views of the start.
+
+        Raises `DeclarationError` if a model does not load or reads a view that the cluster has not;
+        nothing changes then.
+        """
+        for model in (m for d in definitions for m in d.declared().models):
+            for feature in model.features:
+                known = self.layout.views.get(feature.view.name)
+                if known is None or feature.id not in {f.id for f in known}:
+                    raise DeclarationError(
+                        f"model `{model.name}`: reads `{feature.full_name}`, which the cluster does not keep; "
+                        "start it with the definition"
+                    )
+        load_models(definitions, self.layout)
+        self._run_apps(tuple(definitions), events=False)
+
+    def wait(self) -> None:
+        """Block until Ctrl-C, SIGTERM or `millpond down`."""
+        self._embedded.wait()
+
+    def stop(self) -> None:
+        self._embedded.stop()
+        self._state_file.unlink(missing_ok=True)
+
+    def __enter__(self) -> Cluster:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def admin_token(directory: Path, *, make: bool = False) -> str:
+    """Return the admin token of a cluster, 256 bits; `make` it (mode 0600) if there is none."""
+    path = directory / "admin_token"
+    if make and not path.exists():
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(fd, "w") as file:
+            file.write(secrets.token_urlsafe(32))
+    return path.read_text().strip()
+
+
+def running(directory: Path) -> dict[str, Any] | None:
+    """Return pid and url of the cluster that runs on a data directory, or None."""
+    try:
+        state = json.loads((directory / "cluster.json").read_bytes())
+        os.kill(int(state["pid"]), 0)
+    except (OSError, ValueError, KeyError):
+        return None
+    return dict(state)

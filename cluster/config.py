@@ -1,0 +1,161 @@
+"""The configuration: one file, over it the environment, over it flags.
+
+`millpond.toml` in the working directory (or `--config FILE`) holds plain `key = value` lines; the
+environment variable of `shards` is `MILLPOND_SHARDS`, its flag `--shards`. `millpond config` prints the
+result and where each value came from.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+from millpond.feature_actors.errors import DeclarationError, MillpondError, did_you_mean
+from millpond.feature_actors.source import check_name
+from millpond.feature_actors.windows import parse_window_ms
+
+__all__ = ["Config", "ConfigError", "load_config"]
+
+#: Variables of ours that are not settings of a cluster.
+_OTHER_VARIABLES = frozenset({"MILLPOND_DATASETS", "MILLPOND_EXAMPLES"})
+
+
+class ConfigError(MillpondError):
+    """A setting is unknown or has a wrong value."""
+
+    code, status = "bad_config", 400
+
+
+def _setting(default: Any, about: str, low: float | None = None, high: float | None = None) -> Any:
+    return field(default=default, metadata={"about": about, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting, its default and its bounds. Lengths of time are texts such as `1h`."""
+
+    name: str = _setting("dev", "name of the cluster; in actor names and in the data directory")
+    data_dir: str = _setting(".millpond", "where clusters keep their data, a folder for each name")
+    host: str = _setting("127.0.0.1", "address that HTTP listens on")
+    port: int = _setting(8000, "HTTP port tried first; another is chosen if it is taken", 0, 65_535)
+    proxy: Literal["haproxy", "serve"] = _setting("haproxy", "the fast ingress, or Serve's own proxy")
+    shards: int = _setting(2, "feature actors", 1, 1_024)
+    slots: int = _setting(64, "slots of the shard map; fixed when the data directory is made", 1, 65_536)
+    replicas: int = _setting(1, "replicas of the events app and of the score app", 1, 1_024)
+    clock: Literal["wall", "event"] = _setting(
+        "wall", "what time it is: the machine's, or the newest arrival's"
+    )
+    late_after: str = _setting("1h", "an event further behind its arrival is counted late")
+    ahead_max: str = _setting("10m", "an event further ahead of its arrival is refused")
+    dedupe_horizon: str = _setting("24h", "how long an event id is remembered, by arrival")
+    event_body_bytes_max: int = _setting(16 * 2**20, "largest body of events", 1_024, 2**31)
+    event_rows_max: int = _setting(1_000_000, "most events in a body", 1, 10**8)
+    score_body_bytes_max: int = _setting(4 * 2**20, "largest body of ids", 1_024, 2**31)
+    score_ids_max: int = _setting(10_000, "most ids in a score request", 1, 10**7)
+    requests_ongoing_max: int = _setting(256, "requests that a replica works on at once", 1, 10**6)
+    requests_queued_max: int = _setting(
+        1_024, "requests that wait for a replica; more are answered 503", 1, 10**6
+    )
+    shard_timeout_s: float = _setting(30.0, "longest wait for one call of a shard", 0.01, 3_600)
+    draining_period_s: float = _setting(2.0, "how long a replica that is replaced still answers", 0, 3_600)
+    object_store_mb: int = _setting(100, "shared memory for large calls between processes", 80, 10**6)
+
+    @property
+    def directory(self) -> Path:
+        """The data directory of this cluster."""
+        return Path(self.data_dir).absolute() / self.name
+
+    @property
+    def late_after_ms(self) -> int:
+        return parse_window_ms(self.late_after, subject="setting `late_after`")
+
+    @property
+    def ahead_ms_max(self) -> int:
+        return parse_window_ms(self.ahead_max, subject="setting `ahead_max`")
+
+    @property
+    def dedupe_horizon_ms(self) -> int:
+        return parse_window_ms(self.dedupe_horizon, subject="setting `dedupe_horizon`")
+
+
+_TYPES = get_type_hints(Config)
+_LENGTHS = ("late_after", "ahead_max", "dedupe_horizon")
+
+
+def load_config(
+    file: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> tuple[Config, dict[str, str]]:
+    """Return the configuration and, for each setting, where its value came from.
+
+    file: a TOML file that must exist; by default `millpond.toml`, if it does.
+    Raises `ConfigError` that names the setting, its value, what is allowed and where it stands.
+    """
+    environment = os.environ if environment is None else environment
+    layers: list[tuple[str, dict[str, Any]]] = []
+    path = file or Path("millpond.toml")
+    if file is not None or path.is_file():
+        layers.append((str(path), _read_file(path)))
+    variables = {
+        name.removeprefix("MILLPOND_").lower(): (name, text)
+        for name, text in environment.items()
+        if name.startswith("MILLPOND_") and name not in _OTHER_VARIABLES
+    }
+    for key, (name, text) in variables.items():
+        layers.append((f"environment {name}", {key: text}))
+    for key, value in (flags or {}).items():
+        if value is not None:
+            layers.append((f"flag --{key.replace('_', '-')}", {key: value}))
+
+    values: dict[str, Any] = {}
+    origins = {f.name: "default" for f in fields(Config)}
+    for origin, layer in layers:
+        for key, value in layer.items():
+            if key not in origins:
+                raise ConfigError(f"no setting `{key}`" + did_you_mean(key, origins), path=origin)
+            values[key] = _check(key, value, origin)
+            origins[key] = origin
+    return Config(**values), origins
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"configuration `{path}`: cannot be read: {error}") from None
+
+
+def _check(key: str, value: Any, origin: str) -> Any:
+    """Return a value as the type of its setting, or raise."""
+    kind = _TYPES[key]
+    spec = next(f for f in fields(Config) if f.name == key)
+    if choices := get_args(kind):
+        if value not in choices:
+            raise ConfigError(f"setting `{key}`: {value!r} is not one of {', '.join(choices)}", path=origin)
+        return value
+    if kind in (int, float):
+        try:
+            number = kind(value) if isinstance(value, str) else value
+        except ValueError:
+            number = None
+        if isinstance(number, bool) or not isinstance(number, (int, kind)):
+            raise ConfigError(f"setting `{key}`: expected {kind.__name__}, got {value!r}", path=origin)
+        low, high = spec.metadata["low"], spec.metadata["high"]
+        if not low <= number <= high:
+            raise ConfigError(f"setting `{key}`: {number} is not between {low} and {high}", path=origin)
+        return kind(number)
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"setting `{key}`: expected text, got {value!r}", path=origin)
+    try:
+        if key == "name":
+            check_name("cluster", value)
+        if key in _LENGTHS:
+            parse_window_ms(value, subject=f"setting `{key}`")
+    except DeclarationError as error:
+        raise ConfigError(error.message, path=origin) from None
+    return value

@@ -1,0 +1,142 @@
+"""The Serve edge: the events app and the score app as Ray Serve deployments.
+
+Two deployments, so that a large body of events never stands in the way of a score. Models live in
+the score app's replicas: no call from one deployment to another lies on the way of a request. Ray is
+imported late, because Serve reads its settings from the environment when it is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from millpond.deployments.events import EventsApp
+from millpond.deployments.score import ScoreApp, ScoreLimits
+from millpond.feature_actors.client import FeatureClient, TimeLimits
+from millpond.feature_actors.clock import ClockKind, EventClock, WallClock
+from millpond.feature_actors.decode import BodyLimits
+from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.shard_map import ShardMap
+from millpond.feature_actors.source import Source
+from millpond.feature_actors.view import FeatureView
+from millpond.models.definition import Definition, load_models
+
+__all__ = [
+    "EVENTS_PREFIX",
+    "SCORE_PREFIX",
+    "ServingSpec",
+    "app_names",
+    "events_application",
+    "score_application",
+]
+
+EVENTS_PREFIX = "/v1/events"
+SCORE_PREFIX = "/"
+
+
+@dataclass(frozen=True)
+class ServingSpec:
+    """What a replica is made from; it finds the shard actors by name."""
+
+    cluster_name: str
+    namespace: str
+    sources: tuple[Source, ...]
+    views: tuple[FeatureView, ...]
+    shard_map: ShardMap
+    clock: ClockKind
+    times: TimeLimits
+    bodies: BodyLimits
+    scores: ScoreLimits
+    shard_timeout_s: float
+    admin_token_sha256: str
+    replicas: int
+    requests_ongoing_max: int
+    requests_queued_max: int
+
+
+def app_names(cluster_name: str) -> tuple[str, str]:
+    """Return the names of the events app and the score app."""
+    return f"{cluster_name}-events", f"{cluster_name}-score"
+
+
+def _connect(spec: ServingSpec) -> tuple[FeatureClient, Any]:
+    """Return a client over the cluster's shard actors, and their read port."""
+    _stay_on_loopback()
+    from millpond.feature_actors.actor import ActorIngest, ActorRead, find_actors
+
+    actors = find_actors(spec.cluster_name, spec.shard_map.n_shards, spec.namespace)
+    read = ActorRead(actors, spec.shard_timeout_s)
+    client = FeatureClient(
+        compile_layout(spec.sources, spec.views),
+        spec.shard_map,
+        ActorIngest(actors, spec.shard_timeout_s),
+        read,
+        WallClock() if spec.clock == "wall" else EventClock(),
+        spec.times,
+    )
+    return client, read
+
+
+def _stay_on_loopback() -> None:
+    """Bind the replica's own gRPC server to loopback, where the node's address is loopback.
+
+    Serve binds it to every interface and has no setting for it; Ray's token guards it all the same.
+    """
+    import ray
+    from ray.serve._private import replica
+
+    if ray.util.get_node_ip_address() == "127.0.0.1":
+        bind = replica.add_port_to_grpc_server
+        replica.add_port_to_grpc_server = lambda server, address: bind(
+            server, address.replace("[::]", "127.0.0.1")
+        )
+
+
+class EventsReplica:
+    """A process that takes events in."""
+
+    def __init__(self, spec: ServingSpec) -> None:
+        client, _ = _connect(spec)
+        self._app = EventsApp(client, spec.bodies)
+
+    def __serve_build_asgi_app__(self) -> EventsApp:
+        return self._app
+
+
+class ScoreReplica:
+    """A process that holds every model of the definitions and answers scores."""
+
+    def __init__(self, spec: ServingSpec, definitions: tuple[Definition, ...]) -> None:
+        client, read = _connect(spec)
+        models = load_models(definitions, client.layout)
+        self._app = ScoreApp(
+            client, models, read.status, spec.scores, spec.admin_token_sha256, spec.cluster_name
+        )
+
+    def __serve_build_asgi_app__(self) -> ScoreApp:
+        return self._app
+
+
+def _deployment(replica: Callable[..., Any], name: str, spec: ServingSpec) -> Any:
+    from ray import serve
+
+    return serve.deployment(serve.ingress()(replica)).options(
+        name=name,
+        num_replicas=spec.replicas,
+        max_ongoing_requests=spec.requests_ongoing_max,
+        max_queued_requests=spec.requests_queued_max,
+        ray_actor_options={"num_cpus": 0.1},
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=5,
+    )
+
+
+def events_application(spec: ServingSpec) -> Any:
+    """Return the Serve application that takes events."""
+    return _deployment(EventsReplica, "Events", spec).bind(spec)
+
+
+def score_application(spec: ServingSpec, definitions: tuple[Definition, ...]) -> Any:
+    """Return the Serve application that scores the models of `definitions`."""
+    return _deployment(ScoreReplica, "Score", spec).bind(spec, definitions)

@@ -1,0 +1,59 @@
+"""Warm the kernels: compile each once, into Numba's cache, from which other processes load it.
+
+Cold this takes some twenty seconds, warm one; without it every shard and replica of a first start
+would compile the same, at the same time.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from millpond.feature_actors.aggregations import Count, Last, Max, Mean, Min, SecondsSince, Sum
+from millpond.feature_actors.client import FeatureClient
+from millpond.feature_actors.clock import EventClock
+from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.plan import ReadPlan
+from millpond.feature_actors.ports import LocalIngest, LocalRead, complete
+from millpond.feature_actors.shard import Shard
+from millpond.feature_actors.shard_map import ShardMap
+from millpond.feature_actors.source import Field, Source
+from millpond.feature_actors.view import FeatureView
+
+__all__ = ["warm_kernels"]
+
+
+def warm_kernels() -> None:
+    """Run every kernel on a few events in this process."""
+    source = Source(
+        "warm",
+        owner="millpond",
+        fields={
+            "at": "timestamp[ms, UTC]",
+            "id": "string",
+            "n": "int64",
+            "x": Field("float64", optional=True),
+        },
+        event_id="id",
+        event_time="at",
+    )
+    each = {"a": Count(window="1h"), "b": Sum("x"), "c": Mean("x", window="1h"), "d": Min("x"), "e": Max("x")}
+    view = FeatureView(
+        "warm",
+        owner="millpond",
+        source=source,
+        key=["n", "id"],
+        features={**each, "f": Last("x", window="1h"), "g": SecondsSince()},
+    )
+    layout, shard_map = compile_layout([], [view]), ShardMap.even(1, 1)
+    shard = Shard(layout, shard_map, 0)
+    client = FeatureClient(layout, shard_map, LocalIngest([shard]), LocalRead([shard]), EventClock())
+    n = 40  # enough that an arena and a filter grow
+    rows = [{"at": i * 60_000, "id": str(i), "n": i, "x": None if i % 7 == 0 else i} for i in range(n)]
+    batch = pa.RecordBatch.from_pylist(rows, schema=source.schema)
+    complete(client.ingest("warm", batch))
+    plan = ReadPlan(layout, list(view), "warm")
+    complete(client.read(plan, {"n": [1, 2], "id": ["1", "2"]}, 2))
+    as_of = np.full(n, n * 60_000, np.int64)
+    questions = plan.questions({"n": batch["n"], "id": batch["id"]}, n, shard_map, None, as_of)
+    Shard(layout, shard_map, 0).join(questions[0], {"warm": (batch, as_of)})

@@ -1,0 +1,400 @@
+"""A declaration that does not fit is refused when it is made, by a message that names the place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow.compute as pc
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from millpond.feature_actors import Count, FeatureView, Field, Last, Max, Mean, Min, SecondsSince, Source, Sum
+from millpond.feature_actors.errors import DeclarationError, NotFound
+from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.plan import ReadPlan
+from millpond.feature_actors.windows import (
+    LADDER_MS,
+    TILES_PER_WINDOW_MIN,
+    first_tile,
+    format_ms,
+    parse_window_ms,
+    tile_width_ms,
+)
+
+FIELDS = {
+    "id": "string",
+    "at": "timestamp[ms, UTC]",
+    "user": "int64",
+    "price": "float64",
+    "paid": "bool",
+    "big": "uint64",
+}
+
+
+def a_source(**changes: Any) -> Source:
+    return Source(
+        **{
+            "name": "sales",
+            "owner": "shop",
+            "fields": FIELDS,
+            "event_time": "at",
+            "event_id": "id",
+            **changes,
+        }
+    )
+
+
+def a_view(**changes: Any) -> FeatureView:
+    return FeatureView(
+        **{
+            "name": "spend",
+            "owner": "ml",
+            "source": a_source(),
+            "key": ["user"],
+            "features": {"n": Count()},
+            **changes,
+        }
+    )
+
+
+def of(feature: Any) -> FeatureView:
+    return a_view(features={"f": feature})
+
+
+NAME = "a name is lower-case letters, digits and `_`, starts with a letter and has at most 63 characters"
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    # sources
+    "source name": (lambda: a_source(name="Sales"), f"source 'Sales': {NAME}"),
+    "source name too long": (lambda: a_source(name="s" * 64), f"source '{'s' * 64}': {NAME}"),
+    "source name no text": (lambda: a_source(name=None), f"source None: {NAME}"),
+    "source owner": (lambda: a_source(owner=" "), 'source `sales`: no owner; say which team owns it with `owner="..."`'),
+    "no fields": (lambda: a_source(fields={}), "source `sales`: no fields"),
+    "field name": (lambda: a_source(fields={"Id": "string"}), f"source `sales`: field 'Id': {NAME}"),
+    "field type": (
+        lambda: a_source(fields={**FIELDS, "id": "strin"}),
+        "source `sales`: field `id` has unknown type 'strin'; known: `bool`, `double`, `float32`, `float64`, `int16`, "
+        "`int32`, `int64`, `int8`, `string`, `timestamp[ms, UTC]`, `uint16`, `uint32`, `uint64`, `uint8`; "
+        "did you mean `string`?",
+    ),
+    "default": (
+        lambda: a_source(fields={**FIELDS, "user": Field("int64", default="none")}),
+        "source `sales`: field `user` is `int64`, its default 'none' is not",
+    ),
+    "default too large": (
+        lambda: a_source(fields={**FIELDS, "user": Field("int8", default=128)}),
+        "source `sales`: field `user` is `int8`, its default 128 is not",
+    ),
+    "default not finite": (
+        lambda: a_source(fields={**FIELDS, "price": Field("float64", default=float("inf"))}),
+        "source `sales`: field `price` is `float64`, its default inf is not",
+    ),
+    "event time unknown": (
+        lambda: a_source(event_time="att"),
+        "source `sales`: event_time is 'att', which is not a field; known: `at`, `big`, `id`, `paid`, `price`, `user`; "
+        "did you mean `at`?",
+    ),
+    "event time type": (
+        lambda: a_source(event_time="user"),
+        "source `sales`: event_time `user` is `int64`; allowed is timestamp[ms, UTC]",
+    ),
+    "event time optional": (
+        lambda: a_source(fields={**FIELDS, "at": Field("timestamp[ms, UTC]", optional=True)}),
+        "source `sales`: event_time `at` can be neither optional nor defaulted",
+    ),
+    "event id type": (
+        lambda: a_source(event_id="price"),
+        "source `sales`: event_id `price` is `float64`; allowed is string or int64",
+    ),
+    "event id defaulted": (
+        lambda: a_source(fields={**FIELDS, "id": Field("string", default="x")}),
+        "source `sales`: event_id `id` can be neither optional nor defaulted",
+    ),
+    # views
+    "view name": (lambda: a_view(name="1st"), f"view '1st': {NAME}"),
+    "view owner": (lambda: a_view(owner=""), 'view `spend`: no owner; say which team owns it with `owner="..."`'),
+    "view source": (lambda: a_view(source="sales"), "view `spend`: source must be a Source, got 'sales'"),
+    "key is text": (lambda: a_view(key="user"), "view `spend`: key must be a list of fields, got 'user'"),
+    "no key": (lambda: a_view(key=[]), "view `spend`: key must be a list of fields, got []"),
+    "key unknown": (
+        lambda: a_view(key=["usr"]),
+        "view `spend`: key field 'usr' is not a field of source `sales`; "
+        "known: `at`, `big`, `id`, `paid`, `price`, `user`; did you mean `user`?",
+    ),
+    "key float": (
+        lambda: a_view(key=["price"]),
+        "view `spend`: key field `price` is `float64`; a key is of integers (up to int64) and strings",
+    ),
+    "key bool": (
+        lambda: a_view(key=["user", "paid"]),
+        "view `spend`: key field `paid` is `bool`; a key is of integers (up to int64) and strings",
+    ),
+    "key uint64": (
+        lambda: a_view(key=["big"]),
+        "view `spend`: key field `big` is `uint64`; a key is of integers (up to int64) and strings",
+    ),
+    "key twice": (
+        lambda: a_view(key=["user", "user"]),
+        "view `spend`: a key field is named twice in ['user', 'user']",
+    ),
+    "no features": (lambda: a_view(features={}), "view `spend`: no features"),
+    "feature name": (lambda: a_view(features={"N": Count()}), f"view `spend`: feature 'N': {NAME}"),
+    "feature named as key": (
+        lambda: a_view(features={"user": Count()}),
+        "view `spend`: feature `user` has the name of a key field",
+    ),
+    "not an aggregation": (
+        lambda: of("count"),
+        "view `spend`: feature `f` must be an aggregation such as Count(), got 'count'",
+    ),
+    "aggregation class": (
+        lambda: of(Count),
+        "view `spend`: feature `f` must be an aggregation such as Count(), "
+        "got <class 'millpond.feature_actors.aggregations.Count'>",
+    ),
+    "field of feature unknown": (
+        lambda: of(Sum("prise")),
+        "view `spend`: feature `f`: Sum of 'prise', which is not a field of source `sales`; "
+        "known: `at`, `big`, `id`, `paid`, `price`, `user`; did you mean `price`?",
+    ),
+    "no such feature": (lambda: a_view()["m"], "view `spend`: no feature 'm'; known: `n`"),
+    # aggregations
+    "sum of nothing": (lambda: Sum(), "Sum: of which field?"),
+    "count of a field": (lambda: Count("price"), "Count: looks at no field"),
+    "since of a field": (lambda: SecondsSince("price"), "SecondsSince: looks at no field"),
+    "window and ttl": (lambda: Count(window="1h", ttl="1d"), "Count: a feature has a window or a ttl, not both"),
+    "where as text": (
+        lambda: Count(where="price > 0"),
+        "Count: where= takes a pyarrow.compute expression such as `pc.field('amount') > 0`, got 'price > 0'",
+    ),
+    "window no length": (
+        lambda: Count(window="1 hour"),
+        "Count window: expected a length such as `90s`, `30m`, `24h` or `7d`, got '1 hour'",
+    ),
+    "window a number": (
+        lambda: Count(window=3600),
+        "Count window: expected a length such as `90s`, `30m`, `24h` or `7d`, got 3600",
+    ),
+    "window too short": (
+        lambda: Max("price", window="999ms"),
+        "Max window: window `999ms` is shorter than 60 tiles of the finest width (10 ms); allowed is `1s` and longer",
+    ),
+    "window too long": (
+        lambda: Max("price", window="3661d"),
+        "Max window: window `3661d` is longer than `3660d`; leave `window` out for a lifetime feature, with a `ttl` "
+        "if it should be forgotten",
+    ),
+    "ttl no length": (
+        lambda: Last("price", ttl="-1d"),
+        "Last ttl: expected a length such as `90s`, `30m`, `24h` or `7d`, got '-1d'",
+    ),
+    "view where as text": (
+        lambda: a_view(where="paid"),
+        "view `spend`: where= takes a pyarrow.compute expression, got 'paid'",
+    ),
+    # layouts
+    "two sources of one name": (
+        lambda: compile_layout([a_source(), a_source(version=2)], []),
+        "two different sources are named `sales`",
+    ),
+    "two views of one name": (lambda: compile_layout([], [a_view(), a_view()]), "two views are named `spend`"),
+    "two key types": (
+        lambda: compile_layout(
+            [],
+            [a_view(), a_view(name="other", source=a_source(name="logins", fields={**FIELDS, "user": "string"}))],
+        ),
+        "key field `user` is string in view `other` and int64 in view `spend`; a key field has one type in a cluster",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused_by_this_message(case: str) -> None:
+    declare, message = REFUSED[case]
+    with pytest.raises(DeclarationError) as caught:
+        declare()
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("kind", [Sum, Mean, Min, Max, Last])
+@pytest.mark.parametrize("field", ["id", "at"])
+def test_an_aggregation_of_a_field_takes_a_number(kind: Any, field: str) -> None:
+    with pytest.raises(DeclarationError) as caught:
+        of(kind(field))
+    declared = FIELDS[field]
+    assert (
+        str(caught.value)
+        == f"view `spend`: feature `f`: {kind.__name__} takes a number, `{field}` is `{declared}`"
+    )
+    of(kind("price")), of(kind("big")), of(kind("paid"))
+
+
+@pytest.mark.parametrize(
+    ("where", "why"),
+    [
+        (pc.field("prise") > 0, "No match for FieldRef.Name(prise)"),
+        (pc.field("id") > 0, "Function 'greater' has no kernel matching input types (string, int64)"),
+        (pc.field("price") + 1, "the expression gives double, not bool"),
+    ],
+)
+def test_a_where_that_does_not_fit_its_source_is_refused(where: Any, why: str) -> None:
+    for declare in (lambda: a_view(where=where), lambda: of(Count(where=where))):
+        with pytest.raises(DeclarationError, match="view `spend`") as caught:
+            declare()
+        assert f"where= `{where}` does not fit source `sales`: " in str(caught.value)
+        assert why in str(caught.value)
+
+
+def test_unknown_names_of_a_layout_are_answered_with_the_nearest() -> None:
+    layout = compile_layout([], [a_view()])
+    with pytest.raises(NotFound, match="^no source `sale`; known: `sales`; did you mean `sales`\\?$"):
+        layout.source("sale")
+    with pytest.raises(NotFound, match="^no view `spent`; known: `spend`; did you mean `spend`\\?$"):
+        layout.view("spent")
+
+
+# -- identity
+
+
+def id_of(feature: Any, **changes: Any) -> str:
+    return a_view(features={"f": feature}, **changes)["f"].id
+
+
+def test_a_feature_is_the_content_of_its_definition_whatever_it_is_called() -> None:
+    one = a_view(features={"f": Sum("price", window="24h")})["f"]
+    other = a_view(name="other", owner="others", about="x", features={"g": Sum("price", window="1d")})["g"]
+    assert one.id == other.id
+    assert one.full_name == "spend.f"
+    layout = compile_layout([], [one.view, other.view])
+    assert len(layout.tables) == len(layout.tables[0].series) == len(layout.tables[0].series[0].columns) == 1
+
+
+def test_any_change_of_a_definition_makes_another_feature() -> None:
+    some = [str(n) for n in range(30)]
+    ids = {
+        "sum": id_of(Sum("price", window="1d")),
+        "window": id_of(Sum("price", window="2d")),
+        "lifetime": id_of(Sum("price")),
+        "ttl": id_of(Sum("price", ttl="1d")),
+        "aggregation": id_of(Mean("price", window="1d")),
+        "field": id_of(Sum("big", window="1d")),
+        "where": id_of(Sum("price", window="1d", where=pc.field("paid"))),
+        "source version": id_of(Sum("price", window="1d"), source=a_source(version=2)),
+        "source": id_of(Sum("price", window="1d"), source=a_source(name="sales2")),
+        "key": id_of(Sum("price", window="1d"), key=["id"]),
+        "order of the key": id_of(Sum("price", window="1d"), key=["user", "id"]),
+        "order of the key 2": id_of(Sum("price", window="1d"), key=["id", "user"]),
+        # Texts of these are alike: integers divide as integers, and the middle of a long list is elided.
+        "int": id_of(Count(where=pc.field("user") / 2 > 1)),
+        "float": id_of(Count(where=pc.field("user") / 2.0 > 1)),
+        "list": id_of(Count(where=pc.field("id").isin(some))),
+        "another list": id_of(Count(where=pc.field("id").isin([*some[:15], "fifteen", *some[16:]]))),
+        "precision": id_of(Count(where=pc.field("price") > 0.1)),
+        "precision 2": id_of(Count(where=pc.field("price") > 0.1 + 2**-54)),
+    }
+    assert len(set(ids.values())) == len(ids), sorted(ids.items(), key=lambda item: item[1])
+
+
+def test_a_condition_of_the_view_and_of_the_feature_are_one() -> None:
+    paid, dear = pc.field("paid"), pc.field("price") > 9
+    assert id_of(Count(), where=paid) == id_of(Count(where=paid))
+    assert id_of(Count(where=dear), where=paid) == id_of(Count(), where=paid & dear)
+
+
+def test_identities_are_these_for_ever() -> None:
+    """If this fails, every model's pinned features are lost."""
+    assert id_of(Sum("price", window="1d", where=pc.field("price") > 9)) == "GOLDEN0"
+    assert id_of(Count()) == "GOLDEN1"
+
+
+def test_views_of_one_feature_but_other_conditions_are_read_from_one_layout() -> None:
+    paid, dear = pc.field("paid"), pc.field("price") > 9
+    one, other = (
+        a_view(where=paid, features={"n": Count(where=dear)}),
+        a_view(name="other", where=paid & dear),
+    )
+    for views in ([one, other], [other, one]):
+        layout = compile_layout([], views)
+        plan = ReadPlan(layout, [f for v in views for f in v], "test")
+        assert len(plan.features) == 2
+        assert [str(w) for w in layout.tables[0].wheres[1:]] == [str(paid & dear), str(paid)]
+
+
+def test_a_layout_does_not_depend_on_the_order_of_declaration() -> None:
+    views = [
+        a_view(
+            name=f"view{i}",
+            key=key,
+            where=where,
+            features={"a": Sum("price", window=w), "b": Last("price"), "c": Count()},
+        )
+        for i, (key, where, w) in enumerate(
+            [
+                (["user"], None, "1h"),
+                (["user"], pc.field("paid"), "1d"),
+                (["id"], None, "7d"),
+                (["user"], None, "2d"),
+            ]
+        )
+    ]
+    one, other = compile_layout([], views), compile_layout([], views[::-1])
+    for table, same in zip(one.tables, other.tables, strict=True):
+        assert (table.name, table.series, table.inputs) == (same.name, same.series, same.inputs)
+        assert table.series_program.tolist() == same.series_program.tolist()
+        assert table.column_program.tolist() == same.column_program.tolist()
+        assert [str(w) for w in table.wheres] == [str(w) for w in same.wheres]
+
+
+# -- windows
+
+WINDOWS_MS = st.one_of(
+    st.integers(1_000, 3_660 * 86_400_000),
+    st.builds(
+        lambda w, n, d: max(1_000, w * n + d),
+        st.sampled_from(LADDER_MS),
+        st.sampled_from([60, 61, 300]),
+        st.integers(-1, 1),
+    ),
+)
+
+
+def test_each_width_of_the_ladder_is_a_multiple_of_the_next_finer() -> None:
+    for finer, wider in zip(LADDER_MS[:-1], LADDER_MS[1:], strict=True):
+        assert wider > finer
+        assert wider % finer == 0
+
+
+@given(WINDOWS_MS)
+def test_a_tile_is_the_widest_of_the_ladder_that_is_a_sixtieth_of_its_window(window_ms: int) -> None:
+    width = tile_width_ms(window_ms)
+    assert width in LADDER_MS
+    assert width * TILES_PER_WINDOW_MIN <= window_ms
+    assert all(other <= width for other in LADDER_MS if other * TILES_PER_WINDOW_MIN <= window_ms)
+    assert window_ms / width < 512 - 1, "more tiles than a read looks at"
+
+
+@given(WINDOWS_MS, st.integers(-(2**50), 2**50))
+def test_a_window_is_never_too_short_and_at_most_one_tile_too_long(window_ms: int, as_of_ms: int) -> None:
+    width = tile_width_ms(window_ms)
+    start = first_tile(as_of_ms, window_ms, width) * width
+    assert as_of_ms - window_ms - width < start <= as_of_ms - window_ms
+
+
+@given(WINDOWS_MS)
+def test_a_length_is_written_as_it_is_read(window_ms: int) -> None:
+    assert parse_window_ms(format_ms(window_ms), subject="test") == window_ms
+
+
+def test_lengths() -> None:
+    read = {
+        "1s": 1_000,
+        "1500ms": 1_500,
+        "90s": 90_000,
+        "2m": 120_000,
+        "24h": 86_400_000,
+        "1d": 86_400_000,
+        "1w": 604_800_000,
+    }
+    assert {text: parse_window_ms(text, subject="test") for text in read} == read
