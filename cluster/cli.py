@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("scenario", choices=["score"])
     bench.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     bench.add_argument("--seconds", type=float, default=5.0, help="length of each measurement")
+    bench.add_argument("--record", action="store_true", help="add a line to bench/history.jsonl")
     return parser
 
 
@@ -148,7 +149,9 @@ def _config(options: argparse.Namespace, config: Config, origins: dict[str, str]
 def _bench(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
     from millpond.bench.score import run_score_bench
 
-    return run_score_bench(config, origins, as_json=options.json, seconds=options.seconds)
+    return run_score_bench(
+        config, origins, as_json=options.json, seconds=options.seconds, record=options.record
+    )
 
 
 if __name__ == "__main__":

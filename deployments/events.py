@@ -31,14 +31,16 @@ class EventsApp(App):
 
     async def post_events(self, request: Request) -> Response:
         source = self._client.layout.source(request.name)
+        arrival_is_event_time = _arrival(request)
         body = await request.body(self._limits.body_bytes_max)
         batch = self._decoders[source.name].decode(body, request.header(b"content-type"))
-        ack = await self._client.ingest(source.name, batch, arrival_is_event_time=_arrival(request))
+        ack = await self._client.ingest(source.name, batch, arrival_is_event_time=arrival_is_event_time)
         return json_response(asdict(ack))
 
 
 def _arrival(request: Request) -> bool:
     """`?arrival=event`: a bulk load or replay, in which each event arrives at its event time."""
+    request.allow_query("arrival")
     value = request.query.get("arrival", "now")
     if value not in ("now", "event"):
         raise BadRequest(f"query: `arrival` is now or event, got {value!r}", path="?arrival")

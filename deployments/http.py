@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
-from millpond.feature_actors.errors import BadRequest, MillpondError, NotFound, TooLarge
+from millpond.feature_actors.errors import BadRequest, MillpondError, NotFound, TooLarge, did_you_mean
 
 __all__ = ["App", "Request", "Response", "Route", "decode_json", "json_response"]
 
@@ -75,6 +75,15 @@ class Request:
             text = self.scope.get("query_string", b"").decode("utf-8", "replace")
             self._query = dict(parse_qsl(text, keep_blank_values=True)) if text else {}
         return self._query
+
+    def allow_query(self, *names: str) -> None:
+        """Refuse a misspelt query parameter: `?asof=` would be answered as of now."""
+        for name in self.query:
+            if name not in names:
+                raise BadRequest(
+                    f"query: no parameter `{name[:80]}`" + did_you_mean(name[:80], names),
+                    path=f"?{name[:80]}",
+                )
 
     def flag(self, name: str) -> bool:
         """Return a yes/no query parameter; absent is no."""

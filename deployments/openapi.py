@@ -24,6 +24,8 @@ _JSON_TYPES: dict[str, dict[str, Any]] = {
         "description": "ISO 8601 with a zone, or milliseconds since the epoch",
     },
 }
+#: JavaScript holds no int64: its digits may come as a string.
+_INT64 = {"type": ["integer", "string"], "format": "int64", "pattern": "^(0|-?[1-9][0-9]*)$"}
 _EXAMPLES: dict[str, Any] = {"string": "abc", "bool": True, "timestamp[ms, UTC]": "2024-05-01T12:00:00Z"}
 
 _ERROR = {
@@ -62,7 +64,9 @@ def openapi_document(layout: Layout, models: Mapping[str, LoadedModel], cluster_
     paths: dict[str, Any] = {}
     for source in layout.sources.values():
         event = _event_schema(source)
-        forms = {"application/json": {"schema": {"oneOf": [event, {"type": "array", "items": event}]}}}
+        forms: dict[str, Any] = {
+            "application/json": {"schema": {"oneOf": [event, {"type": "array", "items": event}]}}
+        }
         for form in ("application/x-ndjson", "application/vnd.apache.arrow.stream"):
             forms[form] = {"schema": {"type": "string", "format": "binary"}}
         paths[f"/v1/events/{source.name}"] = {
@@ -82,10 +86,10 @@ def openapi_document(layout: Layout, models: Mapping[str, LoadedModel], cluster_
             "post": _call(
                 loaded.model.about or f"Scores of {name}",
                 f"score_{name}",
-                _answer_schema(),
+                {"oneOf": [_answer_schema(), {"type": "array", "items": _answer_schema()}]},
                 body={"application/json": {"schema": {"oneOf": [one, {"type": "array", "items": one}]}}},
                 parameters=[
-                    _parameter("as_of", {"type": "string"}, "not before what has been applied; for replays"),
+                    _AS_OF,
                     _parameter("features", {"enum": ["true", "false"]}, "answer with the features read, too"),
                 ],
             )
@@ -96,6 +100,7 @@ def openapi_document(layout: Layout, models: Mapping[str, LoadedModel], cluster_
             _parameter(k, _key_schema(kind), "key field", required=True)
             for k, kind in plan.key_fields.items()
         ]
+        key.append(_AS_OF)
         paths[f"/v1/features/{name}"] = {
             "get": _call(
                 view.about or f"Features of {name}", f"features_{name}", {"type": "object"}, parameters=key
@@ -152,14 +157,28 @@ def _event_schema(source: Source) -> dict[str, Any]:
     }
 
 
+_AS_OF = _parameter(
+    "as_of",
+    {"type": "string"},
+    "for replays: ISO 8601 with a zone, or milliseconds; not before what has been applied",
+)
+
+
 def _field_schema(field: Field) -> dict[str, Any]:
+    schema = _value_schema(field)
+    return {"anyOf": [schema, {"type": "null"}]} if field.optional or field.default is not None else schema
+
+
+def _value_schema(field: Field) -> dict[str, Any]:
     if field.type in _JSON_TYPES:
         return dict(_JSON_TYPES[field.type])
+    if field.type == "int64":
+        return dict(_INT64)
     return {"type": "number"} if field.type in ("float32", "float64", "double") else {"type": "integer"}
 
 
 def _key_schema(kind: str) -> dict[str, Any]:
-    return {"type": "string"} if kind == "string" else {"type": "integer", "format": "int64"}
+    return {"type": "string"} if kind == "string" else dict(_INT64)
 
 
 def _id_schema(plan: ReadPlan) -> dict[str, Any]:

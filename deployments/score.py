@@ -14,7 +14,14 @@ from typing import Any
 from millpond.deployments.http import App, Request, Response, Route, decode_json, json_response
 from millpond.deployments.openapi import docs_page, openapi_document
 from millpond.feature_actors.client import FeatureClient
-from millpond.feature_actors.errors import BadRequest, NotFound, TooLarge, Unauthorized, did_you_mean
+from millpond.feature_actors.errors import (
+    BadRequest,
+    NotFound,
+    TooLarge,
+    Unauthorized,
+    UnsupportedMediaType,
+    did_you_mean,
+)
 from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.models.model import LoadedModel
 
@@ -75,17 +82,21 @@ class ScoreApp(App):
     async def post_score(self, request: Request) -> Response:
         # 1. Decode the ids.
         loaded = self._model(request.name)
+        request.allow_query("as_of", "features")
+        _check_json(request)
         body = decode_json(await request.body(self._limits.body_bytes_max))
         ids, batch = self._ids(body, loaded.plan)
         keys = loaded.plan.key_columns(ids, batch=batch)
         # 2. Read the plan's features and assemble one matrix.
         rows = await self._client.read(loaded.plan, keys, len(ids), _as_of(request))
+        # A predictor may write into its matrix: the answer has what was read.
+        values_read = rows.matrix.tolist() if request.flag("features") else None
         # 3. Predict.
         results = loaded.predict(rows) if ids else []
         # 4. Answer, one per id.
         answers = self._answers(loaded, rows, results)
-        if request.query.get("features") is not None and request.flag("features"):
-            for answer, values in zip(answers, rows.matrix.tolist(), strict=True):
+        if values_read is not None:
+            for answer, values in zip(answers, values_read, strict=True):
                 answer["features"] = dict(zip(loaded.plan.names, values, strict=True))
         return json_response(answers if batch else answers[0])
 
@@ -170,6 +181,12 @@ class ScoreApp(App):
 
     async def get_docs(self, request: Request) -> Response:
         return Response(200, self._docs.encode(), "text/html; charset=utf-8")
+
+
+def _check_json(request: Request) -> None:
+    content_type = request.header(b"content-type")
+    if content_type is not None and content_type.partition(";")[0].strip().lower() != "application/json":
+        raise UnsupportedMediaType(f"body: content type {content_type[:80]!r}; allowed is `application/json`")
 
 
 def _as_of(request: Request) -> int | None:

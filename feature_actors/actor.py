@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,22 @@ import pyarrow as pa
 import ray
 
 from millpond.feature_actors.errors import MillpondError, Unavailable
-from millpond.feature_actors.keys import Hashes, owned
+from millpond.feature_actors.keys import Hashes
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.manifest import open_shard
-from millpond.feature_actors.plan import Part, ShardAnswer, ShardQuestion
+from millpond.feature_actors.plan import ShardAnswer, ShardQuestion
 from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.source import Source
 from millpond.feature_actors.view import FeatureView
+from millpond.feature_actors.wire import (
+    QuestionDecoder,
+    WireAnswer,
+    WireQuestion,
+    decode_answer,
+    encode_answer,
+    encode_question,
+)
 
 __all__ = [
     "ActorIngest",
@@ -67,8 +75,10 @@ class FeatureActor:
         # State is in memory only. A restarted actor would answer with empty features, as if nobody had
         # ever done anything: it refuses instead.
         self._lost = open_shard(Path(spec.data_dir), number, spec.run_id).again
+        layout = compile_layout(spec.sources, spec.views)
+        self._decoder = QuestionDecoder(layout)
         self._shard = Shard(
-            compile_layout(spec.sources, spec.views),
+            layout,
             spec.shard_map,
             number,
             seed=spec.hash_seed,
@@ -93,9 +103,9 @@ class FeatureActor:
         with pa.ipc.open_stream(ipc) as reader:
             self._shard.apply(source, reader.read_next_batch(), arrivals)
 
-    def read(self, question: ShardQuestion) -> ShardAnswer:
+    def read(self, question: WireQuestion) -> WireAnswer:
         self._check_lost()
-        return self._shard.read(_owned_question(question))
+        return encode_answer(self._shard.read(self._decoder.decode(question)))
 
     def status(self) -> dict[str, Any]:
         self._check_lost()
@@ -104,26 +114,6 @@ class FeatureActor:
     def check(self) -> list[str]:
         self._check_lost()
         return self._shard.check()
-
-
-def _owned_question(question: ShardQuestion) -> ShardQuestion:
-    """Return the question with writable arrays: Ray hands them over read-only, see `keys.owned`."""
-    parts = tuple(
-        Part(
-            replace(
-                part.program,
-                scans=owned(part.program.scans),
-                features=owned(part.program.features),
-                views=owned(part.program.views),
-            ),
-            owned(part.hashes),
-            owned(part.which),
-        )
-        for part in question.parts
-    )
-    clock = None if question.clock is None else owned(question.clock)
-    as_of = None if question.as_of is None else owned(question.as_of)
-    return ShardQuestion(question.n, parts, clock, as_of)
 
 
 def start_actors(spec: ShardSpec, namespace: str, num_cpus: float) -> list[Any]:
@@ -198,7 +188,10 @@ class ActorRead(_Calls):
     """Read port to shard actors."""
 
     def read(self, shard: int, question: ShardQuestion) -> Awaitable[ShardAnswer]:
-        return self._answer(shard, self._actors[shard].read.remote(question))
+        return self._read(shard, question, self._actors[shard].read.remote(encode_question(question)))
+
+    async def _read(self, shard: int, question: ShardQuestion, call: Any) -> ShardAnswer:
+        return decode_answer(await self._answer(shard, call), question)
 
     async def status(self) -> list[dict[str, Any]]:
         """Return what every shard says of itself."""

@@ -170,7 +170,7 @@ class FeatureClient:
             return verdicts
         ids = hash_columns([batch.column(source.event_id)], n)
         contents = hash_columns(batch.columns, n)[:, 0].view(np.int64)
-        rows = _rows_by_shard(self._map.shards_of(ids))
+        rows = dict(self._map.rows_by_shard(ids))
         answers = await _all(
             {
                 shard: self._ingest.admit(shard, source.name, ids[at], contents[at], arrivals[at])
@@ -208,10 +208,6 @@ class FeatureClient:
                 started[shard] = self._ingest.apply(shard, source.name, batch.slice(0, 0), clock)
         await _all(started)
         return unkeyed
-
-
-def _rows_by_shard(shards: Ints) -> dict[int, Ints]:
-    return {shard: np.flatnonzero(shards == shard) for shard in sorted(set(shards.tolist()))}
 
 
 async def _all(started: Mapping[K, Awaitable[T]]) -> dict[K, T]:

@@ -386,7 +386,7 @@ def _read_one(
             scanned = scan
         a, b, how = features[f, F_OFFSET_A], features[f, F_OFFSET_B], features[f, F_READ]
         if how == READ_INT:
-            value = np.float64(scratch[a])
+            value: Any = np.float64(scratch[a])
         elif how == READ_FLOAT:
             value = scratch_floats[a]
         elif how == READ_RATIO:

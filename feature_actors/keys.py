@@ -101,7 +101,7 @@ def absorb_strings(state: Any, offsets: Any, payload: Any, valid: Any) -> None:
         at = start
         while at < stop:
             word = np.uint64(0)
-            for b in range(min(8, stop - at)):
+            for b in range(min(np.int64(8), stop - at)):
                 word |= np.uint64(payload[at + b]) << np.uint64(8 * b)
             _absorb(state, i, word)
             at += 8

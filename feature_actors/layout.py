@@ -103,7 +103,7 @@ class ReadProgram:
     features: Words
     views: Words
     view_names: tuple[str, ...]
-    feature_ids: tuple[str, ...]
+    feature_names: tuple[str, ...]
 
 
 class Layout:
@@ -172,7 +172,7 @@ class Layout:
             features=np.array(sorted(rows), np.int64).reshape(-1, 5),
             views=np.array([_view_row(table, v) for v in views.values()], np.int64).reshape(-1, 4),
             view_names=tuple(views),
-            feature_ids=tuple(f.id for f in features),
+            feature_names=tuple(f.full_name for f in features),
         )
 
 
@@ -202,7 +202,8 @@ def _compile_table(
     )
     inputs = tuple(dict.fromkeys(c.field for s in series for c in s.columns if c.field is not None))
 
-    series_rows, column_rows = [], []
+    series_rows: list[list[int]] = []
+    column_rows: list[list[int]] = []
     row_words = ROW_HEADER_WORDS + len(wheres)
     for one in series:
         tile_words = TILE_HEADER_WORDS + one.words

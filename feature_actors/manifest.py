@@ -97,7 +97,7 @@ def open_shard(directory: Path, shard: int, run_id: str) -> Opening:
     """Count an opening of a shard's directory by a run of the cluster."""
     path = directory / "shards" / f"{shard:03d}" / "epoch.json"
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    before = _read_json(path) if path.exists() else {"epoch": 0, "run": None}
+    before: dict[str, Any] = _read_json(path) if path.exists() else {"epoch": 0, "run": None}
     opening = Opening(int(before["epoch"]) + 1, before["run"] == run_id)
     write_json(path, {"epoch": opening.epoch, "run": run_id})
     return opening

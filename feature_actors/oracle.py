@@ -168,7 +168,7 @@ def live_as_of_ms(
 def agrees(
     view: FeatureView, name: str, events: Iterable[Event], key: tuple[Any, ...], as_of_ms: int, got: float
 ) -> bool:
-    """Return whether the engine's value is right: equal, or for Sum and Mean within 1e-12 of the terms' size."""
+    """Return whether the engine's value is right: equal, but Sum and Mean to 1e-12 of their terms' size."""
     seen = seen_by(view, name, events, key, as_of_ms)
     kind = type(view.features[name]).__name__
     want = _VALUE[kind](seen, as_of_ms)

@@ -28,6 +28,7 @@ _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 #: An int64 as text, in its one spelling: `"042"` and `"-0"` are somebody's strings.
 _INT64_TEXT = re.compile(r"0|-?[1-9][0-9]{0,18}")
 KEY_BYTES_MAX = 1_024
+_FEATURE_VALUES = "feature values"
 _PROBLEMS_MAX = 10
 
 
@@ -138,8 +139,9 @@ class ReadPlan:
             if len(problems) >= _PROBLEMS_MAX:
                 break
         if problems:
+            refused = any(_FEATURE_VALUES in text for text, _ in problems)
+            problems.sort(key=lambda problem: _FEATURE_VALUES not in problem[0])  # the misconception first
             message, path = problems[0]
-            refused = any("feature values" in text for text, _ in problems)
             raise BadRequest(
                 message,
                 path=path,
@@ -160,7 +162,7 @@ class ReadPlan:
             if extra in names:
                 problems.append(
                     (
-                        f"{self.subject}: `{extra}` is a feature, and feature values are not taken from a request: "
+                        f"{self.subject}: `{extra}` is a feature, and {_FEATURE_VALUES} are not taken from a request: "
                         "Millpond computes them from raw events, the same for training and serving; send "
                         f"the events to their source and only the id ({key}) here",
                         f"{path}.{extra}",
@@ -191,11 +193,14 @@ class ReadPlan:
         keys: per key field n checked values, a Python list or an Arrow array.
         """
         parts: dict[int, list[Part]] = {}
+        hashed: dict[tuple[str, ...], tuple[Hashes, list[tuple[int, Ints]]]] = {}
         for program, key, _ in self._parts:
-            hashes = hash_keys([keys[name] for name in key], n)
-            shards = shard_map.shards_of(hashes)
-            for shard in set(shards.tolist()):
-                parts.setdefault(shard, []).append(Part(program, hashes, np.flatnonzero(shards == shard)))
+            if key not in hashed:
+                hashes = hash_keys([keys[name] for name in key], n)
+                hashed[key] = hashes, shard_map.rows_by_shard(hashes)
+            hashes, by_shard = hashed[key]
+            for shard, rows in by_shard:
+                parts.setdefault(shard, []).append(Part(program, hashes, rows))
         return {shard: ShardQuestion(n, tuple(ps), clock, as_of) for shard, ps in sorted(parts.items())}
 
     def assemble(
@@ -208,9 +213,14 @@ class ReadPlan:
         for shard, question in questions.items():
             answer = answers[shard]
             for part, values, known in zip(question.parts, answer.matrices, answer.knowns, strict=True):
-                matrix[np.ix_(part.which, columns_of[part.program.table])] = values
-                for row, view in zip(*np.nonzero(~known), strict=True):
-                    unknown[part.which[row]].append(part.program.view_names[view])
+                columns = columns_of[part.program.table]
+                if len(part.which) == n:
+                    matrix[:, columns] = values
+                else:
+                    matrix[part.which[:, None], columns] = values
+                if not known.all():
+                    for row, view in zip(*np.nonzero(~known), strict=True):
+                        unknown[part.which[row]].append(part.program.view_names[view])
         order = {name: i for i, name in enumerate(self.views)}
         for names in unknown:
             names.sort(key=order.__getitem__)

@@ -63,7 +63,8 @@ class LocalIngest:
         return _Done(self._shards[shard].admit(source, ids, contents, arrivals))
 
     def apply(self, shard: int, source: str, batch: pa.RecordBatch, arrivals: Ints) -> Awaitable[None]:
-        return _Done(self._shards[shard].apply(source, batch, arrivals))
+        self._shards[shard].apply(source, batch, arrivals)
+        return _Done(None)
 
 
 class LocalRead:

@@ -39,6 +39,7 @@ Ints = npt.NDArray[np.int64]
 #: No slot: its tiles stay empty, to read the features of an unknown entity from.
 _NOWHERE = -1
 _NO_ROWS = np.empty(0, np.int64)
+_NO_INPUTS, _NO_MASKS = np.empty((0, 0)), np.empty((0, 0), np.bool_)
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,13 @@ class Shard:
         hashes = hash_columns(keys, batch.num_rows)
         keyed = np.flatnonzero(key_validity(keys, batch.num_rows))
         route_ids = None if ids is None else (ids + hashes[:, ::-1]).view(np.int64)
+        by_slot = list(self._by_slot(hashes, keyed))
+        if not by_slot:
+            return _Route(hashes.view(np.int64), [], _NO_INPUTS, _NO_MASKS)
         # What can fail comes before the filter, which takes an event for applied once it has seen it.
         inputs, masks = _inputs(table, batch), _masks(table, batch)
         rows_by_slot = []
-        for slot, rows in self._by_slot(hashes, keyed):
+        for slot, rows in by_slot:
             if route_ids is not None:
                 seen = self._filters.get((table.number, slot))
                 if seen is None:
@@ -168,7 +172,7 @@ class Shard:
         rows, slots = rows[mine], slots[mine]
         order = np.argsort(slots, kind="stable")
         rows, slots = rows[order], slots[order]
-        bounds = np.flatnonzero(np.diff(slots, prepend=-1, append=-1)) if len(slots) else []
+        bounds = np.flatnonzero(np.diff(slots, prepend=-1, append=-1))
         for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
             yield int(slots[start]), rows[start:stop]
 

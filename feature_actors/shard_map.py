@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -34,9 +35,20 @@ class ShardMap:
     def n_shards(self) -> int:
         return max(self.owners) + 1
 
+    @cached_property
+    def _owner_array(self) -> npt.NDArray[np.int64]:
+        return np.array(self.owners, np.int64)
+
     def shards_of(self, hashes: Hashes) -> npt.NDArray[np.int64]:
         """Return the shard of each key hash, int64 [n]."""
-        return np.array(self.owners, np.int64)[slots_of(hashes, self.n_slots)]
+        return self._owner_array[slots_of(hashes, self.n_slots)]
+
+    def rows_by_shard(self, hashes: Hashes) -> list[tuple[int, npt.NDArray[np.int64]]]:
+        """Return (shard, its rows) for the shards that own any of n key hashes, ascending."""
+        shards = self.shards_of(hashes)
+        if len(shards) == 1:
+            return [(int(shards[0]), np.zeros(1, np.int64))]
+        return [(shard, np.flatnonzero(shards == shard)) for shard in sorted(set(shards.tolist()))]
 
     def slots_of_shard(self, shard: int) -> list[int]:
         return [slot for slot, owner in enumerate(self.owners) if owner == shard]

@@ -14,8 +14,6 @@ writer. Nothing here knows of time zones, clocks, threads or Ray.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
@@ -179,6 +177,11 @@ class SlotTiles:
         keys = {tuple(arena[at : at + ROW_HEADER_WORDS].tolist()) for at in row_offsets}
         if len(keys) != used:
             wrong.append(f"{used - len(keys)} keys stand in two rows")
+        found = np.full(used, NONE, np.int64)
+        hashes = np.array([arena[at : at + ROW_HEADER_WORDS] for at in row_offsets], np.int64).reshape(-1, 2)
+        self.find(hashes, np.arange(used), found, np.zeros(used, np.int64))
+        if found.tolist() != row_offsets:
+            wrong.append(f"{np.count_nonzero(found != row_offsets)} rows are not found by their key")
         for s, program in enumerate(table.series_program):
             if program[S_LIFETIME]:
                 continue
@@ -188,8 +191,8 @@ class SlotTiles:
             for at in row_offsets:
                 link, newer = int(arena[at + program[S_ROW_OFFSET]]), np.iinfo(np.int64).max
                 while link != NONE:
-                    number: Any = arena[base + link * words]
-                    if link in seen or not 0 <= link < arena[pool + P_USED] or number >= newer:
+                    linked = link not in seen and 0 <= link < arena[pool + P_USED]
+                    if not linked or (number := int(arena[base + link * words])) >= newer:
                         wrong.append(f"series {s}: chain of row {at} is broken at tile {link}")
                         break
                     seen.add(link)

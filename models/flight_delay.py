@@ -7,17 +7,11 @@ the route of a flight; everything else comes from the events before.
 import numpy as np
 import numpy.typing as npt
 
-from millpond.feature_actors import Count, FeatureView, Field, Last, Max, Mean, Min, SecondsSince, Source, Sum
+from millpond.feature_actors import Count, FeatureView, Field, Last, Max, Mean, SecondsSince, Source, Sum
 from millpond.models import Model
 from millpond.models.trees import BoostedTrees, save_trees
 
-FLIGHT = {
-    "flight_id": "string",
-    "tailnum": "string",
-    "carrier": "string",
-    "origin": "string",
-    "dest": "string",
-}
+FLIGHT = dict.fromkeys(("flight_id", "tailnum", "carrier", "origin", "dest"), "string")
 
 departures = Source(
     "departures",
@@ -116,11 +110,9 @@ route_arrivals = FeatureView(
     features={
         "arr_delay_3h": Mean("arr_delay", window="3h"),
         "arr_delay_24h": Mean("arr_delay", window="24h"),
-        "arr_delay_7d": Mean("arr_delay", window="7d"),
-        "last_arr_delay": Last("arr_delay"),
+        "last_arr_delay": Last("arr_delay", window="30d"),
         "air_time_24h": Mean("air_time", window="24h"),  # the winds of the day against the month's
         "air_time_30d": Mean("air_time", window="30d"),
-        "air_time_min_30d": Min("air_time", window="30d"),
     },
 )
 origin_arrivals = FeatureView(
@@ -153,7 +145,5 @@ def train(matrix: npt.NDArray[np.float64], late: npt.NDArray[np.bool_], path: st
     """Train on float64 [flights, features], as the shards served them, and write the artifact."""
     from sklearn.ensemble import HistGradientBoostingClassifier
 
-    learner = HistGradientBoostingClassifier(
-        max_iter=120, max_leaf_nodes=15, min_samples_leaf=300, random_state=0
-    )
+    learner = HistGradientBoostingClassifier(max_leaf_nodes=15, min_samples_leaf=300, early_stopping=False)
     save_trees(learner.fit(matrix, late), path)

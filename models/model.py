@@ -105,20 +105,48 @@ class LoadedModel:
         )
 
     def predict(self, rows: FeatureRows) -> list[Any]:
-        """Return one result per row.
+        """Return one result per row, as plain Python values that JSON can hold.
 
-        Raises `PredictionFailed` if the predictor fails, returns another number of results, or a
-        number that is not finite (JSON has no word for it).
+        Raises `PredictionFailed` if the predictor fails, returns another number of results, or
+        something that JSON has no word for, such as NaN.
         """
         subject, n = self.model.subject, len(rows.matrix)
         try:
             results = self._predictor.predict(Features(rows.matrix, self.plan.names))
             results = results.tolist() if isinstance(results, np.ndarray) else list(results)
+            count = len(results)
         except Exception as error:
             raise PredictionFailed(f"{subject}: predict raised {type(error).__name__}: {error}") from error
-        if len(results) != n:
-            raise PredictionFailed(f"{subject}: predict returned {len(results)} results for {n} rows")
-        for result in results:
-            if isinstance(result, float) and not math.isfinite(result):
-                raise PredictionFailed(f"{subject}: predict returned {result}, which is not a finite number")
-        return results
+        if count != n:
+            raise PredictionFailed(f"{subject}: predict returned {count} results for {n} rows")
+        try:
+            return [_plain_json(result) for result in results]
+        except (ValueError, RecursionError) as error:
+            raise PredictionFailed(f"{subject}: predict returned {error}, which JSON cannot hold") from None
+
+
+def _plain_json(value: Any) -> Any:
+    """Return a result as JSON's own types, NumPy's converted; raise `ValueError` that names what is none."""
+    kind = type(value)
+    if kind is float:
+        if not math.isfinite(value):
+            raise ValueError(f"the number {value}")
+        return value
+    if kind is str:
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the text {value[:60]!r}") from None
+        return value
+    if value is None or kind is bool or kind is int:
+        return value
+    if isinstance(value, dict):
+        for name in value:
+            if not isinstance(name, str):
+                raise ValueError(f"an object with the key {name!r:.60}")
+        return {_plain_json(str(name)): _plain_json(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_json(one) for one in value]
+    if isinstance(value, np.generic | np.ndarray) and type(plain := value.tolist()) is not kind:
+        return _plain_json(plain)
+    raise ValueError(f"a value of type `{kind.__name__}`")

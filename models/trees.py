@@ -43,7 +43,7 @@ def save_trees(classifier: Any, path: str) -> None:
     the private attributes are those of the version that this project pins.
     """
     trees = [one.nodes for (one,) in classifier._predictors]
-    arrays: dict[str, npt.NDArray[Any]] = {}
+    arrays: dict[str, Any] = {}
     for name, of, kind in (
         ("threshold", "num_threshold", np.float64),
         ("left", "left", np.int32),
@@ -58,7 +58,8 @@ def save_trees(classifier: Any, path: str) -> None:
             if name == "field":
                 arrays[name][t, : len(nodes)][nodes["is_leaf"].astype(bool)] = -1
     with open(path, "wb") as file:
-        np.savez(file, base=np.float64(classifier._baseline_prediction.item()), **arrays)
+        arrays["base"] = np.float64(classifier._baseline_prediction.item())
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 class BoostedTrees:

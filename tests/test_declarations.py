@@ -1,7 +1,9 @@
+# ruff: noqa: E501, RUF043  (messages stand whole)
 """A declaration that does not fit is refused when it is made, by a message that names the place."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -235,7 +237,7 @@ def test_an_aggregation_of_a_field_takes_a_number(kind: Any, field: str) -> None
     ("where", "why"),
     [
         (pc.field("prise") > 0, "No match for FieldRef.Name(prise)"),
-        (pc.field("id") > 0, "Function 'greater' has no kernel matching input types (string, int64)"),
+        (pc.field("id") > 0, "Function 'greater' has no kernel matching input types (string, int"),
         (pc.field("price") + 1, "the expression gives double, not bool"),
     ],
 )
@@ -305,8 +307,8 @@ def test_a_condition_of_the_view_and_of_the_feature_are_one() -> None:
 
 def test_identities_are_these_for_ever() -> None:
     """If this fails, every model's pinned features are lost."""
-    assert id_of(Sum("price", window="1d", where=pc.field("price") > 9)) == "GOLDEN0"
-    assert id_of(Count()) == "GOLDEN1"
+    assert id_of(Sum("price", window="1d", where=pc.field("price") > 9)) == "ca929ae68258e37a"
+    assert id_of(Count()) == "7f7dda48e94dac36"
 
 
 def test_views_of_one_feature_but_other_conditions_are_read_from_one_layout() -> None:
@@ -352,7 +354,7 @@ def test_a_layout_does_not_depend_on_the_order_of_declaration() -> None:
 WINDOWS_MS = st.one_of(
     st.integers(1_000, 3_660 * 86_400_000),
     st.builds(
-        lambda w, n, d: max(1_000, w * n + d),
+        lambda w, n, d: min(max(1_000, w * n + d), 3_660 * 86_400_000),
         st.sampled_from(LADDER_MS),
         st.sampled_from([60, 61, 300]),
         st.integers(-1, 1),
@@ -361,7 +363,7 @@ WINDOWS_MS = st.one_of(
 
 
 def test_each_width_of_the_ladder_is_a_multiple_of_the_next_finer() -> None:
-    for finer, wider in zip(LADDER_MS[:-1], LADDER_MS[1:], strict=True):
+    for finer, wider in itertools.pairwise(LADDER_MS):
         assert wider > finer
         assert wider % finer == 0
 

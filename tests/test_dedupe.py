@@ -88,6 +88,14 @@ def test_growth_keeps_every_id_within_the_horizon() -> None:
     assert set(admit(seen, many, many, [HORIZON] * 5_000)) == {DUPLICATE}
 
 
+def test_growth_keeps_an_id_that_is_just_within_the_horizon() -> None:
+    seen = IdFilter(HORIZON)
+    many = list(range(1, 100))
+    assert admit(seen, [0], [0], [0]) == [NEW]
+    assert set(admit(seen, many, many, [HORIZON] * 99)) == {NEW}
+    assert admit(seen, [0], [0], [HORIZON]) == [DUPLICATE]
+
+
 def test_what_is_older_than_the_horizon_takes_no_room() -> None:
     seen = IdFilter(HORIZON)
     for day in range(50):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import World, batch, cluster, worlds
 
@@ -32,7 +32,7 @@ def replay(world: World, n_shards: int = 1, seed: int = 0) -> tuple[FeatureClien
 
 def keys_of(view: FeatureView, events: list[dict[str, Any]], most: int = 6) -> list[tuple[Any, ...]]:
     keys = dict.fromkeys(tuple(e[f] for f in view.key) for e in events)
-    return [k for k in keys if None not in k][:most] + [tuple(_UNSEEN[f] for f in view.key)]
+    return [*[k for k in keys if None not in k][:most], tuple(_UNSEEN[f] for f in view.key)]
 
 
 def telling_times(view: FeatureView, events: list[dict[str, Any]]) -> list[int]:
@@ -69,6 +69,7 @@ def assert_parity(view: FeatureView, log: list[Any], keys: list[tuple[Any, ...]]
         assert (unknown == []) == oracle.known(view, mine, key, as_of), f"{where}: unknown {unknown}"
 
 
+@settings(max_examples=round(1.5 * settings().max_examples))
 @given(world=worlds(), data=st.data())
 def test_every_feature_of_every_entity_is_what_the_oracle_says(world: World, data: st.DataObject) -> None:
     client, shards, _ = replay(world, n_shards=data.draw(st.sampled_from([1, 1, 3])))
@@ -81,7 +82,7 @@ def test_every_feature_of_every_entity_is_what_the_oracle_says(world: World, dat
             assert as_of == oracle.live_as_of_ms([(view, key)], log, world.now_ms)
         assert_parity(view, log, keys, live)
         if later := [t for t in telling_times(view, events) if t >= live.as_of.max()]:
-            for as_of in data.draw(st.lists(st.sampled_from(later), min_size=1, max_size=3, unique=True)):
+            for as_of in data.draw(st.lists(st.sampled_from(later), min_size=1, max_size=5, unique=True)):
                 assert_parity(view, log, keys, read(client, view, keys, as_of))
     assert [s.check() for s in shards] == [[]] * len(shards)
 
@@ -171,8 +172,9 @@ def test_the_same_batch_twice_is_the_batch_once_where_events_have_ids(world: Wor
 
 @pytest.mark.parametrize("n_shards", [1, 3])
 def test_an_empty_cluster_answers_the_value_of_nothing(n_shards: int) -> None:
-    from millpond.feature_actors import Count, Last, Max, Mean, Min, SecondsSince, Sum
     from worlds import source
+
+    from millpond.feature_actors import Count, Last, Max, Mean, Min, SecondsSince, Sum
 
     view = FeatureView(
         "nothing", owner="tests", source=source("first", "id"), key=["user"],

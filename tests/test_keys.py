@@ -176,4 +176,3 @@ def test_slots_come_from_the_high_half(values: list[int], n_slots: int) -> None:
     assert slots_of(hash_values([values], len(values)), n_slots).tolist() == [
         hi % n_slots for _, hi in want([(v,) for v in values])
     ]
-

@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 from hypothesis import strategies as st
 
 from millpond.feature_actors import Count, FeatureView, Field, Last, Max, Mean, Min, SecondsSince, Source, Sum
-from millpond.feature_actors.clock import Clock, ManualClock
 from millpond.feature_actors.client import FeatureClient, TimeLimits
+from millpond.feature_actors.clock import Clock, ManualClock
 from millpond.feature_actors.layout import Layout, compile_layout
 from millpond.feature_actors.ports import LocalIngest, LocalRead
 from millpond.feature_actors.shard import Shard
@@ -35,8 +35,8 @@ WHERES = (
     pc.field("small") / 2 > 1,
     pc.field("small") / 2.0 > 1,
 )
-USERS = (0, 1, -1, 7, INT64_MIN, INT64_MAX, None)
-CODES = ("", "a", "ü", "日本語🐟", "x" * 300, "eight888", "nine99999", None)
+USERS = (0, 0, 0, 0, 1, 1, -1, 7, INT64_MIN, INT64_MAX, None)
+CODES = ("", "a", "a", "a", "ü", "日本語🐟", "x" * 300, "eight888", "nine99999", None)
 FLOATS = (0.0, -0.0, 1.0, 0.1, 0.5, 0.7, -3.25, 1e300, -1e300, 5e-324, 1e-300, 123456789.123, None)
 INTS = (0, 1, -1, 3, INT64_MIN, INT64_MAX, None)
 LAGS_MS = (
@@ -192,8 +192,8 @@ def _event(point: tuple[Any, ...], now_ms: int, sent: list[dict[str, Any]]) -> d
         at = at // edge * edge + step
     number = len(sent)
     event = {
-        "id": f"e{number}", "num": number, "at": at, "user": user, "code": code, "small": small, "v": v, "i": i,
-        "f32": None if f32 is None else _float32(f32), "flag": flag,
+        "id": f"e{number}", "num": number, "at": at, "user": user, "code": code, "small": small,
+        "v": v, "i": i, "f32": None if f32 is None else _float32(f32), "flag": flag,
     }  # fmt: skip
     if what != "new" and sent:
         old = sent[which % len(sent)]

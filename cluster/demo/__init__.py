@@ -1,0 +1,1 @@
+"""`millpond demo`: real data, end to end, measured."""

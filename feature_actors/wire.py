@@ -1,0 +1,103 @@
+"""Questions and answers as they cross to a shard's process: names and raw bytes.
+
+The in-memory forms (`plan.ShardQuestion`, `plan.ShardAnswer`) are made of many small arrays, and Ray
+pickles each of them at three microseconds a side; a question about one id over eight tables would
+spend a millisecond on that alone. On the wire a program is the names of its features, which the shard
+compiles once, and numbers are bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from millpond.feature_actors.layout import Layout, ReadProgram
+from millpond.feature_actors.plan import Part, ShardAnswer, ShardQuestion
+
+__all__ = ["QuestionDecoder", "WireAnswer", "WireQuestion", "decode_answer", "encode_answer", "encode_question"]
+
+Ints = npt.NDArray[np.int64]
+
+#: n; per part the names of its features and its rows (None: all); hashes of those rows, part after
+#: part; clock and as-of, each None, one number for all ids, or bytes.
+WireQuestion = tuple[int, tuple[tuple[tuple[str, ...], bytes | None], ...], bytes, Any, Any]
+#: as-of of the ids; values, part after part; knowns, part after part.
+WireAnswer = tuple[bytes, bytes, bytes]
+
+
+def encode_question(question: ShardQuestion) -> WireQuestion:
+    parts, hashes = [], []
+    for part in question.parts:
+        every = len(part.which) == question.n
+        parts.append((part.program.feature_names, None if every else part.which.tobytes()))
+        hashes.append((part.hashes if every else part.hashes[part.which]).tobytes())
+    return question.n, tuple(parts), b"".join(hashes), _encode_times(question.clock), _encode_times(question.as_of)
+
+
+class QuestionDecoder:
+    """Decode questions on the side of the shard; keeps the programs that it compiled."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._programs: dict[tuple[str, ...], ReadProgram] = {}
+
+    def decode(self, wire: WireQuestion) -> ShardQuestion:
+        n, wire_parts, hash_bytes, clock, as_of = wire
+        # Copies: what frombuffer gives is read-only, and kernels are compiled for writable arrays.
+        hashes = np.frombuffer(hash_bytes, np.uint64).reshape(-1, 2).copy()
+        parts, at = [], 0
+        for names, which_bytes in wire_parts:
+            if which_bytes is None:
+                which, of_part = np.arange(n), hashes[at : at + n]
+                at += n
+            else:
+                which = np.frombuffer(which_bytes, np.int64).copy()
+                of_part = np.zeros((n, 2), np.uint64)
+                of_part[which] = hashes[at : at + len(which)]
+                at += len(which)
+            parts.append(Part(self._program(names), of_part, which))
+        return ShardQuestion(n, tuple(parts), _decode_times(clock, n), _decode_times(as_of, n))
+
+    def _program(self, names: tuple[str, ...]) -> ReadProgram:
+        program = self._programs.get(names)
+        if program is None:
+            split = [name.split(".") for name in names]
+            features = [self._layout.view(view)[feature] for view, feature in split]
+            program = self._layout.read_program(self._layout.table_of(features[0].view), features)
+            self._programs[names] = program
+        return program
+
+
+def encode_answer(answer: ShardAnswer) -> WireAnswer:
+    return (
+        answer.as_of.tobytes(),
+        b"".join(m.tobytes() for m in answer.matrices),
+        b"".join(k.tobytes() for k in answer.knowns),
+    )
+
+
+def decode_answer(wire: WireAnswer, question: ShardQuestion) -> ShardAnswer:
+    """Decode the answer to a question."""
+    as_of, values, knowns = wire
+    all_values, all_knowns = np.frombuffer(values, np.float64), np.frombuffer(knowns, np.bool_)
+    matrices, masks, v, k = [], [], 0, 0
+    for part in question.parts:
+        rows, features, views = len(part.which), len(part.program.features), len(part.program.views)
+        matrices.append(all_values[v : v + rows * features].reshape(rows, features))
+        masks.append(all_knowns[k : k + rows * views].reshape(rows, views))
+        v, k = v + rows * features, k + rows * views
+    return ShardAnswer(np.frombuffer(as_of, np.int64), tuple(matrices), tuple(masks))
+
+
+def _encode_times(times: Ints | None) -> int | bytes | None:
+    if times is None:
+        return None
+    return int(times[0]) if (times == times[0]).all() else times.tobytes()
+
+
+def _decode_times(times: int | bytes | None, n: int) -> Ints | None:
+    if times is None:
+        return None
+    return np.full(n, times, np.int64) if isinstance(times, int) else np.frombuffer(times, np.int64).copy()

@@ -1,0 +1,235 @@
+"""Both HTTP apps over plain shards in this process, and a caller of them. No Ray, no sockets, no event loop."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+import pyarrow as pa
+
+from millpond.deployments.events import EventsApp
+from millpond.deployments.http import App
+from millpond.deployments.score import ScoreApp, ScoreLimits
+from millpond.feature_actors import Count, FeatureView, Field, Last, Max, SecondsSince, Source, Sum
+from millpond.feature_actors.client import FeatureClient
+from millpond.feature_actors.clock import Clock, ManualClock
+from millpond.feature_actors.decode import BodyLimits
+from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.ports import LocalIngest, LocalRead, complete
+from millpond.feature_actors.shard import Shard
+from millpond.feature_actors.shard_map import ShardMap
+from millpond.models import Features, Model
+from millpond.models.model import LoadedModel
+
+NOW = 1_700_000_000_000
+NOW_ISO = "2023-11-14T22:13:20.000Z"
+TOKEN = "the-admin-token"
+ARROW = "application/vnd.apache.arrow.stream"
+NDJSON = "application/x-ndjson"
+
+purchases = Source(
+    "purchases",
+    owner="checkout",
+    about="One row per <b>paid</b> order line.",
+    fields={
+        "order_id": "string", "user_id": "int64", "book_id": Field("string", optional=True),
+        "price": "float64", "gift": Field("bool", optional=True), "paid_at": "timestamp[ms, UTC]",
+    },
+    event_id="order_id",
+    event_time="paid_at",
+)  # fmt: skip
+logins = Source(
+    "logins",
+    owner="accounts",
+    fields={"user_id": "int64", "device": "string", "at": "timestamp[ms, UTC]"},
+    event_time="at",
+)
+user_spend = FeatureView(
+    "user_spend", owner="retention", source=purchases, key=["user_id"],
+    features={"orders_30d": Count(window="30d"), "spend_30d": Sum("price", window="30d"),
+              "last_price": Last("price"), "recency_s": SecondsSince()},
+)  # fmt: skip
+book_sales = FeatureView(
+    "book_sales", owner="shelf", source=purchases, key=["book_id"],
+    features={"sold_7d": Count(window="7d"), "top_price": Max("price", window="7d")},
+)  # fmt: skip
+user_book = FeatureView(
+    "user_book", owner="shelf", source=purchases, key=["user_id", "book_id"],
+    features={"bought": Count(window="90d")},
+)  # fmt: skip
+device_logins = FeatureView(
+    "device_logins", owner="fraud", source=logins, key=["device"], features={"logins_1h": Count(window="1h")}
+)
+VIEWS = (user_spend, book_sales, user_book, device_logins)
+LAYOUT = compile_layout([purchases, logins], VIEWS)
+
+
+class Total:
+    """The sum of the features that are there."""
+
+    def predict(self, features: Features) -> Any:
+        return np.nansum(features.matrix, axis=1)
+
+
+class Returns:
+    """Whatever it is told to: an exception is raised, a function called, a value given for each row."""
+
+    def __init__(self, what: Any) -> None:
+        self.what = what
+
+    def predict(self, features: Features) -> Any:
+        if isinstance(self.what, Exception):
+            raise self.what
+        return self.what(features) if callable(self.what) else [self.what] * len(features.matrix)
+
+
+def model(name: str, features: Sequence[Any], predictor: Any = Total) -> Model:
+    return Model(name, version="3", owner="retention", features=features, predictor=predictor)
+
+
+churn = model("churn", list(user_spend))
+offer = model("offer", [*book_sales, user_spend["spend_30d"], *user_book])
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error, checked to be of the one form that all errors have."""
+        assert self.headers["content-type"] == "application/json"
+        assert self.json.keys() == {"error"}
+        error: dict[str, Any] = self.json["error"]
+        assert error.keys() - {"problems"} == {"code", "message", "path"}
+        return error
+
+
+@dataclass
+class World:
+    """Both apps over the same shards."""
+
+    clock: Any
+    shards: list[Shard]
+    client: FeatureClient
+    events: EventsApp
+    score: ScoreApp
+
+    def post_events(self, source: str, body: Any, content_type: str | None = None, **options: Any) -> Reply:
+        return call(self.events, "POST", f"/v1/events/{source}", body, content_type, **options)
+
+    def post_score(self, name: str, body: Any, content_type: str | None = None, **options: Any) -> Reply:
+        return call(self.score, "POST", f"/v1/score/{name}", body, content_type, **options)
+
+    def get(self, target: str, **options: Any) -> Reply:
+        return call(self.score, "GET", target, b"", **options)
+
+    @property
+    def applied(self) -> int:
+        """How many events the tiles of all shards hold, and how many ids were seen: 0 if nothing came through."""
+        return sum(sum(s.status().events.values()) + s.status().filter_bytes for s in self.shards)
+
+
+def make_world(
+    models: Sequence[Model] = (churn, offer),
+    *,
+    n_shards: int = 2,
+    clock: Clock | None = None,
+    bodies: BodyLimits = BodyLimits(),
+    scores: ScoreLimits = ScoreLimits(),
+    layout: Any = LAYOUT,
+    status: Any = None,
+    cluster_name: str = "test",
+) -> World:
+    shard_map = ShardMap.even(16, n_shards)
+    shards = [Shard(layout, shard_map, i) for i in range(n_shards)]
+    clock = clock or ManualClock(NOW)
+    client = FeatureClient(layout, shard_map, LocalIngest(shards), LocalRead(shards), clock)
+
+    async def shards_status() -> list[dict[str, Any]]:
+        from dataclasses import asdict
+
+        return [asdict(s.status()) for s in shards]
+
+    loaded = {m.name: LoadedModel(m, layout, Path()) for m in models}
+    digest = hashlib.sha256(TOKEN.encode()).hexdigest()
+    score = ScoreApp(client, loaded, status or shards_status, scores, digest, cluster_name)
+    return World(clock, shards, client, EventsApp(client, bodies), score)
+
+
+def call(
+    app: App,
+    method: str,
+    target: str,
+    body: Any = b"",
+    content_type: str | None = None,
+    *,
+    headers: Mapping[str, str] = {},
+    chunks: Sequence[bytes] | None = None,
+    content_length: bool = True,
+    root_path: str = "",
+    disconnect: bool = False,
+) -> Reply:
+    """Make one request as a server would; anything but bytes is sent as JSON."""
+    if not isinstance(body, bytes):
+        body = json.dumps(body).encode()
+    parts = [body] if chunks is None else list(chunks)
+    path, _, query = target.partition("?")
+    sent_headers = {name.lower(): value for name, value in headers.items()}
+    if content_type is not None:
+        sent_headers["content-type"] = content_type
+    if content_length:
+        sent_headers.setdefault("content-length", str(sum(map(len, parts))))
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": unquote(path),
+        "query_string": query.encode(),
+        "root_path": root_path,
+        "headers": [(k.encode("latin-1"), v.encode("latin-1")) for k, v in sent_headers.items()],
+    }
+    messages = [{"type": "http.request", "body": p, "more_body": i + 1 < len(parts)} for i, p in enumerate(parts)]
+    if disconnect:
+        messages[-1:] = [{"type": "http.disconnect"}]
+    unread = iter(messages)
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return next(unread)
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    complete(app(scope, receive, send))
+    if not sent:
+        return Reply(0, {}, b"")
+    start, end = sent
+    assert (start["type"], end["type"]) == ("http.response.start", "http.response.body")
+    got = {k.decode(): v.decode() for k, v in start["headers"]}
+    assert got["content-length"] == str(len(end["body"]))
+    return Reply(start["status"], got, end["body"])
+
+
+def purchase(order_id: str, user_id: Any = 1, price: Any = 10.0, paid_at: Any = NOW, **more: Any) -> dict[str, Any]:
+    return {"order_id": order_id, "user_id": user_id, "price": price, "paid_at": paid_at, **more}
+
+
+def arrow(source: Source, events: Sequence[Mapping[str, Any]], schema: pa.Schema | None = None) -> bytes:
+    """Events as an Arrow IPC stream."""
+    schema = schema or source.schema
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_batch(pa.RecordBatch.from_pylist([dict(e) for e in events], schema=schema))
+    return bytes(sink.getvalue())

@@ -1,0 +1,407 @@
+"""The tile store and the shard: laws of what they keep, and that `check` finds damage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from worlds import DAY, HOUR, USERS, World, batch, cluster, source, worlds
+
+from millpond.feature_actors import Count, FeatureView, Last, Max, Mean, Min, SecondsSince, Sum, oracle
+from millpond.feature_actors.dedupe import DUPLICATE, NEW
+from millpond.feature_actors.kernels import H_INDEX_AT, H_POOLS, H_ROWS_AT, H_ROWS_USED
+from millpond.feature_actors.keys import hash_columns
+from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.plan import ReadPlan, ShardQuestion
+from millpond.feature_actors.ports import complete
+from millpond.feature_actors.shard import Shard
+from millpond.feature_actors.shard_map import ShardMap
+from millpond.feature_actors.tiles import SlotTiles
+
+NOW = 1_700_000_000_000
+FIRST = source("first", None)
+_EVENT = {
+    "id": "e",
+    "num": 0,
+    "at": NOW,
+    "user": 1,
+    "code": "a",
+    "small": 0,
+    "v": 1.0,
+    "i": 1,
+    "f32": 0.0,
+    "flag": True,
+}
+
+
+def view(**features: Any) -> FeatureView:
+    return FeatureView("v", owner="tests", source=FIRST, key=["user"], features=features)
+
+
+def event(at: int, arrival: int | None = None, **changes: Any) -> dict[str, Any]:
+    return {**_EVENT, "at": at, "arrival_ms": at if arrival is None else arrival, **changes}
+
+
+def shard_of(views: list[FeatureView], events: list[dict[str, Any]], n_slots: int = 1) -> Shard:
+    shard = Shard(compile_layout([], views), ShardMap.even(n_slots, 1), 0)
+    stamps = np.array([e["arrival_ms"] for e in events], np.int64)
+    shard.apply(FIRST.name, batch(FIRST, events), stamps)
+    assert shard.check() == []
+    return shard
+
+
+def ask(shard: Shard, of: FeatureView, users: list[int], as_of: list[int], *, clock: bool) -> ShardQuestion:
+    plan = ReadPlan(shard._layout, list(of), "test")
+    times = np.array(as_of, np.int64)
+    questions = plan.questions(
+        {"user": users}, len(users), shard._map, times if clock else None, None if clock else times
+    )
+    return questions[0]
+
+
+def read(shard: Shard, of: FeatureView, user: int, as_of: int) -> dict[str, float]:
+    answer = shard.read(ask(shard, of, [user], [as_of], clock=True))
+    assert answer.as_of.tolist() == [as_of]
+    return dict(zip(of.features, answer.matrices[0][0].tolist(), strict=True))
+
+
+# -- too late, by event time and arrival stamp alone
+
+
+@pytest.mark.parametrize("window", ["1s", "90s", "1h", "24h", "90d"])
+def test_a_tile_that_no_window_will_cover_any_more_takes_no_event(window: str) -> None:
+    declared = view(n=Count(window=window), total=Sum("v", window=window))
+    length = Count(window=window).window_ms
+    assert length is not None
+    width = max(w for w in (10, 1000, 60_000, 1_200_000, DAY) if 60 * w <= length)
+    oldest = (NOW - length) // width * width
+    early = [event(at, at) for at in (oldest - width, oldest)]
+    late = [event(oldest - width, NOW), event(oldest - 1, NOW), event(oldest, NOW), event(oldest + 1, NOW)]
+    shard = shard_of([declared], [*early, *late])
+    # As of a time before the arrival: what was not taken is not there, though its tile is in the window.
+    assert read(shard, declared, 1, oldest + 1)["n"] == 4
+    assert oracle.features(declared, [*early, *late], (1,), oldest + 1) == {"n": 4, "total": 4}
+    assert shard.status().tiles == 2
+
+
+def test_a_tile_is_kept_for_the_longest_window_that_reads_it() -> None:
+    declared = view(short=Count(window="60s"), long=Count(window="4m"))
+    shard = shard_of([declared], [event(NOW - 200_000, NOW), event(NOW - 300_000, NOW)])
+    assert shard.status().tiles == 1
+    assert read(shard, declared, 1, NOW) == {"short": 0, "long": 1}
+
+
+def test_a_lifetime_with_ttl_starts_anew_when_it_had_been_forgotten() -> None:
+    declared = view(n=Count(ttl="1h"), last=Last("v", ttl="1h"), ever=Count())
+    events = [event(NOW, v=1.0), event(NOW + HOUR, v=2.0), event(NOW + 2 * HOUR + 1, v=3.0)]
+    shard = shard_of([declared], events[:2])
+    assert read(shard, declared, 1, NOW + 2 * HOUR) == {"n": 2, "last": 2, "ever": 2}
+    gone = read(shard, declared, 1, NOW + 2 * HOUR + 1)
+    assert (gone["n"], gone["ever"], np.isnan(gone["last"])) == (0, 2, True)
+    assert read(shard_of([declared], events), declared, 1, events[2]["at"]) == {"n": 1, "last": 3, "ever": 3}
+
+
+def test_a_lifetime_with_ttl_takes_no_event_from_before_its_ttl() -> None:
+    declared = view(n=Count(ttl="1h"))
+    events = [event(NOW), event(NOW - HOUR + 1, NOW + 1), event(NOW - HOUR, NOW + 1)]
+    assert read(shard_of([declared], events), declared, 1, NOW + 1) == {"n": 2}
+
+
+def test_too_late_is_the_same_for_the_count_of_an_ack_and_for_the_tiles() -> None:
+    declared = view(n=Count(window="1h"), m=Sum("v", window="2d"), k=Last("v", ttl="1d"))
+    layout = compile_layout([], [declared])
+    times = NOW + np.arange(-3 * DAY, 1, 599_999)
+    too_late = layout.too_late("first", times, np.full(len(times), NOW))
+    for at, late in zip(times.tolist(), too_late.tolist(), strict=True):
+        shard = shard_of([declared], [event(at, NOW)])
+        taken = shard.status().tiles > 0 or read(shard, declared, 1, max(at, NOW - DAY))["k"] == 1
+        assert taken is not late
+    assert 0 < too_late.sum() < len(times)
+
+
+def test_nothing_is_too_late_for_a_feature_that_is_kept_for_ever() -> None:
+    layout = compile_layout([], [view(n=Count(), m=Count(window="1s"))])
+    assert not layout.too_late("first", np.array([0]), np.array([NOW])).any()
+    assert not compile_layout([FIRST], []).too_late("first", np.array([0]), np.array([NOW])).any()
+
+
+# -- known
+
+
+def test_an_entity_is_known_by_its_longest_window_or_ttl() -> None:
+    # A ttl a little longer than a window, whose oldest tile begins before the ttl does.
+    declared = view(n=Count(window="60s"), last=Last("v", ttl="60500ms"))
+    shard = shard_of([declared], [event(NOW)])
+    for as_of, knows in (
+        (NOW + 60_500, True),
+        (NOW + 60_501, True),
+        (NOW + 60_999, True),
+        (NOW + 61_000, False),
+    ):
+        answer = shard.read(ask(shard, declared, [1], [as_of], clock=True))
+        assert answer.knowns[0].tolist() == [[knows]]
+        assert oracle.known(declared, [event(NOW)], (1,), as_of) is knows
+        assert answer.matrices[0][0][0] == knows
+
+
+# -- order
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from((0, 0, 1, 59_999, 60_000, HOUR, -HOUR)), st.sampled_from((1.0, 2.0, -0.5, None))
+        ),
+        min_size=1,
+        max_size=30,
+    ),
+    st.randoms(),
+)
+def test_the_order_of_events_changes_only_sums_and_ties(
+    events: list[tuple[int, float | None]], random: Any
+) -> None:
+    declared = view(
+        n=Count(window="24h"), lo=Min("v", window="24h"), hi=Max("v", window="24h"), since=SecondsSince()
+    )
+    log = [event(NOW + at, NOW, v=v) for at, v in events]
+    shuffled = random.sample(log, len(log))
+    as_of = NOW + HOUR
+    np.testing.assert_equal(
+        read(shard_of([declared], log), declared, 1, as_of),
+        read(shard_of([declared], shuffled), declared, 1, as_of),
+    )
+
+
+def test_of_two_values_at_one_millisecond_the_one_applied_later_is_the_last() -> None:
+    declared = view(in_window=Last("v", window="1h"), ever=Last("v"), ttl=Last("v", ttl="1d"))
+    same = [event(NOW, v=1.0), event(NOW, v=2.0), event(NOW, v=None), event(NOW - 1, v=3.0)]
+    assert set(read(shard_of([declared], same), declared, 1, NOW).values()) == {2.0}
+    assert set(read(shard_of([declared], [same[1], same[0], *same[2:]]), declared, 1, NOW).values()) == {1.0}
+
+
+def test_windows_merge_their_tiles_oldest_first() -> None:
+    # In this order 1e16 swallows each 1.0; in the other the ones would have added up first.
+    declared = view(total=Sum("v", window="1h"), mean=Mean("v", window="1h"))
+    ones = [event(NOW + 60_000 * (i + 1), NOW + HOUR // 2, v=1.0) for i in range(4)]
+    first = event(NOW, NOW + HOUR // 2, v=1e16)
+    assert read(shard_of([declared], [*ones, first]), declared, 1, NOW + HOUR // 2) == {
+        "total": 1e16,
+        "mean": 2e15,
+    }
+
+
+# -- growth
+
+
+def test_one_slot_holds_many_entities_and_finds_each() -> None:
+    declared = view(n=Count(window="24h"), last=Last("i"))
+    n = 20_000
+    log = [event(NOW + u % 7, NOW + 10, user=u, i=u) for u in range(n)]
+    shard = Shard(compile_layout([], [declared]), ShardMap.even(1, 1), 0)
+    for start in range(0, n, 7_001):
+        piece = log[start : start + 7_001]
+        shard.apply("first", batch(FIRST, piece), np.full(len(piece), NOW + 10))
+    answer = shard.read(ask(shard, declared, list(range(n + 5)), [NOW + 10] * (n + 5), clock=True))
+    np.testing.assert_array_equal(answer.matrices[0][:n, 1], np.arange(n))
+    np.testing.assert_array_equal(answer.matrices[0][:, 0], [1] * n + [0] * 5)
+    assert shard.status().entities == {"first[user]": n}
+    assert shard.check() == []
+
+
+def test_one_entity_holds_as_many_tiles_as_its_window_has() -> None:
+    declared = view(n=Count(window="49999ms"), total=Sum("i", window="49999ms"), ever=Count())
+    width, tiles = 500, 200  # 49,999 ms are the most tiles of 500 ms but one
+    log = [event(NOW + i * width, NOW, i=i) for i in range(tiles)]
+    np.random.default_rng(7).shuffle(log)  # type: ignore[arg-type]
+    shard = shard_of([declared], log)
+    assert shard.status().tiles == tiles
+    as_of = NOW + tiles * width - 1
+    assert read(shard, declared, 1, as_of) == oracle.features(declared, log, (1,), as_of)
+    assert read(shard, declared, 1, as_of)["n"] == 100
+
+
+@given(st.lists(st.sampled_from([u for u in USERS if u is not None]), max_size=60), st.integers(0, 2**64 - 1))
+def test_entities_whose_places_collide_are_told_apart(users: list[int], seed: int) -> None:
+    layout = compile_layout([], [view(n=Count())])
+    tiles = SlotTiles(layout.tables[0], seed)
+    # All low halves alike: every key falls on one place of the index.
+    hashes = np.array([(5, u) for u in users], np.int64).reshape(-1, 2)
+    n = len(users)
+    tiles.apply(
+        np.arange(n), hashes, np.full(n, NOW), np.full(n, NOW), np.empty((0, n)), np.ones((1, n), np.bool_)
+    )
+    assert tiles.entities == len(set(users))
+    assert tiles.check() == []
+    rows = np.full(n, -1, np.int64)
+    tiles.find(hashes, np.arange(n), rows, np.zeros(n, np.int64))
+    assert len(set(rows.tolist())) == len(set(users))
+
+
+# -- the shard
+
+
+def test_a_shard_keeps_only_the_slots_it_owns() -> None:
+    declared = view(n=Count())
+    layout, shard_map = compile_layout([], [declared]), ShardMap((0, 1, 1, 0))
+    log = [event(NOW, user=u) for u in range(100)]
+    shards = [Shard(layout, shard_map, i) for i in range(2)]
+    for shard in shards:
+        shard.apply("first", batch(FIRST, log), np.full(100, NOW))
+        assert shard.check() == []
+        assert {slot for _, slot in shard._tiles} <= set(shard_map.slots_of_shard(shard._number))
+    assert sum(s.status().entities["first[user]"] for s in shards) == 100
+
+
+def test_a_batch_that_a_condition_cannot_judge_is_applied_when_it_can() -> None:
+    """What fails while a batch is judged leaves no trace: the events are not taken for applied."""
+    declared = FeatureView(
+        "v", owner="tests", source=source("first", "id"), key=["user"], features={"n": Count()},
+        where=pc.field("i") / pc.field("small") > 0,
+    )  # fmt: skip
+    shard = Shard(compile_layout([], [declared]), ShardMap.even(1, 1), 0)
+    good, bad = event(NOW, id="good", small=1), event(NOW, id="bad", small=0)
+    with pytest.raises(pa.ArrowInvalid, match="divide by zero"):
+        shard.apply("first", batch(FIRST, [good, bad]), np.array([NOW, NOW]))
+    shard.apply("first", batch(FIRST, [good]), np.array([NOW]))
+    assert read(shard, declared, 1, NOW) == {"n": 1}
+
+
+def test_admit_judges_by_id_and_content() -> None:
+    shard = Shard(compile_layout([FIRST], []), ShardMap.even(4, 1), 0)
+    ids = hash_columns([pa.array(["a", "b", "a", "b"])], 4)
+    contents = np.array([1, 2, 1, 3], np.int64)
+    assert shard.admit("first", ids, contents, np.full(4, NOW)).tolist() == [NEW, NEW, DUPLICATE, 2]
+    assert shard.admit("second", ids[:1], contents[:1], np.full(1, NOW)).tolist() == [NEW], (
+        "ids are of a source"
+    )
+
+
+def test_conditions_are_judged_in_the_order_of_the_batch_however_large_it_is() -> None:
+    declared = view(n=Count(where=pc.field("i") == 1), total=Sum("i", where=pc.field("flag")))
+    n = 200_000
+    users = np.arange(n) % 1000
+    ones = (np.arange(n) * 7919 % 13 == 0).astype(np.int64)
+    columns = {name: [_EVENT[name]] * n for name in FIRST.fields} | {
+        "user": users,
+        "i": ones,
+        "flag": ones == 1,
+    }
+    whole = pa.record_batch([pa.array(columns[f.name], f.type) for f in FIRST.schema], schema=FIRST.schema)
+    shard = Shard(compile_layout([], [declared]), ShardMap.even(8, 1), 0)
+    shard.apply("first", whole, np.full(n, NOW))
+    answer = shard.read(ask(shard, declared, list(range(1000)), [NOW] * 1000, clock=True))
+    want = np.bincount(users, weights=ones)
+    np.testing.assert_array_equal(answer.matrices[0], np.column_stack([want, want]))
+
+
+# -- the point-in-time join
+
+
+@given(world=worlds(events_max=60), data=st.data())
+def test_a_join_sees_what_had_happened_by_each_as_of(world: World, data: st.DataObject) -> None:
+    layout = world.layout
+    shard = Shard(layout, ShardMap.even(8, 1), 0, dedupe_horizon_ms=10**12)
+    logs: dict[str, list[dict[str, Any]]] = {}
+    for name, declared in layout.sources.items():
+        events = sorted(world.events(name), key=lambda e: e["at"])
+        # One event per id, which arrived when it happened.
+        logs[name] = [{**e, "arrival_ms": e["at"], "id": f"e{i}", "num": i} for i, e in enumerate(events)]
+        assert oracle.distinct(declared, logs[name]) == logs[name]
+    events = [e for log in logs.values() for e in log if None not in (e["user"], e["code"])]
+    if not events:
+        return
+    asked = data.draw(
+        st.lists(
+            st.tuples(st.sampled_from(events), st.sampled_from((0, -1, 1, HOUR, DAY))), min_size=1, max_size=6
+        )
+    )
+    asked.sort(key=lambda one: one[0]["at"] + one[1])
+    times = [e["at"] + later for e, later in asked]
+    plan = ReadPlan(layout, [f for v in world.views for f in v], "test")
+    keys = {f: [e[f] for e, _ in asked] for f in plan.key_fields}
+    question = plan.questions(keys, len(asked), shard._map, None, np.array(times, np.int64))[0]
+    answer = shard.join(
+        question,
+        {
+            n: (batch(layout.sources[n], log), np.array([e["at"] for e in log], np.int64))
+            for n, log in logs.items()
+        },
+    )
+    rows = plan.assemble(len(asked), {0: question}, {0: answer}, answer.as_of)
+    column = 0
+    for declared in world.views:
+        for name in declared.features:
+            for (one, _), as_of, got in zip(asked, times, rows.matrix[:, column].tolist(), strict=True):
+                key = tuple(one[f] for f in declared.key)
+                past = [e for e in logs[declared.source.name] if e["at"] <= as_of]
+                assert oracle.agrees(declared, name, past, key, as_of, got), (
+                    f"{name} {key} as of {as_of}: {got}"
+                )
+            column += 1
+        for (one, _), as_of, unknown in zip(asked, times, rows.unknown, strict=True):
+            past = [e for e in logs[declared.source.name] if e["at"] <= as_of]
+            key = tuple(one[f] for f in declared.key)
+            assert oracle.known(declared, past, key, as_of) == (declared.name not in unknown)
+    assert shard.check() == []
+
+
+# -- check
+
+
+def _damaged(damage: str) -> list[str]:
+    declared = view(n=Count(window="24h"), ever=Count())
+    log = [event(NOW + i * HOUR, NOW, user=u) for u in range(3) for i in range(4)]
+    client, shards = cluster(compile_layout([], [declared]), n_slots=1)
+    complete(client.ingest("first", batch(FIRST, [])))
+    shards[0].apply("first", batch(FIRST, log), np.full(len(log), NOW))
+    assert shards[0].check() == []
+    tiles = shards[0]._tiles[0, 0]
+    arena, table = tiles._arena, tiles._table
+    series = next(i for i, s in enumerate(table.series) if not s.lifetime)
+    pool = H_POOLS + 3 * series
+    base, words = int(arena[pool + 2]), int(table.series_program[series, 5])
+    row = int(arena[H_ROWS_AT])
+    head = row + int(table.series_program[series, 4])
+    if damage == "a row out of the index":
+        index = int(arena[H_INDEX_AT])
+        arena[index : int(arena[H_ROWS_AT])][arena[index : int(arena[H_ROWS_AT])] == row] = -1
+    elif damage == "two rows of one key":
+        arena[row : row + 2] = arena[row + table.row_words : row + table.row_words + 2]
+    elif damage == "a key overwritten":
+        arena[row] ^= 1
+    elif damage == "a tile lost":
+        arena[head] = arena[base + int(arena[head]) * words + 1]
+    elif damage == "a chain out of order":
+        arena[base + int(arena[head]) * words] = -(10**9)
+    elif damage == "a chain in a circle":
+        arena[base + int(arena[head]) * words + 1] = arena[head]
+    elif damage == "a link to nowhere":
+        arena[head] = arena[pool] + 5
+    elif damage == "a row too many":
+        arena[H_ROWS_USED] += 1
+    elif damage == "a slot of another shard":
+        shards[0]._owned[0] = False
+    return shards[0].check()
+
+
+@pytest.mark.parametrize(
+    ("damage", "finding"),
+    [
+        ("a row out of the index", "index holds 2 rows, the table 3"),
+        ("two rows of one key", "1 keys stand in two rows"),
+        ("a key overwritten", "1 rows are not found by their key"),
+        ("a tile lost", "12 tiles used, 11 linked"),
+        ("a chain out of order", "is broken at tile"),
+        ("a chain in a circle", "is broken at tile"),
+        ("a link to nowhere", "is broken at tile"),
+        ("a row too many", "index holds 3 rows, the table 4"),
+        ("a slot of another shard", "slot 0 is not of shard 0"),
+    ],
+)
+def test_check_finds_planted_damage(damage: str, finding: str) -> None:
+    assert any(finding in problem for problem in _damaged(damage)), _damaged(damage)
