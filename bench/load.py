@@ -112,8 +112,10 @@ def requests_of(load: Load) -> list[bytes]:
 def content_length(head: bytes) -> int:
     """Return the length of the body that an answer's head announces; -1 if it does not.
 
-    >>> content_length(b"HTTP/1.1 200 OK\\r\\nContent-Length: 12\\r\\n"), content_length(b"HTTP/1.1 200 OK\\r\\n")
-    (12, -1)
+    >>> content_length(b"HTTP/1.1 200 OK\\r\\nContent-Length: 12\\r\\n")
+    12
+    >>> content_length(b"HTTP/1.1 200 OK\\r\\n")
+    -1
     """
     at = head.find(b"content-length:")
     if at < 0:
@@ -200,12 +202,7 @@ def drive(load: Load) -> Outcome:
                     first_failure = first_failure or why
                 elif begin_ns <= now_ns < end_ns:
                     latencies.append(now_ns - connection.sent_ns)
-                if (
-                    answer == b""
-                    or now_ns >= end_ns
-                    or checked >= load.answers_max
-                    or failed >= load.failures_max
-                ):
+                if answer == b"" or now_ns >= end_ns or checked >= load.answers_max or failed >= load.failures_max:
                     del connections[number]
                     poll.unregister(number)
                     connection.socket.close()
@@ -238,8 +235,8 @@ def _wrong(answer: bytes, texts: list[tuple[bytes, int]]) -> str | None:
             return "the connection was closed"
         return f"status {answer[9:12].decode(errors='replace')}: {_excerpt(answer)}"
     for text, times in texts:
-        if answer.count(text) != times:
-            return f"{text.decode()!r} stands {answer.count(text)} times, expected {times}: {_excerpt(answer)}"
+        if (found := answer.count(text)) != times:
+            return f"{text.decode()!r} stands {found} times, expected {times}: {_excerpt(answer)}"
     return None
 
 

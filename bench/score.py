@@ -27,16 +27,17 @@ import httpx
 import msgspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from millpond.bench import reference
-from millpond.bench.load import Load, Outcome, run_load
+from millpond.bench.load import Load, LoadFailed, Outcome, run_load
 from millpond.bench.noop import BARE_PREFIX, NOOP_PREFIX, run_noops
-from millpond.bench.workload import HISTORY, Steps, median_of, ratio, run_workload
+from millpond.bench.processes import cpu_seconds
+from millpond.bench.workload import HISTORY, Advance, Steps, median_of, ratio, run_workload
 from millpond.cluster.cluster import Cluster
 from millpond.cluster.config import Config
 from millpond.cluster.demo.session import ARROW_STREAM, Session, arrow_stream
 from millpond.cluster.demo.stage import judge
+from millpond.feature_actors.errors import Unavailable
 from millpond.models import Features
 from millpond.models.definition import Definition
 
@@ -60,6 +61,9 @@ MEANINGS = {
     "score_vs_noop_ratio": "requests/s at 32 connections, score / no-op",
     "score_vs_bare_ratio": "requests/s at 32 connections, score / bare",
     "score_cost_us": "a request at 32 connections, score - no-op",
+    "score_32_cpu_us": "processor time a request, of its replica and the shards, 32 connections",
+    "noop_32_cpu_us": "",
+    "bare_32_cpu_us": "",
     "score_32_p50_ms": "half of the scores took at most",
     "score_32_p99_ms": "99 of 100 took at most",
     "noop_32_p50_ms": "",
@@ -120,8 +124,7 @@ def turns(rounds: int) -> list[list[Measurement]]:
     """Return the measurements of each round: those that are compared stand side by side, and another
     of them comes first in each round, so that none is always measured on a cooler machine."""
     return [
-        [m for group in MEASUREMENTS for m in group[r % len(group) :] + group[: r % len(group)]]
-        for r in range(rounds)
+        [m for group in MEASUREMENTS for m in group[r % len(group) :] + group[: r % len(group)]] for r in range(rounds)
     ]
 
 
@@ -133,8 +136,11 @@ def bodies(draw: random.Random, ids: int, count: int, users: int = reference.USE
     return [encode([{"user_id": draw.randrange(users)} for _ in range(ids)]) for _ in range(count)]
 
 
-def figures_of(outcomes: Mapping[str, list[Outcome]]) -> dict[str, Any]:
-    """Return medians of the rounds, and ratios of the medians."""
+def figures_of(outcomes: Mapping[str, list[Outcome]], cpu_seconds_of: Mapping[str, list[float]]) -> dict[str, Any]:
+    """Return medians of the rounds, and ratios of the medians.
+
+    cpu_seconds_of: per measurement and round, what the endpoint's processes took for all its answers.
+    """
     figures: dict[str, Any] = {}
     for m in (m for group in MEASUREMENTS for m in group):
         runs = outcomes[m.name]
@@ -143,6 +149,8 @@ def figures_of(outcomes: Mapping[str, list[Outcome]]) -> dict[str, Any]:
             figures[f"{m.name}_ids_per_s"] = round(rate)
         elif m.connections > 1:
             figures[f"{m.name}_requests_per_s"] = rate
+            cpu = [s / o.checked * 1e6 for s, o in zip(cpu_seconds_of[m.name], runs, strict=True)]
+            figures[f"{m.name}_cpu_us"] = median_of(cpu, 1)
         figures[f"{m.name}_p50_ms"] = median_of([o.latency_ms(0.5) for o in runs], 3)
         if m.ids == 1:
             figures[f"{m.name}_p99_ms"] = median_of([o.latency_ms(0.99) for o in runs], 3)
@@ -160,7 +168,7 @@ class ScoreWorkload:
 
     name = "score"
     seed = SEED
-    meanings = MEANINGS
+    meanings: Mapping[str, str] = MEANINGS
 
     def __init__(self, config: Config, seconds: float, *, rounds: int = ROUNDS) -> None:
         self._home = tempfile.TemporaryDirectory(prefix="millpond-bench-")
@@ -171,6 +179,7 @@ class ScoreWorkload:
         self._events: pa.Table | None = None
         self._wrong: list[str] = []
         self._outcomes: dict[str, list[Outcome]] = {}
+        self._cpu_seconds: dict[str, list[float]] = {}
         self._figures: dict[str, Any] = {
             "measured_seconds": seconds,
             "rounds": rounds,
@@ -218,7 +227,7 @@ class ScoreWorkload:
         self._figures["events"] = counts.get("accepted", 0)
         self._figures["load_events_per_s"] = round(rate)
         if session.first_failure:
-            raise RuntimeError(f"the reference events cannot be loaded: {session.first_failure}")
+            raise Unavailable(f"the reference events cannot be loaded: {session.first_failure}")
         if counts.pop("accepted") != len(events) or any(counts.values()):
             self._wrong.append(f"{len(events)} events were sent, and not each accepted: {counts}")
 
@@ -232,7 +241,10 @@ class ScoreWorkload:
         with steps.step("measure", sum(map(len, schedule))) as advance:
             for measurement in (m for turn in schedule for m in turn):
                 advance(0, f"{measurement.name} ...")
+                titles = (f"ray::ServeReplica:{self._config.name}-{measurement.endpoint}:", "ray::FeatureActor")
+                before_s = cpu_seconds(titles)
                 outcome = self._run(measurement, self._seconds, draw)
+                self._cpu_seconds.setdefault(measurement.name, []).append(cpu_seconds(titles) - before_s)
                 self._outcomes.setdefault(measurement.name, []).append(outcome)
                 rate = outcome.requests_per_s * measurement.ids
                 unit = "requests/s" if measurement.ids == 1 else "ids/s"
@@ -247,68 +259,71 @@ class ScoreWorkload:
         address = urlsplit(self.url)
         assert address.hostname is not None
         assert address.port is not None
-        outcome = run_load(
-            Load(
-                host=address.hostname,
-                port=address.port,
-                path=measurement.path,
-                bodies=bodies(draw, measurement.ids, _BODIES if measurement.ids == 1 else _BATCH_BODIES),
-                connections=measurement.connections,
-                seconds=seconds,
-                texts=[(f'"model":"{_MODEL}"'.encode(), measurement.ids), (b'"unknown":[]', measurement.ids)],
-            )
+        load = Load(
+            host=address.hostname,
+            port=address.port,
+            path=measurement.path,
+            bodies=bodies(draw, measurement.ids, _BODIES if measurement.ids == 1 else _BATCH_BODIES),
+            connections=measurement.connections,
+            seconds=seconds,
+            texts=[(f'"model":"{_MODEL}"'.encode(), measurement.ids), (b'"unknown":[]', measurement.ids)],
         )
+        try:
+            outcome = run_load(load)
+        except LoadFailed as error:
+            raise Unavailable(str(error)) from error
         self._figures["answers_checked"] = self._figures.get("answers_checked", 0) + outcome.checked
         if outcome.failed:
             self._wrong.append(
-                f"every answer is good: {outcome.failed} of {outcome.checked} at {measurement.path} were not, "
-                f"the first: {outcome.first_failure}"
+                f"every answer is good: {outcome.failed} of {outcome.checked} at {measurement.path} "
+                f"were not, the first: {outcome.first_failure}"
             )
         if not outcome.answers:
-            raise RuntimeError(
-                f"no good answer from {measurement.path} in {seconds:g} s: {outcome.first_failure}"
-            )
+            raise Unavailable(f"no good answer from {measurement.path} in {seconds:g} s: {outcome.first_failure}")
         return outcome
 
     # -- check
 
     def check(self, steps: Steps) -> list[str]:
         """Compare scores of a sample with what `/v1/features` and the raw events say of it."""
-        assert self._events is not None
         users = random.Random(SEED + 1).sample(range(reference.USERS), _SAMPLE_USERS)
         # One time, a little ahead, for every read: otherwise windows slide from answer to answer.
         as_of_ms = int(time.time() * 1000) + 60_000
-        model, plan = reference.Logistic(), list(reference.user_activity.features)
-        wrong, rows = list(self._wrong), []
         with (
             steps.step("check", len(users)) as advance,
             httpx.Client(base_url=self.url, trust_env=False, timeout=30) as http,
         ):
-            query = {"as_of": str(as_of_ms)}
-            batch = http.post(_SCORE_PATH, params=query, json=[{"user_id": u} for u in users])
-            for user, in_batch in zip(users, batch.raise_for_status().json(), strict=True):
-                key = {"user_id": user}
-                found = http.get(f"/v1/features/{_VIEW}", params={**query, **key}).raise_for_status().json()
-                answer = http.post(_SCORE_PATH, params=query, json=key).raise_for_status().json()
-                values = [found["features"][name] for name in plan]
-                matrix = np.array([[np.nan if v is None else v for v in values]])
-                expected = model.predict(Features(matrix, tuple(plan))).tolist()[0]
-                if not answer["result"] == in_batch["result"] == expected:
-                    wrong.append(
-                        f"the score of user {user} is what its features give: expected {expected!r}, "
-                        f"got {answer['result']!r}, in a batch {in_batch['result']!r}"
-                    )
-                if answer["model"] != _MODEL or answer["unknown"] or found["unknown"]:
-                    wrong.append(f"user {user} is known and scored by `{_MODEL}`: got {answer}")
-                named = {f"{_VIEW}.{name}": value for name, value in found["features"].items()}
-                rows.append((key, as_of_ms, named, ()))
-                advance(1, "")
+            try:
+                return self._wrong + self._recompute(http, users, as_of_ms, advance)
+            except httpx.HTTPError as error:
+                return [*self._wrong, f"every answer is good: {error}"]
+
+    def _recompute(self, http: httpx.Client, users: list[int], as_of_ms: int, advance: Advance) -> list[str]:
+        assert self._events is not None
+        model, names = reference.Logistic(), tuple(reference.user_activity.features)
+        wrong, rows = [], []
+        query = {"as_of": str(as_of_ms)}
+        batch = http.post(_SCORE_PATH, params=query, json=[{"user_id": u} for u in users])
+        for user, in_batch in zip(users, batch.raise_for_status().json(), strict=True):
+            key = {"user_id": user}
+            found = http.get(f"/v1/features/{_VIEW}", params={**query, **key}).raise_for_status().json()
+            answer = http.post(_SCORE_PATH, params=query, json=key).raise_for_status().json()
+            values = [found["features"][name] for name in names]
+            matrix = np.array([[np.nan if v is None else v for v in values]])
+            expected = model.predict(Features(matrix, names)).tolist()[0]
+            if not answer["result"] == in_batch["result"] == expected:
+                wrong.append(
+                    f"the score of user {user} is what its features give: expected {expected!r}, "
+                    f"got {answer['result']!r}, in a batch {in_batch['result']!r}"
+                )
+            if answer["model"] != _MODEL or answer["unknown"] or found["unknown"]:
+                wrong.append(f"user {user} is known and scored by `{_MODEL}`: got {answer}")
+            named = {f"{_VIEW}.{name}": value for name, value in found["features"].items()}
+            rows.append((key, as_of_ms, named, ()))
+            advance(1, "")
         self._figures["scores_recomputed"] = len(rows)
         judged = rows[:_ORACLE_USERS]
-        theirs = self._events.filter(
-            pc.is_in(self._events["user_id"], pa.array(users[:_ORACLE_USERS], pa.int64()))
-        )
-        agreed = judge([reference.user_activity], {"activity": theirs}, judged, lambda n: None)
+        agreed = judge([reference.user_activity], {"activity": self._events}, judged, lambda n: None)
         if agreed != len(judged):
             wrong.append(f"features are what the raw events say: {agreed} of {len(judged)} users are right")
         return wrong
@@ -316,7 +331,7 @@ class ScoreWorkload:
     # -- metrics and end
 
     def metrics(self) -> dict[str, Any]:
-        return {**figures_of(self._outcomes), **self._figures}
+        return {**figures_of(self._outcomes, self._cpu_seconds), **self._figures}
 
     def close(self) -> None:
         try:

@@ -21,7 +21,10 @@ from rich.table import Table
 
 from millpond.bench.machine import commit, machine
 
-__all__ = ["HISTORY", "Steps", "Workload", "median_of", "ratio", "record", "run_workload"]
+__all__ = ["HISTORY", "Advance", "Steps", "Workload", "median_of", "ratio", "record", "run_workload"]
+
+#: Moves a bar on and shows a note beside it.
+Advance = Callable[[float, str], None]
 
 HISTORY = Path(__file__).parent / "history.jsonl"
 
@@ -32,9 +35,12 @@ class Steps:
     def __init__(self) -> None:
         self.console = Console(stderr=True)
         self._progress = Progress(
-            TextColumn("{task.description:28}"), BarColumn(24), TimeElapsedColumn(), TextColumn("{task.fields[note]}"),
+            TextColumn("{task.description:28}"),
+            BarColumn(24),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
             console=self.console,
-        )  # fmt: skip
+        )
 
     def __enter__(self) -> Steps:
         self._progress.start()
@@ -44,7 +50,7 @@ class Steps:
         self._progress.stop()
 
     @contextmanager
-    def step(self, what: str, total: float | None = None) -> Iterator[Callable[[float, str], None]]:
+    def step(self, what: str, total: float | None = None) -> Iterator[Advance]:
         """Show a bar while the body runs; it calls `advance(n, note)`."""
         task = self._progress.add_task(what, total=total, note="")
 
@@ -132,4 +138,4 @@ def median_of(values: list[float], digits: int) -> float:
 
 def ratio(figures: Mapping[str, Any], above: str, below: str) -> float:
     """Return one figure over another; both are of the same run, alternating."""
-    return round(figures[above] / figures[below], 3)
+    return round(float(figures[above]) / float(figures[below]), 3)

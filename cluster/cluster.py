@@ -26,7 +26,7 @@ from millpond.deployments.serving import (
 )
 from millpond.feature_actors.client import TimeLimits
 from millpond.feature_actors.decode import BodyLimits
-from millpond.feature_actors.errors import DeclarationError
+from millpond.feature_actors.errors import DeclarationError, Unavailable
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.manifest import Manifest, write_json
 from millpond.feature_actors.shard_map import ShardMap
@@ -67,6 +67,7 @@ class Cluster:
             )
         )
         self._state_file = config.directory / "cluster.json"
+        self._state_written = False
         self._spec: ServingSpec | None = None
 
     @property
@@ -90,6 +91,11 @@ class Cluster:
         config = self.config
         if models:
             load_models(self._definitions, self.layout)
+        if (other := running(config.directory)) is not None:
+            raise Unavailable(
+                f"cluster `{config.name}` runs on {config.directory} already, at {other['url']} (process "
+                f"{other['pid']}); stop it with `millpond down`, or give this one another name"
+            )
         manifest = Manifest.open(config.directory, config.name, config.slots)
         token = admin_token(config.directory, make=True)
         warm_kernels()
@@ -97,7 +103,10 @@ class Cluster:
             self._embedded.start()
             self._start_shards(manifest, token)
             self._run_apps(self._definitions if models else (), events=True)
-            write_json(self._state_file, {"pid": os.getpid(), "url": self.url, "name": config.name})
+            pid = os.getpid()
+            state = {"pid": pid, "started_ticks": _started_ticks(pid), "url": self.url, "name": config.name}
+            write_json(self._state_file, state)
+            self._state_written = True
         except BaseException:
             self.stop()
             raise
@@ -179,7 +188,9 @@ class Cluster:
 
     def stop(self) -> None:
         self._embedded.stop()
-        self._state_file.unlink(missing_ok=True)
+        if self._state_written:  # else it may be of another cluster, on whose directory this one did not start
+            self._state_file.unlink(missing_ok=True)
+            self._state_written = False
 
     def __enter__(self) -> Cluster:
         return self.start()
@@ -204,7 +215,13 @@ def running(directory: Path) -> dict[str, Any] | None:
     """Return pid and url of the cluster that runs on a data directory, or None."""
     try:
         state = json.loads((directory / "cluster.json").read_bytes())
-        os.kill(int(state["pid"]), 0)
-    except (OSError, ValueError, KeyError):
+        alive = _started_ticks(state["pid"]) == state["started_ticks"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return dict(state)
+    return dict(state) if alive else None
+
+
+def _started_ticks(pid: int) -> int:
+    """Return when a process started: a number that is used again does not make another process ours."""
+    # The second field is the program's name in brackets, which may hold anything.
+    return int(Path(f"/proc/{pid:d}/stat").read_text().rpartition(")")[2].split()[19])

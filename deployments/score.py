@@ -103,7 +103,7 @@ class ScoreApp(App):
     def _model(self, name: str) -> LoadedModel:
         loaded = self._models.get(name)
         if loaded is None:
-            raise NotFound(f"no model `{name[:80]}`" + did_you_mean(name, self._models))
+            raise NotFound(f"no model `{name[:80]}`" + did_you_mean(name[:80], self._models))
         return loaded
 
     def _ids(self, body: Any, plan: ReadPlan) -> tuple[list[dict[str, Any]], bool]:

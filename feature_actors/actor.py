@@ -94,14 +94,14 @@ class FeatureActor:
                 retry_after_ms=10_000,
             )
 
-    def admit(self, source: str, ids: Hashes, contents: Ints, arrivals: Ints) -> npt.NDArray[np.uint8]:
+    def admit(self, source: str, ids: Hashes, contents: Ints, received_ms: int) -> npt.NDArray[np.uint8]:
         self._check_lost()
-        return self._shard.admit(source, ids, contents, arrivals)
+        return self._shard.admit(source, ids, contents, received_ms)
 
-    def apply(self, source: str, ipc: bytes, arrivals: Ints) -> None:
+    def apply(self, source: str, ipc: bytes, arrivals: Ints, received_ms: int) -> None:
         self._check_lost()
         with pa.ipc.open_stream(ipc) as reader:
-            self._shard.apply(source, reader.read_next_batch(), arrivals)
+            self._shard.apply(source, reader.read_next_batch(), arrivals, received_ms)
 
     def read(self, question: WireQuestion) -> WireAnswer:
         self._check_lost()
@@ -171,16 +171,16 @@ class ActorIngest(_Calls):
     """Ingest port to shard actors."""
 
     def admit(
-        self, shard: int, source: str, ids: Hashes, contents: Ints, arrivals: Ints
+        self, shard: int, source: str, ids: Hashes, contents: Ints, received_ms: int
     ) -> Awaitable[npt.NDArray[np.uint8]]:
-        return self._answer(shard, self._actors[shard].admit.remote(source, ids, contents, arrivals))
+        return self._answer(shard, self._actors[shard].admit.remote(source, ids, contents, received_ms))
 
-    def apply(self, shard: int, source: str, batch: pa.RecordBatch, arrivals: Ints) -> Awaitable[None]:
+    def apply(self, shard: int, source: str, batch: pa.RecordBatch, arrivals: Ints, received_ms: int) -> Awaitable[None]:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, batch.schema) as writer:
             writer.write_batch(batch)
         return self._answer(
-            shard, self._actors[shard].apply.remote(source, sink.getvalue().to_pybytes(), arrivals)
+            shard, self._actors[shard].apply.remote(source, sink.getvalue().to_pybytes(), arrivals, received_ms)
         )
 
 

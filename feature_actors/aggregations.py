@@ -19,6 +19,7 @@ Nulls are skipped by every operation but COUNT and LAST_TIME, which look at no f
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -90,11 +91,11 @@ class Aggregation:
             if text is not None:
                 parse_window_ms(text, subject=f"{name} {what}")
 
-    @property
+    @cached_property
     def window_ms(self) -> int | None:
         return None if self.window is None else parse_window_ms(self.window, subject="window")
 
-    @property
+    @cached_property
     def ttl_ms(self) -> int | None:
         return None if self.ttl is None else parse_window_ms(self.ttl, subject="ttl")
 

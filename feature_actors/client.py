@@ -5,6 +5,7 @@ It speaks to ports, so the same client serves N plain shards in a test and N act
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -12,7 +13,9 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from millpond.feature_actors.aggregations import where_text
 from millpond.feature_actors.clock import Clock
 from millpond.feature_actors.dedupe import CONFLICT, DUPLICATE, NEW
 from millpond.feature_actors.errors import BadRequest, Problem, Unavailable
@@ -23,6 +26,7 @@ from millpond.feature_actors.ports import IngestPort, ReadPort
 from millpond.feature_actors.shard import key_validity
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.source import Source
+from millpond.feature_actors.view import mask_of
 
 __all__ = ["Ack", "FeatureClient", "TimeLimits"]
 
@@ -87,14 +91,16 @@ class FeatureClient:
         source = self.layout.source(source_name)
         # 1. Stamp the arrival, once for all shards; judge time before anything is applied.
         arrivals = self._stamp(source, batch, arrival_is_event_time)
+        self._check_conditions(source, batch)
+        received_ms = self._received_ms()
         # 2. The home of each event id says what is new.
-        verdicts = await self._admit(source, batch, arrivals)
+        verdicts = await self._admit(source, batch, received_ms)
         # 3. Everything but conflicts goes on: a duplicate may come from a request that failed halfway.
         if (conflicts := verdicts == CONFLICT).any():
             kept = np.flatnonzero(~conflicts)
             batch, arrivals = batch.take(pa.array(kept)), arrivals[kept]
         # 4. Every shard that owns one of the keys applies its part.
-        unkeyed = await self._apply(source, batch, arrivals)
+        unkeyed = await self._apply(source, batch, arrivals, received_ms)
         # 5. Count what was accepted.
         new = verdicts[~conflicts] == NEW
         times: Ints = batch.column(source.event_time).cast(pa.int64()).to_numpy()
@@ -162,7 +168,27 @@ class FeatureClient:
             )
         return times if arrival_is_event_time else np.full(len(times), now_ms, np.int64)
 
-    async def _admit(self, source: Source, batch: pa.RecordBatch, arrivals: Ints) -> npt.NDArray[np.uint8]:
+    def _received_ms(self) -> int:
+        """Return when the request came, for the duplicate filter, whatever its events' arrival stamps say:
+        a bulk load that is sent again must find its ids, however long the time that it covers."""
+        now_ms = self._clock.now_ms()
+        return time.time_ns() // 1_000_000 if now_ms is None else now_ms
+
+    def _check_conditions(self, source: Source, batch: pa.RecordBatch) -> None:
+        """Refuse events for which a view's condition cannot be computed, such as a division by zero."""
+        wheres = {where_text(w): w for t in self.layout.tables_of(source.name) for w in t.wheres if w is not None}
+        for text, where in wheres.items():
+            try:
+                mask_of(where, batch)
+            except pa.ArrowException as error:
+                row = _first_failing(where, batch)
+                raise BadRequest(
+                    f"event of `{source.name}`: the condition {text} of a view fails: {str(error).splitlines()[0]}",
+                    path=f"$[{row}]",
+                    code="invalid_events",
+                ) from None
+
+    async def _admit(self, source: Source, batch: pa.RecordBatch, received_ms: int) -> npt.NDArray[np.uint8]:
         """Return a verdict per event, uint8 [n], from the homes of the event ids."""
         n = batch.num_rows
         verdicts = np.full(n, NEW, np.uint8)
@@ -173,7 +199,7 @@ class FeatureClient:
         rows = dict(self._map.rows_by_shard(ids))
         answers = await _all(
             {
-                shard: self._ingest.admit(shard, source.name, ids[at], contents[at], arrivals[at])
+                shard: self._ingest.admit(shard, source.name, ids[at], contents[at], received_ms)
                 for shard, at in rows.items()
             }
         )
@@ -181,7 +207,9 @@ class FeatureClient:
             verdicts[at] = answers[shard]
         return verdicts
 
-    async def _apply(self, source: Source, batch: pa.RecordBatch, arrivals: Ints) -> npt.NDArray[np.bool_]:
+    async def _apply(
+        self, source: Source, batch: pa.RecordBatch, arrivals: Ints, received_ms: int
+    ) -> npt.NDArray[np.bool_]:
         """Send each shard the events of its keys; return which events lack a key, bool [n]."""
         n = batch.num_rows
         unkeyed = np.zeros(n, np.bool_)
@@ -199,15 +227,29 @@ class FeatureClient:
         for shard, mask in enumerate(wanted):
             count = int(np.count_nonzero(mask))
             if count * 2 > n:  # a shard passes over what is not its own, quicker than it is cut out here
-                started[shard] = self._ingest.apply(shard, source.name, batch, arrivals)
+                started[shard] = self._ingest.apply(shard, source.name, batch, arrivals, received_ms)
             elif count:
                 rows = np.flatnonzero(mask)
                 stamps = np.concatenate([arrivals[rows], clock])
-                started[shard] = self._ingest.apply(shard, source.name, batch.take(pa.array(rows)), stamps)
+                part = batch.take(pa.array(rows))
+                started[shard] = self._ingest.apply(shard, source.name, part, stamps, received_ms)
             elif len(clock):
-                started[shard] = self._ingest.apply(shard, source.name, batch.slice(0, 0), clock)
+                started[shard] = self._ingest.apply(shard, source.name, batch.slice(0, 0), clock, received_ms)
         await _all(started)
         return unkeyed
+
+
+def _first_failing(where: pc.Expression, batch: pa.RecordBatch) -> int:
+    """Return the first row for which a condition cannot be computed: the end of the shortest failing head."""
+    low, high = 0, batch.num_rows
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            mask_of(where, batch.slice(0, middle))
+            low = middle
+        except pa.ArrowException:
+            high = middle
+    return low
 
 
 async def _all(started: Mapping[K, Awaitable[T]]) -> dict[K, T]:

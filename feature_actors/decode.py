@@ -211,6 +211,8 @@ class Decoder:
                 problems.append((self._unknown(name), _member(path, name)))
             elif not column.fits_json(value):
                 problems.append((f"{self._event}: {column.expected(value)}", _member(path, name)))
+            if not self._wanted(problems):
+                return problems
         problems += self._missing(row, path)
         return problems or [(f"{self._event}: {_shown(reason, 200)}", path)]
 

@@ -1,8 +1,9 @@
 """The duplicate filter: which event ids a slot has seen, for as long as the horizon says.
 
-An id is a duplicate if it was seen with an arrival stamp at most `horizon_ms` older than the newest
-stamp of the slot. That is a function of the events in their order, so purging what is older, when
-the filter has to grow, changes no verdict. An id seen again with another content is a conflict:
+An id is a duplicate if it was received at most `horizon_ms` before the newest request of the slot.
+Purging what is older, when the filter has to grow, changes no verdict. It is the time of receiving,
+not the event's arrival stamp: a replay of a year stamps events with 2013, and when a request of it is
+sent again its ids have to be known. An id seen again with another content is a conflict:
 it is not applied and it is counted.
 """
 
@@ -18,9 +19,9 @@ __all__ = ["CONFLICT", "DUPLICATE", "NEW", "IdFilter"]
 
 NEW, DUPLICATE, CONFLICT = 0, 1, 2
 
-#: Words of an entry: two halves of the id's hash, arrival stamp, hash of the content.
+#: Words of an entry: two halves of the id's hash, when it was received, hash of the content.
 _WORDS = 4
-_EMPTY = np.iinfo(np.int64).min  # no arrival stamp is this
+_EMPTY = np.iinfo(np.int64).min  # nothing was received then
 _ENTRIES_AT_FIRST = 16
 
 
@@ -36,14 +37,14 @@ def _place(entries: Any, lo: Any, hi: Any) -> Any:
 @nb.njit(cache=True, nogil=True)
 def _admit(
     entries: Any, used: Any, newest: Any, horizon: Any, rows: Any, start: Any, ids: Any, contents: Any,
-    arrivals: Any, verdicts: Any,
+    received: Any, verdicts: Any,
 ) -> Any:  # fmt: skip
     """Judge the ids `rows[start:]`; return (next row, used, newest), next < len(rows) when full."""
+    newest = max(newest, received)
     for k in range(start, rows.shape[0]):
         if used * 3 >= entries.shape[0] * 2:
             return k, used, newest
         i = rows[k]
-        newest = max(newest, arrivals[i])
         place = _place(entries, ids[i, 0], ids[i, 1])
         if entries[place, 2] == _EMPTY:
             used += 1
@@ -51,7 +52,7 @@ def _admit(
             verdicts[i] = DUPLICATE if entries[place, 3] == contents[i] else CONFLICT
             continue
         entries[place, 0], entries[place, 1] = ids[i, 0], ids[i, 1]
-        entries[place, 2], entries[place, 3] = arrivals[i], contents[i]
+        entries[place, 2], entries[place, 3] = received, contents[i]
         verdicts[i] = NEW
     return rows.shape[0], used, newest
 
@@ -87,18 +88,18 @@ class IdFilter:
         rows: npt.NDArray[np.int64],
         ids: npt.NDArray[np.int64],
         contents: npt.NDArray[np.int64],
-        arrivals: npt.NDArray[np.int64],
+        received_ms: int,
         verdicts: npt.NDArray[np.uint8],
     ) -> None:
         """Judge the ids `rows` in that order into `verdicts` and remember the new ones.
 
-        ids int64 [n, 2], contents and arrivals int64 [n], verdicts uint8 [n].
+        ids int64 [n, 2], contents int64 [n], verdicts uint8 [n].
         """
         start = 0
         while True:
             start, self._used, self._newest = _admit(
                 self._entries, self._used, self._newest, self._horizon_ms, rows, start, ids, contents,
-                arrivals, verdicts,
+                received_ms, verdicts,
             )  # fmt: skip
             if start == len(rows):
                 return

@@ -135,12 +135,12 @@ class Layout:
 
     def source(self, name: str) -> Source:
         if name not in self.sources:
-            raise NotFound(f"no source `{name}`" + did_you_mean(name, self.sources))
+            raise NotFound(f"no source `{name[:80]}`" + did_you_mean(name[:80], self.sources))
         return self.sources[name]
 
     def view(self, name: str) -> FeatureView:
         if name not in self.views:
-            raise NotFound(f"no view `{name}`" + did_you_mean(name, self.views))
+            raise NotFound(f"no view `{name[:80]}`" + did_you_mean(name[:80], self.views))
         return self.views[name]
 
     def too_late(self, source: str, times: Words, arrivals: Words) -> npt.NDArray[np.bool_]:

@@ -98,7 +98,9 @@ def open_shard(directory: Path, shard: int, run_id: str) -> Opening:
     path = directory / "shards" / f"{shard:03d}" / "epoch.json"
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     before: dict[str, Any] = _read_json(path) if path.exists() else {"epoch": 0, "run": None}
-    opening = Opening(int(before["epoch"]) + 1, before["run"] == run_id)
+    if type(before.get("epoch")) is not int or "run" not in before:
+        raise ManifestError(f"data directory: `{path}` is damaged: expected an epoch and a run")
+    opening = Opening(before["epoch"] + 1, before["run"] == run_id)
     write_json(path, {"epoch": opening.epoch, "run": run_id})
     return opening
 

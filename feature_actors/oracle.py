@@ -49,12 +49,12 @@ def seen_by(
     """Return the time and value of the events that feature `name` of an entity sees as of a time."""
     aggregation = view.features[name]
     mine = _where(aggregation.where, view.source, _where(view.where, view.source, _of_key(view, events, key)))
+    # A window sees [start of the tile that as_of - window falls into, as_of].
+    width = max((w for w in LADDER_MS if 60 * w <= (aggregation.window_ms or 0)), default=1)
     seen: list[Event] = []
     for event in mine:
         time, arrival = _time(view.source, event), _arrival(view.source, event)
         if aggregation.window_ms is not None:
-            # A window sees [start of the tile that as_of - window falls into, as_of].
-            width = max(w for w in LADDER_MS if 60 * w <= aggregation.window_ms)
             too_late = time // width < (arrival - aggregation.window_ms) // width
             if not too_late and (as_of_ms - aggregation.window_ms) // width * width <= time <= as_of_ms:
                 seen.append(event)

@@ -28,10 +28,10 @@ class IngestPort(Protocol):
     """Writes to shards, by their number; see `Shard.admit` and `Shard.apply`."""
 
     def admit(
-        self, shard: int, source: str, ids: Hashes, contents: Ints, arrivals: Ints
+        self, shard: int, source: str, ids: Hashes, contents: Ints, received_ms: int
     ) -> Awaitable[npt.NDArray[np.uint8]]: ...
 
-    def apply(self, shard: int, source: str, batch: pa.RecordBatch, arrivals: Ints) -> Awaitable[None]: ...
+    def apply(self, shard: int, source: str, batch: pa.RecordBatch, arrivals: Ints, received_ms: int) -> Awaitable[None]: ...
 
 
 class ReadPort(Protocol):
@@ -58,12 +58,12 @@ class LocalIngest:
         self._shards = shards
 
     def admit(
-        self, shard: int, source: str, ids: Hashes, contents: Ints, arrivals: Ints
+        self, shard: int, source: str, ids: Hashes, contents: Ints, received_ms: int
     ) -> Awaitable[npt.NDArray[np.uint8]]:
-        return _Done(self._shards[shard].admit(source, ids, contents, arrivals))
+        return _Done(self._shards[shard].admit(source, ids, contents, received_ms))
 
-    def apply(self, shard: int, source: str, batch: pa.RecordBatch, arrivals: Ints) -> Awaitable[None]:
-        self._shards[shard].apply(source, batch, arrivals)
+    def apply(self, shard: int, source: str, batch: pa.RecordBatch, arrivals: Ints, received_ms: int) -> Awaitable[None]:
+        self._shards[shard].apply(source, batch, arrivals, received_ms)
         return _Done(None)
 
 

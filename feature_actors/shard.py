@@ -97,24 +97,26 @@ class Shard:
 
     # -- events
 
-    def admit(self, source: str, ids: Hashes, contents: Ints, arrivals: Ints) -> npt.NDArray[np.uint8]:
+    def admit(self, source: str, ids: Hashes, contents: Ints, received_ms: int) -> npt.NDArray[np.uint8]:
         """Judge event ids whose home is here: uint8 [n] of `NEW`, `DUPLICATE`, `CONFLICT`.
 
-        ids uint64 [n, 2]: hashes of the event ids; contents int64 [n]: hashes of the whole events.
+        ids uint64 [n, 2]: hashes of the event ids; contents int64 [n]: hashes of the whole events;
+        received_ms: when the request came, by which ids are remembered.
         """
-        ids, contents, arrivals = owned(ids), owned(contents), owned(arrivals)
+        ids, contents = owned(ids), owned(contents)
         verdicts = np.zeros(len(ids), np.uint8)
         for slot, rows in self._by_slot(ids, np.arange(len(ids))):
             home = self._homes.get((source, slot))
             if home is None:
                 home = self._homes[source, slot] = IdFilter(self._dedupe_horizon_ms)
-            home.admit(rows, ids.view(np.int64), contents, arrivals, verdicts)
+            home.admit(rows, ids.view(np.int64), contents, received_ms, verdicts)
         return verdicts
 
-    def apply(self, source: str, batch: pa.RecordBatch, arrivals: Ints) -> None:
+    def apply(self, source: str, batch: pa.RecordBatch, arrivals: Ints, received_ms: int) -> None:
         """Apply those routes of the events that are of this shard, in the order of the batch.
 
-        batch: of the source's schema; arrivals int64 [n], or one more, which only moves the clock.
+        batch: of the source's schema; arrivals int64 [n], or one more, which only moves the clock;
+        received_ms as in `admit`.
         """
         if len(arrivals):
             self._newest_arrival_ms = max(self._newest_arrival_ms, int(arrivals.max()))
@@ -125,13 +127,13 @@ class Shard:
         if declared.event_id is not None and batch.num_rows:
             ids = hash_columns([batch.column(declared.event_id)], batch.num_rows)
         for table in self._layout.tables_of(source):
-            route = self._route(table, batch, arrivals, ids)
+            route = self._route(table, batch, received_ms, ids)
             for slot, rows in route.rows_by_slot:
                 self._tiles_of(table.number, slot).apply(
                     rows, route.hashes, times, arrivals, route.inputs, route.masks
                 )
 
-    def _route(self, table: Table, batch: pa.RecordBatch, arrivals: Ints, ids: Hashes | None) -> _Route:
+    def _route(self, table: Table, batch: pa.RecordBatch, received_ms: int, ids: Hashes | None) -> _Route:
         """Return what of a batch goes to this shard's slots of a table, duplicates dropped."""
         keys = [batch.column(name) for name in table.key]
         hashes = hash_columns(keys, batch.num_rows)
@@ -149,7 +151,7 @@ class Shard:
                 if seen is None:
                     seen = self._filters[table.number, slot] = IdFilter(self._dedupe_horizon_ms)
                 verdicts = np.zeros(batch.num_rows, np.uint8)
-                seen.admit(rows, route_ids, np.zeros(batch.num_rows, np.int64), arrivals, verdicts)
+                seen.admit(rows, route_ids, np.zeros(batch.num_rows, np.int64), received_ms, verdicts)
                 rows = rows[verdicts[rows] == NEW]
             self._events[table.name] += len(rows)
             rows_by_slot.append((slot, rows))
@@ -233,7 +235,7 @@ class Shard:
                 if table.source.event_id is None
                 else hash_columns([batch.column(table.source.event_id)], len(times))
             )
-            route = self._route(table, batch, arrivals, ids)
+            route = self._route(table, batch, 0, ids)  # at one moment: every id counts once
             applied = dict(route.rows_by_slot)
             asked = dict(self._by_slot(part.hashes, part.which))
             out = np.empty((question.n, len(part.program.features)), np.float64)

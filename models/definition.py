@@ -87,7 +87,7 @@ class Definition:
             except MillpondError:
                 del sys.modules[name]
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 del sys.modules[name]
                 raise DeclarationError(
                     f"definition `{self.file_name}`: does not run: {type(error).__name__}: {error}"

@@ -84,7 +84,7 @@ class Model:
                 f"model `{self.name}`: predictor must be a class or a function, got {self.predictor!r}"
             )
         for artifact, file in self.artifacts.items():
-            if Path(file).name != file:
+            if not file or file == ".." or Path(file).name != file:
                 raise DeclarationError(
                     f"model `{self.name}`: artifact `{artifact}` must be a file name without folders, got {file!r}"
                 )

@@ -15,6 +15,7 @@ from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.shard_map import ShardMap
+from millpond.feature_actors.source import Source
 from millpond.feature_actors.view import Feature
 
 __all__ = ["training_set"]
@@ -43,9 +44,9 @@ def training_set(
             raise BadRequest(
                 f"training set: labels have no column `{column}`; they have {labels.column_names}"
             )
+        _check_no_null("label", labels[column], column)
     batches = {name: _in_order(layout.source(name), events) for name in layout.sources}
-
-    label_times = labels[as_of].combine_chunks().cast(pa.timestamp("ms", "UTC")).cast(pa.int64()).to_numpy()
+    label_times = _plain(labels[as_of].cast(pa.timestamp("ms", "UTC")), pa.int64()).to_numpy()
     order = np.argsort(label_times, kind="stable")
     sorted_labels = labels.take(pa.array(order))
     keys: dict[str, Any] = {
@@ -55,9 +56,8 @@ def training_set(
     shard_map = ShardMap.even(64, n_shards)
     times = label_times[order]
     questions = plan.questions(keys, labels.num_rows, shard_map, None, times)
-    # A training set has no horizon: the whole past is before us, so an id counts once for ever.
     answers = {
-        number: Shard(layout, shard_map, number, dedupe_horizon_ms=2**60).join(question, batches)
+        number: Shard(layout, shard_map, number).join(question, batches)
         for number, question in questions.items()
     }
     rows = plan.assemble(labels.num_rows, questions, answers, times)
@@ -66,16 +66,31 @@ def training_set(
     return FeatureRows(rows.matrix[back], times[back], [rows.unknown[i] for i in back.tolist()])
 
 
-def _in_order(source: Any, events: Mapping[str, pa.Table]) -> tuple[pa.RecordBatch, npt.NDArray[np.int64]]:
+def _check_no_null(what: str, column: pa.ChunkedArray, name: str) -> None:
+    if column.null_count:
+        row = pc.index(column.is_null(), True).as_py()
+        raise BadRequest(f"training set: {what} without `{name}`", path=f"$[{row}].{name}")
+
+
+def _in_order(source: Source, events: Mapping[str, pa.Table]) -> tuple[pa.RecordBatch, npt.NDArray[np.int64]]:
     """Return a source's events as one batch of its schema and their arrival stamps."""
     if source.name not in events:
         raise BadRequest(f"training set: no events of source `{source.name}`; given are {sorted(events)}")
-    table = events[source.name].select(list(source.fields)).cast(source.schema)
+    given = events[source.name]
+    for name, field in source.fields.items():
+        if name not in given.column_names:
+            raise BadRequest(
+                f"training set: events of `{source.name}` have no column `{name}`; they have {given.column_names}"
+            )
+        if not field.optional:
+            _check_no_null(f"event of `{source.name}`", given[name], name)
+    table = given.select(list(source.fields)).cast(source.schema)
     batch = pa.record_batch([_plain(c, c.type) for c in table.columns], schema=source.schema)
     times = batch.column(source.event_time).cast(pa.int64()).to_numpy()
     if (backwards := np.flatnonzero(np.diff(times) < 0)).size:
         raise BadRequest(
-            f"training set: events of `{source.name}` are not in time order; sort them by `{source.event_time}`",
+            f"training set: events of `{source.name}` are not in time order; sort them by "
+            f"`{source.event_time}`",
             path=f"$[{int(backwards[0]) + 1}].{source.event_time}",
         )
     return batch, times

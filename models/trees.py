@@ -59,7 +59,7 @@ def save_trees(classifier: Any, path: str) -> None:
                 arrays[name][t, : len(nodes)][nodes["is_leaf"].astype(bool)] = -1
     with open(path, "wb") as file:
         arrays["base"] = np.float64(classifier._baseline_prediction.item())
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+        np.savez(file, **arrays)
 
 
 class BoostedTrees:

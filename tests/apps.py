@@ -28,6 +28,7 @@ from millpond.models import Features, Model
 from millpond.models.model import LoadedModel
 
 NOW = 1_700_000_000_000
+TWO_DAYS = 2 * 86_400_000
 NOW_ISO = "2023-11-14T22:13:20.000Z"
 TOKEN = "the-admin-token"
 ARROW = "application/vnd.apache.arrow.stream"
@@ -152,8 +153,12 @@ def make_world(
     layout: Any = LAYOUT,
     status: Any = None,
     cluster_name: str = "test",
+    only_purchases: bool = False,
 ) -> World:
-    shard_map = ShardMap.even(16, n_shards)
+    """Make both apps over new shards; `only_purchases`: with what `DEFINITION` declares."""
+    if only_purchases:
+        layout = compile_layout([], [v for v in VIEWS if v.source is purchases])
+    shard_map = ShardMap.even(64, n_shards)
     shards = [Shard(layout, shard_map, i) for i in range(n_shards)]
     clock = clock or ManualClock(NOW)
     client = FeatureClient(layout, shard_map, LocalIngest(shards), LocalRead(shards), clock)
@@ -233,3 +238,37 @@ def arrow(source: Source, events: Sequence[Mapping[str, Any]], schema: pa.Schema
     with pa.ipc.new_stream(sink, schema) as writer:
         writer.write_batch(pa.RecordBatch.from_pylist([dict(e) for e in events], schema=schema))
     return bytes(sink.getvalue())
+
+
+#: The same, as a file that an ML team would write.
+DEFINITION = '''
+import numpy as np
+from millpond.feature_actors import Count, FeatureView, Field, Last, Max, SecondsSince, Source, Sum
+from millpond.models import Model
+
+purchases = Source(
+    "purchases", owner="checkout",
+    fields={"order_id": "string", "user_id": "int64", "book_id": Field("string", optional=True),
+            "price": "float64", "gift": Field("bool", optional=True), "paid_at": "timestamp[ms, UTC]"},
+    event_id="order_id", event_time="paid_at")
+user_spend = FeatureView(
+    "user_spend", owner="retention", source=purchases, key=["user_id"],
+    features={"orders_30d": Count(window="30d"), "spend_30d": Sum("price", window="30d"),
+              "last_price": Last("price"), "recency_s": SecondsSince()})
+book_sales = FeatureView(
+    "book_sales", owner="shelf", source=purchases, key=["book_id"],
+    features={"sold_7d": Count(window="7d"), "top_price": Max("price", window="7d")})
+user_book = FeatureView(
+    "user_book", owner="shelf", source=purchases, key=["user_id", "book_id"],
+    features={"bought": Count(window="90d")})
+
+class Total:
+    def __init__(self, weights=None):
+        self.scale = 1.0 if weights is None else float(np.load(weights)[0])
+    def predict(self, features):
+        return self.scale * np.nansum(features.matrix, axis=1)
+
+churn = Model("churn", version="3", owner="retention", features=list(user_spend), predictor=Total, artifacts={})
+offer = Model("offer", version="3", owner="retention",
+              features=[*book_sales, user_spend["spend_30d"], *user_book], predictor=Total)
+'''

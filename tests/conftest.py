@@ -6,10 +6,12 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
-# Tests share `worlds` and `port_contract`, which stand beside them.
+# Tests share `worlds`, `apps` and the contracts, which stand beside them.
 sys.path.insert(0, str(Path(__file__).parent))
+pytest.register_assert_rewrite("apps", "port_contract", "served_contract")
 
 #: Examples per property, as a multiple of what is moderate on two cores.
 EXAMPLES = float(os.environ.get("MILLPOND_EXAMPLES", "1"))

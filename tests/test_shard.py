@@ -50,7 +50,7 @@ def event(at: int, arrival: int | None = None, **changes: Any) -> dict[str, Any]
 def shard_of(views: list[FeatureView], events: list[dict[str, Any]], n_slots: int = 1) -> Shard:
     shard = Shard(compile_layout([], views), ShardMap.even(n_slots, 1), 0)
     stamps = np.array([e["arrival_ms"] for e in events], np.int64)
-    shard.apply(FIRST.name, batch(FIRST, events), stamps)
+    shard.apply(FIRST.name, batch(FIRST, events), stamps, NOW)
     assert shard.check() == []
     return shard
 
@@ -205,7 +205,7 @@ def test_one_slot_holds_many_entities_and_finds_each() -> None:
     shard = Shard(compile_layout([], [declared]), ShardMap.even(1, 1), 0)
     for start in range(0, n, 7_001):
         piece = log[start : start + 7_001]
-        shard.apply("first", batch(FIRST, piece), np.full(len(piece), NOW + 10))
+        shard.apply("first", batch(FIRST, piece), np.full(len(piece), NOW + 10), NOW + 10)
     answer = shard.read(ask(shard, declared, list(range(n + 5)), [NOW + 10] * (n + 5), clock=True))
     np.testing.assert_array_equal(answer.matrices[0][:n, 1], np.arange(n))
     np.testing.assert_array_equal(answer.matrices[0][:, 0], [1] * n + [0] * 5)
@@ -251,7 +251,7 @@ def test_a_shard_keeps_only_the_slots_it_owns() -> None:
     log = [event(NOW, user=u) for u in range(100)]
     shards = [Shard(layout, shard_map, i) for i in range(2)]
     for shard in shards:
-        shard.apply("first", batch(FIRST, log), np.full(100, NOW))
+        shard.apply("first", batch(FIRST, log), np.full(100, NOW), NOW)
         assert shard.check() == []
         assert {slot for _, slot in shard._tiles} <= set(shard_map.slots_of_shard(shard._number))
     assert sum(s.status().entities["first[user]"] for s in shards) == 100
@@ -266,8 +266,8 @@ def test_a_batch_that_a_condition_cannot_judge_is_applied_when_it_can() -> None:
     shard = Shard(compile_layout([], [declared]), ShardMap.even(1, 1), 0)
     good, bad = event(NOW, id="good", small=1), event(NOW, id="bad", small=0)
     with pytest.raises(pa.ArrowInvalid, match="divide by zero"):
-        shard.apply("first", batch(FIRST, [good, bad]), np.array([NOW, NOW]))
-    shard.apply("first", batch(FIRST, [good]), np.array([NOW]))
+        shard.apply("first", batch(FIRST, [good, bad]), np.array([NOW, NOW]), NOW)
+    shard.apply("first", batch(FIRST, [good]), np.array([NOW]), NOW)
     assert read(shard, declared, 1, NOW) == {"n": 1}
 
 
@@ -275,8 +275,8 @@ def test_admit_judges_by_id_and_content() -> None:
     shard = Shard(compile_layout([FIRST], []), ShardMap.even(4, 1), 0)
     ids = hash_columns([pa.array(["a", "b", "a", "b"])], 4)
     contents = np.array([1, 2, 1, 3], np.int64)
-    assert shard.admit("first", ids, contents, np.full(4, NOW)).tolist() == [NEW, NEW, DUPLICATE, 2]
-    assert shard.admit("second", ids[:1], contents[:1], np.full(1, NOW)).tolist() == [NEW], (
+    assert shard.admit("first", ids, contents, NOW).tolist() == [NEW, NEW, DUPLICATE, 2]
+    assert shard.admit("second", ids[:1], contents[:1], NOW).tolist() == [NEW], (
         "ids are of a source"
     )
 
@@ -293,7 +293,7 @@ def test_conditions_are_judged_in_the_order_of_the_batch_however_large_it_is() -
     }
     whole = pa.record_batch([pa.array(columns[f.name], f.type) for f in FIRST.schema], schema=FIRST.schema)
     shard = Shard(compile_layout([], [declared]), ShardMap.even(8, 1), 0)
-    shard.apply("first", whole, np.full(n, NOW))
+    shard.apply("first", whole, np.full(n, NOW), NOW)
     answer = shard.read(ask(shard, declared, list(range(1000)), [NOW] * 1000, clock=True))
     want = np.bincount(users, weights=ones)
     np.testing.assert_array_equal(answer.matrices[0], np.column_stack([want, want]))
@@ -358,7 +358,7 @@ def _damaged(damage: str) -> list[str]:
     log = [event(NOW + i * HOUR, NOW, user=u) for u in range(3) for i in range(4)]
     client, shards = cluster(compile_layout([], [declared]), n_slots=1)
     complete(client.ingest("first", batch(FIRST, [])))
-    shards[0].apply("first", batch(FIRST, log), np.full(len(log), NOW))
+    shards[0].apply("first", batch(FIRST, log), np.full(len(log), NOW), NOW)
     assert shards[0].check() == []
     tiles = shards[0]._tiles[0, 0]
     arena, table = tiles._arena, tiles._table

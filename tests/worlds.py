@@ -39,25 +39,13 @@ USERS = (0, 0, 0, 0, 1, 1, -1, 7, INT64_MIN, INT64_MAX, None)
 CODES = ("", "a", "a", "a", "ü", "日本語🐟", "x" * 300, "eight888", "nine99999", None)
 FLOATS = (0.0, -0.0, 1.0, 0.1, 0.5, 0.7, -3.25, 1e300, -1e300, 5e-324, 1e-300, 123456789.123, None)
 INTS = (0, 1, -1, 3, INT64_MIN, INT64_MAX, None)
+# fmt: off
 LAGS_MS = (
-    0,
-    0,
-    1,
-    2,
-    999,
-    1000,
-    59_000,
-    60_000,
-    HOUR,
-    HOUR + 1,
-    DAY,
-    7 * DAY,
-    90 * DAY,
-    120 * DAY,
-    -1,
-    -AHEAD_MS_MAX,
+    0, 0, 0, 0, 0, 0, 1, 2, 999, 1000, 59_000, 60_000, HOUR, HOUR + 1, DAY, 7 * DAY, 90 * DAY, 120 * DAY,
+    -1, -AHEAD_MS_MAX, -AHEAD_MS_MAX, -AHEAD_MS_MAX,
 )
-GAPS_MS = (0, 0, 1, 700, 61_000, HOUR, DAY, DAY + 1, 2 * DAY, 31 * DAY, 91 * DAY)
+# fmt: on
+GAPS_MS = (0, 0, 0, 0, 1, 700, 61_000, HOUR, DAY, DAY + 1, 2 * DAY, 31 * DAY, 91 * DAY)
 
 
 def source(name: str, event_id: str | None, version: int = 1) -> Source:
@@ -152,7 +140,9 @@ def declarations(draw: st.DrawFn) -> list[FeatureView]:
 
 _POINTS = st.tuples(
     st.sampled_from(LAGS_MS),
-    st.one_of(st.just(0), st.sampled_from(LADDER_MS)),  # snapped down to an edge of this width, or not
+    st.one_of(
+        st.just(0), st.just(0), st.sampled_from(LADDER_MS)
+    ),  # snapped down to an edge of this width, or not
     st.sampled_from((0, 0, -1)),
     st.sampled_from(USERS),
     st.sampled_from(CODES),
@@ -177,7 +167,7 @@ def worlds(draw: st.DrawFn, *, events_max: int = 150) -> World:
     n = min(draw(st.sampled_from((0, 3, 12, 40, 90, 150))), events_max)
     points = draw(st.lists(_POINTS, min_size=n, max_size=n))
     while points:
-        size = draw(st.integers(1, len(points)))
+        size = draw(st.integers(1 + len(points) // 4, len(points)))
         now_ms += draw(st.sampled_from(GAPS_MS))
         name = draw(st.sampled_from(sorted(sources)))
         batches.append((name, now_ms, [_event(p, now_ms, sent[name]) for p in points[:size]]))

@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -210,7 +211,15 @@ def judge(
 
     rows: (key fields, as-of in ms, features by full name, unknown views).
     """
-    logs = {view.name: _by_key(view, events[view.source.name]) for view in views}
+    logs = {}
+    for view in views:
+        # Only what the rows can see is unpacked, by time and by the first field of the key.
+        table = events[view.source.name]
+        table = table.filter(pc.is_in(table[view.key[0]], pa.array({key[view.key[0]] for key, _, _, _ in rows})))
+        times = epoch_ms(table, view.source.event_time)
+        seen = [_reach((times, range(len(times))), row[1], list(view.features.values())) for row in rows]
+        first, stop = min(r.start for r in seen), max(r.stop for r in seen)
+        logs[view.name] = _by_key(view, table.slice(first, stop - first))
     agreed = 0
     for key_fields, as_of_ms, features, unknown in rows:
         right = True
@@ -230,10 +239,10 @@ def judge(
 
 
 _MISSING = object()
-_Log = tuple[list[int], list[dict[str, Any]]]
+_Log = tuple[Sequence[int], Sequence[dict[str, Any]]]
 
 
-def _by_key(view: FeatureView, table: pa.Table) -> dict[tuple[Any, ...], _Log]:
+def _by_key(view: FeatureView, table: pa.Table) -> Mapping[tuple[Any, ...], _Log]:
     """Return times and events of each entity, in time order."""
     time_field = view.source.event_time
     names = [
@@ -241,7 +250,7 @@ def _by_key(view: FeatureView, table: pa.Table) -> dict[tuple[Any, ...], _Log]:
         for n in table.column_names
         if n in {*view.key, time_field, *(a.field for a in view.features.values())}
     ]
-    logs: dict[tuple[Any, ...], _Log] = {}
+    logs: dict[tuple[Any, ...], tuple[list[int], list[dict[str, Any]]]] = {}
     for time_ms, event in zip(
         epoch_ms(table, time_field).tolist(), table.select(names).to_pylist(), strict=True
     ):
@@ -251,7 +260,7 @@ def _by_key(view: FeatureView, table: pa.Table) -> dict[tuple[Any, ...], _Log]:
     return logs
 
 
-def _reach(log: _Log, as_of_ms: int, aggregations: Sequence[Aggregation]) -> list[dict[str, Any]]:
+def _reach(log: tuple[Any, Any], as_of_ms: int, aggregations: Sequence[Aggregation]) -> Any:
     """Cut a log to what could be seen as of a time, with a tile to spare: the oracle looks at every event."""
     times, events = log
     stop = bisect_right(times, as_of_ms)

@@ -1,0 +1,122 @@
+"""The ports to Ray actors keep the same contract as those to shards in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import operator
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from port_contract import LAYOUT, NOW, Cluster, PortContract, Run, by_user, order
+from served_contract import Served
+
+from millpond.feature_actors.clock import ManualClock
+from millpond.feature_actors.errors import Unavailable
+from millpond.feature_actors.layout import Layout
+from millpond.feature_actors.ports import IngestPort, ReadPort
+from millpond.feature_actors.shard_map import ShardMap
+
+SHARDS_MAX = 5
+NAME = "ports"
+
+
+def spec(layout: Layout, shard_map: ShardMap, data_dir: Path) -> Any:
+    from millpond.feature_actors.actor import ShardSpec
+
+    return ShardSpec(
+        cluster_name=NAME, run_id=uuid.uuid4().hex, data_dir=str(data_dir), sources=tuple(layout.sources.values()),
+        views=tuple(layout.views.values()), shard_map=shard_map, hash_seed=7, dedupe_horizon_ms=86_400_000,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def actors(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[Any], Path]]:
+    """Actors for as many shards as any test has, started once: each is a process."""
+    import ray
+
+    from millpond.feature_actors.actor import find_actors, start_actors
+
+    data_dir = tmp_path_factory.mktemp("ports")
+    started = start_actors(spec(LAYOUT, ShardMap.even(16, SHARDS_MAX), data_dir), "millpond", num_cpus=0.01)
+    assert len(find_actors(NAME, SHARDS_MAX, "millpond")) == SHARDS_MAX
+    yield started, data_dir
+    for actor in started:
+        ray.kill(actor)
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture
+def make(actors: tuple[list[Any], Path], runner: asyncio.Runner) -> Iterator[Any]:
+    import ray
+
+    from millpond.feature_actors.actor import ActorIngest, ActorRead
+
+    handles, data_dir = actors
+    in_use: list[Any] = []
+
+    def make(layout: Layout, shard_map: ShardMap) -> tuple[IngestPort, ReadPort, Run]:
+        # Every actor is made anew within its process, as a start of the cluster makes it.
+        fresh = spec(layout, shard_map, data_dir)
+        in_use[:] = handles[: shard_map.n_shards]
+        ray.get([a.__ray_call__.remote(operator.methodcaller("__init__", fresh, i)) for i, a in enumerate(in_use)])
+        return ActorIngest(in_use, 30.0), ActorRead(in_use, 30.0), runner.run
+
+    yield make
+    assert in_use
+    assert ray.get([a.check.remote() for a in in_use]) == [[]] * len(in_use)
+
+
+class TestActorPorts(PortContract):
+    pass
+
+
+def test_an_error_of_a_shard_arrives_as_it_was_raised(make: Any) -> None:
+    from millpond.feature_actors.errors import AsOfInPast
+
+    cluster = Cluster(make, 2, ManualClock(NOW))
+    with pytest.raises(AsOfInPast) as caught:
+        cluster.read([by_user], {"user": 1}, as_of=NOW - 1)
+    assert (type(caught.value), caught.value.code, caught.value.path) == (AsOfInPast, "as_of_in_past", "as_of")
+
+
+def test_a_shard_that_was_restarted_refuses_everything(make: Any, actors: tuple[list[Any], Path]) -> None:
+    """Its features are gone; an answer from what is left would say that nobody ever did anything."""
+    import ray
+
+    cluster = Cluster(make, 2, ManualClock(NOW))
+    cluster.ingest(*(order(user=u) for u in range(20)))
+    handles, data_dir = actors
+    again = spec(LAYOUT, ShardMap.even(16, 2), data_dir)
+    for _ in range(2):  # opened twice by one run
+        ray.get(handles[1].__ray_call__.remote(operator.methodcaller("__init__", again, 1)))
+    message = "shard 1 of 2 was restarted and its features are gone; start the cluster anew and load the events again"
+    for attempt in (
+        lambda: cluster.read([by_user], *({"user": u} for u in range(20))),
+        lambda: cluster.ingest(*(order(user=u) for u in range(20))),
+    ):
+        with pytest.raises(Unavailable) as caught:
+            attempt()
+        assert (str(caught.value), caught.value.code, caught.value.retry_after_ms) == (message, "shard_lost", 10_000)
+    ray.get(handles[1].__ray_call__.remote(operator.methodcaller("__init__", spec(LAYOUT, ShardMap.even(16, 2), data_dir), 1)))
+
+
+def test_a_shard_that_does_not_answer_in_time_is_unavailable(make: Any, actors: tuple[list[Any], Path], runner: asyncio.Runner) -> None:
+    import threading
+
+    from millpond.feature_actors.actor import ActorRead
+
+    Cluster(make, 1, ManualClock(NOW))
+    read = ActorRead(actors[0][:1], 0.05)
+    busy = actors[0][0].__ray_call__.remote(lambda _: threading.Event().wait(1))
+    with pytest.raises(Unavailable) as caught:
+        runner.run(read.status())
+    assert (str(caught.value), caught.value.retry_after_ms) == ("shard 0 of 1 did not answer within 0.05 s", 1_000)
+    del busy

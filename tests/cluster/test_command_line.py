@@ -1,0 +1,304 @@
+# ruff: noqa: E501  (messages stand whole)
+"""The story of a cluster that is started from a terminal: two definition files, Serve's own proxy, a day of flights
+with every score equal to the training set's, a shard killed, `millpond down`; then again on the same data, and Ctrl-C.
+
+The tests of a class run in their order, on one cluster.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from apps import DEFINITION, purchase
+from processes import processes_of, shard_pids, shelter_of
+from served_contract import START, Served, ServedContract
+
+from millpond.cluster.demo.flights import Flights, load_flights
+from millpond.models import flight_delay as example
+from millpond.models.training import training_set
+
+DAY, NEXT = "2013-03-05", "2013-03-06"
+KEY = ("tailnum", "carrier", "origin", "dest")
+MILLPOND = [sys.executable, "-m", "millpond.cluster.cli"]
+
+
+def run(folder: Path, *arguments: str, timeout_s: float = 90) -> subprocess.CompletedProcess[str]:
+    """Run a command of `millpond` to its end, as from a terminal in `folder`."""
+    return subprocess.run(
+        [*MILLPOND, *arguments], cwd=folder, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL, check=False
+    )
+
+
+class Up:
+    """`millpond up`, in a process group of its own, as a terminal starts it."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.folder = folder
+        self.errors = (folder / "stderr.txt").open("a+")
+        self.process = subprocess.Popen(
+            [*MILLPOND, "up", *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=self.errors, text=True,
+            stdin=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        self.said = [self.process.stdout.readline()]
+        match = re.match(r"serving (http://127\.0\.0\.1:\d+)  \(calls: \1/docs; stop: Ctrl-C or `millpond down`\)$", self.said[0])
+        assert match, (self.said, (folder / "stderr.txt").read_text())
+        self.url = match[1]
+
+    def wait(self) -> int:
+        assert self.process.stdout is not None
+        self.said += self.process.stdout.readlines()
+        return self.process.wait(60)
+
+    def end(self) -> None:
+        """Clear away what a failed test has left: only what this object has started."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(60)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        self.errors.close()
+
+
+def until(condition: Callable[[], Any], what: str, timeout_s: float = 60) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
+        time.sleep(0.02)
+    return found
+
+
+@pytest.fixture(scope="module")
+def flights() -> Flights:
+    return load_flights()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, flights: Flights) -> Path:
+    """A working directory with a definition, a configuration and a trained model."""
+    from threadpoolctl import threadpool_limits
+
+    folder = tmp_path_factory.mktemp("terminal")
+    (folder / "apps.py").write_text(DEFINITION)
+    (folder / "millpond.toml").write_text('name = "told"\nport = 0\nclock = "event"\ndraining_period_s = 0\n')
+    (folder / "trained").mkdir()
+    past = flights.between("2013-02-01", DAY)
+    rows = training_set(example.flight_delay.features, {"departures": past.departures, "arrivals": past.arrivals}, past.labels)
+    with threadpool_limits(1, user_api="openmp"):
+        example.train(rows.matrix[-6_000:], past.labels["late"].to_numpy()[-6_000:], str(folder / "trained" / "flight_delay.npz"))
+    return folder
+
+
+def minutes(table: Any, column: str) -> dict[int, list[dict[str, Any]]]:
+    found: dict[int, list[dict[str, Any]]] = {}
+    for event in table.set_column(table.column_names.index(column), column, table[column].cast("int64")).to_pylist():
+        found.setdefault(event[column], []).append(event)
+    return found
+
+
+class TestUpOnServesProxy(ServedContract):
+    @pytest.fixture(scope="class")
+    def up(self, folder: Path) -> Iterator[Up]:
+        up = Up(folder, "apps.py", str(Path(example.__file__)), "--artifacts", "trained", "--proxy", "serve")
+        yield up
+        up.end()
+
+    @pytest.fixture(scope="class")
+    def day_answers(self, up: Up, flights: Flights) -> list[dict[str, Any]]:
+        """The answers of a replayed day, one per departure. Before all else: the cluster's clock is that of its events."""
+        from millpond.cluster.demo.session import ARROW_STREAM, Session, arrow_stream
+
+        past, day = flights.between("2013-02-01", DAY), flights.between(DAY, NEXT)
+        session = Session(up.url)
+        for source, table in (("departures", past.departures), ("arrivals", past.arrivals)):
+            for at in range(0, len(table), 10_000):
+                part = table.slice(at, 10_000)
+                ack = session.post(f"/v1/events/{source}", arrow_stream(part), ARROW_STREAM)
+                assert ack["accepted"] == len(part)
+        departures, arrivals = minutes(day.departures, "departed_at"), minutes(day.arrivals, "arrived_at")
+        answers = []
+        for minute in sorted(departures.keys() | arrivals.keys()):
+            for source, events in (("departures", departures.get(minute)), ("arrivals", arrivals.get(minute))):
+                if events:
+                    assert session.post_events(source, events)["accepted"] == len(events)
+            for flight in departures.get(minute, ()):
+                key = {name: flight[name] for name in KEY}
+                answer, _ = session.timed_score("flight_delay", key, f"?as_of={minute}&features=true")
+                answers.append(answer)
+        assert (session.failed, session.first_failure) == (0, None)
+        session.close()
+        return answers
+
+    @pytest.fixture(scope="class")
+    def served(self, up: Up, folder: Path, day_answers: list[dict[str, Any]]) -> Served:
+        return Served(up.url, folder / ".millpond" / "told")
+
+    def test_a_day_of_flights_is_scored_as_the_training_set_says(
+        self, day_answers: list[dict[str, Any]], folder: Path, flights: Flights
+    ) -> None:
+        from millpond.cluster.demo.stage import parity
+        from millpond.feature_actors.layout import compile_layout
+        from millpond.models.model import LoadedModel
+
+        answers, day = day_answers, flights.between(DAY, NEXT)
+        until_next = flights.between("2013-02-01", NEXT)
+        labels = day.departures.select(KEY).append_column("as_of", day.departures["departed_at"])
+        offline = training_set(
+            example.flight_delay.features, {"departures": until_next.departures, "arrivals": until_next.arrivals}, labels, n_shards=5
+        )
+        views = {f.view.name: f.view for f in example.flight_delay.features}.values()
+        model = LoadedModel(example.flight_delay, compile_layout([], views), folder / "trained")
+        results = model.predict(offline)
+        assert len(answers) == len(day.departures) > 800
+        assert parity(answers, example.flight_delay, offline, results) == len(answers)
+        # The comparison compares something: most features are there, and the scores differ.
+        assert np.isfinite(offline.matrix).mean() > 0.9
+        assert np.std(results) > 0.01
+        tampered = [{**answers[0], "result": np.nextafter(answers[0]["result"], 1)}, *answers[1:]]
+        assert parity(tampered, example.flight_delay, offline, results) == len(answers) - 1
+
+    def test_up_says_what_it_serves(self, up: Up, folder: Path) -> None:
+        # (What follows the first line is read when it ends; see below.)
+        assert (folder / "stderr.txt").read_text().startswith(f"starting cluster `told` in {folder}/.millpond/told ...\n")
+
+    def test_it_is_serves_own_proxy_that_answers(self, served: Served) -> None:
+        commands = processes_of(shelter_of(served.directory)).values()
+        assert any(c.startswith("ray::ProxyActor") for c in commands)
+        assert not any("haproxy" in c.lower() for c in commands)
+
+    def test_status_shows_what_the_cluster_holds(self, up: Up, folder: Path) -> None:
+        done = run(folder, "status", "--json")
+        assert (done.returncode, done.stderr) == (0, "")
+        status = json.loads(done.stdout)
+        assert (status["name"], status["url"], status["pid"]) == ("told", up.url, up.process.pid)
+        assert {m["model"] for m in status["models"]} == {"churn", "offer", "flight_delay"}
+        assert len(status["shards"]) == 2
+        flown = sum(s["events"]["departures[tailnum]"] for s in status["shards"])
+        assert flown > 20_000
+        done = run(folder, "status")
+        assert (done.returncode, done.stderr) == (0, "")
+        for word in ("told", up.url, "flight_delay", "purchases[user_id]", "departures[origin,dest]", f"{flown:,}"):
+            assert word in done.stdout.replace(", ", ","), done.stdout
+
+    def test_a_second_up_on_the_same_data_is_refused_and_names_the_first(self, up: Up, folder: Path, served: Served) -> None:
+        done = run(folder, "up", "apps.py")
+        message = (
+            f"millpond: cluster `told` runs on {served.directory} already, at {up.url} (process {up.process.pid}); "
+            "stop it with `millpond down`, or give this one another name"
+        )
+        assert (done.returncode, done.stdout, done.stderr.splitlines()[-1]) == (1, "", message)
+        assert served.call("GET", "/readyz")[0] == 200
+        assert run(folder, "status").returncode == 0  # the first is still known to be there
+
+    def test_a_killed_shard_is_said_to_be_lost_and_never_answers_with_empty_features(self, served: Served) -> None:
+        """Last but one: there is no way back from it but a new start."""
+        users = range(5_000_000, 5_000_060)
+        at = START + 20 * 365 * 86_400_000 // 4
+        served.post_events([purchase(f"kill-{u}", u, 3.0, at, book_id="kill") for u in users])
+        victim = min(shard_pids(shelter_of(served.directory)))
+        os.kill(victim, signal.SIGKILL)
+        until(lambda: not Path(f"/proc/{victim}").exists(), "the end of the shard")
+        lost: set[int] = set()
+        right: set[int] = set()
+
+        def settled() -> bool:
+            """Ask for every user; note what is answered. True when each is either right or lost."""
+            lost.clear()
+            right.clear()
+            for user in users:
+                status, headers, answer = served.call("POST", "/v1/score/churn?features=true", {"user_id": user})
+                if status == 200:
+                    assert answer["features"]["user_spend.orders_30d"] == 1.0, "a lost shard answered with empty features"
+                    right.add(user)
+                    continue
+                assert (status, int(headers["retry-after"]) >= 1) == (503, True), (status, headers, answer)
+                if answer["error"]["code"] == "shard_lost":
+                    lost.add(user)
+            return len(lost) + len(right) == len(users) and bool(lost)
+
+        until(settled, "the shard to say that it is lost")
+        assert right, "the other shard goes on"
+        user = min(lost)
+        status, headers, answer = served.call("POST", "/v1/score/churn", {"user_id": user})
+        assert (status, headers["retry-after"], answer["error"]) == (
+            503,
+            "10",
+            {
+                "code": "shard_lost",
+                "message": answer["error"]["message"],
+                "path": None,
+            },
+        )
+        assert re.fullmatch(
+            r"shard [01] of 2 was restarted and its features are gone; start the cluster anew and load the events again",
+            answer["error"]["message"],
+        )
+        for method, target, body in (
+            ("POST", "/v1/score/churn", [{"user_id": u} for u in users]), ("GET", f"/v1/features/user_spend?user_id={user}", None),
+            ("POST", "/v1/events/purchases", [purchase(f"again-{u}", u, 1.0, at) for u in users]), ("GET", "/readyz", None),
+        ):  # fmt: skip
+            status, headers, answer = served.call(method, target, body)
+            assert (status, headers["retry-after"], answer["error"]["code"]) == (503, "10", "shard_lost"), target
+        assert served.call("GET", "/healthz")[0] == 200
+
+    def test_down_stops_it_and_nothing_is_left(self, up: Up, folder: Path, served: Served) -> None:
+        shelter = shelter_of(served.directory)
+        done = run(folder, "down")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "cluster `told` has stopped\n", "")
+        assert up.wait() == 0
+        assert sorted(up.said[1:]) == sorted(
+            [*(f"  POST /v1/events/{s}\n" for s in ("purchases", "departures", "arrivals")), *(f"  POST /v1/score/{m}\n" for m in ("churn", "offer", "flight_delay"))]
+        )
+        assert (processes_of(shelter), shelter.exists()) == ({}, False)
+        for command in ("status", "down"):
+            done = run(folder, command)
+            message = f"millpond: no cluster `told` runs on {served.directory}; start one with `millpond up`\n"
+            assert (done.returncode, done.stdout, done.stderr) == (1, "", message)
+
+
+class TestUpAgain:
+    def test_the_same_data_directory_opens_again_and_ctrl_c_ends_it_cleanly(self, folder: Path) -> None:
+        directory = folder / ".millpond" / "told"
+        before = json.loads((directory / "manifest.json").read_text())
+        token = (directory / "admin_token").read_text()
+        up = Up(folder, "apps.py", "--proxy", "haproxy")
+        try:
+            served = Served(up.url, directory)
+            assert served.call("GET", "/readyz")[2]["models"] == ["churn", "offer"]
+            served.post_events(purchase("again", 1, 2.0, START))
+            assert served.score("churn", {"user_id": 1})["unknown"] == []
+            shelter = shelter_of(directory)
+            # Ctrl-C goes to every process of the terminal's foreground group.
+            os.killpg(up.process.pid, signal.SIGINT)
+            assert up.wait() == 0
+        finally:
+            up.end()
+        assert (processes_of(shelter), shelter.exists()) == ({}, False)
+        assert not (directory / "cluster.json").exists()
+        assert json.loads((directory / "manifest.json").read_text()) == before
+        assert (directory / "admin_token").read_text() == token
+        assert "Traceback" not in (folder / "stderr.txt").read_text()
+
+    def test_another_number_of_slots_is_refused_before_anything_starts(self, folder: Path) -> None:
+        done = run(folder, "up", "apps.py", "--slots", "32")
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].endswith("has n_slots 64, the configuration says 32; it is fixed when the directory is made")
+
+    def test_a_state_file_of_a_dead_process_is_no_cluster(self, folder: Path) -> None:
+        """Not even if another process has its number since."""
+        state = folder / ".millpond" / "told" / "cluster.json"
+        for content in ({"pid": os.getpid(), "started_ticks": 1, "url": "http://x", "name": "told"}, {"pid": 2**22, "started_ticks": 1}, [], {}):
+            state.write_text(json.dumps(content))
+            assert run(folder, "down").returncode == 1
+        state.unlink()

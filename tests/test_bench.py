@@ -1,0 +1,386 @@
+"""The bench measures what it says: its load, its turns, its figures, and the generator's judgement.
+
+No test here asks how fast anything is.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from millpond.bench import reference, workload
+from millpond.bench.load import Load, LoadFailed, Outcome, content_length, drive, quantile, requests_of, run_load
+from millpond.bench.noop import ANSWER, BareApp, NoopApp
+from millpond.bench.processes import cpu_seconds
+from millpond.bench.score import MEANINGS, Measurement, bodies, figures_of, turns
+from millpond.bench.workload import Steps, record, run_workload
+from millpond.feature_actors.layout import compile_layout
+from millpond.models import Features
+from millpond.models.definition import Definition, load_models
+
+NOW_MS = 1_700_000_000_000
+TEXTS = [(b'"model":"reference"', 1), (b'"unknown":[]', 1)]
+
+
+# -- the reference load
+
+
+def test_reference_view_has_the_eleven_features_and_the_model_reads_them_all() -> None:
+    definition = Definition.read(Path(reference.__file__))
+    declared = definition.declared()
+    assert [s.name for s in declared.sources] == ["activity"]
+    assert [v.name for v in declared.views] == ["user_activity"]
+    assert len(reference.user_activity.features) == 11
+    layout = compile_layout(declared.sources, declared.views)
+    loaded = load_models([definition], layout)["reference"]
+    assert loaded.plan.names == tuple(f"user_activity.{name}" for name in reference.user_activity.features)
+    assert dict(loaded.plan.key_fields) == {"user_id": "int64"}
+
+
+def test_model_scores_missing_features_as_zero_and_a_row_alike_alone_and_in_a_batch() -> None:
+    model = reference.Logistic()
+    matrix = np.random.default_rng(0).exponential(1, (50, 11))
+    matrix[::3, 6] = np.nan
+    names = tuple(reference.user_activity.features)
+    together = model.predict(Features(matrix, names))
+    alone = [model.predict(Features(row[None, :], names))[0] for row in matrix]
+    assert together.tolist() == alone
+    assert ((together > 0) & (together < 1)).all()
+    zero = np.where(np.isnan(matrix), 0, matrix)
+    assert model.predict(Features(zero, names)).tolist() == together.tolist()
+
+
+def test_reference_events_are_seeded_in_order_within_seven_days_and_of_every_user() -> None:
+    events = reference.reference_events(3, NOW_MS, users=500, events=4_000)
+    times = events["event_time"].cast(pa.int64()).to_numpy()
+    assert (np.diff(times) >= 0).all()
+    assert times.min() >= NOW_MS - reference.SPAN_MS
+    assert times.max() <= NOW_MS - reference.GAP_MS
+    assert pc.count_distinct(events["event_id"]).as_py() == 4_000
+    assert sorted(set(events["user_id"].to_pylist())) == list(range(500))
+    assert events.column_names == list(reference.activity.fields)
+    assert events.equals(reference.reference_events(3, NOW_MS, users=500, events=4_000))
+    assert not events.equals(reference.reference_events(4, NOW_MS, users=500, events=4_000))
+
+
+def test_bodies_are_seeded_ids_of_loaded_users() -> None:
+    one = [json.loads(b)["user_id"] for b in bodies(random.Random(1), 1, 300, users=7)]
+    assert set(one) == set(range(7))
+    assert one == [json.loads(b)["user_id"] for b in bodies(random.Random(1), 1, 300, users=7)]
+    (batch,) = bodies(random.Random(1), 40, 1, users=7)
+    assert [set(x) for x in json.loads(batch)] == [{"user_id"}] * 40
+
+
+# -- turns and figures
+
+
+def test_every_round_measures_the_same_and_another_endpoint_comes_first() -> None:
+    rounds = turns(3)
+    assert {frozenset(r) for r in rounds} == {frozenset(rounds[0])}
+    assert {r[0].name for r in rounds} == {"noop_32", "score_32", "bare_32"}
+    for r in rounds:  # what is compared stands side by side
+        assert {m.name for m in r[:3]} == {"noop_32", "score_32", "bare_32"}
+        assert {m.name for m in r[3:5]} == {"noop_1", "score_1"}
+
+
+def _outcome(answers: int, latency_ms: float, seconds: float = 1.0) -> Outcome:
+    return Outcome(answers, seconds, [round(latency_ms * 1e6)] * answers, answers, 0, None, 0.1, seconds)
+
+
+def test_figures_are_medians_of_the_rounds_and_ratios_of_the_medians() -> None:
+    figures = figures_of(
+        {
+            "noop_32": [_outcome(4_000, 8.0), _outcome(5_000, 6.0), _outcome(100, 99.0)],
+            "bare_32": [_outcome(5_000, 6.0)] * 3,
+            "score_32": [_outcome(2_000, 16.0), _outcome(9_000, 1.0), _outcome(1_000, 32.0)],
+            "noop_1": [_outcome(100, 0.25)] * 3,
+            "score_1": [_outcome(100, 0.5)] * 3,
+            "batch_1000": [_outcome(50, 80.0, seconds=2.0)] * 3,
+        },
+        {
+            "noop_32": [0.4, 0.5, 0.1],
+            "bare_32": [0.5, 0.5, 0.5],
+            "score_32": [1.0, 9.0, 0.1],
+        },
+    )
+    assert figures["noop_32_requests_per_s"] == 4_000
+    assert figures["score_32_requests_per_s"] == 2_000
+    assert figures["score_vs_noop_ratio"] == 0.5
+    assert figures["score_vs_bare_ratio"] == 0.4
+    assert figures["score_cost_us"] == 250.0
+    assert figures["score_32_p50_ms"] == 16.0
+    assert figures["score_32_cpu_us"] == 500.0
+    assert figures["noop_32_cpu_us"] == 100.0
+    assert figures["p50_vs_noop_ratio"] == 2.0
+    assert figures["batch_1000_ids_per_s"] == 25_000
+    assert set(figures) <= set(MEANINGS)
+
+
+def test_quantile_is_a_value_that_was_measured() -> None:
+    values = list(range(1, 101))
+    assert [quantile(values, q) for q in (0.0, 0.5, 0.99, 1.0)] == [1, 50, 99, 100]
+    assert np.isnan(quantile([], 0.5))
+
+
+def test_cpu_seconds_are_of_our_descendants_of_that_title() -> None:
+    burn = "import time\nwhile time.process_time() < 0.1: pass\nprint('done', flush=True)\ninput()"
+    command = [sys.executable, "-c", burn, "millpond-test-burn"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert cpu_seconds([f"{sys.executable} -c import time"]) >= 0.05
+        assert cpu_seconds(["no such title"]) == 0.0
+        child.communicate(b"\n")
+
+
+# -- the report
+
+
+class _Fake:
+    name = "fake"
+    seed = 7
+    meanings = {"speed_per_s": "how fast"}
+
+    def __init__(self, wrong: list[str]) -> None:
+        self.wrong = wrong
+        self.calls: list[str] = []
+
+    def setup(self, steps: Steps) -> None:
+        self.calls.append("setup")
+
+    def start(self, steps: Steps) -> None:
+        self.calls.append("start")
+
+    def check(self, steps: Steps) -> list[str]:
+        self.calls.append("check")
+        return self.wrong
+
+    def metrics(self) -> dict[str, Any]:
+        return {"speed_per_s": 12.5}
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+def test_report_is_one_json_object_and_a_line_of_the_history(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = _Fake([])
+    history = tmp_path / "history.jsonl"
+    for _ in range(2):
+        assert run_workload(fake, as_json=True, record_to=history) == 0
+    assert fake.calls == ["setup", "start", "check", "close"] * 2
+    first = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert first["speed_per_s"] == 12.5
+    assert {"commit", "machine", "seconds", "seed"} < first.keys()
+    lines = [json.loads(line) for line in history.read_text().splitlines()]
+    assert [line["bench"] for line in lines] == ["fake", "fake"]
+    assert lines[0]["speed_per_s"] == 12.5
+
+
+def test_broken_invariant_is_named_and_fails_and_is_not_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    history = tmp_path / "history.jsonl"
+    assert run_workload(_Fake(["scores add up"]), as_json=False, record_to=history) == 1
+    printed = capsys.readouterr()
+    assert "invariant broken: scores add up" in printed.err
+    assert "speed_per_s" in printed.out
+    assert not history.exists()
+
+
+def test_workload_is_closed_when_it_fails() -> None:
+    fake = _Fake([])
+    fake.start = lambda steps: 1 / 0  # type: ignore[assignment,method-assign,return-value]
+    with pytest.raises(ZeroDivisionError):
+        run_workload(fake, as_json=True)
+    assert fake.calls == ["setup", "close"]
+
+
+def test_history_stands_in_bench() -> None:
+    assert workload.HISTORY.parent.name == "bench"
+    assert callable(record)
+
+
+# -- the load generator
+
+
+@contextmanager
+def server(answer: bytes, *, pieces: int = 1, answers_max: int = 10**9) -> Iterator[tuple[int, list[bytes]]]:
+    """Serve a constant answer on loopback, in so many pieces; collect what was asked."""
+    asked: list[bytes] = []
+
+    def serve(connection: socket.socket) -> None:
+        data = b""
+        with connection:
+            for _ in range(answers_max):
+                while b"\r\n\r\n" not in data or len(data) < _end(data):
+                    more = connection.recv(65_536)
+                    if not more:
+                        return
+                    data += more
+                asked.append(data[: _end(data)])
+                data = data[_end(data) :]
+                size = -(-len(answer) // pieces)
+                for at in range(0, len(answer), size):
+                    connection.sendall(answer[at : at + size])
+
+    def accept() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            threading.Thread(target=serve, args=(connection,), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield listener.getsockname()[1], asked
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def _end(data: bytes) -> int:
+    head = data.find(b"\r\n\r\n")
+    return head + 4 + content_length(data[: head + 2])
+
+
+def _http(body: bytes, status: str = "200 OK") -> bytes:
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def _load(port: int, **changes: Any) -> Load:
+    settings: dict[str, Any] = {
+        "bodies": [b'{"user_id":1}', b'{"user_id":22}'],
+        "connections": 3,
+        "seconds": 0.1,
+        "warm_seconds": 0.02,
+        "texts": TEXTS,
+        "answer_seconds_max": 5.0,
+    }
+    return Load("127.0.0.1", port, "/v1/score/reference", **{**settings, **changes})
+
+
+@pytest.mark.parametrize("pieces", [1, 5])
+def test_load_sends_the_bodies_in_turn_and_times_every_good_answer(pieces: int) -> None:
+    with server(_http(ANSWER), pieces=pieces) as (port, asked):
+        outcome = drive(_load(port, connections=1))
+        assert outcome.failed == 0
+        assert outcome.answers == len(outcome.latencies_ns)
+        assert 0 < outcome.answers <= outcome.checked == len(asked)
+        assert asked[:4] == requests_of(_load(port)) * 2
+        assert 0 < outcome.latency_ms(0.5) <= outcome.latency_ms(0.99)
+
+
+def test_load_runs_in_a_process_of_its_own() -> None:
+    with server(_http(ANSWER)) as (port, asked):
+        outcome = run_load(_load(port))
+        assert outcome.failed == 0
+        assert 0 < outcome.checked == len(asked)
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (_http(b'{"error":{"code":"x"}}', "503 Service Unavailable"), 'status 503: {"error":{"code":"x"}}'),
+        (_http(ANSWER.replace(b"reference", b"other")), '\'"model":"reference"\' stands 0 times, expected 1'),
+        (_http(ANSWER.replace(b"[]", b'["user_activity"]')), "'\"unknown\":[]' stands 0 times, expected 1"),
+        (_http(ANSWER + ANSWER), '\'"model":"reference"\' stands 2 times, expected 1'),
+        (b"HTTP/1.1 500 Broken\r\n\r\n", "status 500"),
+    ],
+)
+def test_load_judges_every_answer_and_gives_up_after_enough_failures(answer: bytes, why: str) -> None:
+    with server(answer) as (port, _):
+        outcome = drive(_load(port, seconds=10.0, connections=2, failures_max=5))
+    assert 5 <= outcome.failed <= 6
+    assert outcome.answers == 0
+    assert outcome.first_failure is not None
+    assert outcome.first_failure.startswith(why)
+
+
+def test_load_counts_a_connection_that_the_other_side_closes() -> None:
+    with server(_http(ANSWER), answers_max=2) as (port, _):
+        outcome = drive(_load(port, seconds=10.0, connections=2))
+    assert outcome.failed == 2
+    assert outcome.first_failure == "the connection was closed"
+
+
+def test_load_is_bounded_in_answers_and_in_waiting() -> None:
+    with server(_http(ANSWER)) as (port, _):
+        assert drive(_load(port, seconds=10.0, connections=1, answers_max=7)).checked == 7
+    with server(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n") as (port, _):
+        outcome = drive(_load(port, seconds=10.0, answer_seconds_max=0.05))
+    assert (outcome.failed, outcome.first_failure) == (1, "no answer within 0.05 s")
+
+
+def test_load_says_when_nobody_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(LoadFailed, match=r"load of /v1/score/reference: ConnectionRefusedError"):
+        run_load(_load(port))
+
+
+# -- the endpoints that do nothing
+
+
+def _post(app: Any, path: str, body: bytes, root_path: str = "") -> tuple[int, bytes]:
+    """Post in two chunks to an ASGI application; return status and body."""
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "root_path": root_path,
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }
+    chunks = [
+        {"type": "http.request", "body": body[:3], "more_body": True},
+        {"type": "http.request", "body": body[3:], "more_body": False},
+    ]
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> Any:
+        return chunks.pop(0)
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    call = app(scope, receive, send)
+    with pytest.raises(StopIteration):  # it waits for nothing, so one step is all of it
+        call.send(None)
+    assert not chunks or sent[0]["status"] != 200
+    return sent[0]["status"], sent[1]["body"]
+
+
+@pytest.mark.parametrize(
+    ("app", "prefix"), [(NoopApp(), "/bench/noop"), (BareApp(), "/bench/bare")], ids=["noop", "bare"]
+)
+def test_noop_and_bare_read_the_whole_body_and_answer_what_the_load_takes_for_a_score(app: Any, prefix: str) -> None:
+    status, body = _post(app, f"{prefix}/reference", b'{"user_id":42}', root_path=prefix)
+    assert (status, body) == (200, ANSWER)
+    assert all(body.count(text) == times for text, times in TEXTS)
+    assert json.loads(body).keys() == {"id", "model", "version", "result", "as_of", "unknown"}
+
+
+def test_noop_decodes_as_the_score_app_does() -> None:
+    status, body = _post(NoopApp(), "/bench/noop/reference", b"no JSON")
+    assert status == 400
+    assert json.loads(body)["error"]["code"] == "bad_json"
+
+
+def test_names_of_measurements_are_the_names_of_figures() -> None:
+    assert Measurement("score", "/x", 32).name == "score_32"
+    assert Measurement("score", "/x", 4, ids=1_000).name == "batch_1000"

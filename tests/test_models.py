@@ -1,0 +1,457 @@
+# ruff: noqa: E501  (messages stand whole)
+"""Models: what is refused at declaration, how a definition is read and loaded, and what a training set promises."""
+
+from __future__ import annotations
+
+import linecache
+import pickle
+import random
+import re
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pytest
+from apps import DEFINITION, LAYOUT, NOW, VIEWS, Total, book_sales, purchase, purchases, user_book, user_spend
+
+from millpond.feature_actors.client import FeatureClient
+from millpond.feature_actors.clock import EventClock
+from millpond.feature_actors.errors import BadRequest, DeclarationError
+from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.plan import ReadPlan
+from millpond.feature_actors.ports import LocalIngest, LocalRead, complete
+from millpond.feature_actors.shard import Shard
+from millpond.feature_actors.shard_map import ShardMap
+from millpond.models import Features, Model, training_set
+from millpond.models.definition import Definition, load_models
+from millpond.models.model import LoadedModel
+from millpond.models.trees import BoostedTrees, save_trees
+
+DAY = 86_400_000
+
+
+def refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(DeclarationError) as caught:
+        make()
+    assert str(caught.value) == message
+
+
+# -- declarations
+
+
+GOOD: dict[str, Any] = {"name": "m", "version": "1", "owner": "ml", "features": [user_spend["orders_30d"]], "predictor": Total}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"name": "M"}, "model 'M': a name is lower-case letters, digits and `_`, starts with a letter and has at most 63 characters"),
+        ({"owner": " "}, 'model `m`: no owner; say which team owns it with `owner="..."`'),
+        ({"version": ""}, "model `m`: version is a text of 1 to 63 characters, got ''"),
+        ({"version": 1}, "model `m`: version is a text of 1 to 63 characters, got 1"),
+        ({"features": []}, "model `m`: no features"),
+        ({"features": ["orders_30d"]}, "model `m`: expected features such as view[\"name\"], got 'orders_30d'"),
+        ({"features": [user_spend["orders_30d"], user_spend["orders_30d"]]}, "model `m`: feature `user_spend.orders_30d` is named twice"),
+        ({"predictor": None}, "model `m`: predictor must be a class or a function, got None"),
+        ({"predictor": 5}, "model `m`: predictor must be a class or a function, got 5"),
+        ({"artifacts": {"weights": "../w.npy"}}, "model `m`: artifact `weights` must be a file name without folders, got '../w.npy'"),
+        ({"artifacts": {"weights": "/etc/passwd"}}, "model `m`: artifact `weights` must be a file name without folders, got '/etc/passwd'"),
+        ({"artifacts": {"weights": ""}}, "model `m`: artifact `weights` must be a file name without folders, got ''"),
+        ({"artifacts": {"weights": ".."}}, "model `m`: artifact `weights` must be a file name without folders, got '..'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_model_is_refused_by_name(wrong: dict[str, Any], message: str) -> None:
+    refused(lambda: Model(**{**GOOD, **wrong}), message)
+
+
+def test_an_unknown_feature_of_a_view_is_told_its_neighbour() -> None:
+    with pytest.raises(DeclarationError, match="did you mean `orders_30d`"):
+        user_spend["orders_30"]
+
+
+def test_a_model_gives_its_predictor_the_columns_in_the_order_of_its_declaration() -> None:
+    seen: list[Features] = []
+
+    class Spy:
+        def predict(self, features: Features) -> list[float]:
+            seen.append(features)
+            return [0.0] * len(features.matrix)
+
+    features = [user_book["bought"], user_spend["last_price"], book_sales["sold_7d"]]
+    loaded = LoadedModel(Model("m", version="1", owner="ml", features=features, predictor=Spy), LAYOUT, Path())
+    shard = Shard(LAYOUT, ShardMap.even(16, 1), 0)
+    client = FeatureClient(LAYOUT, ShardMap.even(16, 1), LocalIngest([shard]), LocalRead([shard]), EventClock())
+    batch = pa.RecordBatch.from_pylist([purchase("a", 1, 9.0, book_id="x"), purchase("b", 2, 7.0, book_id="x")], schema=purchases.schema)
+    complete(client.ingest("purchases", batch))
+    rows = complete(client.read(loaded.plan, {"user_id": [1], "book_id": ["x"]}, 1))
+    assert loaded.predict(rows) == [0.0]
+    assert seen[0].names == ("user_book.bought", "user_spend.last_price", "book_sales.sold_7d")
+    assert (seen[0].matrix.tolist(), seen[0].matrix.dtype) == ([[1.0, 9.0, 2.0]], np.float64)
+
+
+# -- definitions
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "defs.py"
+    path.write_text(DEFINITION)
+    return path
+
+
+def test_a_definition_declares_what_its_file_does_in_its_order(file: Path) -> None:
+    declared = Definition.read(file).declared()
+    assert [s.name for s in declared.sources] == ["purchases"]
+    assert [v.name for v in declared.views] == ["user_spend", "book_sales", "user_book"]
+    assert [m.name for m in declared.models] == ["churn", "offer"]
+
+
+def test_what_a_model_reads_is_declared_with_it(tmp_path: Path) -> None:
+    text = DEFINITION + "\nviews = [user_spend, book_sales, user_book]\ndel purchases, user_spend, book_sales, user_book, views\n"
+    declared = Definition("defs.py", text).declared()
+    assert [s.name for s in declared.sources] == ["purchases"]
+    assert [v.name for v in declared.views] == ["user_spend", "book_sales", "user_book"]
+
+
+def test_a_definition_runs_once_a_process(tmp_path: Path) -> None:
+    definition = Definition("defs.py", DEFINITION + "\n# once\n")
+    one, two = definition.declared(), replace(definition).declared()
+    assert [a is b for a, b in zip(one.models, two.models, strict=True)] == [True, True]
+
+
+def test_a_definition_travels_between_processes(file: Path) -> None:
+    definition = Definition.read(file)
+    again = pickle.loads(pickle.dumps(definition))
+    assert again == definition
+    assert again.digest == definition.digest
+    code = (
+        "import pickle, sys; d = pickle.load(sys.stdin.buffer); from millpond.models.definition import load_models;"
+        "from millpond.feature_actors.layout import compile_layout; x = d.declared();"
+        "print(sorted(load_models([d], compile_layout(x.sources, x.views))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(definition), capture_output=True, check=True, cwd="/")
+    assert done.stdout.decode() == "['churn', 'offer']\n"
+
+
+def test_a_digest_is_of_text_and_artifacts(file: Path) -> None:
+    one = Definition.read(file)
+    digests = {d.digest for d in (one, replace(one, text=one.text + "\n"), replace(one, artifacts={"a": b"x"}), replace(one, artifacts={"a": b"y"}),
+                                  replace(one, artifacts={"ax": b""}))}  # fmt: skip
+    assert len(digests) == 5
+    assert replace(one, file_name="other.py").digest == one.digest
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def", "definition `defs.py`: does not run: SyntaxError: invalid syntax (<defs.py>, line 1)"),
+        ("import no_such_module", "definition `defs.py`: does not run: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("1 / 0", "definition `defs.py`: does not run: ZeroDivisionError: division by zero"),
+        ("from millpond.feature_actors import Source\nSource('s')", 'source `s`: no owner; say which team owns it with `owner="..."`'),
+        ("raise SystemExit(3)", "definition `defs.py`: does not run: SystemExit: 3"),
+    ],
+)
+def test_a_file_that_does_not_run_is_refused_each_time(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "defs.py").write_text(text)
+    for _ in range(2):
+        refused(lambda: Definition.read(tmp_path / "defs.py"), message)
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe", "folder"])
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, content: Any) -> None:
+    path = tmp_path / "defs.py"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        path.mkdir()
+    with pytest.raises(DeclarationError, match=f"^definition `{re.escape(str(path))}`: cannot be read: "):
+        Definition.read(path)
+
+
+def test_a_traceback_shows_the_lines_of_a_definition() -> None:
+    definition = Definition("defs.py", "def fails():\n    return 1 / 0  # here\n")
+    definition.declared()
+    module = next(m for n, m in sys.modules.items() if n.startswith("millpond_definition_") and hasattr(m, "fails"))
+    try:
+        module.fails()
+    except ZeroDivisionError:
+        shown = traceback.format_exc()
+    linecache.checkcache()
+    assert 'File "<defs.py>", line 2, in fails' in shown
+    assert "return 1 / 0  # here" in shown
+
+
+# -- loading
+
+
+def layout_of(*definitions: Definition) -> Any:
+    declared = [d.declared() for d in definitions]
+    return compile_layout([s for d in declared for s in d.sources], [v for d in declared for v in d.views])
+
+
+WITH_WEIGHTS = DEFINITION.replace("artifacts={}", 'artifacts={"weights": "weights.npy"}')
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_artifacts_are_read_from_beside_the_file_or_from_a_folder(tmp_path: Path, elsewhere: bool) -> None:
+    (tmp_path / "defs.py").write_text(WITH_WEIGHTS)
+    folder = tmp_path / "trained" if elsewhere else tmp_path
+    folder.mkdir(exist_ok=True)
+    np.save(folder / "weights.npy", np.array([3.0]))
+    (folder / "unrelated.bin").write_bytes(b"x")
+    definition = Definition.read(tmp_path / "defs.py", folder if elsewhere else None)
+    assert definition.artifacts.keys() == {"weights.npy"}
+    (folder / "weights.npy").unlink()  # what was read travels with the definition
+    loaded = load_models([definition], layout_of(definition))["churn"]
+    assert loaded._predictor.scale == 3.0  # type: ignore[attr-defined]
+
+
+def test_a_definition_whose_artifact_is_missing_can_be_read_but_not_loaded(tmp_path: Path) -> None:
+    (tmp_path / "defs.py").write_text(WITH_WEIGHTS)
+    definition = Definition.read(tmp_path / "defs.py")
+    assert [m.name for m in definition.declared().models] == ["churn", "offer"]
+    message = "model `churn`: artifact `weights` is `weights.npy`, which does not lie beside `defs.py`; train the model first"
+    refused(lambda: load_models([definition], layout_of(definition)), message)
+
+
+def test_a_predictor_that_does_not_load_is_named(tmp_path: Path) -> None:
+    definition = Definition("defs.py", WITH_WEIGHTS, {"weights.npy": b"not an array"})
+    with pytest.raises(DeclarationError, match="^model `churn`: its predictor does not load: ValueError: "):
+        load_models([definition], layout_of(definition))
+    definition = Definition("defs.py", DEFINITION.replace("self.scale = 1.0", "raise RuntimeError('no')  # ").replace("predictor=Total, a", "predictor=Total, a"))
+    refused(lambda: load_models([definition], layout_of(definition)), "model `churn`: its predictor does not load: RuntimeError: no")
+
+
+def test_two_models_of_one_name_are_refused() -> None:
+    definition = Definition("defs.py", DEFINITION)
+    refused(lambda: load_models([definition, definition], layout_of(definition)), "two models are named `churn`")
+
+
+def test_nothing_is_left_of_the_private_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    np.save(tmp_path / "w.npy", np.array([3.0]))
+    definition = Definition("defs.py", WITH_WEIGHTS, {"weights.npy": (tmp_path / "w.npy").read_bytes()})
+    load_models([definition], layout_of(definition))
+    assert [p.name for p in tmp_path.iterdir()] == ["w.npy"]
+
+
+# -- trees
+
+
+@pytest.fixture(scope="module")
+def forest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, BoostedTrees]:
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    from threadpoolctl import threadpool_limits
+
+    rng = np.random.default_rng(1)
+    matrix = random_matrix(rng, 3_000)
+    label = (np.nansum(matrix[:, :3], axis=1) + rng.normal(size=3_000) > 0) ^ np.isnan(matrix[:, 4])
+    with threadpool_limits(1, user_api="openmp"):  # for matrices this small more threads only wait for each other
+        learner = HistGradientBoostingClassifier(max_iter=40, max_leaf_nodes=9, early_stopping=False).fit(matrix, label)
+    path = tmp_path_factory.mktemp("trees") / "trees.npz"
+    save_trees(learner, str(path))
+    return learner, BoostedTrees(str(path))
+
+
+def random_matrix(rng: np.random.Generator, n: int) -> npt.NDArray[np.float64]:
+    matrix = rng.normal(size=(n, 5)) * [1, 10, 0.1, 1e6, 1]
+    matrix[:, 1] = np.round(matrix[:, 1])
+    matrix[rng.random((n, 5)) < 0.15] = np.nan
+    return matrix
+
+
+def test_trees_predict_what_scikit_learn_does(forest: tuple[Any, BoostedTrees]) -> None:
+    learner, trees = forest
+    matrix = random_matrix(np.random.default_rng(2), 20_000)
+    matrix[:50] = np.nan
+    matrix[50:60] = np.finfo(float).max
+    want = learner.predict_proba(matrix)[:, 1]
+    np.testing.assert_allclose(trees.predict(Features(matrix, ())), want, rtol=0, atol=1e-12)
+    assert want.std() > 0.1
+
+
+def test_trees_go_the_same_way_on_the_thresholds_themselves(forest: tuple[Any, BoostedTrees]) -> None:
+    learner, trees = forest
+    rows = []
+    for (tree,) in learner._predictors:
+        for node in tree.nodes:
+            if not node["is_leaf"]:
+                for value in (node["num_threshold"], np.nextafter(node["num_threshold"], np.inf), np.nextafter(node["num_threshold"], -np.inf)):
+                    row = np.zeros(5)
+                    row[node["feature_idx"]] = value
+                    rows.append(row)
+    matrix = np.array(rows)
+    np.testing.assert_allclose(trees.predict(Features(matrix, ())), learner.predict_proba(matrix)[:, 1], rtol=0, atol=1e-12)
+
+
+def test_a_rows_score_does_not_depend_on_the_other_rows(forest: tuple[Any, BoostedTrees]) -> None:
+    _, trees = forest
+    matrix = random_matrix(np.random.default_rng(3), 257)
+    together = trees.predict(Features(matrix, ()))
+    alone = np.concatenate([trees.predict(Features(matrix[i : i + 1], ())) for i in range(len(matrix))])
+    assert together.tobytes() == alone.tobytes()
+
+
+# -- training sets
+
+
+def world(n: int = 800, seed: int = 4) -> tuple[pa.Table, pa.Table]:
+    """Return events in time order and labels, some at the very time of an event, some of strangers."""
+    rng = random.Random(seed)
+    times = sorted(NOW + rng.randrange(40 * DAY) // 60_000 * 60_000 for _ in range(n))
+    events = [
+        purchase(f"o{i}", rng.randrange(25), rng.choice([0.1, 2.5, -7.0, 1e9]), at, book_id=rng.choice(["x", "y", "", None]))
+        for i, at in enumerate(times)
+    ]
+    labels = [
+        {"user_id": rng.randrange(27), "book_id": rng.choice(["x", "y", "z", ""]), "as_of": rng.choice(times) + rng.choice([0, 0, 1, -1, DAY])}
+        for _ in range(300)
+    ]  # fmt: skip
+    schema = pa.schema({"user_id": pa.int64(), "book_id": pa.string(), "as_of": pa.timestamp("ms", "UTC")})
+    return pa.Table.from_pylist(events, schema=purchases.schema), pa.Table.from_pylist(labels, schema=schema)
+
+
+FEATURES = [*user_spend, *book_sales, *user_book]
+
+
+def same(one: Any, two: Any) -> bool:
+    return bool(
+        one.matrix.tobytes() == two.matrix.tobytes() and one.as_of.tolist() == two.as_of.tolist() and one.unknown == two.unknown
+    )
+
+
+def test_a_training_set_is_what_the_cluster_would_have_served() -> None:
+    """Serving == training: the same events and reads in the order of time, live, give the same bits."""
+    events, labels = world()
+    rows = training_set(FEATURES, {"purchases": events}, labels)
+    shard_map = ShardMap.even(16, 3)
+    shards = [Shard(LAYOUT, shard_map, i) for i in range(3)]
+    client = FeatureClient(LAYOUT, shard_map, LocalIngest(shards), LocalRead(shards), EventClock())
+    plan = ReadPlan(LAYOUT, FEATURES, "x")
+    times = events["paid_at"].cast(pa.int64()).to_numpy()
+    asked = labels.to_pylist()
+    as_of = labels["as_of"].cast(pa.int64()).to_numpy()
+    sent = 0
+    for i in np.argsort(as_of, kind="stable").tolist():
+        until = int(np.searchsorted(times, as_of[i], "right"))
+        if until > sent:
+            batch = events.slice(sent, until - sent).combine_chunks().to_batches()[0]
+            complete(client.ingest("purchases", batch))
+            sent = until
+        keys = plan.key_columns([{k: asked[i][k] for k in ("user_id", "book_id")}], batch=False)
+        live = complete(client.read(plan, keys, 1, int(as_of[i])))
+        assert live.matrix.tobytes() == rows.matrix[i : i + 1].tobytes(), asked[i]
+        assert (live.as_of[0], live.unknown[0]) == (rows.as_of[i], rows.unknown[i])
+    assert {tuple(u) for u in rows.unknown} >= {(), ("user_spend", "user_book")}
+
+
+def test_a_label_sees_the_event_at_its_very_time_and_none_after() -> None:
+    events = pa.Table.from_pylist([purchase("a", 1, 5.0, NOW), purchase("b", 1, 7.0, NOW + 1)], schema=purchases.schema)
+    labels = pa.table({"user_id": [1, 1, 1], "as_of": pa.array([NOW - 1, NOW, NOW + 1], pa.timestamp("ms", "UTC"))})
+    rows = training_set(list(user_spend), {"purchases": events}, labels)
+    np.testing.assert_array_equal(rows.matrix, [[0, 0, np.nan, np.nan], [1, 5, 5, 0], [2, 12, 7, 0]])
+    assert rows.unknown == [["user_spend"], [], []]
+
+
+def test_the_number_of_shards_changes_nothing() -> None:
+    events, labels = world()
+    one = training_set(FEATURES, {"purchases": events}, labels)
+    for n_shards in (2, 3, 64):
+        assert same(one, training_set(FEATURES, {"purchases": events}, labels, n_shards=n_shards))
+
+
+def test_the_order_of_the_labels_changes_nothing() -> None:
+    events, labels = world()
+    one = training_set(FEATURES, {"purchases": events}, labels)
+    order = np.random.default_rng(0).permutation(len(labels))
+    other = training_set(FEATURES, {"purchases": events}, labels.take(pa.array(order)))
+    assert other.matrix.tobytes() == one.matrix[order].tobytes()
+    assert other.as_of.tolist() == one.as_of[order].tolist()
+    assert other.unknown == [one.unknown[i] for i in order]
+
+
+def test_chunks_types_and_further_columns_change_nothing() -> None:
+    events, labels = world()
+    one = training_set(FEATURES, {"purchases": events}, labels)
+    chunked = pa.concat_tables([events.slice(i, 97) for i in range(0, len(events), 97)])
+    wide = labels.set_column(2, "as_of", labels["as_of"].cast(pa.timestamp("us", "UTC"))).append_column("late", labels["user_id"])
+    wide = wide.set_column(1, "book_id", wide["book_id"].cast(pa.large_string())).set_column(0, "user_id", wide["user_id"].cast(pa.int8()))
+    assert same(one, training_set(FEATURES, {"purchases": chunked, "unused": labels}, pa.concat_tables([wide.slice(0, 5), wide.slice(5)])))
+
+
+def test_events_that_come_twice_count_once() -> None:
+    events, labels = world(100)
+    twice = pa.concat_tables([t for i in range(len(events)) for t in [events.slice(i, 1)] * 2])
+    assert same(training_set(FEATURES, {"purchases": events}, labels), training_set(FEATURES, {"purchases": twice}, labels))
+
+
+def test_no_labels_are_no_rows_and_no_events_are_no_features() -> None:
+    events, labels = world(50)
+    assert training_set(FEATURES, {"purchases": events}, labels.slice(0, 0)).matrix.shape == (0, len(FEATURES))
+    rows = training_set(FEATURES, {"purchases": events.slice(0, 0)}, labels)
+    assert rows.unknown == [["user_spend", "book_sales", "user_book"]] * len(labels)
+
+
+@pytest.mark.parametrize("column", ["user_id", "as_of"])
+def test_a_missing_column_of_the_labels_is_named(column: str) -> None:
+    events, labels = world(10)
+    less = labels.drop_columns([column])
+    with pytest.raises(BadRequest) as caught:
+        training_set(FEATURES, {"purchases": events}, less)
+    assert str(caught.value) == f"training set: labels have no column `{column}`; they have {less.column_names}"
+
+
+def test_missing_events_and_missing_fields_are_named() -> None:
+    events, labels = world(10)
+    with pytest.raises(BadRequest) as caught:
+        training_set(FEATURES, {"purchase": events}, labels)
+    assert str(caught.value) == "training set: no events of source `purchases`; given are ['purchase']"
+    with pytest.raises(BadRequest) as caught:
+        training_set(FEATURES, {"purchases": events.drop_columns(["price", "gift"])}, labels)
+    assert str(caught.value) == (
+        "training set: events of `purchases` have no column `price`; they have ['order_id', 'user_id', 'book_id', 'paid_at']"
+    )
+
+
+def test_events_that_are_not_in_time_order_are_refused_with_the_first() -> None:
+    events, labels = world(10)
+    swapped = pa.concat_tables([events.slice(0, 3), events.slice(5, 1), events.slice(3, 2)])
+    with pytest.raises(BadRequest) as caught:
+        training_set(FEATURES, {"purchases": swapped}, labels)
+    assert str(caught.value) == (
+        "training set: events of `purchases` are not in time order; sort them by `paid_at` - at `$[4].paid_at`"
+    )
+
+
+@pytest.mark.parametrize("column", ["user_id", "book_id", "as_of"])
+def test_a_label_without_a_key_or_a_time_is_refused(column: str) -> None:
+    events, labels = world(10)
+    holed = labels.to_pylist()
+    holed[7][column] = None
+    with pytest.raises(BadRequest) as caught:
+        training_set(FEATURES, {"purchases": events}, pa.Table.from_pylist(holed, schema=labels.schema))
+    assert str(caught.value) == f"training set: label without `{column}` - at `$[7].{column}`"
+
+
+def test_a_null_in_a_field_of_an_event_that_is_not_optional_is_refused() -> None:
+    events, labels = world(10)
+    holed = events.to_pylist()
+    holed[4]["price"] = None
+    nullable = pa.schema([f.with_nullable(True) for f in purchases.schema])
+    with pytest.raises(BadRequest) as caught:
+        training_set(FEATURES, {"purchases": pa.Table.from_pylist(holed, schema=nullable)}, labels)
+    assert str(caught.value) == "training set: event of `purchases` without `price` - at `$[4].price`"
+
+
+def test_views_are_of_the_layout() -> None:
+    assert {v.name for v in VIEWS} >= {f.view.name for f in FEATURES}
