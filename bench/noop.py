@@ -12,8 +12,8 @@ import os
 from typing import Any
 
 from millpond.deployments.http import App, Receive, Request, Response, Route, Scope, Send, decode_json
-from millpond.deployments.score import _check_json
-from millpond.deployments.serving import ServingSpec, _deployment, _stay_on_loopback
+from millpond.deployments.score import check_json
+from millpond.deployments.serving import ServingSpec, deployment, stay_on_loopback
 
 __all__ = ["ANSWER", "BARE_PREFIX", "NOOP_PREFIX", "BareApp", "NoopApp", "run_noops"]
 
@@ -40,7 +40,7 @@ class NoopApp(App):
         )
 
     async def post_noop(self, request: Request) -> Response:
-        _check_json(request)
+        check_json(request)
         decode_json(await request.body(_BODY_BYTES_MAX))
         return Response(200, ANSWER)
 
@@ -81,7 +81,7 @@ class NoopReplica:
     """A process that holds the no-op app."""
 
     def __init__(self) -> None:
-        _stay_on_loopback()
+        stay_on_loopback()
         self._app = NoopApp()
 
     def __serve_build_asgi_app__(self) -> NoopApp:
@@ -92,7 +92,7 @@ class BareReplica:
     """A process that holds the bare app."""
 
     def __init__(self) -> None:
-        _stay_on_loopback()
+        stay_on_loopback()
         self._app = BareApp()
 
     def __serve_build_asgi_app__(self) -> BareApp:
@@ -105,7 +105,7 @@ def run_noops(spec: ServingSpec) -> None:
 
     def target(replica: Any, name: str, prefix: str) -> Any:
         return serve.RunTarget(
-            _deployment(replica, name, spec).bind(),
+            deployment(replica, name, spec).bind(),
             name=f"{spec.cluster_name}-{name.lower()}",
             route_prefix=prefix,
         )

@@ -200,8 +200,8 @@ class ScoreWorkload:
     def setup(self, steps: Steps) -> None:
         with steps.step("start the cluster") as advance:
             self._cluster = Cluster(self._config, [Definition.read(Path(reference.__file__))]).start()
-            assert self._cluster._spec is not None
-            run_noops(self._cluster._spec)
+            assert self._cluster.spec is not None
+            run_noops(self._cluster.spec)
             advance(1, self.url)
         self._load(steps)
         answer = httpx.get(self.url + NOOP_PREFIX, trust_env=False).raise_for_status()

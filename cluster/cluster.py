@@ -68,7 +68,8 @@ class Cluster:
         )
         self._state_file = config.directory / "cluster.json"
         self._state_written = False
-        self._spec: ServingSpec | None = None
+        #: What the replicas are made from, once the shards run.
+        self.spec: ServingSpec | None = None
 
     @property
     def url(self) -> str:
@@ -132,7 +133,7 @@ class Cluster:
             NAMESPACE,
             num_cpus=0.1,
         )
-        self._spec = ServingSpec(
+        self.spec = ServingSpec(
             cluster_name=config.name,
             namespace=NAMESPACE,
             sources=sources,
@@ -153,15 +154,15 @@ class Cluster:
         """Run the score app with the models of `definitions`, and the events app beside it if asked."""
         from ray import serve
 
-        assert self._spec is not None
+        assert self.spec is not None
         events_name, score_name = app_names(self.config.name)
         score = serve.RunTarget(
-            score_application(self._spec, definitions), name=score_name, route_prefix=SCORE_PREFIX
+            score_application(self.spec, definitions), name=score_name, route_prefix=SCORE_PREFIX
         )
         targets = [score]
         if events:
             targets.append(
-                serve.RunTarget(events_application(self._spec), name=events_name, route_prefix=EVENTS_PREFIX)
+                serve.RunTarget(events_application(self.spec), name=events_name, route_prefix=EVENTS_PREFIX)
             )
         serve.run_many(targets)
 

@@ -83,7 +83,7 @@ class ScoreApp(App):
         # 1. Decode the ids.
         loaded = self._model(request.name)
         request.allow_query("as_of", "features")
-        _check_json(request)
+        check_json(request)
         body = decode_json(await request.body(self._limits.body_bytes_max))
         ids, batch = self._ids(body, loaded.plan)
         keys = loaded.plan.key_columns(ids, batch=batch)
@@ -183,7 +183,7 @@ class ScoreApp(App):
         return Response(200, self._docs.encode(), "text/html; charset=utf-8")
 
 
-def _check_json(request: Request) -> None:
+def check_json(request: Request) -> None:
     content_type = request.header(b"content-type")
     if content_type is not None and content_type.partition(";")[0].strip().lower() != "application/json":
         raise UnsupportedMediaType(f"body: content type {content_type[:80]!r}; allowed is `application/json`")

@@ -27,8 +27,10 @@ __all__ = [
     "SCORE_PREFIX",
     "ServingSpec",
     "app_names",
+    "deployment",
     "events_application",
     "score_application",
+    "stay_on_loopback",
 ]
 
 EVENTS_PREFIX = "/v1/events"
@@ -62,7 +64,7 @@ def app_names(cluster_name: str) -> tuple[str, str]:
 
 def _connect(spec: ServingSpec) -> tuple[FeatureClient, Any]:
     """Return a client over the cluster's shard actors, and their read port."""
-    _stay_on_loopback()
+    stay_on_loopback()
     from millpond.feature_actors.actor import ActorIngest, ActorRead, find_actors
 
     actors = find_actors(spec.cluster_name, spec.shard_map.n_shards, spec.namespace)
@@ -78,7 +80,7 @@ def _connect(spec: ServingSpec) -> tuple[FeatureClient, Any]:
     return client, read
 
 
-def _stay_on_loopback() -> None:
+def stay_on_loopback() -> None:
     """Bind the replica's own gRPC server to loopback, where the node's address is loopback.
 
     Serve binds it to every interface and has no setting for it; Ray's token guards it all the same.
@@ -118,7 +120,8 @@ class ScoreReplica:
         return self._app
 
 
-def _deployment(replica: Callable[..., Any], name: str, spec: ServingSpec) -> Any:
+def deployment(replica: Callable[..., Any], name: str, spec: ServingSpec) -> Any:
+    """Return a replica class as a Serve deployment with the cluster's limits."""
     from ray import serve
 
     return serve.deployment(serve.ingress()(replica)).options(
@@ -129,14 +132,18 @@ def _deployment(replica: Callable[..., Any], name: str, spec: ServingSpec) -> An
         ray_actor_options={"num_cpus": 0.1},
         health_check_period_s=5,
         graceful_shutdown_timeout_s=5,
+        # A new version answers before the old one goes: a redeploy has no gap.
+        max_surge_percent=100,
+        # An access-log line per request would cost a third of a no-op, and `serve.start` is not asked.
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
 
 
 def events_application(spec: ServingSpec) -> Any:
     """Return the Serve application that takes events."""
-    return _deployment(EventsReplica, "Events", spec).bind(spec)
+    return deployment(EventsReplica, "Events", spec).bind(spec)
 
 
 def score_application(spec: ServingSpec, definitions: tuple[Definition, ...]) -> Any:
     """Return the Serve application that scores the models of `definitions`."""
-    return _deployment(ScoreReplica, "Score", spec).bind(spec, definitions)
+    return deployment(ScoreReplica, "Score", spec).bind(spec, definitions)

@@ -241,7 +241,7 @@ def arrow(source: Source, events: Sequence[Mapping[str, Any]], schema: pa.Schema
 
 
 #: The same, as a file that an ML team would write.
-DEFINITION = '''
+DEFINITION = """
 import numpy as np
 from millpond.feature_actors import Count, FeatureView, Field, Last, Max, SecondsSince, Source, Sum
 from millpond.models import Model
@@ -271,4 +271,4 @@ class Total:
 churn = Model("churn", version="3", owner="retention", features=list(user_spend), predictor=Total, artifacts={})
 offer = Model("offer", version="3", owner="retention",
               features=[*book_sales, user_spend["spend_30d"], *user_book], predictor=Total)
-'''
+"""

@@ -10,15 +10,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from port_contract import (
     HOUR,
     LAYOUT,
+    N_SLOTS,
     NOW,
     VIEWS,
     Cluster,
     PortContract,
     Run,
+    by_book,
     by_both,
     by_user,
     order,
@@ -26,11 +29,11 @@ from port_contract import (
 )
 from worlds import cluster as worlds_cluster
 
-from millpond.feature_actors import errors
-from millpond.feature_actors.client import Ack
-from millpond.feature_actors.clock import ManualClock, WallClock
+from millpond.feature_actors import Count, FeatureView, errors
+from millpond.feature_actors.client import Ack, FeatureClient
+from millpond.feature_actors.clock import EventClock, ManualClock, WallClock
 from millpond.feature_actors.errors import BadRequest, MillpondError, NotFound, Unavailable
-from millpond.feature_actors.layout import Layout
+from millpond.feature_actors.layout import Layout, compile_layout
 from millpond.feature_actors.plan import ReadPlan
 from millpond.feature_actors.ports import IngestPort, LocalIngest, LocalRead, ReadPort, complete
 from millpond.feature_actors.shard import Shard
@@ -109,6 +112,32 @@ def test_a_request_that_failed_halfway_can_be_sent_again(after: bool) -> None:
     whole.ingest(*events)
     ids = [{"user": e["user"], "book": e["book"]} for e in events]
     np.testing.assert_array_equal(cluster.read(VIEWS, *ids).matrix, whole.read(VIEWS, *ids).matrix)
+
+
+@pytest.mark.parametrize("n_shards", [1, 3])
+def test_a_bulk_load_of_many_days_sent_twice_counts_once(n_shards: int) -> None:
+    cluster = local(n_shards, EventClock())
+    events = [order(at=NOW + hour * HOUR, user=1) for hour in range(100)]
+    assert cluster.ingest(*events) == Ack(accepted=100)
+    assert cluster.ingest(*events) == Ack(duplicates=100)
+    assert cluster.read([by_both], {"user": 1, "book": "b"}).matrix.tolist() == [[100.0]]
+
+
+def test_an_event_on_which_a_condition_fails_refuses_the_batch_and_nothing_is_applied() -> None:
+    where = pc.scalar(10) / pc.field("user") > 0
+    divides = FeatureView("divides", owner="ml", source=orders, key=["user"], features={"n": Count()}, where=where)
+    layout = compile_layout([], [divides, by_book])
+    shards = [Shard(layout, ShardMap.even(N_SLOTS, 1), 0)]
+    client = FeatureClient(
+        layout, ShardMap.even(N_SLOTS, 1), LocalIngest(shards), LocalRead(shards), ManualClock(NOW)
+    )
+    batch = pa.RecordBatch.from_pylist([order(user=1), order(user=0), order(user=2)], schema=orders.schema)
+    with pytest.raises(BadRequest, match=r"event of `orders`: the condition .* of a view fails: divide by zero") as error:
+        complete(client.ingest("orders", batch))
+    assert error.value.path == "$[1]"
+    assert set(shards[0].status().events.values()) == {0}
+    good = batch.take(pa.array([0, 2]))
+    assert complete(client.ingest("orders", good)) == Ack(accepted=2)
 
 
 def test_a_read_that_time_runs_away_from_is_given_up() -> None:

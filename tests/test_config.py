@@ -105,7 +105,9 @@ def test_a_mistake_in_the_file_is_named_with_its_place(tmp_path: Path, text: str
 
 
 def test_a_mistake_in_the_environment_and_in_a_flag_is_named_with_its_place() -> None:
-    with pytest.raises(ConfigError, match=r"^no setting `shardz`; .*did you mean `shards`\? - at `environment MILLPOND_SHARDZ`$"):
+    with pytest.raises(
+        ConfigError, match=r"^no setting `shardz`; .*did you mean `shards`\? - at `environment MILLPOND_SHARDZ`$"
+    ):
         load_config(environment={"MILLPOND_SHARDZ": "2"})
     with pytest.raises(ConfigError, match=r"^setting `slots`: 0 is not between 1 and 65536 - at `flag --slots`$"):
         load_config(environment={}, flags={"slots": "0"})
@@ -157,7 +159,9 @@ def test_config_prints_each_setting_and_where_it_came_from(
 
 
 @pytest.mark.parametrize("command", ["up", "demo", "status", "down", "config", "bench"])
-def test_every_command_has_a_flag_for_each_setting_and_shows_it(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_a_flag_for_each_setting_and_shows_it(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])
     assert caught.value.code == 0

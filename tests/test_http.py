@@ -128,7 +128,12 @@ def test_a_body_may_come_in_chunks_without_a_length(world: World) -> None:
 def test_a_bulk_load_arrives_when_it_happened() -> None:
     old = purchase("old", paid_at=NOW - 20 * 24 * HOUR)
     for query, late in (("", 1), ("?arrival=now", 1), ("?arrival=event", 0)):
-        assert make_world().post_events(f"purchases{query}", old).json == {**ACK, "accepted": 1, "late": late, "unkeyed": 1}
+        assert make_world().post_events(f"purchases{query}", old).json == {
+            **ACK,
+            "accepted": 1,
+            "late": late,
+            "unkeyed": 1,
+        }
 
 
 @pytest.mark.parametrize(
@@ -171,7 +176,9 @@ def test_an_event_of_the_future_refuses_the_batch(world: World) -> None:
 def test_a_wrong_content_type_is_told_the_right_ones(world: World) -> None:
     allowed = "`application/json`, `application/x-ndjson`, `application/ndjson`, `application/jsonl`, `application/vnd.apache.arrow.stream`"
     reply = world.post_events("purchases", TWO, "text/csv")
-    refused(reply, 415, "unsupported_media_type", f"body of `purchases`: content type `text/csv`; allowed are {allowed}")
+    refused(
+        reply, 415, "unsupported_media_type", f"body of `purchases`: content type `text/csv`; allowed are {allowed}"
+    )
     reply = world.post_score("churn", {"user_id": 1}, "text/csv")
     refused(reply, 415, "unsupported_media_type", "body: content type 'text/csv'; allowed is `application/json`")
     still_serves(world)
@@ -223,7 +230,12 @@ def test_a_model_reads_views_of_different_keys(world: World) -> None:
     world.post_events("purchases", [purchase("a", 1, 10.0, book_id="x"), purchase("b", 2, 30.0, book_id="x")])
     got = world.post_score("offer?features=true", [{"book_id": "x", "user_id": 1}, {"book_id": "y", "user_id": 2}]).json
     assert [list(g["features"].values()) for g in got] == [[2.0, 30.0, 10.0, 1.0], [0.0, None, 30.0, 0.0]]
-    assert list(got[0]["features"]) == ["book_sales.sold_7d", "book_sales.top_price", "user_spend.spend_30d", "user_book.bought"]
+    assert list(got[0]["features"]) == [
+        "book_sales.sold_7d",
+        "book_sales.top_price",
+        "user_spend.spend_30d",
+        "user_book.bought",
+    ]
     assert [g["unknown"] for g in got] == [[], ["book_sales", "user_book"]]
 
 
@@ -422,7 +434,9 @@ def test_a_predictor_that_fails_is_named(what: Any, message: str) -> None:
 def test_a_result_without_end_is_named() -> None:
     endless: list[Any] = []
     endless.append(endless)
-    reply = make_world([model("broken", list(user_spend), lambda: Returns(endless))]).post_score("broken", {"user_id": 1})
+    reply = make_world([model("broken", list(user_spend), lambda: Returns(endless))]).post_score(
+        "broken", {"user_id": 1}
+    )
     assert (reply.status, reply.error["code"]) == (500, "prediction_failed")
 
 
@@ -498,18 +512,36 @@ def test_a_wrong_call_is_told_the_right_ones(world: World, method: str, target: 
 
 
 def test_the_events_app_has_one_call(world: World) -> None:
-    refused(call(world.events, "GET", "/v1/events/purchases"), 405, "method_not_allowed", "GET /v1/events/purchases: allowed is POST")
-    refused(call(world.events, "POST", "/v1/events"), 404, "not_found", "no call POST /v1/events; there are POST /v1/events/{name}")
+    refused(
+        call(world.events, "GET", "/v1/events/purchases"),
+        405,
+        "method_not_allowed",
+        "GET /v1/events/purchases: allowed is POST",
+    )
+    refused(
+        call(world.events, "POST", "/v1/events"),
+        404,
+        "not_found",
+        "no call POST /v1/events; there are POST /v1/events/{name}",
+    )
 
 
-@pytest.mark.parametrize(("path", "root_path"), [("/v1/events/purchases", "/v1/events"), ("/purchases", "/v1/events"), ("/v1/events/purchases", "")])
-def test_an_app_answers_below_its_prefix_whether_the_server_leaves_it_or_not(world: World, path: str, root_path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "root_path"),
+    [("/v1/events/purchases", "/v1/events"), ("/purchases", "/v1/events"), ("/v1/events/purchases", "")],
+)
+def test_an_app_answers_below_its_prefix_whether_the_server_leaves_it_or_not(
+    world: World, path: str, root_path: str
+) -> None:
     assert call(world.events, "POST", path, TWO, root_path=root_path).json == {**ACK, "accepted": 2}
 
 
 def test_health(world: World) -> None:
     assert (world.get("/healthz").status, world.get("/healthz").json) == (200, {"status": "ok"})
-    assert (world.get("/readyz").status, world.get("/readyz").json) == (200, {"status": "ready", "shards": 2, "models": ["churn", "offer"]})
+    assert (world.get("/readyz").status, world.get("/readyz").json) == (
+        200,
+        {"status": "ready", "shards": 2, "models": ["churn", "offer"]},
+    )
 
 
 def test_a_lost_shard_is_alive_but_not_ready() -> None:
@@ -534,7 +566,8 @@ def test_retry_after_is_in_whole_seconds_and_never_0(ms: int, seconds: str) -> N
 
 
 @pytest.mark.parametrize(
-    "authorization", [None, "", "Bearer", "Bearer ", f"Bearer {TOKEN} ", f"Bearer x{TOKEN}", f"Basic {TOKEN}", "Bearer \xff"]
+    "authorization",
+    [None, "", "Bearer", "Bearer ", f"Bearer {TOKEN} ", f"Bearer x{TOKEN}", f"Basic {TOKEN}", "Bearer \xff"],
 )
 def test_the_status_needs_the_admin_token(world: World, authorization: str | None) -> None:
     reply = world.get("/v1/status", headers={} if authorization is None else {"authorization": authorization})
@@ -621,15 +654,30 @@ def test_openapi_says_what_the_calls_take_and_answer(world: World, openapi: dict
         reply = world.post_events("purchases", body)
         assert _valid(openapi, schema("/v1/events/purchases", "body"), body) == (reply.status == 200), body
         assert _valid(openapi, schema("/v1/events/purchases", "200" if reply.status == 200 else "4XX"), reply.json)
-    ids = [{"user_id": 1}, {"user_id": "1"}, [{"user_id": 1}, {"user_id": 2}], [], {}, {"user_id": "x"}, {"user_id": 1, "a": 2}, {"user_id": 1.5}]
+    ids = [
+        {"user_id": 1},
+        {"user_id": "1"},
+        [{"user_id": 1}, {"user_id": 2}],
+        [],
+        {},
+        {"user_id": "x"},
+        {"user_id": 1, "a": 2},
+        {"user_id": 1.5},
+    ]
     for body in ids:
         reply = world.post_score("churn", body)
         assert _valid(openapi, schema("/v1/score/churn", "body"), body) == (reply.status == 200), body
-        assert _valid(openapi, schema("/v1/score/churn", "200" if reply.status == 200 else "4XX"), reply.json), reply.body
+        assert _valid(openapi, schema("/v1/score/churn", "200" if reply.status == 200 else "4XX"), reply.json), (
+            reply.body
+        )
 
 
 def test_openapi_names_every_parameter_of_a_call(world: World, openapi: dict[str, Any]) -> None:
-    names = {path: [p["name"] for p in o.get("parameters", [])] for path, calls in openapi["paths"].items() for o in calls.values()}
+    names = {
+        path: [p["name"] for p in o.get("parameters", [])]
+        for path, calls in openapi["paths"].items()
+        for o in calls.values()
+    }
     assert names["/v1/events/purchases"] == ["arrival"]
     assert names["/v1/score/offer"] == ["as_of", "features"]
     assert names["/v1/features/user_book"] == ["user_id", "book_id", "as_of"]
@@ -639,7 +687,13 @@ def test_the_page_shows_every_source_model_and_view_and_escapes_them(world: Worl
     reply = world.get("/docs")
     assert (reply.status, reply.headers["content-type"]) == (200, "text/html; charset=utf-8")
     page = reply.body.decode()
-    for path in ("events/purchases", "events/logins", "score/churn", "score/offer", *(f"features/{v.name}" for v in VIEWS)):
+    for path in (
+        "events/purchases",
+        "events/logins",
+        "score/churn",
+        "score/offer",
+        *(f"features/{v.name}" for v in VIEWS),
+    ):
         assert f"/v1/{path}<" in page
         assert f"$MILLPOND/v1/{path}" in page
     for view in VIEWS:
@@ -811,7 +865,13 @@ def test_a_body_over_the_limit_is_not_read_to_its_end() -> None:
         async def send(message: dict[str, Any]) -> None:
             sent.append(message)
 
-        scope = {"type": "http", "method": "POST", "path": "/v1/events/purchases", "query_string": b"", "headers": headers}
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/events/purchases",
+            "query_string": b"",
+            "headers": headers,
+        }
         await world.events(scope, receive, send)
         return int(sent[0]["status"])
 
@@ -823,9 +883,17 @@ def test_a_body_over_the_limit_is_not_read_to_its_end() -> None:
 
 def test_more_events_than_the_limit() -> None:
     world = make_world(bodies=BodyLimits(rows_max=2))
-    for body, content_type in ((json.dumps([*TWO, purchase("c")]).encode(), None), (arrow(purchases, [*TWO, purchase("c")]), ARROW)):
+    for body, content_type in (
+        (json.dumps([*TWO, purchase("c")]).encode(), None),
+        (arrow(purchases, [*TWO, purchase("c")]), ARROW),
+    ):
         reply = world.post_events("purchases", body, content_type)
-        refused(reply, 413, "too_large", "body of `purchases`: more than 2 events; `rows_max` is 2; send fewer events at a time")
+        refused(
+            reply,
+            413,
+            "too_large",
+            "body of `purchases`: more than 2 events; `rows_max` is 2; send fewer events at a time",
+        )
     still_serves(world)
 
 
@@ -860,19 +928,26 @@ def test_ids_beyond_int64(world: World, user_id: Any) -> None:
 @pytest.mark.parametrize("n", [4_301, 100_000])
 def test_numbers_of_more_digits_than_python_reads(world: World, n: int) -> None:
     digits = "1" * n
-    reply = world.post_events("purchases", f'{{"order_id": "a", "user_id": {digits}, "price": 1, "paid_at": 1}}'.encode())
+    reply = world.post_events(
+        "purchases", f'{{"order_id": "a", "user_id": {digits}, "price": 1, "paid_at": 1}}'.encode()
+    )
     assert (reply.status, reply.error["path"]) == (400, "$.user_id")
     assert world.post_score("churn", f'{{"user_id": {digits}}}'.encode()).status == 400
     assert world.post_score("churn", {"user_id": digits}).status == 400
     still_serves(world)
 
 
-@pytest.mark.parametrize(("field", "size"), [("order_id", 1_025), ("book_id", 1_025), ("order_id", 600_000), ("book_id", 600_000)])
+@pytest.mark.parametrize(
+    ("field", "size"), [("order_id", 1_025), ("book_id", 1_025), ("order_id", 600_000), ("book_id", 600_000)]
+)
 def test_huge_ids(world: World, field: str, size: int) -> None:
     for text in ("x" * size, "é" * (size // 2 + 1)):
         reply = world.post_events("purchases", [{**TWO[0], field: text}])
         assert (reply.status, reply.error["path"]) == (400, f"$[0].{field}")
-        assert reply.error["message"] == f"event of `purchases`: expected `string`, got {len(text.encode())} bytes; allowed are 1024"
+        assert (
+            reply.error["message"]
+            == f"event of `purchases`: expected `string`, got {len(text.encode())} bytes; allowed are 1024"
+        )
         reply = world.post_score("offer", {"user_id": 1, "book_id": text})
         assert (reply.status, reply.error["code"], reply.error["path"]) == (400, "bad_id", "$.book_id")
         assert len(reply.body) < 1_000
@@ -918,7 +993,27 @@ def test_a_client_that_goes_away_has_applied_nothing(world: World) -> None:
 
 def test_random_bytes_never_break_it(world: World) -> None:
     rng = random.Random(11)
-    alphabet = [b"{", b"}", b"[", b"]", b'"', b",", b":", b"user_id", b"order_id", b"1", b"-", b"e", b".", b"null", b" ", b"\n", b"\\u", b"d800", b"\xff"]
+    alphabet = [
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b'"',
+        b",",
+        b":",
+        b"user_id",
+        b"order_id",
+        b"1",
+        b"-",
+        b"e",
+        b".",
+        b"null",
+        b" ",
+        b"\n",
+        b"\\u",
+        b"d800",
+        b"\xff",
+    ]
     for _ in range(3_000):
         body = b"".join(rng.choices(alphabet, k=rng.randrange(1, 30)))
         reply = world.post_events("purchases", body, rng.choice([None, NDJSON]))

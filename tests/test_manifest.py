@@ -48,10 +48,17 @@ def test_a_directory_of_another_cluster_or_with_other_slots_is_refused(tmp_path:
     Manifest.open(tmp_path, "dev", 64)
     fixed = "it is fixed when the directory is made"
     path = tmp_path / "manifest.json"
-    refused(tmp_path, f"data directory: `{path}` has cluster_name 'dev', the configuration says 'staging'; {fixed}", "staging")
+    refused(
+        tmp_path,
+        f"data directory: `{path}` has cluster_name 'dev', the configuration says 'staging'; {fixed}",
+        "staging",
+    )
     refused(tmp_path, f"data directory: `{path}` has n_slots 64, the configuration says 32; {fixed}", slots=32)
     change(tmp_path, key_hash_version=KEY_HASH_VERSION + 1)
-    refused(tmp_path, f"data directory: `{path}` has key_hash_version {KEY_HASH_VERSION + 1}, the configuration says {KEY_HASH_VERSION}; {fixed}")
+    refused(
+        tmp_path,
+        f"data directory: `{path}` has key_hash_version {KEY_HASH_VERSION + 1}, the configuration says {KEY_HASH_VERSION}; {fixed}",
+    )
 
 
 @pytest.mark.parametrize("version", [2, "1", 0])
@@ -117,7 +124,9 @@ def test_a_manifest_that_cannot_be_written_is_not_there(tmp_path: Path, monkeypa
     assert json.loads(path.read_text()) == {"n": 3}
 
 
-def test_a_file_is_synced_before_it_takes_its_name_and_then_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_synced_before_it_takes_its_name_and_then_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps: list[str] = []
     fsync, rename = os.fsync, Path.rename
 

@@ -46,7 +46,13 @@ def refused(make: Callable[[], Any], message: str) -> None:
 # -- declarations
 
 
-GOOD: dict[str, Any] = {"name": "m", "version": "1", "owner": "ml", "features": [user_spend["orders_30d"]], "predictor": Total}
+GOOD: dict[str, Any] = {
+    "name": "m",
+    "version": "1",
+    "owner": "ml",
+    "features": [user_spend["orders_30d"]],
+    "predictor": Total,
+}
 
 
 @pytest.mark.parametrize(
@@ -88,7 +94,9 @@ def test_a_model_gives_its_predictor_the_columns_in_the_order_of_its_declaration
     loaded = LoadedModel(Model("m", version="1", owner="ml", features=features, predictor=Spy), LAYOUT, Path())
     shard = Shard(LAYOUT, ShardMap.even(16, 1), 0)
     client = FeatureClient(LAYOUT, ShardMap.even(16, 1), LocalIngest([shard]), LocalRead([shard]), EventClock())
-    batch = pa.RecordBatch.from_pylist([purchase("a", 1, 9.0, book_id="x"), purchase("b", 2, 7.0, book_id="x")], schema=purchases.schema)
+    batch = pa.RecordBatch.from_pylist(
+        [purchase("a", 1, 9.0, book_id="x"), purchase("b", 2, 7.0, book_id="x")], schema=purchases.schema
+    )
     complete(client.ingest("purchases", batch))
     rows = complete(client.read(loaded.plan, {"user_id": [1], "book_id": ["x"]}, 1))
     assert loaded.predict(rows) == [0.0]
@@ -114,7 +122,10 @@ def test_a_definition_declares_what_its_file_does_in_its_order(file: Path) -> No
 
 
 def test_what_a_model_reads_is_declared_with_it(tmp_path: Path) -> None:
-    text = DEFINITION + "\nviews = [user_spend, book_sales, user_book]\ndel purchases, user_spend, book_sales, user_book, views\n"
+    text = (
+        DEFINITION
+        + "\nviews = [user_spend, book_sales, user_book]\ndel purchases, user_spend, book_sales, user_book, views\n"
+    )
     declared = Definition("defs.py", text).declared()
     assert [s.name for s in declared.sources] == ["purchases"]
     assert [v.name for v in declared.views] == ["user_spend", "book_sales", "user_book"]
@@ -136,7 +147,9 @@ def test_a_definition_travels_between_processes(file: Path) -> None:
         "from millpond.feature_actors.layout import compile_layout; x = d.declared();"
         "print(sorted(load_models([d], compile_layout(x.sources, x.views))))"
     )
-    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(definition), capture_output=True, check=True, cwd="/")
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps(definition), capture_output=True, check=True, cwd="/"
+    )
     assert done.stdout.decode() == "['churn', 'offer']\n"
 
 
@@ -152,9 +165,15 @@ def test_a_digest_is_of_text_and_artifacts(file: Path) -> None:
     ("text", "message"),
     [
         ("def", "definition `defs.py`: does not run: SyntaxError: invalid syntax (<defs.py>, line 1)"),
-        ("import no_such_module", "definition `defs.py`: does not run: ModuleNotFoundError: No module named 'no_such_module'"),
+        (
+            "import no_such_module",
+            "definition `defs.py`: does not run: ModuleNotFoundError: No module named 'no_such_module'",
+        ),
         ("1 / 0", "definition `defs.py`: does not run: ZeroDivisionError: division by zero"),
-        ("from millpond.feature_actors import Source\nSource('s')", 'source `s`: no owner; say which team owns it with `owner="..."`'),
+        (
+            "from millpond.feature_actors import Source\nSource('s')",
+            'source `s`: no owner; say which team owns it with `owner="..."`',
+        ),
         ("raise SystemExit(3)", "definition `defs.py`: does not run: SystemExit: 3"),
     ],
 )
@@ -217,7 +236,9 @@ def test_a_definition_whose_artifact_is_missing_can_be_read_but_not_loaded(tmp_p
     (tmp_path / "defs.py").write_text(WITH_WEIGHTS)
     definition = Definition.read(tmp_path / "defs.py")
     assert [m.name for m in definition.declared().models] == ["churn", "offer"]
-    message = "model `churn`: artifact `weights` is `weights.npy`, which does not lie beside `defs.py`; train the model first"
+    message = (
+        "model `churn`: artifact `weights` is `weights.npy`, which does not lie beside `defs.py`; train the model first"
+    )
     refused(lambda: load_models([definition], layout_of(definition)), message)
 
 
@@ -225,8 +246,16 @@ def test_a_predictor_that_does_not_load_is_named(tmp_path: Path) -> None:
     definition = Definition("defs.py", WITH_WEIGHTS, {"weights.npy": b"not an array"})
     with pytest.raises(DeclarationError, match="^model `churn`: its predictor does not load: ValueError: "):
         load_models([definition], layout_of(definition))
-    definition = Definition("defs.py", DEFINITION.replace("self.scale = 1.0", "raise RuntimeError('no')  # ").replace("predictor=Total, a", "predictor=Total, a"))
-    refused(lambda: load_models([definition], layout_of(definition)), "model `churn`: its predictor does not load: RuntimeError: no")
+    definition = Definition(
+        "defs.py",
+        DEFINITION.replace("self.scale = 1.0", "raise RuntimeError('no')  # ").replace(
+            "predictor=Total, a", "predictor=Total, a"
+        ),
+    )
+    refused(
+        lambda: load_models([definition], layout_of(definition)),
+        "model `churn`: its predictor does not load: RuntimeError: no",
+    )
 
 
 def test_two_models_of_one_name_are_refused() -> None:
@@ -286,12 +315,18 @@ def test_trees_go_the_same_way_on_the_thresholds_themselves(forest: tuple[Any, B
     for (tree,) in learner._predictors:
         for node in tree.nodes:
             if not node["is_leaf"]:
-                for value in (node["num_threshold"], np.nextafter(node["num_threshold"], np.inf), np.nextafter(node["num_threshold"], -np.inf)):
+                for value in (
+                    node["num_threshold"],
+                    np.nextafter(node["num_threshold"], np.inf),
+                    np.nextafter(node["num_threshold"], -np.inf),
+                ):
                     row = np.zeros(5)
                     row[node["feature_idx"]] = value
                     rows.append(row)
     matrix = np.array(rows)
-    np.testing.assert_allclose(trees.predict(Features(matrix, ())), learner.predict_proba(matrix)[:, 1], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        trees.predict(Features(matrix, ())), learner.predict_proba(matrix)[:, 1], rtol=0, atol=1e-12
+    )
 
 
 def test_a_rows_score_does_not_depend_on_the_other_rows(forest: tuple[Any, BoostedTrees]) -> None:
@@ -310,7 +345,9 @@ def world(n: int = 800, seed: int = 4) -> tuple[pa.Table, pa.Table]:
     rng = random.Random(seed)
     times = sorted(NOW + rng.randrange(40 * DAY) // 60_000 * 60_000 for _ in range(n))
     events = [
-        purchase(f"o{i}", rng.randrange(25), rng.choice([0.1, 2.5, -7.0, 1e9]), at, book_id=rng.choice(["x", "y", "", None]))
+        purchase(
+            f"o{i}", rng.randrange(25), rng.choice([0.1, 2.5, -7.0, 1e9]), at, book_id=rng.choice(["x", "y", "", None])
+        )
         for i, at in enumerate(times)
     ]
     labels = [
@@ -326,7 +363,9 @@ FEATURES = [*user_spend, *book_sales, *user_book]
 
 def same(one: Any, two: Any) -> bool:
     return bool(
-        one.matrix.tobytes() == two.matrix.tobytes() and one.as_of.tolist() == two.as_of.tolist() and one.unknown == two.unknown
+        one.matrix.tobytes() == two.matrix.tobytes()
+        and one.as_of.tolist() == two.as_of.tolist()
+        and one.unknown == two.unknown
     )
 
 
@@ -384,15 +423,26 @@ def test_chunks_types_and_further_columns_change_nothing() -> None:
     events, labels = world()
     one = training_set(FEATURES, {"purchases": events}, labels)
     chunked = pa.concat_tables([events.slice(i, 97) for i in range(0, len(events), 97)])
-    wide = labels.set_column(2, "as_of", labels["as_of"].cast(pa.timestamp("us", "UTC"))).append_column("late", labels["user_id"])
-    wide = wide.set_column(1, "book_id", wide["book_id"].cast(pa.large_string())).set_column(0, "user_id", wide["user_id"].cast(pa.int8()))
-    assert same(one, training_set(FEATURES, {"purchases": chunked, "unused": labels}, pa.concat_tables([wide.slice(0, 5), wide.slice(5)])))
+    wide = labels.set_column(2, "as_of", labels["as_of"].cast(pa.timestamp("us", "UTC"))).append_column(
+        "late", labels["user_id"]
+    )
+    wide = wide.set_column(1, "book_id", wide["book_id"].cast(pa.large_string())).set_column(
+        0, "user_id", wide["user_id"].cast(pa.int8())
+    )
+    assert same(
+        one,
+        training_set(
+            FEATURES, {"purchases": chunked, "unused": labels}, pa.concat_tables([wide.slice(0, 5), wide.slice(5)])
+        ),
+    )
 
 
 def test_events_that_come_twice_count_once() -> None:
     events, labels = world(100)
     twice = pa.concat_tables([t for i in range(len(events)) for t in [events.slice(i, 1)] * 2])
-    assert same(training_set(FEATURES, {"purchases": events}, labels), training_set(FEATURES, {"purchases": twice}, labels))
+    assert same(
+        training_set(FEATURES, {"purchases": events}, labels), training_set(FEATURES, {"purchases": twice}, labels)
+    )
 
 
 def test_no_labels_are_no_rows_and_no_events_are_no_features() -> None:

@@ -128,7 +128,9 @@ def test_no_name_says_nothing(source_files: list[str]) -> None:
     for name in source_files:
         if name.endswith(".py"):
             tree = ast.parse((ROOT / name).read_text(), name)
-            defined = [n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+            defined = [
+                n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            ]
             found += [f"{name}: {d}" for d in [Path(name).stem, *defined] if empty & set(d.strip("_").lower().split("_"))
                       and not d.startswith("test_")]  # fmt: skip
     assert found == []
@@ -165,7 +167,9 @@ def test_every_path_that_the_readme_names_exists(readme: str) -> None:
 
 
 def test_the_readme_gives_the_two_commands(readme: str) -> None:
-    lines = [line.strip() for block in re.findall(r"```\w*\n(.*?)```", readme, re.DOTALL) for line in block.splitlines()]
+    lines = [
+        line.strip() for block in re.findall(r"```\w*\n(.*?)```", readme, re.DOTALL) for line in block.splitlines()
+    ]
     assert any(line.startswith("pip install") and "&& millpond demo" in line for line in lines)
     assert "pip install -e '.[test]' && pytest -q" in lines
     # Continuous integration runs the very line.
@@ -177,7 +181,11 @@ def test_every_command_and_setting_that_the_readme_names_is_one(readme: str) -> 
 
     from millpond.cluster.config import Config
 
-    commands = set(re.findall(r"\bmillpond (demo|[a-z]+)\b(?=[ `\n])", "\n".join(re.findall(r"```\w*\n(.*?)```", readme, re.DOTALL))))
+    commands = set(
+        re.findall(
+            r"\bmillpond (demo|[a-z]+)\b(?=[ `\n])", "\n".join(re.findall(r"```\w*\n(.*?)```", readme, re.DOTALL))
+        )
+    )
     assert commands <= {"demo", "up", "status", "down", "config", "bench"}, commands
     variables = set(re.findall(r"\bMILLPOND_([A-Z_]+)\b", readme))
     assert {v.lower() for v in variables} <= {f.name for f in fields(Config)} | {"datasets", "examples"}

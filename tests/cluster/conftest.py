@@ -29,7 +29,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     from millpond.models.definition import Definition
 
     config = Config(
-        name="tested", data_dir=str(tmp_path_factory.mktemp("data")), port=0, shards=3, clock="event", draining_period_s=0
+        name="tested",
+        data_dir=str(tmp_path_factory.mktemp("data")),
+        port=0,
+        shards=3,
+        clock="event",
+        draining_period_s=0,
     )
     before = set(shared_memory())
     cluster = Cluster(config, [Definition("apps.py", DEFINITION)])

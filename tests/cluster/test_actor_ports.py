@@ -105,10 +105,16 @@ def test_a_shard_that_was_restarted_refuses_everything(make: Any, actors: tuple[
         with pytest.raises(Unavailable) as caught:
             attempt()
         assert (str(caught.value), caught.value.code, caught.value.retry_after_ms) == (message, "shard_lost", 10_000)
-    ray.get(handles[1].__ray_call__.remote(operator.methodcaller("__init__", spec(LAYOUT, ShardMap.even(16, 2), data_dir), 1)))
+    ray.get(
+        handles[1].__ray_call__.remote(
+            operator.methodcaller("__init__", spec(LAYOUT, ShardMap.even(16, 2), data_dir), 1)
+        )
+    )
 
 
-def test_a_shard_that_does_not_answer_in_time_is_unavailable(make: Any, actors: tuple[list[Any], Path], runner: asyncio.Runner) -> None:
+def test_a_shard_that_does_not_answer_in_time_is_unavailable(
+    make: Any, actors: tuple[list[Any], Path], runner: asyncio.Runner
+) -> None:
     import threading
 
     from millpond.feature_actors.actor import ActorRead
