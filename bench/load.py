@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import msgspec
 
@@ -140,7 +141,10 @@ class _Connection:
 
     def receive(self) -> bytes | None:
         """Take what has come; return the answer when it is whole, b"" if the other side closed."""
-        data = self.socket.recv(_RECEIVE_BYTES)
+        try:
+            data = self.socket.recv(_RECEIVE_BYTES)
+        except ConnectionError:  # closed with our request unread
+            return b""
         if not data:
             return b""
         if self.parts:
@@ -208,7 +212,8 @@ def drive(load: Load) -> Outcome:
                     connection.socket.close()
                     continue
                 connection.sent_ns = clock()
-                connection.socket.sendall(next(requests))
+                with suppress(ConnectionError):  # closed meanwhile: the next `receive` finds that
+                    connection.socket.sendall(next(requests))
         ended_ns = min(clock(), end_ns)
     except OSError as error:
         raise LoadFailed(f"load of {load.path}: {error!r}") from error

@@ -40,9 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run: Any, about: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=about, description=about)
         sub.set_defaults(run=run)
-        sub.add_argument(
-            "--config", type=Path, help="configuration file (default: millpond.toml, if there is one)"
-        )
+        sub.add_argument("--config", type=Path, help="configuration file (default: millpond.toml, if there is one)")
         settings = sub.add_argument_group("settings (also in the file and as MILLPOND_... variables)")
         hints = get_type_hints(Config)
         for field in fields(Config):
@@ -61,9 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--keep", action="store_true", help="go on serving at the end, until Ctrl-C")
     up = command("up", _up, "Start a cluster from definition files and serve until Ctrl-C.")
     up.add_argument("files", nargs="+", type=Path, metavar="FILE.py")
-    up.add_argument(
-        "--artifacts", type=Path, help="folder of the models' artifacts (default: beside each file)"
-    )
+    up.add_argument("--artifacts", type=Path, help="folder of the models' artifacts (default: beside each file)")
     status = command("status", _status, "Show what the running cluster holds.")
     status.add_argument("--json", action="store_true", help="print it as JSON")
     command("down", _down, "Stop the running cluster cleanly.")
@@ -108,9 +104,7 @@ def _running(config: Config) -> dict[str, Any]:
 
     state = running(config.directory)
     if state is None:
-        raise Unavailable(
-            f"no cluster `{config.name}` runs on {config.directory}; start one with `millpond up`"
-        )
+        raise Unavailable(f"no cluster `{config.name}` runs on {config.directory}; start one with `millpond up`")
     return state
 
 
@@ -149,9 +143,7 @@ def _config(options: argparse.Namespace, config: Config, origins: dict[str, str]
 def _bench(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
     from millpond.bench.score import run_score_bench
 
-    return run_score_bench(
-        config, origins, as_json=options.json, seconds=options.seconds, record=options.record
-    )
+    return run_score_bench(config, origins, as_json=options.json, seconds=options.seconds, record=options.record)
 
 
 if __name__ == "__main__":

@@ -49,9 +49,7 @@ class Cluster:
         self.config = config
         self._definitions = tuple(definitions)
         declared = [d.declared() for d in self._definitions]
-        self.layout = compile_layout(
-            [s for d in declared for s in d.sources], [v for d in declared for v in d.views]
-        )
+        self.layout = compile_layout([s for d in declared for s in d.sources], [v for d in declared for v in d.views])
         if not self.layout.views:
             raise DeclarationError("the definitions declare no feature view")
         self._embedded = EmbeddedCluster(
@@ -156,14 +154,10 @@ class Cluster:
 
         assert self.spec is not None
         events_name, score_name = app_names(self.config.name)
-        score = serve.RunTarget(
-            score_application(self.spec, definitions), name=score_name, route_prefix=SCORE_PREFIX
-        )
+        score = serve.RunTarget(score_application(self.spec, definitions), name=score_name, route_prefix=SCORE_PREFIX)
         targets = [score]
         if events:
-            targets.append(
-                serve.RunTarget(events_application(self.spec), name=events_name, route_prefix=EVENTS_PREFIX)
-            )
+            targets.append(serve.RunTarget(events_application(self.spec), name=events_name, route_prefix=EVENTS_PREFIX))
         serve.run_many(targets)
 
     def deploy(self, definitions: Sequence[Definition]) -> None:

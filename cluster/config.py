@@ -46,9 +46,7 @@ class Config:
     shards: int = _setting(2, "feature actors", 1, 1_024)
     slots: int = _setting(64, "slots of the shard map; fixed when the data directory is made", 1, 65_536)
     replicas: int = _setting(1, "replicas of the events app and of the score app", 1, 1_024)
-    clock: Literal["wall", "event"] = _setting(
-        "wall", "what time it is: the machine's, or the newest arrival's"
-    )
+    clock: Literal["wall", "event"] = _setting("wall", "what time it is: the machine's, or the newest arrival's")
     late_after: str = _setting("1h", "an event further behind its arrival is counted late")
     ahead_max: str = _setting("10m", "an event further ahead of its arrival is refused")
     dedupe_horizon: str = _setting("24h", "how long an event id is remembered, by arrival")
@@ -57,9 +55,7 @@ class Config:
     score_body_bytes_max: int = _setting(4 * 2**20, "largest body of ids", 1_024, 2**31)
     score_ids_max: int = _setting(10_000, "most ids in a score request", 1, 10**7)
     requests_ongoing_max: int = _setting(256, "requests that a replica works on at once", 1, 10**6)
-    requests_queued_max: int = _setting(
-        1_024, "requests that wait for a replica; more are answered 503", 1, 10**6
-    )
+    requests_queued_max: int = _setting(1_024, "requests that wait for a replica; more are answered 503", 1, 10**6)
     shard_timeout_s: float = _setting(30.0, "longest wait for one call of a shard", 0.01, 3_600)
     draining_period_s: float = _setting(2.0, "how long a replica that is replaced still answers", 0, 3_600)
     object_store_mb: int = _setting(100, "shared memory for large calls between processes", 80, 10**6)

@@ -118,6 +118,9 @@ class EmbeddedCluster:
         """
         self._lock_run_dir()
         try:
+            # Before there is anything of ours: the `stop` below must not take away the cluster that is there.
+            if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+                raise MillpondError("embedded cluster: this process is in a Ray cluster already; leave it first")
             self._clear_predecessor()
             _exit_on_sigterm()
             self._choose_ports()
@@ -238,9 +241,7 @@ class EmbeddedCluster:
         shelter = Path(tempfile.mkdtemp(prefix="mp-", dir=root)).resolve()
         (shelter / "run_dir").symlink_to(self.settings.run_dir.absolute())
         beside = self._record.with_suffix(".tmp")
-        beside.write_text(
-            json.dumps({"pid": os.getpid(), "shelter": str(shelter), "http_url": self.http_url})
-        )
+        beside.write_text(json.dumps({"pid": os.getpid(), "shelter": str(shelter), "http_url": self.http_url}))
         beside.replace(self._record)
         token = os.open(shelter / "token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(token, "w", encoding="utf-8") as file:
@@ -266,8 +267,6 @@ class EmbeddedCluster:
         from ray import _raylet
         from ray._private import ray_constants, worker
 
-        if ray.is_initialized():
-            raise MillpondError("embedded cluster: this process is in a Ray cluster already; leave it first")
         # Ray read these when it was imported, or at an earlier start in this process. (What Serve reads when
         # it is imported matters in its actors only, which are born into the new environment.)
         ray_constants.ENABLE_RAY_CLUSTER = False

@@ -64,9 +64,7 @@ def openapi_document(layout: Layout, models: Mapping[str, LoadedModel], cluster_
     paths: dict[str, Any] = {}
     for source in layout.sources.values():
         event = _event_schema(source)
-        forms: dict[str, Any] = {
-            "application/json": {"schema": {"oneOf": [event, {"type": "array", "items": event}]}}
-        }
+        forms: dict[str, Any] = {"application/json": {"schema": {"oneOf": [event, {"type": "array", "items": event}]}}}
         for form in ("application/x-ndjson", "application/vnd.apache.arrow.stream"):
             forms[form] = {"schema": {"type": "string", "format": "binary"}}
         paths[f"/v1/events/{source.name}"] = {
@@ -75,9 +73,7 @@ def openapi_document(layout: Layout, models: Mapping[str, LoadedModel], cluster_
                 f"events_{source.name}",
                 _ACK,
                 body=forms,
-                parameters=[
-                    _parameter("arrival", {"enum": ["now", "event"]}, "event: a bulk load or replay")
-                ],
+                parameters=[_parameter("arrival", {"enum": ["now", "event"]}, "event: a bulk load or replay")],
             )
         }
     for name, loaded in models.items():
@@ -96,15 +92,10 @@ def openapi_document(layout: Layout, models: Mapping[str, LoadedModel], cluster_
         }
     for name, view in layout.views.items():
         plan = ReadPlan(layout, list(view), f"view `{name}`")
-        key = [
-            _parameter(k, _key_schema(kind), "key field", required=True)
-            for k, kind in plan.key_fields.items()
-        ]
+        key = [_parameter(k, _key_schema(kind), "key field", required=True) for k, kind in plan.key_fields.items()]
         key.append(_AS_OF)
         paths[f"/v1/features/{name}"] = {
-            "get": _call(
-                view.about or f"Features of {name}", f"features_{name}", {"type": "object"}, parameters=key
-            )
+            "get": _call(view.about or f"Features of {name}", f"features_{name}", {"type": "object"}, parameters=key)
         }
     for path, about in (
         ("/healthz", "Liveness of this replica"),

@@ -68,9 +68,7 @@ class ScoreApp(App):
         self._limits = limits
         self._admin_token_sha256 = admin_token_sha256
         layout = client.layout
-        self._view_plans = {
-            name: ReadPlan(layout, list(view), f"view `{name}`") for name, view in layout.views.items()
-        }
+        self._view_plans = {name: ReadPlan(layout, list(view), f"view `{name}`") for name, view in layout.views.items()}
         # Ids of answers: unique over replicas by the random half, in order within one.
         self._id_prefix = secrets.token_hex(6)
         self._id_numbers = itertools.count(1)
@@ -171,8 +169,7 @@ class ScoreApp(App):
                 "`admin_token` of the cluster's data directory"
             )
         models = [
-            {"model": m.model.name, "version": m.model.version, "owner": m.model.owner}
-            for m in self._models.values()
+            {"model": m.model.name, "version": m.model.version, "owner": m.model.owner} for m in self._models.values()
         ]
         return json_response({"shards": await self._status(), "models": models})
 

@@ -90,9 +90,7 @@ def stay_on_loopback() -> None:
 
     if ray.util.get_node_ip_address() == "127.0.0.1":
         bind = replica.add_port_to_grpc_server
-        replica.add_port_to_grpc_server = lambda server, address: bind(
-            server, address.replace("[::]", "127.0.0.1")
-        )
+        replica.add_port_to_grpc_server = lambda server, address: bind(server, address.replace("[::]", "127.0.0.1"))
 
 
 class EventsReplica:
@@ -112,9 +110,7 @@ class ScoreReplica:
     def __init__(self, spec: ServingSpec, definitions: tuple[Definition, ...]) -> None:
         client, read = _connect(spec)
         models = load_models(definitions, client.layout)
-        self._app = ScoreApp(
-            client, models, read.status, spec.scores, spec.admin_token_sha256, spec.cluster_name
-        )
+        self._app = ScoreApp(client, models, read.status, spec.scores, spec.admin_token_sha256, spec.cluster_name)
 
     def __serve_build_asgi_app__(self) -> ScoreApp:
         return self._app

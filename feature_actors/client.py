@@ -78,9 +78,7 @@ class FeatureClient:
         self._clock = clock
         self._limits = limits
 
-    async def ingest(
-        self, source_name: str, batch: pa.RecordBatch, *, arrival_is_event_time: bool = False
-    ) -> Ack:
+    async def ingest(self, source_name: str, batch: pa.RecordBatch, *, arrival_is_event_time: bool = False) -> Ack:
         """Bring validated events of a source to every shard that keeps something of them.
 
         Returns when each of them has applied its part. A request that failed can be repeated:
@@ -141,9 +139,7 @@ class FeatureClient:
             if not behind:
                 return plan.assemble(n, questions, answers, newest)
             asking = {s: replace(questions[s], clock=newest) for s in behind}
-        raise Unavailable(
-            f"{plan.subject}: events of the entity arrive faster than it can be read", retry_after_ms=100
-        )
+        raise Unavailable(f"{plan.subject}: events of the entity arrive faster than it can be read", retry_after_ms=100)
 
     # -- steps of ingest
 
@@ -163,9 +159,7 @@ class FeatureClient:
                 )
                 for i in ahead[:_PROBLEMS_MAX].tolist()
             ]
-            raise BadRequest(
-                problems[0][0], path=problems[0][1], code="event_ahead", problems=tuple(problems)
-            )
+            raise BadRequest(problems[0][0], path=problems[0][1], code="event_ahead", problems=tuple(problems))
         return times if arrival_is_event_time else np.full(len(times), now_ms, np.int64)
 
     def _received_ms(self) -> int:

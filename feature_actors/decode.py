@@ -30,6 +30,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
 from millpond.feature_actors.errors import BadRequest, Problem, TooLarge, UnsupportedMediaType, did_you_mean
 from millpond.feature_actors.source import Field, Source
 
@@ -305,14 +306,11 @@ class Decoder:
             return {n: pa.nulls(0, self._columns[n].type) for n in columns}, 0
         return {n: a[0] if len(a) == 1 else pa.concat_arrays(a) for n, a in columns.items()}, rows
 
-    def _column_problems(
-        self, name: str, column: _Column, array: pa.Array, reason: str
-    ) -> list[tuple[int, Problem]]:
+    def _column_problems(self, name: str, column: _Column, array: pa.Array, reason: str) -> list[tuple[int, Problem]]:
         """Return the first bad values of a column that does not fit, with their rows; never none."""
         rows = _misfits(len(array), lambda a, b: column.fits_arrow(array.slice(a, b - a)), self._wanted(()))
         return [
-            (row, (f"{self._event}: {column.expected(_plain(array[row]))}", _member(f"$[{row}]", name)))
-            for row in rows
+            (row, (f"{self._event}: {column.expected(_plain(array[row]))}", _member(f"$[{row}]", name))) for row in rows
         ] or [(0, (f"{self._event}: {_shown(reason, 200)}", _member("$[*]", name)))]
 
     # Refusals.
@@ -330,9 +328,7 @@ class Decoder:
         form = CONTENT_TYPES.get(media_type)
         if form is None:
             allowed = ", ".join(f"`{t}`" for t in CONTENT_TYPES)
-            raise UnsupportedMediaType(
-                f"{self._body}: content type `{_shown(media_type)}`; allowed are {allowed}"
-            )
+            raise UnsupportedMediaType(f"{self._body}: content type `{_shown(media_type)}`; allowed are {allowed}")
         return form
 
     def _missing(self, names: Collection[str], path: str) -> list[Problem]:
@@ -453,13 +449,9 @@ class _Column:
             low, high = _int_range(self.type)
             return f"{said}; allowed is {low} to {high}"
         if pa.types.is_floating(self.type) and is_number:
-            return said + (
-                "; it does not fit without loss" if math.isfinite(value) else "; allowed are finite numbers"
-            )
+            return said + ("; it does not fit without loss" if math.isfinite(value) else "; allowed are finite numbers")
         if pa.types.is_timestamp(self.type) and (is_number or isinstance(value, str | _Time)):
-            return said + (
-                "; allowed is ISO 8601 with a zone, or epoch milliseconds, from 1970-01-01 to 2200-01-01"
-            )
+            return said + ("; allowed is ISO 8601 with a zone, or epoch milliseconds, from 1970-01-01 to 2200-01-01")
         if pa.types.is_string(self.type) and isinstance(value, str):
             size = len(value.encode("utf-8", "surrogatepass"))
             if size > self.bytes_max:
@@ -507,9 +499,7 @@ def _all_in_time(column: _Column, array: pa.Array) -> bool:
 
 def _all_short(column: _Column, array: pa.Array) -> bool:
     # The first test costs nothing, and most batches pass it.
-    return bool(
-        array.nbytes <= column.bytes_max or pc.max(pc.binary_length(array)).as_py() <= column.bytes_max
-    )
+    return bool(array.nbytes <= column.bytes_max or pc.max(pc.binary_length(array)).as_py() <= column.bytes_max)
 
 
 def _misfits(rows: int, fit: Callable[[int, int], bool], most: int) -> list[int]:

@@ -123,9 +123,7 @@ class Layout:
             # A feature stands for all of its identity, whose views may have other conditions of their own.
             of_views = {where_text(v.where): v.where for v in views if (v.source.name, tuple(v.key)) == (source, key)}
             in_order = [by_id[i] for i in sorted(by_id)]
-            self.tables.append(
-                _compile_table(len(self.tables), self.sources[source], key, in_order, of_views)
-            )
+            self.tables.append(_compile_table(len(self.tables), self.sources[source], key, in_order, of_views))
 
     def tables_of(self, source: str) -> list[Table]:
         return [t for t in self.tables if t.source.name == source]
@@ -208,7 +206,16 @@ def _compile_table(
     for one in series:
         tile_words = TILE_HEADER_WORDS + one.words
         series_rows.append(
-            [one.lifetime, one.where, one.width_ms, one.keep_ms, row_words, tile_words, len(column_rows), len(one.columns)]
+            [
+                one.lifetime,
+                one.where,
+                one.width_ms,
+                one.keep_ms,
+                row_words,
+                tile_words,
+                len(column_rows),
+                len(one.columns),
+            ]
         )
         # A lifetime partial stands in the row, behind the time of its newest event.
         row_words += 1 + one.words if one.lifetime else 1

@@ -51,7 +51,12 @@ class Manifest:
         """
         path = directory / "manifest.json"
         if not path.exists():
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise ManifestError(
+                    f"data directory: `{directory}` cannot be made: {error.strerror}; name another with `data_dir`"
+                ) from None
             if found := sorted(p.name for p in directory.iterdir() if p.name not in _OWN):
                 raise ManifestError(
                     f"data directory: `{directory}` has no manifest but holds `{found[0]}`; name an empty directory"

@@ -32,9 +32,7 @@ Event = Mapping[str, Any]
 Seen = Sequence[tuple[int, float | None]]
 
 
-def features(
-    view: FeatureView, events: Iterable[Event], key: tuple[Any, ...], as_of_ms: int
-) -> dict[str, float]:
+def features(view: FeatureView, events: Iterable[Event], key: tuple[Any, ...], as_of_ms: int) -> dict[str, float]:
     """Compute all features of one entity of a view as of a time that is not before its events."""
     mine = _of_key(view, events, key)
     return {
@@ -43,9 +41,7 @@ def features(
     }
 
 
-def seen_by(
-    view: FeatureView, name: str, events: Iterable[Event], key: tuple[Any, ...], as_of_ms: int
-) -> Seen:
+def seen_by(view: FeatureView, name: str, events: Iterable[Event], key: tuple[Any, ...], as_of_ms: int) -> Seen:
     """Return the time and value of the events that feature `name` of an entity sees as of a time."""
     aggregation = view.features[name]
     mine = _where(aggregation.where, view.source, _where(view.where, view.source, _of_key(view, events, key)))
@@ -64,15 +60,10 @@ def seen_by(
             if all(_time(view.source, e) < arrival - aggregation.ttl_ms for e in seen):
                 seen = []  # forgotten before this one came
             seen.append(event)
-    if aggregation.ttl_ms is not None and all(
-        _time(view.source, e) < as_of_ms - aggregation.ttl_ms for e in seen
-    ):
+    if aggregation.ttl_ms is not None and all(_time(view.source, e) < as_of_ms - aggregation.ttl_ms for e in seen):
         seen = []
     field = aggregation.field
-    return [
-        (_time(view.source, e), None if field is None or e.get(field) is None else float(e[field]))
-        for e in seen
-    ]
+    return [(_time(view.source, e), None if field is None or e.get(field) is None else float(e[field])) for e in seen]
 
 
 def known(view: FeatureView, events: Iterable[Event], key: tuple[Any, ...], as_of_ms: int) -> bool:
@@ -154,9 +145,7 @@ def distinct(source: Source, events: Iterable[Event], horizon_ms: int = 86_400_0
     return log
 
 
-def live_as_of_ms(
-    keys: Iterable[tuple[FeatureView, tuple[Any, ...]]], events: Sequence[Event], now_ms: int
-) -> int:
+def live_as_of_ms(keys: Iterable[tuple[FeatureView, tuple[Any, ...]]], events: Sequence[Event], now_ms: int) -> int:
     """Return the as-of of a live read: the clock, or the newest event of the entities if that is later."""
     newest = (_time(view.source, e) for view, key in keys for e in _of_key(view, events, key))
     return max(now_ms, max(newest, default=now_ms))
@@ -182,11 +171,7 @@ def agrees(
 
 
 def _ms(value: int | datetime) -> int:
-    return (
-        value
-        if isinstance(value, int)
-        else (value - datetime.fromtimestamp(0, UTC)) // timedelta(milliseconds=1)
-    )
+    return value if isinstance(value, int) else (value - datetime.fromtimestamp(0, UTC)) // timedelta(milliseconds=1)
 
 
 def _time(source: Source, event: Event) -> int:

@@ -31,7 +31,9 @@ class IngestPort(Protocol):
         self, shard: int, source: str, ids: Hashes, contents: Ints, received_ms: int
     ) -> Awaitable[npt.NDArray[np.uint8]]: ...
 
-    def apply(self, shard: int, source: str, batch: pa.RecordBatch, arrivals: Ints, received_ms: int) -> Awaitable[None]: ...
+    def apply(
+        self, shard: int, source: str, batch: pa.RecordBatch, arrivals: Ints, received_ms: int
+    ) -> Awaitable[None]: ...
 
 
 class ReadPort(Protocol):
@@ -62,7 +64,9 @@ class LocalIngest:
     ) -> Awaitable[npt.NDArray[np.uint8]]:
         return _Done(self._shards[shard].admit(source, ids, contents, received_ms))
 
-    def apply(self, shard: int, source: str, batch: pa.RecordBatch, arrivals: Ints, received_ms: int) -> Awaitable[None]:
+    def apply(
+        self, shard: int, source: str, batch: pa.RecordBatch, arrivals: Ints, received_ms: int
+    ) -> Awaitable[None]:
         self._shards[shard].apply(source, batch, arrivals, received_ms)
         return _Done(None)
 

@@ -121,8 +121,7 @@ class Source:
     def _check_role(self, role: str, name: str, types: tuple[str, ...]) -> None:
         if name not in self.fields:
             raise DeclarationError(
-                f"source `{self.name}`: {role} is {name!r}, which is not a field"
-                + did_you_mean(str(name), self.fields)
+                f"source `{self.name}`: {role} is {name!r}, which is not a field" + did_you_mean(str(name), self.fields)
             )
         spec: Field = self.fields[name]
         if spec.type not in types:

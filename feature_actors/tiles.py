@@ -61,9 +61,7 @@ class SlotTiles:
     def __init__(self, table: Table, seed: int) -> None:
         self._table = table
         self._seed = np.uint64(seed)
-        self._arena = self._lay_out(
-            _ROWS_AT_FIRST, [0 if s.lifetime else _TILES_AT_FIRST for s in table.series]
-        )
+        self._arena = self._lay_out(_ROWS_AT_FIRST, [0 if s.lifetime else _TILES_AT_FIRST for s in table.series])
         self._floats: Floats = self._arena.view(np.float64)
 
     def _lay_out(self, rows_max: int, tiles_max: list[int]) -> Ints:
@@ -84,9 +82,7 @@ class SlotTiles:
         arena[index_at:rows_at] = NONE
         return arena
 
-    def apply(
-        self, rows: Ints, hashes: Ints, times: Ints, arrivals: Ints, inputs: Floats, masks: Bools
-    ) -> None:
+    def apply(self, rows: Ints, hashes: Ints, times: Ints, arrivals: Ints, inputs: Floats, masks: Bools) -> None:
         """Apply the events `rows` of a batch in that order; shapes as `kernels.apply_events`."""
         table, start = self._table, 0
         while True:
@@ -117,9 +113,7 @@ class SlotTiles:
         """Find the keys `hashes[which]`; see `kernels.find_rows`."""
         find_rows(self._arena, self._seed, hashes, which, len(self._table.wheres), rows, newest)
 
-    def read(
-        self, program: ReadProgram, which: Ints, rows: Ints, as_of: Ints, out: Floats, known: Bools
-    ) -> None:
+    def read(self, program: ReadProgram, which: Ints, rows: Ints, as_of: Ints, out: Floats, known: Bools) -> None:
         """Read features of rows found by `find`; see `kernels.read_features`."""
         table = self._table
         read_features(

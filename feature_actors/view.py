@@ -134,15 +134,12 @@ class FeatureView:
             mask_of(where, pa.RecordBatch.from_pylist([], schema=self.source.schema))
         except (pa.ArrowException, TypeError, ValueError) as error:
             raise DeclarationError(
-                f"{subject}: where= `{where}` does not fit source `{self.source.name}`: "
-                f"{str(error).splitlines()[0]}"
+                f"{subject}: where= `{where}` does not fit source `{self.source.name}`: {str(error).splitlines()[0]}"
             ) from None
 
     def __getitem__(self, name: str) -> Feature:
         if name not in self.features:
-            raise DeclarationError(
-                f"view `{self.name}`: no feature {name!r}" + did_you_mean(str(name), self.features)
-            )
+            raise DeclarationError(f"view `{self.name}`: no feature {name!r}" + did_you_mean(str(name), self.features))
         return Feature(self, name, self.features[name])
 
     def __iter__(self) -> Any:

@@ -45,9 +45,7 @@ def parse_window_ms(text: str, *, subject: str) -> int:
     """
     match = re.fullmatch(r"(\d{1,12})(ms|s|m|h|d|w)", text) if isinstance(text, str) else None
     if match is None:
-        raise DeclarationError(
-            f"{subject}: expected a length such as `90s`, `30m`, `24h` or `7d`, got {text!r}"
-        )
+        raise DeclarationError(f"{subject}: expected a length such as `90s`, `30m`, `24h` or `7d`, got {text!r}")
     length_ms = int(match[1]) * _UNITS_MS[match[2]]
     if length_ms < WINDOW_MIN_MS:
         raise DeclarationError(

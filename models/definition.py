@@ -56,9 +56,7 @@ class Definition:
             raise DeclarationError(f"definition `{path}`: cannot be read: {error}") from None
         folder = artifacts_dir or path.parent
         files = {f for model in cls(path.name, text).declared().models for f in model.artifacts.values()}
-        return cls(
-            path.name, text, {f: (folder / f).read_bytes() for f in sorted(files) if (folder / f).is_file()}
-        )
+        return cls(path.name, text, {f: (folder / f).read_bytes() for f in sorted(files) if (folder / f).is_file()})
 
     @property
     def digest(self) -> str:

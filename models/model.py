@@ -72,9 +72,7 @@ class Model:
             raise DeclarationError(f"model `{self.name}`: no features")
         for one in self.features:
             if not isinstance(one, Feature):
-                raise DeclarationError(
-                    f'model `{self.name}`: expected features such as view["name"], got {one!r}'
-                )
+                raise DeclarationError(f'model `{self.name}`: expected features such as view["name"], got {one!r}')
         names = [f.full_name for f in self.features]
         if len(set(names)) != len(names):
             twice = next(n for n in names if names.count(n) > 1)
@@ -100,9 +98,7 @@ class LoadedModel:
     def __init__(self, model: Model, layout: Layout, artifacts_dir: Path) -> None:
         self.model = model
         self.plan = ReadPlan(layout, model.features, model.subject)
-        self._predictor = model.predictor(
-            **{name: str(artifacts_dir / file) for name, file in model.artifacts.items()}
-        )
+        self._predictor = model.predictor(**{name: str(artifacts_dir / file) for name, file in model.artifacts.items()})
 
     def predict(self, rows: FeatureRows) -> list[Any]:
         """Return one result per row, as plain Python values that JSON can hold.

@@ -41,9 +41,7 @@ def training_set(
     plan = ReadPlan(layout, features, "training set")
     for column in (*plan.key_fields, as_of):
         if column not in labels.column_names:
-            raise BadRequest(
-                f"training set: labels have no column `{column}`; they have {labels.column_names}"
-            )
+            raise BadRequest(f"training set: labels have no column `{column}`; they have {labels.column_names}")
         _check_no_null("label", labels[column], column)
     batches = {name: _in_order(layout.source(name), events) for name in layout.sources}
     label_times = _plain(labels[as_of].cast(pa.timestamp("ms", "UTC")), pa.int64()).to_numpy()
@@ -57,8 +55,7 @@ def training_set(
     times = label_times[order]
     questions = plan.questions(keys, labels.num_rows, shard_map, None, times)
     answers = {
-        number: Shard(layout, shard_map, number).join(question, batches)
-        for number, question in questions.items()
+        number: Shard(layout, shard_map, number).join(question, batches) for number, question in questions.items()
     }
     rows = plan.assemble(labels.num_rows, questions, answers, times)
     back = np.empty_like(order)
@@ -89,8 +86,7 @@ def _in_order(source: Source, events: Mapping[str, pa.Table]) -> tuple[pa.Record
     times = batch.column(source.event_time).cast(pa.int64()).to_numpy()
     if (backwards := np.flatnonzero(np.diff(times) < 0)).size:
         raise BadRequest(
-            f"training set: events of `{source.name}` are not in time order; sort them by "
-            f"`{source.event_time}`",
+            f"training set: events of `{source.name}` are not in time order; sort them by `{source.event_time}`",
             path=f"$[{int(backwards[0]) + 1}].{source.event_time}",
         )
     return batch, times

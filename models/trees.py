@@ -68,9 +68,7 @@ class BoostedTrees:
     def __init__(self, trees: str) -> None:
         with np.load(trees, allow_pickle=False) as arrays:
             self._base = float(arrays["base"])
-            self._arrays = tuple(
-                arrays[name] for name in ("field", "threshold", "left", "right", "null_left", "value")
-            )
+            self._arrays = tuple(arrays[name] for name in ("field", "threshold", "left", "right", "null_left", "value"))
 
     def predict(self, features: Features) -> npt.NDArray[np.float64]:
         margins = _margins(np.ascontiguousarray(features.matrix), *self._arrays, self._base)

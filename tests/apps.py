@@ -148,8 +148,8 @@ def make_world(
     *,
     n_shards: int = 2,
     clock: Clock | None = None,
-    bodies: BodyLimits = BodyLimits(),
-    scores: ScoreLimits = ScoreLimits(),
+    bodies: BodyLimits | None = None,
+    scores: ScoreLimits | None = None,
     layout: Any = LAYOUT,
     status: Any = None,
     cluster_name: str = "test",
@@ -170,8 +170,8 @@ def make_world(
 
     loaded = {m.name: LoadedModel(m, layout, Path()) for m in models}
     digest = hashlib.sha256(TOKEN.encode()).hexdigest()
-    score = ScoreApp(client, loaded, status or shards_status, scores, digest, cluster_name)
-    return World(clock, shards, client, EventsApp(client, bodies), score)
+    score = ScoreApp(client, loaded, status or shards_status, scores or ScoreLimits(), digest, cluster_name)
+    return World(clock, shards, client, EventsApp(client, bodies or BodyLimits()), score)
 
 
 def call(

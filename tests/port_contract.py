@@ -56,9 +56,7 @@ by_book = FeatureView(
     features={"lo": Min("price", window="7d"), "hi": Max("price", window="7d")},
     where=pc.field("price") > 0,
 )  # fmt: skip
-by_both = FeatureView(
-    "by_both", owner="ml", source=orders, key=["user", "book"], features={"n_7d": Count(window="7d")}
-)
+by_both = FeatureView("by_both", owner="ml", source=orders, key=["user", "book"], features={"n_7d": Count(window="7d")})
 VIEWS = (by_user, by_book, by_both)
 LAYOUT = compile_layout([orders], VIEWS)
 N_SLOTS = 16
@@ -88,9 +86,7 @@ class Cluster:
         batch = pa.RecordBatch.from_pylist(list(events), schema=orders.schema)
         return self.run(self.client.ingest("orders", batch, **options))  # type: ignore[no-any-return]
 
-    def read(
-        self, views: Sequence[FeatureView], *ids: dict[str, Any], as_of: int | None = None
-    ) -> FeatureRows:
+    def read(self, views: Sequence[FeatureView], *ids: dict[str, Any], as_of: int | None = None) -> FeatureRows:
         plan = ReadPlan(LAYOUT, [f for v in views for f in v], "model `m`")
         columns = plan.key_columns(ids, batch=True)
         return self.run(self.client.read(plan, columns, len(ids), as_of))  # type: ignore[no-any-return]
@@ -121,9 +117,7 @@ class PortContract:
 
     def test_a_batch_of_many_entities_reads_back_one_by_one(self, cluster: Cluster) -> None:
         n = 300
-        assert cluster.ingest(*(order(user=i, book=f"b{i}", price=float(i + 1)) for i in range(n))) == Ack(
-            accepted=n
-        )
+        assert cluster.ingest(*(order(user=i, book=f"b{i}", price=float(i + 1)) for i in range(n))) == Ack(accepted=n)
         rows = cluster.read(VIEWS, *({"user": i, "book": f"b{i}"} for i in range(n)))
         prices = np.arange(1.0, n + 1)
         np.testing.assert_array_equal(rows.matrix[:, 1], prices)
@@ -144,12 +138,8 @@ class PortContract:
     def test_too_late_is_counted_when_no_feature_takes_the_event_any_more(self, cluster: Cluster) -> None:
         width = 2 * HOUR  # of the tiles of 7 days
         oldest = (NOW - 7 * DAY) // width * width
-        assert cluster.ingest(order(at=oldest), order(at=oldest - 1, user=2)) == Ack(
-            accepted=2, late=1, too_late=1
-        )
-        assert cluster.read(
-            [by_both], {"user": 1, "book": "b"}, {"user": 2, "book": "b"}
-        ).matrix.tolist() == [[1], [0]]
+        assert cluster.ingest(order(at=oldest), order(at=oldest - 1, user=2)) == Ack(accepted=2, late=1, too_late=1)
+        assert cluster.read([by_both], {"user": 1, "book": "b"}, {"user": 2, "book": "b"}).matrix.tolist() == [[1], [0]]
 
     def test_an_event_without_a_key_is_in_the_views_that_it_has_keys_for(self, cluster: Cluster) -> None:
         cluster.ingest(order(user=None, book="alone", price=3.0), order(user=77, book=None, price=4.0))
@@ -236,9 +226,7 @@ class PortContract:
             cluster.read([by_user], {"user": 424242}, as_of=NOW - 1)
         assert cluster.read([by_user], {"user": 1}, as_of=NOW + 5_000).as_of.tolist() == [NOW + 5_000]
 
-    def test_on_the_event_clock_time_is_the_newest_stamp_on_every_shard(
-        self, make: Make, n_shards: int
-    ) -> None:
+    def test_on_the_event_clock_time_is_the_newest_stamp_on_every_shard(self, make: Make, n_shards: int) -> None:
         cluster = Cluster(make, n_shards, EventClock())
         quiet = [order(at=NOW, user=u, book=f"q{u}") for u in range(10)]
         newest = order(at=NOW + 5 * HOUR, user=1000, book="newest")
@@ -260,9 +248,7 @@ class PortContract:
         cluster.ingest(order(user=1, book="b"))
         rows = cluster.read(VIEWS, {"user": 2, "book": "none"}, {"user": 1, "book": "none"})
         nan = np.nan
-        np.testing.assert_array_equal(
-            rows.matrix, [[0, 0, nan, nan, nan, nan, nan, 0], [1, 1, 1, 1, 0, nan, nan, 0]]
-        )
+        np.testing.assert_array_equal(rows.matrix, [[0, 0, nan, nan, nan, nan, nan, 0], [1, 1, 1, 1, 0, nan, nan, 0]])
         assert rows.unknown == [["by_user", "by_book", "by_both"], ["by_book", "by_both"]]
 
     def test_a_view_knows_an_entity_by_the_events_that_satisfy_its_where(self, cluster: Cluster) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -316,6 +317,25 @@ def test_load_counts_a_connection_that_the_other_side_closes() -> None:
         outcome = drive(_load(port, seconds=10.0, connections=2))
     assert outcome.failed == 2
     assert outcome.first_failure == "the connection was closed"
+
+
+def test_load_counts_a_connection_that_the_other_side_resets() -> None:
+    """As a server does that closes with a request unread; it is a race which of the two is seen."""
+
+    def answer_once(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        connection.recv(2**16)
+        connection.sendall(_http(ANSWER))
+        connection.recv(2**16)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets
+        connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer_once, args=(listener,))
+        thread.start()
+        outcome = drive(_load(listener.getsockname()[1], seconds=10.0, connections=1))
+        thread.join(10)
+    assert (outcome.failed, outcome.first_failure) == (1, "the connection was closed")
 
 
 def test_load_is_bounded_in_answers_and_in_waiting() -> None:

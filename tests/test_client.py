@@ -1,4 +1,4 @@
-# ruff: noqa: E501, RUF043  (messages stand whole)
+# ruff: noqa: RUF043  (messages stand whole)
 """The client over plain shards in this process, and what it refuses."""
 
 from __future__ import annotations
@@ -128,11 +128,11 @@ def test_an_event_on_which_a_condition_fails_refuses_the_batch_and_nothing_is_ap
     divides = FeatureView("divides", owner="ml", source=orders, key=["user"], features={"n": Count()}, where=where)
     layout = compile_layout([], [divides, by_book])
     shards = [Shard(layout, ShardMap.even(N_SLOTS, 1), 0)]
-    client = FeatureClient(
-        layout, ShardMap.even(N_SLOTS, 1), LocalIngest(shards), LocalRead(shards), ManualClock(NOW)
-    )
+    client = FeatureClient(layout, ShardMap.even(N_SLOTS, 1), LocalIngest(shards), LocalRead(shards), ManualClock(NOW))
     batch = pa.RecordBatch.from_pylist([order(user=1), order(user=0), order(user=2)], schema=orders.schema)
-    with pytest.raises(BadRequest, match=r"event of `orders`: the condition .* of a view fails: divide by zero") as error:
+    with pytest.raises(
+        BadRequest, match=r"event of `orders`: the condition .* of a view fails: divide by zero"
+    ) as error:
         complete(client.ingest("orders", batch))
     assert error.value.path == "$[1]"
     assert set(shards[0].status().events.values()) == {0}
@@ -315,9 +315,7 @@ def test_a_string_key_is_taken_as_it_is() -> None:
 # -- errors cross processes
 
 
-@pytest.mark.parametrize(
-    "kind", [getattr(errors, n) for n in errors.__all__ if n[0].isupper() and n != "Problem"]
-)
+@pytest.mark.parametrize("kind", [getattr(errors, n) for n in errors.__all__ if n[0].isupper() and n != "Problem"])
 def test_an_error_pickles_whole(kind: type[MillpondError]) -> None:
     error = kind("what", path="$.x", code="special", problems=(("a", "$.a"), ("b", "$.b")), retry_after_ms=7)
     again = pickle.loads(pickle.dumps(error))

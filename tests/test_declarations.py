@@ -226,10 +226,7 @@ def test_an_aggregation_of_a_field_takes_a_number(kind: Any, field: str) -> None
     with pytest.raises(DeclarationError) as caught:
         of(kind(field))
     declared = FIELDS[field]
-    assert (
-        str(caught.value)
-        == f"view `spend`: feature `f`: {kind.__name__} takes a number, `{field}` is `{declared}`"
-    )
+    assert str(caught.value) == f"view `spend`: feature `f`: {kind.__name__} takes a number, `{field}` is `{declared}`"
     of(kind("price")), of(kind("big")), of(kind("paid"))
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from millpond.feature_actors.decode import CONTENT_TYPES, TIME_MAX_MS, BodyLimits, Decoder
 from millpond.feature_actors.errors import BadRequest, MillpondError, TooLarge, UnsupportedMediaType
 from millpond.feature_actors.source import Field, Source
@@ -255,9 +256,7 @@ def test_unknown_and_missing_fields_are_named() -> None:
     error = refused(b'{"id": "a", "user": 1, "at": 0}')
     assert str(error) == "event of `payments`: expected `float64`, got nothing - at `$.amount`"
     assert refused(as_json([{**GOOD, "a b\ud800": 1}])).path == r'$[0]["a b\ud800"]'
-    assert refused(as_json([{**GOOD, "x" * 100_000: 1}])).message.startswith(
-        "event of `payments`: unknown field `xxx"
-    )
+    assert refused(as_json([{**GOOD, "x" * 100_000: 1}])).message.startswith("event of `payments`: unknown field `xxx")
 
 
 @pytest.mark.parametrize("value", ["3", "null", '"a"', "true"])
@@ -318,9 +317,7 @@ def test_a_line_that_is_not_json_is_named() -> None:
 
 
 def test_limits_are_named() -> None:
-    tight = Decoder(
-        PAYMENTS, BodyLimits(body_bytes_max=2_000, rows_max=3, arrow_bytes_max=400, batches_max=2)
-    )
+    tight = Decoder(PAYMENTS, BodyLimits(body_bytes_max=2_000, rows_max=3, arrow_bytes_max=400, batches_max=2))
     for body, content_type, message in (
         (b" " * 2_001, None, "2001 bytes; `body_bytes_max` is 2000"),
         (as_json([GOOD] * 4), None, "more than 3 events; `rows_max` is 3"),
@@ -374,8 +371,7 @@ def test_arrow_columns_convert_without_loss(field: str, array: pa.Array) -> None
 
 def test_batches_with_their_own_dictionaries_are_joined() -> None:
     one, two = (
-        pa.RecordBatch.from_pydict(columns(2, id=pa.array(v).dictionary_encode()))
-        for v in (["a", "b"], ["c", "a"])
+        pa.RecordBatch.from_pydict(columns(2, id=pa.array(v).dictionary_encode())) for v in (["a", "b"], ["c", "a"])
     )
     assert DECODER.decode(as_arrow(one, two), ARROW)["id"].to_pylist() == ["a", "b", "c", "a"]
 
@@ -467,9 +463,7 @@ def test_batches_with_their_own_dictionaries_are_joined() -> None:
         ("extra", pa.array([1, 2, 3]), None, "$[*].extra"),
     ],
 )
-def test_bad_arrow_columns_and_values_are_named(
-    field: str, array: Any, message: str | None, path: str
-) -> None:
+def test_bad_arrow_columns_and_values_are_named(field: str, array: Any, message: str | None, path: str) -> None:
     error = refused(arrow_body(3, **{field: array}), ARROW)
     assert message is None or error.message == f"event of `payments`: {message}"
     assert error.path == path
@@ -483,10 +477,7 @@ def test_the_first_bad_row_of_any_arrow_column_comes_first() -> None:
 def test_a_column_that_comes_twice_is_refused() -> None:
     good = columns()
     batch = pa.RecordBatch.from_arrays([*good.values(), good["user"]], names=[*good, "user"])
-    assert (
-        refused(as_arrow(batch), ARROW).message
-        == "event of `payments`: column `user` comes twice; allowed is once"
-    )
+    assert refused(as_arrow(batch), ARROW).message == "event of `payments`: column `user` comes twice; allowed is once"
 
 
 def test_invalid_utf8_in_arrow_is_refused() -> None:
@@ -519,8 +510,7 @@ def test_a_dictionary_that_expands_beyond_the_limit_is_refused() -> None:
 
 def test_dictionary_deltas_are_refused() -> None:
     one, two = (
-        pa.RecordBatch.from_pydict(columns(2, id=pa.array(v).dictionary_encode()))
-        for v in (["a", "b"], ["a", "b"])
+        pa.RecordBatch.from_pydict(columns(2, id=pa.array(v).dictionary_encode())) for v in (["a", "b"], ["a", "b"])
     )
     two = two.set_column(0, "id", pa.DictionaryArray.from_arrays([0, 2], ["a", "b", "c"]))
     one = one.set_column(0, "id", pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int64()), ["a", "b"]))
@@ -564,19 +554,14 @@ JSON_VALUES = st.recursive(
     | st.text(max_size=5)
     | st.sampled_from(["2024-05-01T12:00:00Z"]),
     lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from([*PAYMENTS.fields, "x"]), inner, max_size=3)
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*PAYMENTS.fields, "x"]), inner, max_size=3)
     ),
     max_leaves=5,
 )
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    st.lists(
-        st.fixed_dictionaries({}, optional=dict.fromkeys([*PAYMENTS.fields, "y"], JSON_VALUES)), max_size=3
-    )
-)
+@given(st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys([*PAYMENTS.fields, "y"], JSON_VALUES)), max_size=3))
 def test_random_json_raises_only_our_errors(rows: list[dict[str, Any]]) -> None:
     rows = [{**GOOD, **row} for row in rows]
     decode_or_refuse(as_json(rows), None)

@@ -15,9 +15,7 @@ EVENTS = st.lists(
     st.tuples(
         st.integers(0, 30),  # which id
         st.integers(0, 1),  # content
-        st.sampled_from(
-            (0, 0, 0, 1, 7, 50, 99, 100, 101, -30, -99, -100, -101, 1000)
-        ),  # stamps go on, and back
+        st.sampled_from((0, 0, 0, 1, 7, 50, 99, 100, 101, -30, -99, -100, -101, 1000)),  # stamps go on, and back
     ),
     max_size=250,
 )

@@ -217,9 +217,7 @@ def test_columns_carry_the_row_that_they_come_from(rows: list[Row], loaded: Flig
                 "air_time": None if row.air_time == "NA" else float(row.air_time),
                 "late": row.arr_delay != "NA" and int(row.arr_delay) > 15,
             }
-            assert {n: v for n, v in got.items() if n in expected} == {
-                n: v for n, v in expected.items() if n in got
-            }
+            assert {n: v for n, v in got.items() if n in expected} == {n: v for n, v in expected.items() if n in got}
 
 
 def test_labels_stand_at_the_departure(loaded: Flights) -> None:
@@ -262,20 +260,14 @@ def test_purchases_are_those_of_the_file(purchases: pa.Table) -> None:
     for customer, day, cds, amount in lines:
         nth = seen[customer, day] = seen.get((customer, day), 0) + 1
         at = datetime.fromisoformat(day).replace(tzinfo=UTC)
-        expected.append(
-            (f"{int(customer)}-{at:%Y-%m-%d}-{nth}", int(customer), float(cds), float(amount), at)
-        )
+        expected.append((f"{int(customer)}-{at:%Y-%m-%d}-{nth}", int(customer), float(cds), float(amount), at))
     expected.sort(key=lambda purchase: purchase[4])
     times_ms = pc.cast(purchases["bought_at"], pa.int64()).to_pylist()
     columns = [purchases[n].to_pylist() for n in ("purchase_id", "customer_id", "cds", "amount")]
-    assert list(zip(*columns, times_ms, strict=True)) == [
-        (*rest, int(at.timestamp() * 1000)) for *rest, at in expected
-    ]
+    assert list(zip(*columns, times_ms, strict=True)) == [(*rest, int(at.timestamp() * 1000)) for *rest, at in expected]
 
 
-@pytest.mark.parametrize(
-    ("as_of", "horizon_days"), [("1997-03-01", 90), ("1997-10-01", 90), ("1998-06-01", 30)]
-)
+@pytest.mark.parametrize(("as_of", "horizon_days"), [("1997-03-01", 90), ("1997-10-01", 90), ("1998-06-01", 30)])
 def test_churn_labels_are_those_of_a_customer_by_customer_oracle(
     purchases: pa.Table, as_of: str, horizon_days: int
 ) -> None:
@@ -358,9 +350,7 @@ def test_a_data_set_is_installed_once_by_this_python_without_dependencies(
     assert "tiny" not in sys.modules
 
 
-def test_two_that_fetch_at_once_both_get_the_whole_data_set(
-    shelf: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_that_fetch_at_once_both_get_the_whole_data_set(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     both_install = threading.Barrier(2)
     commands = pip_that(monkeypatch, before=lambda: both_install.wait(timeout=10))
     with ThreadPoolExecutor(2) as pool:
@@ -370,9 +360,7 @@ def test_two_that_fetch_at_once_both_get_the_whole_data_set(
 
 
 @pytest.mark.parametrize("status", [0, 1])
-def test_a_failed_fetch_leaves_nothing_behind(
-    shelf: Path, monkeypatch: pytest.MonkeyPatch, status: int
-) -> None:
+def test_a_failed_fetch_leaves_nothing_behind(shelf: Path, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
     pip_that(monkeypatch, status=status, text="forged")
     with pytest.raises(DatasetError):
         fetch(TINY)
@@ -405,9 +393,7 @@ def test_a_damaged_data_set_is_refused(shelf: Path, monkeypatch: pytest.MonkeyPa
     pip_that(monkeypatch)
     file = fetch(TINY) / "tiny" / "t.txt"
     file.write_text("unreal") if damage == "changed" else file.unlink()
-    with pytest.raises(
-        DatasetError, match=r"expected SHA-256 .* remove `.*tiny-1.0` and .* - at `tiny/t.txt`"
-    ):
+    with pytest.raises(DatasetError, match=r"expected SHA-256 .* remove `.*tiny-1.0` and .* - at `tiny/t.txt`"):
         fetch(TINY)
 
 

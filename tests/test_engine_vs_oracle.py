@@ -49,9 +49,7 @@ def telling_times(view: FeatureView, events: list[dict[str, Any]]) -> list[int]:
     return sorted(times)
 
 
-def read(
-    client: FeatureClient, view: FeatureView, keys: list[tuple[Any, ...]], as_of: int | None
-) -> FeatureRows:
+def read(client: FeatureClient, view: FeatureView, keys: list[tuple[Any, ...]], as_of: int | None) -> FeatureRows:
     plan = ReadPlan(client.layout, list(view), "the test")
     columns = plan.key_columns([dict(zip(view.key, k, strict=True)) for k in keys], batch=True)
     return complete(client.read(plan, columns, len(keys), as_of))
@@ -123,8 +121,7 @@ def _bits(rows: FeatureRows) -> tuple[Any, ...]:
 
 def _everything(client: FeatureClient, world: World) -> list[tuple[Any, ...]]:
     return [
-        _bits(read(client, view, keys_of(view, world.events(view.source.name), most=50), None))
-        for view in world.views
+        _bits(read(client, view, keys_of(view, world.events(view.source.name), most=50), None)) for view in world.views
     ]
 
 

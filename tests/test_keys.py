@@ -123,9 +123,7 @@ FIELDS = {
 
 
 @st.composite
-def columns(
-    draw: st.DrawFn, kinds: Sequence[str], *, null: bool
-) -> tuple[list[tuple[Any, ...]], list[pa.Array]]:
+def columns(draw: st.DrawFn, kinds: Sequence[str], *, null: bool) -> tuple[list[tuple[Any, ...]], list[pa.Array]]:
     chosen = draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=4))
     values = [st.one_of(FIELDS[k][1], st.none()) if null else FIELDS[k][1] for k in chosen]
     rows = draw(st.lists(st.tuples(*values), min_size=1, max_size=8))

@@ -93,6 +93,13 @@ def test_a_directory_of_something_else_is_refused_and_left_alone(tmp_path: Path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("below", [".", "a/b"])
+def test_a_directory_that_cannot_be_made_is_an_error(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_text("x")
+    directory = tmp_path / "file" / below
+    refused(directory, f"data directory: `{directory}` cannot be made: ")
+
+
 def test_shards_without_a_manifest_are_refused(tmp_path: Path) -> None:
     Manifest.open(tmp_path, "dev", 64)
     open_shard(tmp_path, 0, "run")

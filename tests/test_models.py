@@ -244,7 +244,7 @@ def test_a_definition_whose_artifact_is_missing_can_be_read_but_not_loaded(tmp_p
 
 def test_a_predictor_that_does_not_load_is_named(tmp_path: Path) -> None:
     definition = Definition("defs.py", WITH_WEIGHTS, {"weights.npy": b"not an array"})
-    with pytest.raises(DeclarationError, match="^model `churn`: its predictor does not load: ValueError: "):
+    with pytest.raises(DeclarationError, match=r"^model `churn`: its predictor does not load: ValueError: "):
         load_models([definition], layout_of(definition))
     definition = Definition(
         "defs.py",
@@ -279,7 +279,6 @@ def test_nothing_is_left_of_the_private_folder(tmp_path: Path, monkeypatch: pyte
 @pytest.fixture(scope="module")
 def forest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, BoostedTrees]:
     from sklearn.ensemble import HistGradientBoostingClassifier
-
     from threadpoolctl import threadpool_limits
 
     rng = np.random.default_rng(1)

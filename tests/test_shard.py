@@ -154,20 +154,14 @@ def test_an_entity_is_known_by_its_longest_window_or_ttl() -> None:
 
 @given(
     st.lists(
-        st.tuples(
-            st.sampled_from((0, 0, 1, 59_999, 60_000, HOUR, -HOUR)), st.sampled_from((1.0, 2.0, -0.5, None))
-        ),
+        st.tuples(st.sampled_from((0, 0, 1, 59_999, 60_000, HOUR, -HOUR)), st.sampled_from((1.0, 2.0, -0.5, None))),
         min_size=1,
         max_size=30,
     ),
     st.randoms(),
 )
-def test_the_order_of_events_changes_only_sums_and_ties(
-    events: list[tuple[int, float | None]], random: Any
-) -> None:
-    declared = view(
-        n=Count(window="24h"), lo=Min("v", window="24h"), hi=Max("v", window="24h"), since=SecondsSince()
-    )
+def test_the_order_of_events_changes_only_sums_and_ties(events: list[tuple[int, float | None]], random: Any) -> None:
+    declared = view(n=Count(window="24h"), lo=Min("v", window="24h"), hi=Max("v", window="24h"), since=SecondsSince())
     log = [event(NOW + at, NOW, v=v) for at, v in events]
     shuffled = random.sample(log, len(log))
     as_of = NOW + HOUR
@@ -232,9 +226,7 @@ def test_entities_whose_places_collide_are_told_apart(users: list[int], seed: in
     # All low halves alike: every key falls on one place of the index.
     hashes = np.array([(5, u) for u in users], np.int64).reshape(-1, 2)
     n = len(users)
-    tiles.apply(
-        np.arange(n), hashes, np.full(n, NOW), np.full(n, NOW), np.empty((0, n)), np.ones((1, n), np.bool_)
-    )
+    tiles.apply(np.arange(n), hashes, np.full(n, NOW), np.full(n, NOW), np.empty((0, n)), np.ones((1, n), np.bool_))
     assert tiles.entities == len(set(users))
     assert tiles.check() == []
     rows = np.full(n, -1, np.int64)
@@ -276,9 +268,7 @@ def test_admit_judges_by_id_and_content() -> None:
     ids = hash_columns([pa.array(["a", "b", "a", "b"])], 4)
     contents = np.array([1, 2, 1, 3], np.int64)
     assert shard.admit("first", ids, contents, NOW).tolist() == [NEW, NEW, DUPLICATE, 2]
-    assert shard.admit("second", ids[:1], contents[:1], NOW).tolist() == [NEW], (
-        "ids are of a source"
-    )
+    assert shard.admit("second", ids[:1], contents[:1], NOW).tolist() == [NEW], "ids are of a source"
 
 
 def test_conditions_are_judged_in_the_order_of_the_batch_however_large_it_is() -> None:
@@ -316,9 +306,7 @@ def test_a_join_sees_what_had_happened_by_each_as_of(world: World, data: st.Data
     if not events:
         return
     asked = data.draw(
-        st.lists(
-            st.tuples(st.sampled_from(events), st.sampled_from((0, -1, 1, HOUR, DAY))), min_size=1, max_size=6
-        )
+        st.lists(st.tuples(st.sampled_from(events), st.sampled_from((0, -1, 1, HOUR, DAY))), min_size=1, max_size=6)
     )
     asked.sort(key=lambda one: one[0]["at"] + one[1])
     times = [e["at"] + later for e, later in asked]
@@ -327,10 +315,7 @@ def test_a_join_sees_what_had_happened_by_each_as_of(world: World, data: st.Data
     question = plan.questions(keys, len(asked), shard._map, None, np.array(times, np.int64))[0]
     answer = shard.join(
         question,
-        {
-            n: (batch(layout.sources[n], log), np.array([e["at"] for e in log], np.int64))
-            for n, log in logs.items()
-        },
+        {n: (batch(layout.sources[n], log), np.array([e["at"] for e in log], np.int64)) for n, log in logs.items()},
     )
     rows = plan.assemble(len(asked), {0: question}, {0: answer}, answer.as_of)
     column = 0
@@ -339,9 +324,7 @@ def test_a_join_sees_what_had_happened_by_each_as_of(world: World, data: st.Data
             for (one, _), as_of, got in zip(asked, times, rows.matrix[:, column].tolist(), strict=True):
                 key = tuple(one[f] for f in declared.key)
                 past = [e for e in logs[declared.source.name] if e["at"] <= as_of]
-                assert oracle.agrees(declared, name, past, key, as_of, got), (
-                    f"{name} {key} as of {as_of}: {got}"
-                )
+                assert oracle.agrees(declared, name, past, key, as_of, got), f"{name} {key} as of {as_of}: {got}"
             column += 1
         for (one, _), as_of, unknown in zip(asked, times, rows.unknown, strict=True):
             past = [e for e in logs[declared.source.name] if e["at"] <= as_of]

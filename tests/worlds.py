@@ -140,9 +140,7 @@ def declarations(draw: st.DrawFn) -> list[FeatureView]:
 
 _POINTS = st.tuples(
     st.sampled_from(LAGS_MS),
-    st.one_of(
-        st.just(0), st.just(0), st.sampled_from(LADDER_MS)
-    ),  # snapped down to an edge of this width, or not
+    st.one_of(st.just(0), st.just(0), st.sampled_from(LADDER_MS)),  # snapped down to an edge of this width, or not
     st.sampled_from((0, 0, -1)),
     st.sampled_from(USERS),
     st.sampled_from(CODES),

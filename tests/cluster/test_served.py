@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 from processes import LOOPBACK, listening, processes_of, shard_pids, shelter_of
@@ -40,7 +41,7 @@ def test_what_the_cluster_writes_is_for_its_user_only(served: Served) -> None:
         assert path.stat().st_mode & 0o077 == 0, path
 
 
-def test_a_second_cluster_in_the_same_process_is_refused(served: Served, tmp_path: pytest.TempPathFactory) -> None:
+def test_a_second_cluster_in_the_same_process_is_refused(served: Served, tmp_path: Path) -> None:
     from apps import DEFINITION
 
     from millpond.cluster.cluster import Cluster
@@ -49,6 +50,6 @@ def test_a_second_cluster_in_the_same_process_is_refused(served: Served, tmp_pat
     from millpond.models.definition import Definition
 
     other = Cluster(Config(name="other", data_dir=str(tmp_path), port=0), [Definition("apps.py", DEFINITION)])
-    with pytest.raises(MillpondError, match="^embedded cluster: this process is in a Ray cluster already"):
+    with pytest.raises(MillpondError, match=r"^embedded cluster: this process is in a Ray cluster already"):
         other.start()
     assert served.call("GET", "/readyz")[0] == 200
