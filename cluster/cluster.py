@@ -169,7 +169,7 @@ class Cluster:
         for model in (m for d in definitions for m in d.declared().models):
             for feature in model.features:
                 known = self.layout.views.get(feature.view.name)
-                if known is None or feature.id not in {f.id for f in known}:
+                if known is None or feature.wire_name not in {f.wire_name for f in known}:
                     raise DeclarationError(
                         f"model `{model.name}`: reads `{feature.full_name}`, which the cluster does not keep; "
                         "start it with the definition"

@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from millpond.feature_actors.errors import DeclarationError, MillpondError, did_you_mean
 from millpond.feature_actors.source import check_name
-from millpond.feature_actors.windows import parse_window_ms
+from millpond.feature_actors.windows import parse_length_ms
 
 __all__ = ["Config", "ConfigError", "load_config"]
 
@@ -43,13 +43,14 @@ class Config:
     host: str = _setting("127.0.0.1", "address that HTTP listens on")
     port: int = _setting(8000, "HTTP port tried first; another is chosen if it is taken", 0, 65_535)
     proxy: Literal["haproxy", "serve"] = _setting("haproxy", "the fast ingress, or Serve's own proxy")
-    shards: int = _setting(2, "feature actors", 1, 1_024)
-    slots: int = _setting(64, "slots of the shard map; fixed when the data directory is made", 1, 65_536)
+    #: On two cores a second shard doubles the calls of a score and adds no speed: a call keeps a core busy.
+    shards: int = _setting(max(1, (os.cpu_count() or 1) // 2), "feature actors; one for every two cores", 1, 1_024)
+    slots: int = _setting(64, "slots of the shard map; fixed when the data directory is made", 1, 4_096)
     replicas: int = _setting(1, "replicas of the events app and of the score app", 1, 1_024)
     clock: Literal["wall", "event"] = _setting("wall", "what time it is: the machine's, or the newest arrival's")
     late_after: str = _setting("1h", "an event further behind its arrival is counted late")
     ahead_max: str = _setting("10m", "an event further ahead of its arrival is refused")
-    dedupe_horizon: str = _setting("24h", "how long an event id is remembered, by arrival")
+    dedupe_horizon: str = _setting("24h", "how long an event id is remembered after it was received")
     event_body_bytes_max: int = _setting(16 * 2**20, "largest body of events", 1_024, 2**31)
     event_rows_max: int = _setting(1_000_000, "most events in a body", 1, 10**8)
     score_body_bytes_max: int = _setting(4 * 2**20, "largest body of ids", 1_024, 2**31)
@@ -67,19 +68,21 @@ class Config:
 
     @property
     def late_after_ms(self) -> int:
-        return parse_window_ms(self.late_after, subject="setting `late_after`")
+        return _length_ms("late_after", self.late_after)
 
     @property
     def ahead_ms_max(self) -> int:
-        return parse_window_ms(self.ahead_max, subject="setting `ahead_max`")
+        return _length_ms("ahead_max", self.ahead_max)
 
     @property
     def dedupe_horizon_ms(self) -> int:
-        return parse_window_ms(self.dedupe_horizon, subject="setting `dedupe_horizon`")
+        return _length_ms("dedupe_horizon", self.dedupe_horizon)
 
 
 _TYPES = get_type_hints(Config)
-_LENGTHS = ("late_after", "ahead_max", "dedupe_horizon")
+#: The settings that are lengths of time, and the shortest that each may be.
+_LENGTHS = {"late_after": "0s", "ahead_max": "0s", "dedupe_horizon": "1s"}
+_LENGTH_MAX = "3660d"
 
 
 def load_config(
@@ -116,7 +119,16 @@ def load_config(
                 raise ConfigError(f"no setting `{key}`" + did_you_mean(key, origins), path=origin)
             values[key] = _check(key, value, origin)
             origins[key] = origin
-    return Config(**values), origins
+    config = Config(**values)
+    if origins["shards"] == "default":  # of the machine, which may have more cores than there are slots
+        config = replace(config, shards=min(config.shards, config.slots))
+    if config.shards > config.slots:
+        raise ConfigError(
+            f"setting `shards`: {config.shards} shards of {config.slots} slots (setting `slots`); a shard needs a "
+            "slot at least",
+            path=origins["shards"],
+        )
+    return config, origins
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -150,8 +162,23 @@ def _check(key: str, value: Any, origin: str) -> Any:
     try:
         if key == "name":
             check_name("cluster", value)
-        if key in _LENGTHS:
-            parse_window_ms(value, subject=f"setting `{key}`")
     except DeclarationError as error:
         raise ConfigError(error.message, path=origin) from None
+    if key in _LENGTHS:
+        _length_ms(key, value, origin)
     return value
+
+
+def _length_ms(key: str, text: str, origin: str | None = None) -> int:
+    """Return a setting that is a length of time in milliseconds, or raise."""
+    length_ms = parse_length_ms(text)
+    low_ms, high_ms = parse_length_ms(_LENGTHS[key]), parse_length_ms(_LENGTH_MAX)
+    assert low_ms is not None
+    assert high_ms is not None
+    if length_ms is None or not low_ms <= length_ms <= high_ms:
+        raise ConfigError(
+            f"setting `{key}`: expected a length such as `90s`, `30m`, `24h`, at least `{_LENGTHS[key]}`, at most "
+            f"`{_LENGTH_MAX}`, got {text!r}",
+            path=origin,
+        )
+    return length_ms

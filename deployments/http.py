@@ -30,6 +30,10 @@ _encode_json = msgspec.json.Encoder().encode
 class MethodNotAllowed(MillpondError):
     code, status = "method_not_allowed", 405
 
+    def __init__(self, method: str, path: str, allowed: str) -> None:
+        super().__init__(f"{method} {path[:200]}: allowed is {allowed}")
+        self.allowed = allowed
+
 
 class ClientGone(Exception):
     """The client closed the connection before its body was read: nobody is left to answer."""
@@ -71,9 +75,15 @@ class Request:
 
     @property
     def query(self) -> dict[str, str]:
+        """The query parameters; `BadRequest` if one is repeated: neither value could be taken for the one meant."""
         if self._query is None:
             text = self.scope.get("query_string", b"").decode("utf-8", "replace")
-            self._query = dict(parse_qsl(text, keep_blank_values=True)) if text else {}
+            query: dict[str, str] = {}
+            for name, value in parse_qsl(text, keep_blank_values=True):
+                if name in query:
+                    raise BadRequest(f"query: `{name[:80]}` comes twice; allowed is once", path=f"?{name[:80]}")
+                query[name] = value
+            self._query = query
         return self._query
 
     def allow_query(self, *names: str) -> None:
@@ -152,10 +162,10 @@ class App:
             return None
         except MillpondError as error:
             if error.status >= 500:
-                logger.warning("%s %s: %s", request.method, request.path, error)
+                logger.warning("%s %r: %s", request.method, request.path, error)
             response = _error_response(error)
         except Exception:
-            logger.exception("%s %s failed", request.method, request.path)
+            logger.exception("%s %r failed", request.method, request.path)
             response = _error_response(
                 MillpondError("an error of ours; it is in the log of the deployment", code="internal")
             )
@@ -173,7 +183,7 @@ class App:
         for route_method, prefix, handler in self._named:
             if path.startswith(prefix) and len(path) > len(prefix):
                 if route_method != method:
-                    raise MethodNotAllowed(f"{method} {path[:200]}: allowed is {route_method}")
+                    raise MethodNotAllowed(method, path, route_method)
                 request.name = path[len(prefix) :]
                 return handler
         exact = self._exact.get((method, path))
@@ -181,7 +191,7 @@ class App:
             return exact
         allowed = [m for m, p in self._exact if p == path]
         if allowed:
-            raise MethodNotAllowed(f"{method} {path[:200]}: allowed is {', '.join(allowed)}")
+            raise MethodNotAllowed(method, path, ", ".join(allowed))
         raise NotFound(f"no call {method} {path[:200]}; there are {', '.join(self._paths)}")
 
 
@@ -198,4 +208,6 @@ def _error_response(error: MillpondError) -> Response:
     headers: tuple[tuple[str, str], ...] = ()
     if error.retry_after_ms is not None:
         headers = (("retry-after", str(max(1, -(-error.retry_after_ms // 1000)))),)
+    if isinstance(error, MethodNotAllowed):
+        headers = (*headers, ("allow", error.allowed))
     return Response(error.status, _encode_json(error.as_json()), headers=headers)

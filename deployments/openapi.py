@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -102,11 +102,13 @@ def openapi_document(layout: Layout, models: Mapping[str, LoadedModel], cluster_
         ("/readyz", "Every shard and model is ready"),
     ):
         paths[path] = {"get": _call(about, path.strip("/"), {"type": "object"})}
+    status = _call("What every shard holds, and the models", "status", {"type": "object"})
+    paths["/v1/status"] = {"get": {**status, "security": [{"admin_token": []}]}}
     return {
         "openapi": "3.1.0",
         "info": {"title": f"Millpond: {cluster_name}", "version": "1"},
         "paths": paths,
-        "components": {"schemas": {"Error": _ERROR}},
+        "components": {"schemas": {"Error": _ERROR}, "securitySchemes": {"admin_token": _ADMIN_TOKEN}},
     }
 
 
@@ -151,8 +153,14 @@ def _event_schema(source: Source) -> dict[str, Any]:
 _AS_OF = _parameter(
     "as_of",
     {"type": "string"},
-    "for replays: ISO 8601 with a zone, or milliseconds; not before what has been applied",
+    "for replays: ISO 8601 with a zone, or milliseconds; not before the clock nor before what has been applied",
 )
+#: OpenAPI's own way to say `Authorization: Bearer TOKEN`; it ignores a parameter of that name.
+_ADMIN_TOKEN = {
+    "type": "http",
+    "scheme": "bearer",
+    "description": "Authorization: Bearer TOKEN; it is in the file `admin_token` of the cluster's data directory",
+}
 
 
 def _field_schema(field: Field) -> dict[str, Any]:
@@ -199,21 +207,22 @@ def _answer_schema() -> dict[str, Any]:
     }
 
 
-def docs_page(layout: Layout, models: Mapping[str, LoadedModel], cluster_name: str) -> str:
-    """Return the page at `/docs`: every call with a line that can be pasted into a terminal.
+def docs_page(layout: Layout, models: Mapping[str, LoadedModel], cluster_name: str) -> Callable[[str], str]:
+    """Return what makes the page at `/docs` for the URL that it is asked at: every call with a line
+    that can be pasted into a terminal.
 
     A page of our own, not Swagger's: that one loads its program from elsewhere.
     """
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         files("millpond.deployments").joinpath("docs.html").read_text(encoding="utf-8")
     )
-    return template.render(
-        cluster=cluster_name,
-        sources=[
+    facts: dict[str, Any] = {
+        "cluster": cluster_name,
+        "sources": [
             {"source": s, "example": _json({n: _example(f.type) for n, f in s.fields.items()})}
             for s in layout.sources.values()
         ],
-        models=[
+        "models": [
             {
                 "model": m.model,
                 "example": _json({n: _example(k) for n, k in m.plan.key_fields.items()}),
@@ -221,11 +230,12 @@ def docs_page(layout: Layout, models: Mapping[str, LoadedModel], cluster_name: s
             }
             for m in models.values()
         ],
-        views=[
+        "views": [
             {"view": v, "query": "&".join(f"{k}={_example(v.source.fields[k].type)}" for k in v.key)}
             for v in layout.views.values()
         ],
-    )
+    }
+    return lambda url: template.render(url=url, **facts)
 
 
 def _example(kind: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import itertools
+import re
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from millpond.models.model import LoadedModel
 __all__ = ["ScoreApp", "ScoreLimits"]
 
 _AS_OF_MAX_MS = 7_258_118_400_000  # 2200-01-01
+#: A name, an IPv4 or an IPv6 address, with or without a port.
+_HOST = re.compile(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?")
 
 #: Returns what every shard says of itself; raises `Unavailable` if one does not answer.
 Status = Callable[[], Awaitable[list[dict[str, Any]]]]
@@ -161,9 +164,9 @@ class ScoreApp(App):
         return json_response({"status": "ready", "shards": len(shards), "models": sorted(self._models)})
 
     async def get_status(self, request: Request) -> Response:
-        given = (request.header(b"authorization") or "").removeprefix("Bearer ")
+        scheme, _, given = (request.header(b"authorization") or "").partition(" ")
         digest = hashlib.sha256(given.encode()).hexdigest()
-        if not hmac.compare_digest(digest, self._admin_token_sha256):
+        if not hmac.compare_digest(digest, self._admin_token_sha256) or scheme != "Bearer":
             raise Unauthorized(
                 "this call needs the admin token of the cluster: `Authorization: Bearer ...`; it is in the file "
                 "`admin_token` of the cluster's data directory"
@@ -177,7 +180,16 @@ class ScoreApp(App):
         return json_response(self._openapi)
 
     async def get_docs(self, request: Request) -> Response:
-        return Response(200, self._docs.encode(), "text/html; charset=utf-8")
+        return Response(200, self._docs(_base_url(request)).encode(), "text/html; charset=utf-8")
+
+
+def _base_url(request: Request) -> str:
+    """Return the URL that the request was sent to, without its path; this machine's if it does not say."""
+    host = request.header(b"host") or ""
+    # It is pasted into a terminal: nothing that a shell or a page could take for more than a name.
+    if not _HOST.fullmatch(host):
+        return "http://127.0.0.1"
+    return f"{'https' if request.scope.get('scheme') == 'https' else 'http'}://{host}"
 
 
 def check_json(request: Request) -> None:

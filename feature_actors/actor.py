@@ -8,7 +8,8 @@ know that it is safe. Batches cross as Arrow IPC bytes.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from millpond.feature_actors.keys import Hashes
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.manifest import open_shard
 from millpond.feature_actors.plan import ShardAnswer, ShardQuestion
+from millpond.feature_actors.ports import all_of
 from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.source import Source
@@ -30,9 +32,15 @@ from millpond.feature_actors.view import FeatureView
 from millpond.feature_actors.wire import (
     QuestionDecoder,
     WireAnswer,
+    WireEvents,
+    WireIds,
     WireQuestion,
     decode_answer,
+    decode_events,
+    decode_ids,
     encode_answer,
+    encode_events,
+    encode_ids,
     encode_question,
 )
 
@@ -47,6 +55,9 @@ __all__ = [
 ]
 
 Ints = npt.NDArray[np.int64]
+
+#: Calls that wait for one shard, from one replica; more are answered 503.
+PENDING_CALLS_MAX = 1_024
 
 
 @dataclass(frozen=True)
@@ -74,8 +85,9 @@ class FeatureActor:
         self._number, self._of = number, spec.shard_map.n_shards
         # State is in memory only. A restarted actor would answer with empty features, as if nobody had
         # ever done anything: it refuses instead.
-        self._lost = open_shard(Path(spec.data_dir), number, spec.run_id).again
-        layout = compile_layout(spec.sources, spec.views)
+        again = open_shard(Path(spec.data_dir), number, spec.run_id).again
+        self._lost = "was restarted and its features are gone" if again else ""
+        layout = self._layout = compile_layout(spec.sources, spec.views)
         self._decoder = QuestionDecoder(layout)
         self._shard = Shard(
             layout,
@@ -88,20 +100,37 @@ class FeatureActor:
     def _check_lost(self) -> None:
         if self._lost:
             raise Unavailable(
-                f"shard {self._number} of {self._of} was restarted and its features are gone; start the cluster "
-                "anew and load the events again",
+                f"shard {self._number} of {self._of} {self._lost}; start the cluster anew and load the events again",
                 code="shard_lost",
                 retry_after_ms=10_000,
             )
 
-    def admit(self, source: str, ids: Hashes, contents: Ints, received_ms: int) -> npt.NDArray[np.uint8]:
+    def admit(self, ids: WireIds) -> bytes:
         self._check_lost()
-        return self._shard.admit(source, ids, contents, received_ms)
+        return self._shard.admit(*decode_ids(ids)).tobytes()
 
-    def apply(self, source: str, ipc: bytes, arrivals: Ints, received_ms: int) -> None:
+    def apply(self, events: WireEvents) -> None:
         self._check_lost()
-        with pa.ipc.open_stream(ipc) as reader:
-            self._shard.apply(source, reader.read_next_batch(), arrivals, received_ms)
+        source, *rest = decode_events(events, self._layout)
+        with self._all_or_lost():
+            self._shard.apply(source, *rest)
+
+    def ingest(self, ids: WireIds, events: WireEvents) -> bytes:
+        self._check_lost()
+        source, hashes, contents, _ = decode_ids(ids)
+        _, *rest = decode_events(events, self._layout)
+        with self._all_or_lost():
+            return self._shard.ingest(source, hashes, contents, *rest).tobytes()
+
+    @contextmanager
+    def _all_or_lost(self) -> Iterator[None]:
+        """Refuse everything from now on if the body fails: part of the events may be in the tiles, and the
+        filter may take the rest for applied."""
+        try:
+            yield
+        except BaseException:
+            self._lost = "failed while it applied events and its features cannot be trusted"
+            raise
 
     def read(self, question: WireQuestion) -> WireAnswer:
         self._check_lost()
@@ -126,6 +155,7 @@ def start_actors(spec: ShardSpec, namespace: str, num_cpus: float) -> list[Any]:
             lifetime="detached",
             max_restarts=-1,
             max_task_retries=0,
+            max_pending_calls=PENDING_CALLS_MAX,
             num_cpus=num_cpus,
         ).remote(spec, shard)
         for shard in range(spec.shard_map.n_shards)
@@ -140,31 +170,43 @@ def find_actors(cluster_name: str, n_shards: int, namespace: str) -> list[Any]:
 
 
 class _Calls:
-    """Calls to shard actors: each with a time limit, errors as they were raised there."""
+    """Calls to shard actors: each with a time limit from its start, errors as they were raised there."""
 
     def __init__(self, actors: Sequence[Any], timeout_s: float = 30.0) -> None:
         self._actors = actors
         self._timeout_s = timeout_s
 
-    def _where(self, shard: int) -> str:
-        return f"shard {shard} of {len(self._actors)}"
+    def _call(self, shard: int, method: str, *message: Any) -> Coroutine[Any, Any, Any]:
+        """Start a call and return what waits for its answer.
 
-    async def _answer(self, shard: int, call: Any) -> Any:
+        A message is one argument, a tuple of bytes and numbers: Ray serializes each argument by itself.
+        """
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
         try:
-            async with asyncio.timeout(self._timeout_s):
+            call = getattr(self._actors[shard], method).remote(*message)
+        except ray.exceptions.PendingCallsLimitExceeded:
+            call = None
+        return self._answer(shard, call, deadline)
+
+    async def _answer(self, shard: int, call: Any, deadline: float) -> Any:
+        where = f"shard {shard} of {len(self._actors)}"
+        if call is None:
+            raise Unavailable(f"{where} has {PENDING_CALLS_MAX} calls waiting already", retry_after_ms=1_000)
+        try:
+            async with asyncio.timeout_at(deadline):
                 return await call
-        except TimeoutError:
-            raise Unavailable(
-                f"{self._where(shard)} did not answer within {self._timeout_s:g} s", retry_after_ms=1_000
-            ) from None
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, MillpondError):
                 raise error.cause from None
             raise
+        except TimeoutError:
+            message = f"{where} did not answer within {self._timeout_s:g} s"
+            raise Unavailable(message, retry_after_ms=1_000) from None
         except ray.exceptions.RayActorError as error:
-            raise Unavailable(
-                f"{self._where(shard)} is not running; it is being restarted", retry_after_ms=1_000
-            ) from error
+            raise Unavailable(f"{where} is not running; it is being restarted", retry_after_ms=1_000) from error
+        except ray.exceptions.RayError as error:
+            message = f"{where} could not be called: {type(error).__name__}"
+            raise Unavailable(message, retry_after_ms=1_000) from error
 
 
 class ActorIngest(_Calls):
@@ -173,14 +215,29 @@ class ActorIngest(_Calls):
     def admit(
         self, shard: int, source: str, ids: Hashes, contents: Ints, received_ms: int
     ) -> Awaitable[npt.NDArray[np.uint8]]:
-        return self._answer(shard, self._actors[shard].admit.remote(source, ids, contents, received_ms))
+        return self._verdicts(self._call(shard, "admit", encode_ids(source, ids, contents, received_ms)))
 
-    def apply(self, shard: int, source: str, batch: pa.RecordBatch, arrivals: Ints, received_ms: int) -> Awaitable[None]:
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, batch.schema) as writer:
-            writer.write_batch(batch)
-        return self._answer(
-            shard, self._actors[shard].apply.remote(source, sink.getvalue().to_pybytes(), arrivals, received_ms)
+    async def _verdicts(self, answer: Coroutine[Any, Any, bytes]) -> npt.NDArray[np.uint8]:
+        return np.frombuffer(await answer, np.uint8)
+
+    def apply(
+        self, shard: int, source: str, batch: pa.RecordBatch, arrivals: Ints, received_ms: int
+    ) -> Awaitable[None]:
+        return self._call(shard, "apply", encode_events(source, batch, arrivals, received_ms))
+
+    def ingest(
+        self,
+        shard: int,
+        source: str,
+        ids: Hashes,
+        contents: Ints,
+        batch: pa.RecordBatch,
+        arrivals: Ints,
+        received_ms: int,
+    ) -> Awaitable[npt.NDArray[np.uint8]]:
+        wire_ids = encode_ids(source, ids, contents, received_ms)
+        return self._verdicts(
+            self._call(shard, "ingest", wire_ids, encode_events(source, batch, arrivals, received_ms))
         )
 
 
@@ -188,12 +245,12 @@ class ActorRead(_Calls):
     """Read port to shard actors."""
 
     def read(self, shard: int, question: ShardQuestion) -> Awaitable[ShardAnswer]:
-        return self._read(shard, question, self._actors[shard].read.remote(encode_question(question)))
+        return self._read(question, self._call(shard, "read", encode_question(question)))
 
-    async def _read(self, shard: int, question: ShardQuestion, call: Any) -> ShardAnswer:
-        return decode_answer(await self._answer(shard, call), question)
+    async def _read(self, question: ShardQuestion, answer: Coroutine[Any, Any, WireAnswer]) -> ShardAnswer:
+        return decode_answer(await answer, question)
 
     async def status(self) -> list[dict[str, Any]]:
         """Return what every shard says of itself."""
-        calls = [self._answer(i, a.status.remote()) for i, a in enumerate(self._actors)]
-        return [await call for call in calls]
+        answers = await all_of({shard: self._call(shard, "status") for shard in range(len(self._actors))})
+        return list(answers.values())

@@ -13,7 +13,8 @@ the aggregations, so that no kernel is compiled for a view.
     LAST          2      never, NaN  time, value if time >= last   the newer if its time >= last
     LAST_TIME     1      never       larger of the times           larger
 
-Nulls are skipped by every operation but COUNT and LAST_TIME, which look at no field.
+Nulls are skipped by every operation but COUNT and LAST_TIME, which look at no field. Values are
+float64: an integer above 2**53 is rounded.
 """
 
 from __future__ import annotations
@@ -73,13 +74,19 @@ class Aggregation:
     read: ClassVar[int]
     #: Whether it looks at a field.
     takes_field: ClassVar[bool] = True
-    #: The value when no event (or no value) is in the window.
-    empty: ClassVar[float] = float("nan")
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        if self.takes_field != (self.field is not None):
-            raise DeclarationError(f"{name}: " + ("of which field?" if self.takes_field else "looks at no field"))
+        if type(self) is Aggregation:
+            raise DeclarationError(
+                "Aggregation: the base of all; say which: Count, Last, Max, Mean, Min, SecondsSince or Sum"
+            )
+        if self.takes_field and self.field is None:
+            raise DeclarationError(f'{name}: of which field? say {name}("amount")')
+        if not self.takes_field and self.field is not None:
+            raise DeclarationError(f"{name}: looks at no field")
+        if self.field is not None and not isinstance(self.field, str):
+            raise DeclarationError(f'{name}: takes the name of a field such as {name}("amount"), got {self.field!r}')
         if self.window is not None and self.ttl is not None:
             raise DeclarationError(f"{name}: a feature has a window or a ttl, not both")
         if self.where is not None and not isinstance(self.where, pc.Expression):
@@ -130,13 +137,16 @@ def where_text(where: pc.Expression | None) -> str:
 class Count(Aggregation):
     """Number of events. Empty: 0. Exact. One word."""
 
-    operations, read, empty, takes_field = (COUNT,), READ_INT, 0.0, False
+    operations, read, takes_field = (COUNT,), READ_INT, False
 
 
 class Sum(Aggregation):
-    """Sum of a field: float64, added in time order of the tiles. Empty: 0. One word."""
+    """Sum of a field: float64, added in time order of the tiles. Empty: 0. One word.
 
-    operations, read, empty = (SUM,), READ_FLOAT, 0.0
+    A sum of huge finite values can overflow to infinity, which is answered as null.
+    """
+
+    operations, read = (SUM,), READ_FLOAT
 
 
 class Mean(Aggregation):
@@ -146,13 +156,13 @@ class Mean(Aggregation):
 
 
 class Min(Aggregation):
-    """Smallest value of a field. Empty: NaN. Exact. One word."""
+    """Smallest value of a field. Empty: NaN. Exact, as float64. One word."""
 
     operations, read = (MIN,), READ_FLOAT
 
 
 class Max(Aggregation):
-    """Largest value of a field. Empty: NaN. Exact. One word."""
+    """Largest value of a field. Empty: NaN. Exact, as float64. One word."""
 
     operations, read = (MAX,), READ_FLOAT
 
@@ -160,7 +170,7 @@ class Max(Aggregation):
 class Last(Aggregation):
     """Value of the newest event that has one; of two at one millisecond, the one applied later.
 
-    Empty: NaN. Exact. Two words.
+    Empty: NaN. Exact, as float64. Two words.
     """
 
     operations, read = (LAST,), READ_LAST

@@ -15,14 +15,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from millpond.feature_actors.aggregations import where_text
 from millpond.feature_actors.clock import Clock
 from millpond.feature_actors.dedupe import CONFLICT, DUPLICATE, NEW
 from millpond.feature_actors.errors import BadRequest, Problem, Unavailable
 from millpond.feature_actors.keys import hash_columns
 from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.plan import FeatureRows, ReadPlan, ShardAnswer
-from millpond.feature_actors.ports import IngestPort, ReadPort
+from millpond.feature_actors.ports import IngestPort, ReadPort, all_of
 from millpond.feature_actors.shard import key_validity
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.source import Source
@@ -88,17 +87,17 @@ class FeatureClient:
         """
         source = self.layout.source(source_name)
         # 1. Stamp the arrival, once for all shards; judge time before anything is applied.
-        arrivals = self._stamp(source, batch, arrival_is_event_time)
-        self._check_conditions(source, batch)
         received_ms = self._received_ms()
-        # 2. The home of each event id says what is new.
-        verdicts = await self._admit(source, batch, received_ms)
+        arrivals = self._stamp(source, batch, received_ms, arrival_is_event_time)
+        self._check_conditions(source, batch)
+        # 2. The home of each event id says what is new; where all have one home, it applies its part at once.
+        verdicts, done = await self._admit(source, batch, arrivals, received_ms)
         # 3. Everything but conflicts goes on: a duplicate may come from a request that failed halfway.
         if (conflicts := verdicts == CONFLICT).any():
             kept = np.flatnonzero(~conflicts)
             batch, arrivals = batch.take(pa.array(kept)), arrivals[kept]
-        # 4. Every shard that owns one of the keys applies its part.
-        unkeyed = await self._apply(source, batch, arrivals, received_ms)
+        # 4. Every other shard that owns one of the keys applies its part.
+        unkeyed = await self._apply(source, batch, arrivals, received_ms, done)
         # 5. Count what was accepted.
         new = verdicts[~conflicts] == NEW
         times: Ints = batch.column(source.event_time).cast(pa.int64()).to_numpy()
@@ -133,7 +132,7 @@ class FeatureClient:
         answers: dict[int, ShardAnswer] = {}
         asking = questions
         for _ in range(_READS_MAX):
-            answers |= await _all({s: self._read.read(s, q) for s, q in asking.items()})
+            answers |= await all_of({s: self._read.read(s, q) for s, q in asking.items()})
             newest = np.maximum.reduce([a.as_of for a in answers.values()])
             behind = [s for s, a in answers.items() if (a.as_of < newest).any()]
             if not behind:
@@ -143,24 +142,25 @@ class FeatureClient:
 
     # -- steps of ingest
 
-    def _stamp(self, source: Source, batch: pa.RecordBatch, arrival_is_event_time: bool) -> Ints:
-        """Return the arrival stamps, int64 [n]; refuse events that are ahead of them."""
+    def _stamp(self, source: Source, batch: pa.RecordBatch, received_ms: int, arrival_is_event_time: bool) -> Ints:
+        """Return the arrival stamps, int64 [n]; refuse events that are ahead of the time they came."""
         times: Ints = batch.column(source.event_time).cast(pa.int64()).to_numpy()
-        now_ms = self._clock.now_ms()
-        if now_ms is None:  # time stands at the newest stamp: an event arrives when it happens
-            return times
-        ahead = np.flatnonzero(times > now_ms + self._limits.ahead_ms_max)
+        ahead = np.flatnonzero(times > received_ms + self._limits.ahead_ms_max)
         if ahead.size:
+            allowed = f"its arrival; allowed is {self._limits.ahead_ms_max} ms"
             problems: list[Problem] = [
                 (
-                    f"event of `{source.name}`: {source.event_time} {times[i]} lies {times[i] - now_ms} ms ahead of "
-                    f"its arrival; allowed is {self._limits.ahead_ms_max} ms",
+                    f"event of `{source.name}`: {source.event_time} {times[i]} lies {times[i] - received_ms} ms ahead "
+                    f"of {allowed}",
                     f"$[{i}].{source.event_time}",
                 )
                 for i in ahead[:_PROBLEMS_MAX].tolist()
             ]
             raise BadRequest(problems[0][0], path=problems[0][1], code="event_ahead", problems=tuple(problems))
-        return times if arrival_is_event_time else np.full(len(times), now_ms, np.int64)
+        # Where time stands at the newest stamp, an event arrives when it happens.
+        if arrival_is_event_time or self._clock.now_ms() is None:
+            return times
+        return np.full(len(times), received_ms, np.int64)
 
     def _received_ms(self) -> int:
         """Return when the request came, for the duplicate filter, whatever its events' arrival stamps say:
@@ -170,8 +170,7 @@ class FeatureClient:
 
     def _check_conditions(self, source: Source, batch: pa.RecordBatch) -> None:
         """Refuse events for which a view's condition cannot be computed, such as a division by zero."""
-        wheres = {where_text(w): w for t in self.layout.tables_of(source.name) for w in t.wheres if w is not None}
-        for text, where in wheres.items():
+        for text, where in self.layout.conditions(source.name).items():
             try:
                 mask_of(where, batch)
             except pa.ArrowException as error:
@@ -182,29 +181,35 @@ class FeatureClient:
                     code="invalid_events",
                 ) from None
 
-    async def _admit(self, source: Source, batch: pa.RecordBatch, received_ms: int) -> npt.NDArray[np.uint8]:
-        """Return a verdict per event, uint8 [n], from the homes of the event ids."""
+    async def _admit(
+        self, source: Source, batch: pa.RecordBatch, arrivals: Ints, received_ms: int
+    ) -> tuple[npt.NDArray[np.uint8], int | None]:
+        """Return a verdict per event, uint8 [n], and the shard that has applied its part already, if any.
+
+        Only a home of the whole batch may apply at once: otherwise the events of an entity would be
+        applied in another order on another number of shards.
+        """
         n = batch.num_rows
-        verdicts = np.full(n, NEW, np.uint8)
         if source.event_id is None or n == 0:
-            return verdicts
+            return np.full(n, NEW, np.uint8), None
         ids = hash_columns([batch.column(source.event_id)], n)
         contents = hash_columns(batch.columns, n)[:, 0].view(np.int64)
-        rows = dict(self._map.rows_by_shard(ids))
-        answers = await _all(
-            {
-                shard: self._ingest.admit(shard, source.name, ids[at], contents[at], received_ms)
-                for shard, at in rows.items()
-            }
+        homes = self._map.rows_by_shard(ids)
+        if len(homes) == 1:
+            home = homes[0][0]
+            return await self._ingest.ingest(home, source.name, ids, contents, batch, arrivals, received_ms), home
+        verdicts = np.full(n, NEW, np.uint8)
+        answers = await all_of(
+            {s: self._ingest.admit(s, source.name, ids[rows], contents[rows], received_ms) for s, rows in homes}
         )
-        for shard, at in rows.items():
-            verdicts[at] = answers[shard]
-        return verdicts
+        for shard, rows in homes:
+            verdicts[rows] = answers[shard]
+        return verdicts, None
 
     async def _apply(
-        self, source: Source, batch: pa.RecordBatch, arrivals: Ints, received_ms: int
+        self, source: Source, batch: pa.RecordBatch, arrivals: Ints, received_ms: int, done: int | None
     ) -> npt.NDArray[np.bool_]:
-        """Send each shard the events of its keys; return which events lack a key, bool [n]."""
+        """Send each shard but `done` the events of its keys; return which events lack a key, bool [n]."""
         n = batch.num_rows
         unkeyed = np.zeros(n, np.bool_)
         wanted = np.zeros((self._map.n_shards, n), np.bool_)
@@ -220,6 +225,8 @@ class FeatureClient:
         started: dict[int, Awaitable[None]] = {}
         for shard, mask in enumerate(wanted):
             count = int(np.count_nonzero(mask))
+            if shard == done:
+                continue
             if count * 2 > n:  # a shard passes over what is not its own, quicker than it is cut out here
                 started[shard] = self._ingest.apply(shard, source.name, batch, arrivals, received_ms)
             elif count:
@@ -229,7 +236,7 @@ class FeatureClient:
                 started[shard] = self._ingest.apply(shard, source.name, part, stamps, received_ms)
             elif len(clock):
                 started[shard] = self._ingest.apply(shard, source.name, batch.slice(0, 0), clock, received_ms)
-        await _all(started)
+        await all_of(started)
         return unkeyed
 
 
@@ -244,17 +251,3 @@ def _first_failing(where: pc.Expression, batch: pa.RecordBatch) -> int:
         except pa.ArrowException:
             high = middle
     return low
-
-
-async def _all(started: Mapping[K, Awaitable[T]]) -> dict[K, T]:
-    """Wait for every call, also when one fails, so that none is still under way at the answer."""
-    done: dict[K, T] = {}
-    failed: Exception | None = None
-    for shard, call in started.items():
-        try:
-            done[shard] = await call
-        except Exception as error:
-            failed = failed or error
-    if failed is not None:
-        raise failed
-    return done

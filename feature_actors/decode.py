@@ -158,6 +158,16 @@ class Decoder:
             reason = str(error)
         raise self._invalid(self._json_problems(body, form, reason))
 
+    def from_table(self, table: pa.Table) -> pa.RecordBatch:
+        """Return a table's rows as `source.schema`, checked and filled as those of an Arrow body are.
+
+        Columns that are no field are left out. Raises as `decode` does.
+        """
+        columns = [i for i, name in enumerate(table.column_names) if name in self._columns]
+        self._check_columns(table.select(columns).schema)
+        received = {table.column_names[i]: _joined(table.column(i)) for i in columns}
+        return self._from_columns(received, table.num_rows)
+
     # JSON and NDJSON.
 
     def _from_events(self, events: list[Any]) -> pa.RecordBatch:
@@ -229,6 +239,10 @@ class Decoder:
             reason = _shown(str(error).partition("\n")[0], 200)
             problem = (f"{self._body}: not an Arrow IPC stream that can be read: {reason}", "$")
             raise self._invalid([problem]) from None
+        return self._from_columns(received, rows)
+
+    def _from_columns(self, received: dict[str, pa.Array], rows: int) -> pa.RecordBatch:
+        """Return columns of accepted types as `source.schema`."""
         arrays: list[pa.Array] = []
         problems: list[tuple[int, Problem]] = []
         for name, column in self._columns.items():
@@ -500,6 +514,13 @@ def _all_in_time(column: _Column, array: pa.Array) -> bool:
 def _all_short(column: _Column, array: pa.Array) -> bool:
     # The first test costs nothing, and most batches pass it.
     return bool(array.nbytes <= column.bytes_max or pc.max(pc.binary_length(array)).as_py() <= column.bytes_max)
+
+
+def _joined(column: pa.ChunkedArray) -> pa.Array:
+    """Return a column of a table as one array, its dictionaries decoded."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    return column.combine_chunks()
 
 
 def _misfits(rows: int, fit: Callable[[int, int], bool], most: int) -> list[int]:

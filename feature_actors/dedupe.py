@@ -26,9 +26,10 @@ _ENTRIES_AT_FIRST = 16
 
 
 @nb.njit(cache=True, nogil=True)
-def _place(entries: Any, lo: Any, hi: Any) -> Any:
+def _place(entries: Any, seed: Any, lo: Any, hi: Any) -> Any:
     mask = entries.shape[0] - 1
-    place = np.int64(lo) & mask
+    mixed = (np.uint64(lo) ^ np.uint64(seed)) * np.uint64(0x9E3779B97F4A7C15)
+    place = np.int64(mixed >> np.uint64(20)) & mask
     while entries[place, 2] != _EMPTY and (entries[place, 0] != lo or entries[place, 1] != hi):
         place = (place + 1) & mask
     return place
@@ -36,7 +37,7 @@ def _place(entries: Any, lo: Any, hi: Any) -> Any:
 
 @nb.njit(cache=True, nogil=True)
 def _admit(
-    entries: Any, used: Any, newest: Any, horizon: Any, rows: Any, start: Any, ids: Any, contents: Any,
+    entries: Any, seed: Any, used: Any, newest: Any, horizon: Any, rows: Any, start: Any, ids: Any, contents: Any,
     received: Any, verdicts: Any,
 ) -> Any:  # fmt: skip
     """Judge the ids `rows[start:]`; return (next row, used, newest), next < len(rows) when full."""
@@ -45,7 +46,7 @@ def _admit(
         if used * 3 >= entries.shape[0] * 2:
             return k, used, newest
         i = rows[k]
-        place = _place(entries, ids[i, 0], ids[i, 1])
+        place = _place(entries, seed, ids[i, 0], ids[i, 1])
         if entries[place, 2] == _EMPTY:
             used += 1
         elif entries[place, 2] >= newest - horizon:
@@ -58,21 +59,22 @@ def _admit(
 
 
 @nb.njit(cache=True, nogil=True)
-def _rehash(old: Any, new: Any, oldest: Any) -> Any:
+def _rehash(old: Any, new: Any, seed: Any, oldest: Any) -> Any:
     used = 0
     for e in range(old.shape[0]):
         if old[e, 2] != _EMPTY and old[e, 2] >= oldest:
-            place = _place(new, old[e, 0], old[e, 1])
+            place = _place(new, seed, old[e, 0], old[e, 1])
             new[place] = old[e]
             used += 1
     return used
 
 
 class IdFilter:
-    """Event ids that one slot has seen within the horizon."""
+    """Event ids that one slot has seen within the horizon; the seed is the cluster's, as of its tiles."""
 
-    def __init__(self, horizon_ms: int) -> None:
+    def __init__(self, horizon_ms: int, seed: int = 0) -> None:
         self._horizon_ms = horizon_ms
+        self._seed = np.uint64(seed)
         self._newest = np.int64(_EMPTY + horizon_ms)
         self._used = 0
         self._entries = self._empty(_ENTRIES_AT_FIRST)
@@ -98,7 +100,7 @@ class IdFilter:
         start = 0
         while True:
             start, self._used, self._newest = _admit(
-                self._entries, self._used, self._newest, self._horizon_ms, rows, start, ids, contents,
+                self._entries, self._seed, self._used, self._newest, self._horizon_ms, rows, start, ids, contents,
                 received_ms, verdicts,
             )  # fmt: skip
             if start == len(rows):
@@ -112,7 +114,7 @@ class IdFilter:
         while size < kept * 2 + 2:
             size *= 2
         new = self._empty(size)
-        self._used = int(_rehash(self._entries, new, oldest))
+        self._used = int(_rehash(self._entries, new, self._seed, oldest))
         self._entries = new
 
     @property

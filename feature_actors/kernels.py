@@ -232,9 +232,11 @@ def _apply_one(
     row = _find(arena, seed, lo, hi)
     if row < 0:
         row = _new_row(arena, floats, ~row, lo, hi, row_words, series, columns)
+    now = arrival
     for w in range(masks.shape[0]):
         if masks[w, i]:
             arena[row + ROW_HEADER_WORDS + w] = max(arena[row + ROW_HEADER_WORDS + w], time)
+        now = max(now, arena[row + ROW_HEADER_WORDS + w])
     for s in range(series.shape[0]):
         if not masks[series[s, S_WHERE], i]:
             continue
@@ -251,8 +253,10 @@ def _apply_one(
         else:
             width = series[s, S_WIDTH_MS]
             number = time // width
-            if number < (arrival - keep) // width:
-                continue  # too late: no window that is still to be read covers this tile
+            # Too late: no window that is still to be read covers this tile, since no read is as of a time
+            # before the row's newest event. So a chain is never searched for longer than a window.
+            if number < (now - keep) // width:
+                continue
             tile = _tile(
                 arena, floats, H_POOLS + POOL_WORDS * s, at, number, series[s, S_TILE_WORDS], columns, first, count
             )

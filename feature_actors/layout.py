@@ -103,7 +103,7 @@ class ReadProgram:
     features: Words
     views: Words
     view_names: tuple[str, ...]
-    feature_names: tuple[str, ...]
+    wire_names: tuple[str, ...]
 
 
 class Layout:
@@ -113,6 +113,7 @@ class Layout:
         self.sources = {s.name: s for s in sources}
         self.views = {v.name: v for v in views}
         self.tables: list[Table] = []
+        self._conditions: dict[str, dict[str, pc.Expression]] = {}
         self._table_numbers: dict[tuple[str, tuple[str, ...]], int] = {}
         grouped: dict[tuple[str, tuple[str, ...]], dict[str, Feature]] = {}
         for view in views:
@@ -130,6 +131,13 @@ class Layout:
 
     def table_of(self, view: FeatureView) -> Table:
         return self.tables[self._table_numbers[view.source.name, tuple(view.key)]]
+
+    def conditions(self, source: str) -> dict[str, pc.Expression]:
+        """Return the conditions of the views and features of a source, by their text."""
+        if source not in self._conditions:
+            wheres = [w for t in self.tables_of(source) for w in t.wheres if w is not None]
+            self._conditions[source] = {where_text(w): w for w in wheres}
+        return self._conditions[source]
 
     def source(self, name: str) -> Source:
         if name not in self.sources:
@@ -170,7 +178,7 @@ class Layout:
             features=np.array(sorted(rows), np.int64).reshape(-1, 5),
             views=np.array([_view_row(table, v) for v in views.values()], np.int64).reshape(-1, 4),
             view_names=tuple(views),
-            feature_names=tuple(f.full_name for f in features),
+            wire_names=tuple(f.wire_name for f in features),
         )
 
 

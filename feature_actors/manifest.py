@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import uuid
 from dataclasses import asdict, dataclass
@@ -57,10 +58,21 @@ class Manifest:
                 raise ManifestError(
                     f"data directory: `{directory}` cannot be made: {error.strerror}; name another with `data_dir`"
                 ) from None
-            if found := sorted(p.name for p in directory.iterdir() if p.name not in _OWN):
+            names = sorted(p.name for p in directory.iterdir() if p.name not in _OWN)
+            left_over = [name for name in names if _TEMPORARY.fullmatch(name)]
+            if found := [name for name in names if name not in left_over]:
                 raise ManifestError(
                     f"data directory: `{directory}` has no manifest but holds `{found[0]}`; name an empty directory"
                 )
+            for name in left_over:
+                (directory / name).unlink(missing_ok=True)
+            try:
+                directory.chmod(0o700)  # it may have been made before, as the parent of something
+            except OSError as error:
+                raise ManifestError(
+                    f"data directory: `{directory}` cannot be made private: {error.strerror}; name another with "
+                    "`data_dir`"
+                ) from None
             manifest = cls(cluster_name, uuid.uuid4().hex, n_slots, secrets.randbits(64))
             write_json(path, asdict(manifest))
             return manifest
@@ -87,7 +99,9 @@ class Manifest:
 
 
 #: What may lie in a directory before its manifest: made by the start that also writes the manifest.
-_OWN = frozenset({"run", "kernels", "datasets", "demo"})
+_OWN = frozenset({"run", "datasets", "demo"})
+#: What a start that was killed as it wrote the manifest has left, see `write_json`.
+_TEMPORARY = re.compile(r"\.manifest\.json\.[0-9]+")
 
 
 @dataclass(frozen=True)

@@ -130,17 +130,20 @@ _VALUE: dict[str, Callable[[Seen, int], float]] = {
 
 
 def distinct(source: Source, events: Iterable[Event], horizon_ms: int = 86_400_000) -> list[Event]:
-    """Return the events without duplicates and conflicts: ids seen within the horizon, by arrival."""
+    """Return the events without duplicates and conflicts: ids received within the horizon.
+
+    An event may carry `received_ms`, without which it was received when it arrived.
+    """
     if source.event_id is None:
         return list(events)
     seen: dict[Any, int] = {}
     log: list[Event] = []
     newest = -math.inf
     for event in events:
-        arrival, event_id = _arrival(source, event), event[source.event_id]
-        newest = max(newest, arrival)
+        received, event_id = event.get("received_ms", _arrival(source, event)), event[source.event_id]
+        newest = max(newest, received)
         if event_id not in seen or seen[event_id] < newest - horizon_ms:
-            seen[event_id] = arrival
+            seen[event_id] = received
             log.append(event)
     return log
 

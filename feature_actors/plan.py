@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -131,9 +132,9 @@ class ReadPlan:
                     value = _key_value(one[name], kind)
                     if value is None:
                         got = "true" if one[name] is True else repr(one[name])[:80]
-                        problems.append(
-                            (f"{self.subject}: expected `{name}` as {kind}, got {got}", f"{path}.{name}")
-                        )
+                        limit = f" of at most {KEY_BYTES_MAX} bytes" if kind == "string" else ""
+                        message = f"{self.subject}: expected `{name}` as {kind}{limit}, got {got}"
+                        problems.append((message, f"{path}.{name}"))
                     else:
                         columns[name].append(value)
             if len(problems) >= _PROBLEMS_MAX:
@@ -157,8 +158,10 @@ class ReadPlan:
             for name in self.key_fields
             if name not in one
         ]
-        names = {f.name for f in self.features} | {f.full_name for f in self.features}
-        for extra in (str(name)[:80] for name in one if name not in self.key_fields):
+        names = ({f.name for f in self.features} | {f.full_name for f in self.features}) - self.key_fields.keys()
+        extras = (str(name)[:80] for name in one if name not in self.key_fields)
+        # A feature among thousands of other fields is still found: looking is cheap, suggesting a name is not.
+        for extra in [*islice((e for e in map(str, one) if e in names), 1), *islice(extras, _PROBLEMS_MAX)]:
             if extra in names:
                 problems.append(
                     (
@@ -176,7 +179,7 @@ class ReadPlan:
                         f"{path}.{extra}",
                     )
                 )
-        return problems
+        return list(dict.fromkeys(problems))
 
     # -- questions and answers
 

@@ -7,7 +7,7 @@ done before they return; the ports to Ray actors are in `actor`.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Coroutine, Generator, Sequence
+from collections.abc import Awaitable, Coroutine, Generator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -18,14 +18,15 @@ from millpond.feature_actors.keys import Hashes
 from millpond.feature_actors.plan import ShardAnswer, ShardQuestion
 from millpond.feature_actors.shard import Shard
 
-__all__ = ["IngestPort", "LocalIngest", "LocalRead", "ReadPort", "complete"]
+__all__ = ["IngestPort", "LocalIngest", "LocalRead", "ReadPort", "all_of", "complete"]
 
 T = TypeVar("T")
+K = TypeVar("K")
 Ints = npt.NDArray[np.int64]
 
 
 class IngestPort(Protocol):
-    """Writes to shards, by their number; see `Shard.admit` and `Shard.apply`."""
+    """Writes to shards, by their number; see `Shard.admit`, `Shard.apply` and `Shard.ingest`."""
 
     def admit(
         self, shard: int, source: str, ids: Hashes, contents: Ints, received_ms: int
@@ -34,6 +35,17 @@ class IngestPort(Protocol):
     def apply(
         self, shard: int, source: str, batch: pa.RecordBatch, arrivals: Ints, received_ms: int
     ) -> Awaitable[None]: ...
+
+    def ingest(
+        self,
+        shard: int,
+        source: str,
+        ids: Hashes,
+        contents: Ints,
+        batch: pa.RecordBatch,
+        arrivals: Ints,
+        received_ms: int,
+    ) -> Awaitable[npt.NDArray[np.uint8]]: ...
 
 
 class ReadPort(Protocol):
@@ -70,6 +82,18 @@ class LocalIngest:
         self._shards[shard].apply(source, batch, arrivals, received_ms)
         return _Done(None)
 
+    def ingest(
+        self,
+        shard: int,
+        source: str,
+        ids: Hashes,
+        contents: Ints,
+        batch: pa.RecordBatch,
+        arrivals: Ints,
+        received_ms: int,
+    ) -> Awaitable[npt.NDArray[np.uint8]]:
+        return _Done(self._shards[shard].ingest(source, ids, contents, batch, arrivals, received_ms))
+
 
 class LocalRead:
     """Read port to shards in this process."""
@@ -89,3 +113,20 @@ def complete(coroutine: Coroutine[Any, Any, T]) -> T:
         return stop.value  # type: ignore[no-any-return]
     coroutine.close()
     raise AssertionError("the coroutine waits; run it in an event loop")
+
+
+async def all_of(started: Mapping[K, Awaitable[T]]) -> dict[K, T]:
+    """Wait for every call, also when one fails, so that none is still under way at the answer.
+
+    Raises the first failure.
+    """
+    done: dict[K, T] = {}
+    failed: Exception | None = None
+    for name, call in started.items():
+        try:
+            done[name] = await call
+        except Exception as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
+    return done

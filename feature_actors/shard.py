@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from millpond.feature_actors.dedupe import NEW, IdFilter
+from millpond.feature_actors.dedupe import CONFLICT, NEW, IdFilter
 from millpond.feature_actors.kernels import NEVER
 from millpond.feature_actors.keys import Hashes, hash_columns, owned, slots_of
 from millpond.feature_actors.layout import Layout, Table
@@ -71,7 +72,7 @@ class Shard:
     """Number `number` of the shards in `shard_map`.
 
     seed: the cluster's own seed of the index.
-    dedupe_horizon_ms: how long an event id is remembered, by arrival stamps.
+    dedupe_horizon_ms: how long an event id is remembered after it was received.
     """
 
     def __init__(
@@ -108,8 +109,19 @@ class Shard:
         for slot, rows in self._by_slot(ids, np.arange(len(ids))):
             home = self._homes.get((source, slot))
             if home is None:
-                home = self._homes[source, slot] = IdFilter(self._dedupe_horizon_ms)
+                home = self._homes[source, slot] = IdFilter(self._dedupe_horizon_ms, self._seed)
             home.admit(rows, ids.view(np.int64), contents, received_ms, verdicts)
+        return verdicts
+
+    def ingest(
+        self, source: str, ids: Hashes, contents: Ints, batch: pa.RecordBatch, arrivals: Ints, received_ms: int
+    ) -> npt.NDArray[np.uint8]:
+        """Admit events whose home is here, all of them, and apply what is no conflict: both steps in one."""
+        verdicts = self.admit(source, ids, contents, received_ms)
+        if (conflicts := verdicts == CONFLICT).any():
+            kept = np.flatnonzero(~conflicts)
+            batch, arrivals = batch.take(pa.array(kept)), arrivals[kept]
+        self.apply(source, batch, arrivals, received_ms)
         return verdicts
 
     def apply(self, source: str, batch: pa.RecordBatch, arrivals: Ints, received_ms: int) -> None:
@@ -129,9 +141,7 @@ class Shard:
         for table in self._layout.tables_of(source):
             route = self._route(table, batch, received_ms, ids)
             for slot, rows in route.rows_by_slot:
-                self._tiles_of(table.number, slot).apply(
-                    rows, route.hashes, times, arrivals, route.inputs, route.masks
-                )
+                self._tiles_of(table.number, slot).apply(rows, route.hashes, times, arrivals, route.inputs, route.masks)
 
     def _route(self, table: Table, batch: pa.RecordBatch, received_ms: int, ids: Hashes | None) -> _Route:
         """Return what of a batch goes to this shard's slots of a table, duplicates dropped."""
@@ -149,7 +159,7 @@ class Shard:
             if route_ids is not None:
                 seen = self._filters.get((table.number, slot))
                 if seen is None:
-                    seen = self._filters[table.number, slot] = IdFilter(self._dedupe_horizon_ms)
+                    seen = self._filters[table.number, slot] = IdFilter(self._dedupe_horizon_ms, self._seed)
                 verdicts = np.zeros(batch.num_rows, np.uint8)
                 seen.admit(rows, route_ids, np.zeros(batch.num_rows, np.int64), received_ms, verdicts)
                 rows = rows[verdicts[rows] == NEW]
@@ -175,7 +185,7 @@ class Shard:
         order = np.argsort(slots, kind="stable")
         rows, slots = rows[order], slots[order]
         bounds = np.flatnonzero(np.diff(slots, prepend=-1, append=-1))
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, stop in pairwise(bounds.tolist()):
             yield int(slots[start]), rows[start:stop]
 
     # -- reads
@@ -208,9 +218,7 @@ class Shard:
             out = np.empty((n, len(part.program.features)), np.float64)
             known = np.zeros((n, len(part.program.views)), np.bool_)
             for slot, which in self._by_slot(part.hashes, part.which):
-                tiles = self._tiles.get((part.program.table, slot)) or self._tiles_of(
-                    part.program.table, _NOWHERE
-                )
+                tiles = self._tiles.get((part.program.table, slot)) or self._tiles_of(part.program.table, _NOWHERE)
                 tiles.read(part.program, which, rows, as_of, out, known)
             matrices.append(out[part.which])
             knowns.append(known[part.which])
@@ -277,11 +285,7 @@ class Shard:
             for (table, slot), tiles in self._tiles.items()
             for problem in tiles.check()
         ]
-        wrong += [
-            f"slot {s} is not of shard {self._number}"
-            for _, s in self._tiles
-            if s >= 0 and not self._owned[s]
-        ]
+        wrong += [f"slot {s} is not of shard {self._number}" for _, s in self._tiles if s >= 0 and not self._owned[s]]
         return wrong
 
 

@@ -49,6 +49,3 @@ class ShardMap:
         if len(shards) == 1:
             return [(int(shards[0]), np.zeros(1, np.int64))]
         return [(shard, np.flatnonzero(shards == shard)) for shard in sorted(set(shards.tolist()))]
-
-    def slots_of_shard(self, shard: int) -> list[int]:
-        return [slot for slot, owner in enumerate(self.owners) if owner == shard]

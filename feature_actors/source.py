@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +92,13 @@ class Source:
     def __post_init__(self) -> None:
         check_name("source", self.name)
         check_owner("source", self.name, self.owner)
+        if type(self.version) is not int or self.version < 1:
+            raise DeclarationError(f"source `{self.name}`: version is a whole number from 1 on, got {self.version!r}")
+        if not isinstance(self.fields, Mapping):
+            raise DeclarationError(
+                f"source `{self.name}`: fields is a mapping of name to type such as "
+                f'{{"amount": "float64"}}, got {self.fields!r}'
+            )
         if not self.fields:
             raise DeclarationError(f"source `{self.name}`: no fields")
         fields = {n: f if isinstance(f, Field) else Field(f) for n, f in self.fields.items()}
@@ -103,7 +111,7 @@ class Source:
 
     def _check_field(self, name: str, spec: Field) -> None:
         check_name(f"source `{self.name}`: field", name)
-        if spec.type not in FIELD_TYPES:
+        if not isinstance(spec.type, str) or spec.type not in FIELD_TYPES:
             raise DeclarationError(
                 f"source `{self.name}`: field `{name}` has unknown type {spec.type!r}"
                 + did_you_mean(str(spec.type), FIELD_TYPES)
@@ -119,7 +127,7 @@ class Source:
                 ) from None
 
     def _check_role(self, role: str, name: str, types: tuple[str, ...]) -> None:
-        if name not in self.fields:
+        if not isinstance(name, str) or name not in self.fields:
             raise DeclarationError(
                 f"source `{self.name}`: {role} is {name!r}, which is not a field" + did_you_mean(str(name), self.fields)
             )

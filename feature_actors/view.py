@@ -34,6 +34,11 @@ class Feature:
         return f"{self.view.name}.{self.name}"
 
     @property
+    def wire_name(self) -> str:
+        """Name and identity: what a shard is asked for, and refuses if it knows it otherwise."""
+        return f"{self.full_name}#{self.id}"
+
+    @property
     def where(self) -> pc.Expression | None:
         """The view's and the feature's `where` together, or None."""
         both = [w for w in (self.view.where, self.aggregation.where) if w is not None]
@@ -79,6 +84,11 @@ class FeatureView:
         if not isinstance(self.source, Source):
             raise DeclarationError(f"view `{self.name}`: source must be a Source, got {self.source!r}")
         self._check_key()
+        if not isinstance(self.features, Mapping):
+            raise DeclarationError(
+                f"view `{self.name}`: features is a mapping of name to aggregation such as "
+                f'{{"orders": Count()}}, got {self.features!r}'
+            )
         if not self.features:
             raise DeclarationError(f"view `{self.name}`: no features")
         self._check_where(f"view `{self.name}`", self.where)
@@ -86,13 +96,18 @@ class FeatureView:
             self._check_feature(name, aggregation)
 
     def _check_key(self) -> None:
-        if isinstance(self.key, str) or not self.key:
+        if not isinstance(self.key, list | tuple) or not self.key:
             raise DeclarationError(f"view `{self.name}`: key must be a list of fields, got {self.key!r}")
         for name in self.key:
-            if name not in self.source.fields:
+            if not isinstance(name, str) or name not in self.source.fields:
                 raise DeclarationError(
                     f"view `{self.name}`: key field {name!r} is not a field of source `{self.source.name}`"
                     + did_you_mean(str(name), self.source.fields)
+                )
+            if name == "as_of":
+                raise DeclarationError(
+                    f"view `{self.name}`: key field `as_of` has the name of the time that features are asked for; "
+                    "give the field another name"
                 )
             spec = self.source.fields[name]
             if spec.type not in KEY_TYPES:

@@ -12,7 +12,7 @@ import re
 
 from millpond.feature_actors.errors import DeclarationError
 
-__all__ = ["LADDER_MS", "TILES_PER_WINDOW_MIN", "first_tile", "format_ms", "parse_window_ms", "tile_width_ms"]
+__all__ = ["LADDER_MS", "TILES_PER_WINDOW_MIN", "parse_length_ms", "parse_window_ms", "tile_width_ms"]
 
 _SECOND, _MINUTE, _HOUR, _DAY = 1_000, 60_000, 3_600_000, 86_400_000
 _UNITS_MS = {"ms": 1, "s": _SECOND, "m": _MINUTE, "h": _HOUR, "d": _DAY, "w": 7 * _DAY}
@@ -34,8 +34,18 @@ WINDOW_MIN_MS = _SECOND
 WINDOW_MAX_MS = 3_660 * _DAY
 
 
+def parse_length_ms(text: object) -> int | None:
+    """Return a length of time such as `"90s"`, `"30m"`, `"24h"`, `"7d"` in milliseconds, None if it is no such text.
+
+    >>> parse_length_ms("500ms"), parse_length_ms("0s"), parse_length_ms("1 hour")
+    (500, 0, None)
+    """
+    match = re.fullmatch(r"([0-9]{1,12})(ms|s|m|h|d|w)", text) if isinstance(text, str) else None
+    return None if match is None else int(match[1]) * _UNITS_MS[match[2]]
+
+
 def parse_window_ms(text: str, *, subject: str) -> int:
-    """Parse a length of time such as `"90s"`, `"30m"`, `"24h"`, `"7d"` to milliseconds.
+    """Return the length of a window or a ttl in milliseconds.
 
     Raises `DeclarationError` that names `subject` if the text is no length, or the length is
     shorter than a second (its tiles would be finer than the finest of the ladder) or above ten years.
@@ -43,10 +53,9 @@ def parse_window_ms(text: str, *, subject: str) -> int:
     >>> parse_window_ms("30d", subject="feature `spend`")
     2592000000
     """
-    match = re.fullmatch(r"(\d{1,12})(ms|s|m|h|d|w)", text) if isinstance(text, str) else None
-    if match is None:
+    length_ms = parse_length_ms(text)
+    if length_ms is None:
         raise DeclarationError(f"{subject}: expected a length such as `90s`, `30m`, `24h` or `7d`, got {text!r}")
-    length_ms = int(match[1]) * _UNITS_MS[match[2]]
     if length_ms < WINDOW_MIN_MS:
         raise DeclarationError(
             f"{subject}: window `{text}` is shorter than {TILES_PER_WINDOW_MIN} tiles of the finest "
@@ -67,20 +76,3 @@ def tile_width_ms(window_ms: int) -> int:
     [10, 60000, 1200000, 43200000]
     """
     return max(width for width in LADDER_MS if width * TILES_PER_WINDOW_MIN <= window_ms)
-
-
-def first_tile(as_of_ms: int, window_ms: int, width_ms: int) -> int:
-    """Return the number of the oldest tile that a window covers at `as_of_ms`."""
-    return (as_of_ms - window_ms) // width_ms
-
-
-def format_ms(length_ms: int) -> str:
-    """Return a length in the largest unit that divides it, the inverse of `parse_window_ms`.
-
-    >>> format_ms(1_200_000), format_ms(86_400_000)
-    ('20m', '1d')
-    """
-    for unit in ("d", "h", "m", "s"):
-        if length_ms % _UNITS_MS[unit] == 0:
-            return f"{length_ms // _UNITS_MS[unit]}{unit}"
-    return f"{length_ms}ms"

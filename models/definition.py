@@ -58,15 +58,8 @@ class Definition:
         files = {f for model in cls(path.name, text).declared().models for f in model.artifacts.values()}
         return cls(path.name, text, {f: (folder / f).read_bytes() for f in sorted(files) if (folder / f).is_file()})
 
-    @property
-    def digest(self) -> str:
-        content = hashlib.sha256(self.text.encode())
-        for name, data in sorted(self.artifacts.items()):
-            content.update(f"\0{name}\0{len(data)}\0".encode() + data)
-        return content.hexdigest()[:16]
-
     def declared(self) -> Declared:
-        """Run the text (once a process) and return what it declares."""
+        """Run the text (once a process) and return what it declares: by name, or in a list, tuple or dict of a name."""
         name = f"millpond_definition_{hashlib.sha256(self.text.encode()).hexdigest()[:16]}"
         module = sys.modules.get(name)
         if module is None:
@@ -90,11 +83,17 @@ class Definition:
                 raise DeclarationError(
                     f"definition `{self.file_name}`: does not run: {type(error).__name__}: {error}"
                 ) from error
-        values = list(vars(module).values())
+        values = [one for value in vars(module).values() for one in _contents(value)]
         models = _each(values, Model)
         views = _each([*values, *(f.view for m in models for f in m.features)], FeatureView)
         sources = _each([*values, *(v.source for v in views)], Source)
         return Declared(sources, views, models)
+
+
+def _contents(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list | tuple) else (value,)
 
 
 def _each(values: Iterable[object], kind: type[T]) -> tuple[T, ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,8 @@ from millpond.feature_actors.source import check_name, check_owner
 from millpond.feature_actors.view import Feature
 
 __all__ = ["Features", "LoadedModel", "Model", "PredictionFailed", "Predictor"]
+
+logger = logging.getLogger("millpond.models")
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Model:
 
     version: names one immutable content; another content is another version.
     features: what it reads, `view["name"]`, possibly of views with different keys.
-    predictor: called with the path of each artifact to make the thing that predicts.
+    predictor: called with the path of each artifact to make the thing that predicts. It reads them then: when
+        every model is made their folder is removed.
     artifacts: name to file name, beside the file of the definition.
 
     Raises `DeclarationError` that names the model and what does not fit.
@@ -103,16 +107,29 @@ class LoadedModel:
     def predict(self, rows: FeatureRows) -> list[Any]:
         """Return one result per row, as plain Python values that JSON can hold.
 
-        Raises `PredictionFailed` if the predictor fails, returns another number of results, or
-        something that JSON has no word for, such as NaN.
+        Raises `PredictionFailed` if the predictor fails (its exception goes to the log only), returns
+        another number of results, or something that JSON has no word for, such as NaN.
         """
         subject, n = self.model.subject, len(rows.matrix)
         try:
             results = self._predictor.predict(Features(rows.matrix, self.plan.names))
-            results = results.tolist() if isinstance(results, np.ndarray) else list(results)
-            count = len(results)
+            # These have a length too, which is of something else.
+            single = isinstance(results, Mapping | Set | str | bytes | bytearray)
+            if not single:
+                results = results.tolist() if isinstance(results, np.ndarray) else list(results)
+                count = len(results)
         except Exception as error:
-            raise PredictionFailed(f"{subject}: predict raised {type(error).__name__}: {error}") from error
+            # Its text may hold paths or values that are not the client's to see.
+            name = type(error).__name__
+            logger.exception("%s: predict raised %s", subject, name)
+            raise PredictionFailed(
+                f"{subject}: predict raised {name}; its text is in the log of the deployment"
+            ) from error
+        if single:
+            raise PredictionFailed(
+                f"{subject}: predict returned a `{type(results).__name__}`; expected a list or an array of one result "
+                "per row"
+            )
         if count != n:
             raise PredictionFailed(f"{subject}: predict returned {count} results for {n} rows")
         try:

@@ -54,7 +54,7 @@ def test_a_named_file_is_read_in_place_of_the_one_that_lies_here(tmp_path: Path)
     write(tmp_path, "shards = 3\n")
     other = write(tmp_path, "slots = 16\n", "other.toml")
     config, origins = load_config(other, environment={})
-    assert (config.shards, config.slots, origins["slots"]) == (2, 16, str(other))
+    assert (config.shards, config.slots, origins["slots"]) == (Config().shards, 16, str(other))
 
 
 def test_every_setting_can_come_from_the_environment_as_text() -> None:
@@ -90,7 +90,14 @@ def test_every_number_has_bounds_that_its_default_keeps() -> None:
         ('host = ""', "setting `host`: expected text, got '' - at `millpond.toml`"),
         ("data_dir = 5", "setting `data_dir`: expected text, got 5 - at `millpond.toml`"),
         ('name = "../evil"', "cluster '../evil': a name is lower-case letters, digits and `_`, starts with a letter and has at most 63 characters - at `millpond.toml`"),
-        ('late_after = "1 hour"', "setting `late_after`: expected a length such as `90s`, `30m`, `24h` or `7d`, got '1 hour' - at `millpond.toml`"),
+        ('late_after = "1 hour"', "setting `late_after`: expected a length such as `90s`, `30m`, `24h`, at least `0s`, at most `3660d`, got '1 hour' - at `millpond.toml`"),
+        ('late_after = "-1s"', "setting `late_after`: expected a length such as `90s`, `30m`, `24h`, at least `0s`, at most `3660d`, got '-1s' - at `millpond.toml`"),
+        ('ahead_max = "3661d"', "setting `ahead_max`: expected a length such as `90s`, `30m`, `24h`, at least `0s`, at most `3660d`, got '3661d' - at `millpond.toml`"),
+        ('dedupe_horizon = "999ms"', "setting `dedupe_horizon`: expected a length such as `90s`, `30m`, `24h`, at least `1s`, at most `3660d`, got '999ms' - at `millpond.toml`"),
+        ("late_after = 5", "setting `late_after`: expected text, got 5 - at `millpond.toml`"),
+        ("slots = 4097", "setting `slots`: 4097 is not between 1 and 4096 - at `millpond.toml`"),
+        ("shards = 65", "setting `shards`: 65 shards of 64 slots (setting `slots`); a shard needs a slot at least - at `millpond.toml`"),
+        ("slots = 4\nshards = 5", "setting `shards`: 5 shards of 4 slots (setting `slots`); a shard needs a slot at least - at `millpond.toml`"),
         ("[cluster]\nshards = 2", "no setting `cluster`; known: "),
         ("shards = ", "configuration `millpond.toml`: cannot be read: "),
     ],
@@ -109,7 +116,7 @@ def test_a_mistake_in_the_environment_and_in_a_flag_is_named_with_its_place() ->
         ConfigError, match=r"^no setting `shardz`; .*did you mean `shards`\? - at `environment MILLPOND_SHARDZ`$"
     ):
         load_config(environment={"MILLPOND_SHARDZ": "2"})
-    with pytest.raises(ConfigError, match=r"^setting `slots`: 0 is not between 1 and 65536 - at `flag --slots`$"):
+    with pytest.raises(ConfigError, match=r"^setting `slots`: 0 is not between 1 and 4096 - at `flag --slots`$"):
         load_config(environment={}, flags={"slots": "0"})
 
 
@@ -129,6 +136,17 @@ def test_the_data_directory_is_that_of_the_clusters_name(tmp_path: Path) -> None
     assert Config(name="staging", data_dir="/data").directory == Path("/data/staging")
     lengths = Config(late_after="2h", ahead_max="1s", dedupe_horizon="7d")
     assert (lengths.late_after_ms, lengths.ahead_ms_max, lengths.dedupe_horizon_ms) == (7_200_000, 1_000, 604_800_000)
+
+
+def test_an_event_may_be_late_at_once_and_not_ahead_at_all() -> None:
+    config, _ = load_config(environment={"MILLPOND_LATE_AFTER": "0s", "MILLPOND_AHEAD_MAX": "500ms"})
+    assert (config.late_after_ms, config.ahead_ms_max) == (0, 500)
+
+
+def test_as_many_shards_as_slots_are_allowed_and_the_default_is_not_more() -> None:
+    assert load_config(environment={}, flags={"slots": "1"})[0].shards == 1
+    config, _ = load_config(environment={}, flags={"shards": "8", "slots": "8"})
+    assert (config.shards, config.slots) == (8, 8)
 
 
 # -- the command line
@@ -176,6 +194,7 @@ def test_every_command_has_a_flag_for_each_setting_and_shows_it(
     [
         (["config", "--shards", "x"], "millpond: setting `shards`: expected int, got 'x' - at `flag --shards`\n"),
         (["config", "--config", "none.toml"], "millpond: configuration `none.toml`: cannot be read: [Errno 2] No such file or directory: 'none.toml'\n"),
+        (["up", "none.py", "--shards", "100"], "millpond: setting `shards`: 100 shards of 64 slots (setting `slots`); a shard needs a slot at least - at `flag --shards`\n"),
         (["status"], "millpond: no cluster `dev` runs on {here}/.millpond/dev; start one with `millpond up`\n"),
         (["down", "--name", "staging"], "millpond: no cluster `staging` runs on {here}/.millpond/staging; start one with `millpond up`\n"),
         (["up", "none.py"], "millpond: definition `none.py`: cannot be read: [Errno 2] No such file or directory: 'none.py'\n"),

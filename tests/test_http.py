@@ -406,8 +406,8 @@ def test_before_any_event_an_event_clock_says_no_time() -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        (ValueError("no luck"), "predict raised ValueError: no luck"),
-        (Unavailable("busy"), "predict raised Unavailable: busy"),
+        (ValueError("no luck"), "predict raised ValueError; its text is in the log of the deployment"),
+        (Unavailable("busy"), "predict raised Unavailable; its text is in the log of the deployment"),
         (float("nan"), "predict returned the number nan, which JSON cannot hold"),
         ([1.0, -math.inf], "predict returned the number -inf, which JSON cannot hold"),
         (np.float32("inf"), "predict returned the number inf, which JSON cannot hold"),
@@ -421,14 +421,30 @@ def test_before_any_event_an_event_clock_says_no_time() -> None:
         ({"\ud800": 1}, "predict returned the text '\\ud800', which JSON cannot hold"),
         (lambda f: [1.0] * (len(f.matrix) + 1), "predict returned 2 results for 1 rows"),
         (lambda f: np.empty((0, 3)), "predict returned 0 results for 1 rows"),
-        (lambda f: None, "predict raised TypeError: 'NoneType' object is not iterable"),
-        (lambda f: np.array(3.0), "predict raised TypeError: object of type 'float' has no len()"),
+        (lambda f: None, "predict raised TypeError; its text is in the log of the deployment"),
+        (lambda f: np.array(3.0), "predict raised TypeError; its text is in the log of the deployment"),
+        (lambda f: {"score": 0.5}, "predict returned a `dict`; expected a list or an array of one result per row"),
+        (lambda f: {0.5}, "predict returned a `set`; expected a list or an array of one result per row"),
+        (lambda f: "x", "predict returned a `str`; expected a list or an array of one result per row"),
+        (lambda f: b"x", "predict returned a `bytes`; expected a list or an array of one result per row"),
     ],
 )
 def test_a_predictor_that_fails_is_named(what: Any, message: str) -> None:
     world = make_world([churn, model("broken", list(user_spend), lambda: Returns(what))])
     refused(world.post_score("broken", {"user_id": 1}), 500, "prediction_failed", f"model `broken`: {message}")
     assert world.post_score("churn", {"user_id": 1}).status == 200
+
+
+def test_the_exception_of_a_predictor_is_in_the_log_and_not_in_the_answer(caplog: pytest.LogCaptureFixture) -> None:
+    error = FileNotFoundError(2, "No such file", "/secret/weights.npy")
+    world = make_world([model("broken", list(user_spend), lambda: Returns(error))])
+    reply = world.post_score("broken", {"user_id": 1})
+    message = "model `broken`: predict raised FileNotFoundError; its text is in the log of the deployment"
+    refused(reply, 500, "prediction_failed", message)
+    logged = next(r for r in caplog.records if r.name == "millpond.models")
+    assert logged.getMessage() == "model `broken`: predict raised FileNotFoundError"
+    assert logged.exc_info is not None
+    assert logged.exc_info[1] is error
 
 
 def test_a_result_without_end_is_named() -> None:
@@ -509,6 +525,21 @@ def test_a_wrong_question_for_features_is_refused(
 def test_a_wrong_call_is_told_the_right_ones(world: World, method: str, target: str, status: int, message: str) -> None:
     reply = call(world.score, method, target, b"{}")
     refused(reply, status, {404: "not_found", 405: "method_not_allowed"}[status], message)
+    assert reply.headers.get("allow") == (message.rpartition(" ")[2] if status == 405 else None)
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "name"),
+    [
+        ("GET", "/v1/features/user_spend?user_id=1&user_id=2", "user_id"),
+        ("GET", "/v1/features/user_spend?user_id=1&user_id=1", "user_id"),
+        ("GET", "/v1/features/user_spend?user_id=1&as_of=1700000060000&as_of=", "as_of"),
+        ("POST", "/v1/score/churn?features=true&features=false", "features"),
+    ],
+)
+def test_a_query_parameter_that_comes_twice_is_refused(world: World, method: str, target: str, name: str) -> None:
+    reply = call(world.score, method, target, b'{"user_id": 1}')
+    refused(reply, 400, "bad_request", f"query: `{name}` comes twice; allowed is once", f"?{name}")
 
 
 def test_the_events_app_has_one_call(world: World) -> None:
@@ -567,8 +598,9 @@ def test_retry_after_is_in_whole_seconds_and_never_0(ms: int, seconds: str) -> N
 
 @pytest.mark.parametrize(
     "authorization",
-    [None, "", "Bearer", "Bearer ", f"Bearer {TOKEN} ", f"Bearer x{TOKEN}", f"Basic {TOKEN}", "Bearer \xff"],
-)
+    [None, "", "Bearer", "Bearer ", f"Bearer {TOKEN} ", f"Bearer x{TOKEN}", f"Basic {TOKEN}", "Bearer \xff", TOKEN,
+     f" {TOKEN}", f"Bearer  {TOKEN}", f"Bearer Bearer {TOKEN}", f"bearer{TOKEN}"],
+)  # fmt: skip
 def test_the_status_needs_the_admin_token(world: World, authorization: str | None) -> None:
     reply = world.get("/v1/status", headers={} if authorization is None else {"authorization": authorization})
     message = (
@@ -610,7 +642,16 @@ def test_openapi_describes_a_call_for_each_source_model_and_view(openapi: dict[s
     assert openapi["info"] == {"title": "Millpond: test", "version": "1"}
     assert {(path, *calls) for path, calls in openapi["paths"].items()} == {
         ("/v1/events/purchases", "post"), ("/v1/events/logins", "post"), ("/v1/score/churn", "post"), ("/v1/score/offer", "post"),
-        *((f"/v1/features/{v.name}", "get") for v in VIEWS), ("/healthz", "get"), ("/readyz", "get"),
+        *((f"/v1/features/{v.name}", "get") for v in VIEWS), ("/healthz", "get"), ("/readyz", "get"), ("/v1/status", "get"),
+    }  # fmt: skip
+    for path, calls in openapi["paths"].items():
+        for operation in calls.values():
+            assert operation.get("security") == ([{"admin_token": []}] if path == "/v1/status" else None)
+    assert openapi["components"]["securitySchemes"] == {
+        "admin_token": {
+            "type": "http", "scheme": "bearer",
+            "description": "Authorization: Bearer TOKEN; it is in the file `admin_token` of the cluster's data directory",
+        }
     }  # fmt: skip
 
 
@@ -619,7 +660,7 @@ def test_openapi_is_well_formed(openapi: dict[str, Any]) -> None:
     assert len({o["operationId"] for o in operations}) == len(operations)
     schemas: list[Any] = [*openapi["components"]["schemas"].values()]
     for operation in operations:
-        assert operation.keys() <= {"summary", "operationId", "responses", "requestBody", "parameters"}
+        assert operation.keys() <= {"summary", "operationId", "responses", "requestBody", "parameters", "security"}
         assert operation["responses"].keys() == {"200", "4XX", "5XX"}
         for response in operation["responses"].values():
             assert response["description"]
@@ -681,6 +722,9 @@ def test_openapi_names_every_parameter_of_a_call(world: World, openapi: dict[str
     assert names["/v1/events/purchases"] == ["arrival"]
     assert names["/v1/score/offer"] == ["as_of", "features"]
     assert names["/v1/features/user_book"] == ["user_id", "book_id", "as_of"]
+    assert openapi["paths"]["/v1/score/offer"]["post"]["parameters"][0]["description"] == (
+        "for replays: ISO 8601 with a zone, or milliseconds; not before the clock nor before what has been applied"
+    )
 
 
 def test_the_page_shows_every_source_model_and_view_and_escapes_them(world: World) -> None:
@@ -695,7 +739,7 @@ def test_the_page_shows_every_source_model_and_view_and_escapes_them(world: Worl
         *(f"features/{v.name}" for v in VIEWS),
     ):
         assert f"/v1/{path}<" in page
-        assert f"$MILLPOND/v1/{path}" in page
+        assert f'curl -s "http://127.0.0.1/v1/{path}' in page
     for view in VIEWS:
         for feature in view:
             assert f"<code>{feature.name}</code>" in page
@@ -717,6 +761,28 @@ def test_the_page_of_a_cluster_of_hostile_words_holds_no_markup_of_theirs() -> N
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 6  # the name twice, owner and about of both
 
 
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("mill.example:8000", "http://mill.example:8000"),
+        ("[::1]:8000", "http://[::1]:8000"),
+        ("10.0.0.7", "http://10.0.0.7"),
+        (None, "http://127.0.0.1"),
+        ("", "http://127.0.0.1"),
+        ("x:port", "http://127.0.0.1"),
+        ("<script>alert(1)</script>", "http://127.0.0.1"),
+        ('"; rm -rf ~; "', "http://127.0.0.1"),
+        ("$(reboot)", "http://127.0.0.1"),
+        ("a.example\n", "http://127.0.0.1"),
+    ],
+)
+def test_the_lines_of_the_page_call_the_host_that_was_asked(world: World, host: str | None, url: str) -> None:
+    import re
+
+    page = world.get("/docs", headers={} if host is None else {"host": host}).body.decode()
+    assert set(re.findall(r'curl -s "(.*?)/(?:v1/|healthz|readyz)', page)) == {url}
+
+
 def test_the_examples_of_the_page_work_as_they_stand() -> None:
     import html
     import re
@@ -725,13 +791,15 @@ def test_the_examples_of_the_page_work_as_they_stand() -> None:
     world = make_world(clock=EventClock())  # the example event is of 2024
     page = html.unescape(world.get("/docs").body.decode())
     lines = re.findall(r"<pre>(curl .*?)</pre>", page)
-    assert len(lines) == 2 + 2 + 4
+    assert len(lines) == 2 + 2 + 4 + 3
     for line in sorted(lines, key=lambda text: "events" not in text):
         _, _, url, *rest = shlex.split(line)
-        target = url.removeprefix("$MILLPOND")
+        target = url.removeprefix("http://127.0.0.1")
         app = world.events if "/events/" in target else world.score
         body = rest[rest.index("-d") + 1].encode() if "-d" in rest else b""
-        reply = call(app, "POST" if body else "GET", target, body, "application/json" if body else None)
+        name, _, value = (rest[rest.index("-H") + 1] if "-H" in rest else "").partition(": ")
+        headers = {name: value.replace("$(cat admin_token)", TOKEN)} if name else {}
+        reply = call(app, "POST" if body else "GET", target, body, headers=headers)
         assert reply.status == 200, (line, reply.body)
         assert reply.json.get("unknown") in (None, [], False)
 
@@ -1033,6 +1101,21 @@ def test_an_error_of_ours_is_one_answer_without_its_details(caplog: pytest.LogCa
     app = App([Route("GET", "/fails", fails)])
     refused(call(app, "GET", "/fails"), 500, "internal", "an error of ours; it is in the log of the deployment")
     assert "secret" in caplog.text
+
+
+def test_a_path_cannot_forge_a_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def fails(request: Request) -> Response:
+        raise RuntimeError
+
+    async def busy(request: Request) -> Response:
+        raise Unavailable("busy")
+
+    app = App([Route("GET", "/fails/", fails), Route("GET", "/busy/", busy)])
+    for path in ("/fails/a%0AERROR forged", "/busy/a%0AERROR forged"):
+        assert call(app, "GET", path).status >= 500
+    assert [r.getMessage() for r in caplog.records] == [
+        "GET '/fails/a\\nERROR forged' failed", "GET '/busy/a\\nERROR forged': busy",
+    ]  # fmt: skip
 
 
 def test_json_of_a_number_that_is_not_finite_is_null() -> None:

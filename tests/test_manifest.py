@@ -107,10 +107,45 @@ def test_shards_without_a_manifest_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, f"data directory: `{tmp_path}` has no manifest but holds `shards`; name an empty directory")
 
 
-@pytest.mark.parametrize("name", ["run", "kernels", "datasets", "demo"])
+@pytest.mark.parametrize("name", ["run", "datasets", "demo"])
 def test_what_a_start_makes_before_the_manifest_may_be_there(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     assert Manifest.open(tmp_path, "dev", 64).n_slots == 64
+
+
+def test_what_a_start_that_was_killed_left_of_a_manifest_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".manifest.json.4711").write_text("half of i")
+    assert Manifest.open(tmp_path, "dev", 64).n_slots == 64
+    assert [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.parametrize("name", [".manifest.json.bak", "manifest.json.1", ".other.json.1", "kernels"])
+def test_what_only_looks_like_a_start_of_ours_is_not_touched(tmp_path: Path, name: str) -> None:
+    for one in (name, ".manifest.json.4711"):
+        (tmp_path / one).write_text("x")
+    tmp_path.chmod(0o755)
+    refused(tmp_path, f"data directory: `{tmp_path}` has no manifest but holds `{name}`; name an empty directory")
+    assert {p.name for p in tmp_path.iterdir()} == {name, ".manifest.json.4711"}
+    assert tmp_path.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_directory_that_was_made_as_the_parent_of_another_is_made_private(tmp_path: Path) -> None:
+    directory = tmp_path / "dev"
+    (directory / "run").mkdir(parents=True)
+    directory.chmod(0o755)
+    Manifest.open(directory, "dev", 64)
+    assert directory.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_directory_that_cannot_be_made_private_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, mode: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    refused(
+        tmp_path,
+        f"data directory: `{tmp_path}` cannot be made private: Operation not permitted; name another with `data_dir`",
+    )
 
 
 def test_a_manifest_that_cannot_be_written_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,9 +44,7 @@ def load_purchases() -> pa.Table:
     Raises `DatasetError` if the data cannot be fetched.
     """
     path = fetch(LIFETIMES) / "lifetimes" / "datasets" / "CDNOW_master.txt"
-    row = np.dtype(
-        [("customer_id", np.int64), ("date", np.int64), ("cds", np.float64), ("amount", np.float64)]
-    )
+    row = np.dtype([("customer_id", np.int64), ("date", np.int64), ("cds", np.float64), ("amount", np.float64)])
     rows = np.loadtxt(path, dtype=row, skiprows=1)
     rows = rows[np.argsort(rows["date"], kind="stable")]
     customer, day = rows["customer_id"], _days(rows["date"])

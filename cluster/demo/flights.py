@@ -108,9 +108,7 @@ def load_flights() -> Flights:
     flights = _read_flights(folder / "flights.csv.zip")
     flights = flights.filter(pc.is_valid(flights["dep_time"]))
     departed = _departure_times(flights)
-    arrived = _next_reading(
-        flights["arr_time"], flights["dest"], departed, _read_zones(folder / "airports.csv")
-    )
+    arrived = _next_reading(flights["arr_time"], flights["dest"], departed, _read_zones(folder / "airports.csv"))
     day = _local_days(flights)
     timed = pa.table(
         {name: flights[name] for name in flights.column_names}
@@ -194,9 +192,7 @@ def _hours_tabulated(local: npt.NDArray[np.datetime64]) -> npt.NDArray[np.int64]
 
 def _local_days(flights: pa.Table) -> npt.NDArray[np.datetime64]:
     """Return the scheduled date of each departure on New York's calendar: datetime64[D] [flights]."""
-    month = ((flights["year"].to_numpy() - 1970) * 12 + flights["month"].to_numpy() - 1).astype(
-        "datetime64[M]"
-    )
+    month = ((flights["year"].to_numpy() - 1970) * 12 + flights["month"].to_numpy() - 1).astype("datetime64[M]")
     day: npt.NDArray[np.datetime64] = month.astype("datetime64[D]") + (flights["day"].to_numpy() - 1)
     return day
 
@@ -204,9 +200,7 @@ def _local_days(flights: pa.Table) -> npt.NDArray[np.datetime64]:
 def _flight_ids(flights: pa.Table, day: npt.NDArray[np.datetime64]) -> pa.Array:
     """Return ids such as `2013-01-01-UA-1545-EWR`: an airline flies a number once a day from one airport."""
     number = flights["flight"].cast(pa.string())
-    return pc.binary_join_element_wise(
-        pa.array(day.astype(str)), flights["carrier"], number, flights["origin"], "-"
-    )
+    return pc.binary_join_element_wise(pa.array(day.astype(str)), flights["carrier"], number, flights["origin"], "-")
 
 
 def _ordered(rows: pa.Table, schema: pa.Schema) -> pa.Table:

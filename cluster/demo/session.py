@@ -1,6 +1,6 @@
 """An HTTP session that times its requests and counts those that fail.
 
-The standard library's client, because it adds the least to what is timed.
+The standard library's parser over a socket, because it adds the least to what is timed.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import socket
 import time
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,7 +17,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-__all__ = ["ARROW_STREAM", "Session", "arrow_stream"]
+__all__ = ["ARROW_STREAM", "Session", "arrow_stream", "percentile"]
 
 ARROW_STREAM = "application/vnd.apache.arrow.stream"
 
@@ -33,7 +34,9 @@ class Session:
     """One connection to a cluster; not for two threads at once."""
 
     def __init__(self, url: str) -> None:
-        self._connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
+        address = urlsplit(url)
+        self._address = (address.hostname, address.port)
+        self._socket: socket.socket | None = None
         self.requests = 0
         self.failed = 0
         #: The first answer or error that was a failure, for the message at the end.
@@ -42,13 +45,24 @@ class Session:
     def post(self, path: str, body: bytes, content_type: str = "application/json") -> Any:
         """Post and return the decoded answer, or None if the request failed."""
         self.requests += 1
+        head = (
+            f"POST {path} HTTP/1.1\r\nhost: {self._address[0]}:{self._address[1]}\r\n"
+            f"content-type: {content_type}\r\ncontent-length: {len(body)}\r\n\r\n"
+        )
         try:
-            self._connection.request("POST", path, body, {"content-type": content_type})
-            answer = self._connection.getresponse()
+            if self._socket is None:
+                self._socket = socket.create_connection(self._address, timeout=60)
+                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # Head and body in one piece: http.client sends two, and the server would wake up twice.
+            self._socket.sendall(head.encode() + body)
+            answer = http.client.HTTPResponse(self._socket, method="POST")
+            answer.begin()
             content = answer.read()
         except (OSError, http.client.HTTPException) as error:
-            self._connection.close()
+            self.close()
             return self._fail(f"{path}: {error!r}")
+        if answer.will_close:
+            self.close()
         if answer.status != 200:
             return self._fail(f"{path}: {answer.status} {content[:500].decode(errors='replace')}")
         return msgspec.json.decode(content)
@@ -68,7 +82,9 @@ class Session:
         self.first_failure = self.first_failure or what
 
     def close(self) -> None:
-        self._connection.close()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
 
 
 def percentile(values: list[float], q: float) -> float:

@@ -33,7 +33,7 @@ from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.oracle import agrees, known
 from millpond.feature_actors.plan import FeatureRows
 from millpond.feature_actors.view import FeatureView
-from millpond.feature_actors.windows import LADDER_MS
+from millpond.feature_actors.windows import TILES_PER_WINDOW_MIN
 from millpond.models.definition import Definition
 from millpond.models.model import LoadedModel, Model
 
@@ -65,7 +65,9 @@ class Stage:
     @property
     def artifacts_dir(self) -> Path:
         path = self.config.directory / "demo"
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+        for folder in (path, self.config.directory):
+            folder.chmod(0o700)
         return path
 
     def __enter__(self) -> Stage:
@@ -195,8 +197,7 @@ def parity(
             and answer["as_of"] == f"{as_of[row]}Z"
             and answer["unknown"] == offline.unknown[row]
             # NaN has many bit patterns and JSON one word for all of them; everything else is told apart.
-            and np.where(np.isnan(got), np.nan, got).tobytes()
-            == np.where(np.isnan(want), np.nan, want).tobytes()
+            and np.where(np.isnan(got), np.nan, got).tobytes() == np.where(np.isnan(want), np.nan, want).tobytes()
         )
     return equal
 
@@ -245,15 +246,9 @@ _Log = tuple[Sequence[int], Sequence[dict[str, Any]]]
 def _by_key(view: FeatureView, table: pa.Table) -> Mapping[tuple[Any, ...], _Log]:
     """Return times and events of each entity, in time order."""
     time_field = view.source.event_time
-    names = [
-        n
-        for n in table.column_names
-        if n in {*view.key, time_field, *(a.field for a in view.features.values())}
-    ]
+    names = [n for n in table.column_names if n in {*view.key, time_field, *(a.field for a in view.features.values())}]
     logs: dict[tuple[Any, ...], tuple[list[int], list[dict[str, Any]]]] = {}
-    for time_ms, event in zip(
-        epoch_ms(table, time_field).tolist(), table.select(names).to_pylist(), strict=True
-    ):
+    for time_ms, event in zip(epoch_ms(table, time_field).tolist(), table.select(names).to_pylist(), strict=True):
         times, log = logs.setdefault(tuple(event[k] for k in view.key), ([], []))
         times.append(time_ms)
         log.append({**event, time_field: time_ms})
@@ -267,7 +262,8 @@ def _reach(log: tuple[Any, Any], as_of_ms: int, aggregations: Sequence[Aggregati
     windows = [a.window_ms for a in aggregations]
     if None in windows:
         return events[:stop]
-    return events[bisect_left(times, as_of_ms - max(w or 0 for w in windows) - LADDER_MS[-1]) : stop]
+    longest = max(w or 0 for w in windows)
+    return events[bisect_left(times, as_of_ms - longest - longest // TILES_PER_WINDOW_MIN) : stop]
 
 
 def keep_serving(stage: Stage, cluster: Cluster, model: str, key: Mapping[str, Any]) -> None:
