@@ -232,7 +232,11 @@ GOLDEN: dict[str, tuple[Mapping[str, Any], str, str]] = {
         "model `churn`: expected `user` as int64, got 'one' - at `$.user`",
         "bad_id",
     ),
-    "number": ({**ONE, "book": 1}, "model `churn`: expected `book` as string, got 1 - at `$.book`", "bad_id"),
+    "number": (
+        {**ONE, "book": 1},
+        "model `churn`: expected `book` as string of at most 1024 bytes, got 1 - at `$.book`",
+        "bad_id",
+    ),
     "large": (
         {**ONE, "user": 2**63},
         f"model `churn`: expected `user` as int64, got {2**63} - at `$.user`",
@@ -255,12 +259,12 @@ GOLDEN: dict[str, tuple[Mapping[str, Any], str, str]] = {
     ),
     "long key": (
         {**ONE, "book": "x" * 1025},
-        f"model `churn`: expected `book` as string, got '{'x' * 79} - at `$.book`",
+        f"model `churn`: expected `book` as string of at most 1024 bytes, got '{'x' * 79} - at `$.book`",
         "bad_id",
     ),
     "no text": (
         {**ONE, "book": "\ud800"},
-        "model `churn`: expected `book` as string, got '\\ud800' - at `$.book`",
+        "model `churn`: expected `book` as string of at most 1024 bytes, got '\\ud800' - at `$.book`",
         "bad_id",
     ),
 }
