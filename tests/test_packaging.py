@@ -187,3 +187,24 @@ def test_every_command_and_setting_that_the_readme_names_is_one(readme: str) -> 
     assert commands <= {"demo", "up", "status", "down", "config", "bench"}, commands
     variables = set(re.findall(r"\bMILLPOND_([A-Z_]+)\b", readme))
     assert {v.lower() for v in variables} <= {f.name for f in fields(Config)} | {"datasets", "examples"}
+
+
+def test_the_python_of_the_readme_runs_and_prints_what_it_says(readme: str, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(blocks) == 2
+    names: dict[str, Any] = {"__name__": "readme"}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["rows"].matrix.tolist() == [[1.0, 0.0, 12.5], [2.0, 1.0, 36.25]]
+    assert capsys.readouterr().out.split() == ["[[", "1.", "0.", "12.5", "]", "[", "2.", "1.", "36.25]]"]
+    # An unknown user has a mean of NaN, which the model has to say something about.
+    unknown = names["spender"].predictor().predict(millpond_features([[0.0, 0.0, float("nan")]]))
+    assert unknown.tolist() == [0.0]
+
+
+def millpond_features(matrix: list[list[float]]) -> Any:
+    import numpy as np
+
+    from millpond.models import Features
+
+    return Features(np.array(matrix), ("a", "b", "c"))
