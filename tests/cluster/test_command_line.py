@@ -100,7 +100,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, flights: Flights) -> Path:
 
     folder = tmp_path_factory.mktemp("terminal")
     (folder / "apps.py").write_text(DEFINITION)
-    (folder / "millpond.toml").write_text('name = "told"\nport = 0\nclock = "event"\ndraining_period_s = 0\n')
+    (folder / "millpond.toml").write_text('name = "told"\nport = 0\nshards = 2\nclock = "event"\ndraining_period_s = 0\n')
     (folder / "trained").mkdir()
     past = flights.between("2013-02-01", DAY)
     rows = training_set(
@@ -173,7 +173,7 @@ class TestUpOnServesProxy(ServedContract):
     def test_a_killed_shard_is_said_to_be_lost_and_never_answers_with_empty_features(self, served: Served) -> None:
         """Last but one: there is no way back from it but a new start."""
         users = range(5_000_000, 5_000_060)
-        at = START + 20 * 365 * 86_400_000 // 4
+        at = START + 365 * 86_400_000
         served.post_events([purchase(f"kill-{u}", u, 3.0, at, book_id="kill") for u in users])
         victim = min(shard_pids(shelter_of(served.directory)))
         os.kill(victim, signal.SIGKILL)
