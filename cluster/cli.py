@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="print it as JSON")
     command("down", _down, "Stop the running cluster cleanly.")
     command("config", _config, "Print every setting and where its value came from.")
-    bench = command("bench", _bench, "Measure; the figures are described in the README.")
+    bench = command("bench", _bench, "Measure; the figures stand in the README under Measured.")
     bench.add_argument("scenario", choices=["score"])
     bench.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     bench.add_argument("--seconds", type=float, default=5.0, help="length of each measurement")
