@@ -40,7 +40,6 @@ from millpond.models.model import LoadedModel, Model
 __all__ = ["Stage", "epoch_ms", "instants", "judge", "keep_serving", "offline_model", "parity", "sample"]
 
 BATCH_ROWS = 20_000
-_SENDERS = 2
 
 
 class Stage:
@@ -97,31 +96,31 @@ class Stage:
         return Cluster(self.config, [definition]).start(models=False), definition
 
     def load(self, url: str, events: Mapping[str, pa.Table], advance: Callable[..., None]) -> None:
-        """Post events in bulk, as Arrow streams over several connections, and note events/s."""
-        # The event clock stands at the newest arrival: the sources go side by side in time.
-        bodies = [
-            (str(table[column][0]), source, len(part), arrow_stream(part))
-            for source, table, column in ((s, t, t.schema.names[-1]) for s, t in events.items())
-            for part in (table.slice(at, BATCH_ROWS) for at in range(0, len(table), BATCH_ROWS))
-        ]
-        sessions = [Session(url) for _ in range(_SENDERS)]
+        """Post events in bulk, as Arrow streams, a connection for each source, and note events/s.
+
+        A source's batches go one after the other, so that its events arrive in their order.
+        """
+        bodies = {
+            source: [arrow_stream(table.slice(at, BATCH_ROWS)) for at in range(0, len(table), BATCH_ROWS)]
+            for source, table in events.items()
+        }
+        sessions = {source: Session(url) for source in events}
         start, sent = time.perf_counter(), 0
 
-        def send(lane: int) -> None:
+        def send(source: str) -> None:
             nonlocal sent
-            # A lane is a source, so that the events of a source arrive in their order.
-            for _, source, rows, body in bodies:
-                if list(events).index(source) % _SENDERS == lane:
-                    sessions[lane].post(f"/v1/events/{source}", body, ARROW_STREAM)
-                    sent += rows
-                    advance(rows, f"{sent / (time.perf_counter() - start):,.0f} events/s")
+            for number, body in enumerate(bodies[source]):
+                sessions[source].post(f"/v1/events/{source}", body, ARROW_STREAM)
+                rows = min(BATCH_ROWS, len(events[source]) - number * BATCH_ROWS)
+                sent += rows
+                advance(rows, f"{sent / (time.perf_counter() - start):,.0f} events/s")
 
-        with ThreadPoolExecutor(_SENDERS) as pool:
-            list(pool.map(send, range(_SENDERS)))
+        with ThreadPoolExecutor(len(events)) as pool:
+            list(pool.map(send, events))
         seconds = time.perf_counter() - start
         self.count("events", sent)
         self.figures["events_per_s"] = round(sent / seconds)
-        for session in sessions:
+        for session in sessions.values():
             self.add_requests(session)
 
     def count(self, name: str, n: int) -> None:
