@@ -88,7 +88,8 @@ def _up(options: argparse.Namespace, config: Config, origins: dict[str, str]) ->
     print(f"starting cluster `{config.name}` in {config.directory} ...", file=sys.stderr)
     with Cluster(config, definitions) as cluster:
         models = [m.name for d in definitions for m in d.declared().models]
-        print(f"serving {cluster.url}  (calls: {cluster.url}/docs; stop: Ctrl-C or `millpond down`)")
+        down = "millpond down" + (f" --name {config.name}" if config.name != Config.name else "")
+        print(f"serving {cluster.url}  (calls: {cluster.url}/docs; stop: Ctrl-C or `{down}`)")
         for source in cluster.layout.sources:
             print(f"  POST /v1/events/{source}")
         for model in models:

@@ -143,7 +143,7 @@ flight_delay = Model(
 
 def train(matrix: npt.NDArray[np.float64], late: npt.NDArray[np.bool_], path: str) -> None:
     """Train on float64 [flights, features], as the shards served them, and write the artifact."""
-    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.ensemble import HistGradientBoostingClassifier as Boosting
 
-    learner = HistGradientBoostingClassifier(max_leaf_nodes=15, min_samples_leaf=300, early_stopping=False)
+    learner = Boosting(max_leaf_nodes=15, min_samples_leaf=300, early_stopping=False, random_state=0)
     save_trees(learner.fit(matrix, late), path)

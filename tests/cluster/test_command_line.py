@@ -60,7 +60,8 @@ class Up:
         assert self.process.stdout is not None
         self.said = [self.process.stdout.readline()]
         match = re.match(
-            r"serving (http://127\.0\.0\.1:\d+)  \(calls: \1/docs; stop: Ctrl-C or `millpond down`\)$", self.said[0]
+            r"serving (http://127\.0\.0\.1:\d+)  \(calls: \1/docs; stop: Ctrl-C or `millpond down --name told`\)$",
+            self.said[0],
         )
         assert match, (self.said, (folder / "stderr.txt").read_text())
         self.url = match[1]
@@ -100,7 +101,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, flights: Flights) -> Path:
 
     folder = tmp_path_factory.mktemp("terminal")
     (folder / "apps.py").write_text(DEFINITION)
-    (folder / "millpond.toml").write_text('name = "told"\nport = 0\nshards = 2\nclock = "event"\ndraining_period_s = 0\n')
+    (folder / "millpond.toml").write_text(
+        'name = "told"\nport = 0\nshards = 2\nclock = "event"\ndraining_period_s = 0\n'
+    )
     (folder / "trained").mkdir()
     past = flights.between("2013-02-01", DAY)
     rows = training_set(
