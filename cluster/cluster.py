@@ -142,6 +142,7 @@ class Cluster:
             bodies=BodyLimits(body_bytes_max=config.event_body_bytes_max, rows_max=config.event_rows_max),
             scores=ScoreLimits(config.score_body_bytes_max, config.score_ids_max),
             shard_timeout_s=config.shard_timeout_s,
+            body_timeout_s=config.body_timeout_s,
             admin_token_sha256=hashlib.sha256(token.encode()).hexdigest(),
             replicas=config.replicas,
             requests_ongoing_max=config.requests_ongoing_max,

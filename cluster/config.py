@@ -58,6 +58,7 @@ class Config:
     requests_ongoing_max: int = _setting(256, "requests that a replica works on at once", 1, 10**6)
     requests_queued_max: int = _setting(1_024, "requests that wait for a replica; more are answered 503", 1, 10**6)
     shard_timeout_s: float = _setting(30.0, "longest wait for one call of a shard", 0.01, 3_600)
+    body_timeout_s: float = _setting(30.0, "how long the body of a request may take to arrive", 0.01, 3_600)
     draining_period_s: float = _setting(2.0, "how long a replica that is replaced still answers", 0, 3_600)
     object_store_mb: int = _setting(100, "shared memory for large calls between processes", 80, 10**6)
 

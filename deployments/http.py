@@ -6,6 +6,7 @@ and pydantic would cost more than reading the features and running the model.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,10 @@ class MethodNotAllowed(MillpondError):
     def __init__(self, method: str, path: str, allowed: str) -> None:
         super().__init__(f"{method} {path[:200]}: allowed is {allowed}")
         self.allowed = allowed
+
+
+class BodyTimeout(MillpondError):
+    code, status = "body_timeout", 408
 
 
 class ClientGone(Exception):
@@ -70,6 +75,7 @@ class Request:
     path: str
     scope: Scope
     receive: Receive
+    body_timeout_s: float
     name: str = ""
     _query: dict[str, str] | None = field(default=None, repr=False)
 
@@ -77,9 +83,13 @@ class Request:
     def query(self) -> dict[str, str]:
         """The query parameters; `BadRequest` if one is repeated: neither value could be taken for the one meant."""
         if self._query is None:
-            text = self.scope.get("query_string", b"").decode("utf-8", "replace")
             query: dict[str, str] = {}
-            for name, value in parse_qsl(text, keep_blank_values=True):
+            try:
+                text = self.scope.get("query_string", b"").decode()
+                pairs = parse_qsl(text, keep_blank_values=True, errors="strict")
+            except (UnicodeDecodeError, ValueError):
+                raise BadRequest("query: not UTF-8, or too many parameters", path="?") from None
+            for name, value in pairs:
                 if name in query:
                     raise BadRequest(f"query: `{name[:80]}` comes twice; allowed is once", path=f"?{name[:80]}")
                 query[name] = value
@@ -109,7 +119,18 @@ class Request:
         return None
 
     async def body(self, bytes_max: int) -> bytes:
-        """Read the body; stop and raise `TooLarge` as soon as it is over `bytes_max`."""
+        """Read the body; stop and raise `TooLarge` as soon as it is over `bytes_max`.
+
+        Raises `BodyTimeout` if it takes too long: a replica works on so many requests and no more, and
+        bodies that never end would take all the places.
+        """
+        try:
+            async with asyncio.timeout(self.body_timeout_s):
+                return await self._read_body(bytes_max)
+        except TimeoutError:
+            raise BodyTimeout(f"body: did not arrive whole within {self.body_timeout_s:g} s") from None
+
+    async def _read_body(self, bytes_max: int) -> bytes:
         length = self.header(b"content-length")
         if length is not None and length.isdigit() and int(length) > bytes_max:
             raise self._too_large(bytes_max)
@@ -143,6 +164,9 @@ class Route:
 class App:
     """An ASGI application over a table of routes."""
 
+    #: How long a request's body may take to arrive.
+    body_timeout_s = 30.0
+
     def __init__(self, routes: list[Route]) -> None:
         self._exact = {(r.method, r.path): r.handler for r in routes if not r.path.endswith("/")}
         self._named = [(r.method, r.path, r.handler) for r in routes if r.path.endswith("/")]
@@ -151,11 +175,12 @@ class App:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await _live(receive, send)
-        if scope["type"] != "http":
-            return None
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close", "code": 1003})
         root, path = scope.get("root_path", ""), scope["path"]
         # Serve mounts an app below its route prefix; some servers leave the prefix in the path.
-        request = Request(scope["method"], path if path.startswith(root) else root + path, scope, receive)
+        path = path if path.startswith(root) else root + path
+        request = Request(scope["method"], path, scope, receive, self.body_timeout_s)
         try:
             response = await self._handler(request)(request)
         except ClientGone:

@@ -51,6 +51,7 @@ class ServingSpec:
     bodies: BodyLimits
     scores: ScoreLimits
     shard_timeout_s: float
+    body_timeout_s: float
     admin_token_sha256: str
     replicas: int
     requests_ongoing_max: int
@@ -99,6 +100,7 @@ class EventsReplica:
     def __init__(self, spec: ServingSpec) -> None:
         client, _ = _connect(spec)
         self._app = EventsApp(client, spec.bodies)
+        self._app.body_timeout_s = spec.body_timeout_s
 
     def __serve_build_asgi_app__(self) -> EventsApp:
         return self._app
@@ -111,6 +113,7 @@ class ScoreReplica:
         client, read = _connect(spec)
         models = load_models(definitions, client.layout)
         self._app = ScoreApp(client, models, read.status, spec.scores, spec.admin_token_sha256, spec.cluster_name)
+        self._app.body_timeout_s = spec.body_timeout_s
 
     def __serve_build_asgi_app__(self) -> ScoreApp:
         return self._app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.clock import Clock, ManualClock
 from millpond.feature_actors.decode import BodyLimits
 from millpond.feature_actors.layout import compile_layout
-from millpond.feature_actors.ports import LocalIngest, LocalRead, complete
+from millpond.feature_actors.ports import LocalIngest, LocalRead
 from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.models import Features, Model
@@ -217,7 +218,7 @@ def call(
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    complete(app(scope, receive, send))
+    asyncio.run(app(scope, receive, send))  # type: ignore[arg-type]
     if not sent:
         return Reply(0, {}, b"")
     start, end = sent

@@ -1166,3 +1166,38 @@ def test_results_do_not_depend_on_the_number_of_shards() -> None:
 def test_every_view_has_a_plan(world: World) -> None:
     for view in VIEWS:
         assert ReadPlan(LAYOUT, list(view), "x").names == tuple(f"{view.name}.{n}" for n in view.features)
+
+
+def test_a_body_that_never_ends_is_given_up(world: World) -> None:
+    async def ask() -> list[dict[str, Any]]:
+        sent: list[dict[str, Any]] = []
+        first = [{"type": "http.request", "body": b"{", "more_body": True}]
+
+        async def receive() -> dict[str, Any]:
+            return first.pop() if first else await asyncio.Event().wait()  # type: ignore[return-value]
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/score/churn", "query_string": b"", "headers": []}
+        await world.score(scope, receive, send)
+        return sent
+
+    world.score.body_timeout_s = 0.01
+    start, body = asyncio.run(ask())
+    assert (start["status"], json.loads(body["body"])["error"]["code"]) == (408, "body_timeout")
+    still_serves(world)
+
+
+def test_a_websocket_is_closed(world: World) -> None:
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    asyncio.run(world.score({"type": "websocket", "path": "/healthz"}, None, send))  # type: ignore[arg-type]
+    assert sent == [{"type": "websocket.close", "code": 1003}]
+
+
+def test_a_query_that_is_not_utf8_names_nobody(world: World) -> None:
+    assert world.get("/v1/features/user_spend?user_id=%ff").status == 400
