@@ -43,7 +43,7 @@ class Config:
     host: str = _setting("127.0.0.1", "address that HTTP listens on")
     port: int = _setting(8000, "HTTP port tried first; another is chosen if it is taken", 0, 65_535)
     proxy: Literal["haproxy", "serve"] = _setting("haproxy", "the fast ingress, or Serve's own proxy")
-    #: On two cores a second shard doubles the calls of a score and adds no speed: a call keeps a core busy.
+    #: On two cores a second shard makes a score of several keys slower: README, decisions.
     shards: int = _setting(max(1, (os.cpu_count() or 1) // 2), "feature actors; one for every two cores", 1, 1_024)
     slots: int = _setting(64, "slots of the shard map; fixed when the data directory is made", 1, 4_096)
     replicas: int = _setting(1, "replicas of the events app and of the score app", 1, 1_024)

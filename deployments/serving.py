@@ -1,8 +1,9 @@
 """The Serve edge: the events app and the score app as Ray Serve deployments.
 
-Two deployments, so that a large body of events never stands in the way of a score. Models live in
-the score app's replicas: no call from one deployment to another lies on the way of a request. Ray is
-imported late, because Serve reads its settings from the environment when it is imported.
+Two deployments, so that decoding a large body of events does not hold the process that scores; the
+shard that applies it is still one for both. Models live in the score app's replicas: no call from one
+deployment to another lies on the way of a request. Ray is imported late, because Serve reads its
+settings from the environment when it is imported.
 """
 
 from __future__ import annotations

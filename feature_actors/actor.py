@@ -2,7 +2,7 @@
 
 The actor adds a process and a queue to the plain `Shard`, nothing else. It is detached and named, is
 restarted by Ray without end, and never retried by Ray: a write may be sent twice only by us, who
-know that it is safe. Batches cross as Arrow IPC bytes.
+know that it is safe. What crosses is described in `wire`.
 """
 
 from __future__ import annotations

@@ -152,7 +152,8 @@ class Shard:
         by_slot = list(self._by_slot(hashes, keyed))
         if not by_slot:
             return _Route(hashes.view(np.int64), [], _NO_INPUTS, _NO_MASKS)
-        # What can fail comes before the filter, which takes an event for applied once it has seen it.
+        # What an event can make fail comes before the filter, which takes an event for applied once it has
+        # seen it. What is left is running out of memory, after which the actor refuses everything.
         inputs, masks = _inputs(table, batch), _masks(table, batch)
         rows_by_slot = []
         for slot, rows in by_slot:
