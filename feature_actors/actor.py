@@ -23,7 +23,7 @@ from millpond.feature_actors.errors import MillpondError, Unavailable
 from millpond.feature_actors.keys import Hashes
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.manifest import open_shard
-from millpond.feature_actors.plan import ShardAnswer, ShardQuestion
+from millpond.feature_actors.plan import Answer, Question
 from millpond.feature_actors.ports import all_of
 from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.shard_map import ShardMap
@@ -58,6 +58,8 @@ Ints = npt.NDArray[np.int64]
 
 #: Calls that wait for one shard, from one replica; more are answered 503.
 PENDING_CALLS_MAX = 1_024
+#: How often shards are asked until they read as of one time.
+_READS_MAX = 8
 
 
 @dataclass(frozen=True)
@@ -242,13 +244,57 @@ class ActorIngest(_Calls):
 
 
 class ActorRead(_Calls):
-    """Read port to shard actors."""
+    """Read port to shard actors, on whatever node they are."""
 
-    def read(self, shard: int, question: ShardQuestion) -> Awaitable[ShardAnswer]:
-        return self._read(question, self._call(shard, "read", encode_question(question)))
+    def __init__(self, actors: Sequence[Any], shard_map: ShardMap, timeout_s: float = 30.0) -> None:
+        super().__init__(actors, timeout_s)
+        self._map = shard_map
 
-    async def _read(self, question: ShardQuestion, answer: Coroutine[Any, Any, WireAnswer]) -> ShardAnswer:
-        return decode_answer(await answer, question)
+    async def read(self, question: Question) -> Answer:
+        """Ask each shard for its part and put the parts together.
+
+        All features of an id are as of one time. The shards do not know each other's, so each reads as of its own
+        first; those that lag behind the newest are asked again for that time.
+        """
+        n, keys = question.n, range(len(question.program.keys))
+        shards = np.stack([self._map.shards_of(question.hashes[key].view(np.uint64)) for key in keys])
+        concerned = {s: np.flatnonzero((shards == s).any(axis=0)) for s in np.unique(shards).tolist()}
+        answers: dict[int, Answer] = {}
+        asking, clock = list(concerned), question.clock
+        for _ in range(_READS_MAX):
+            questions = {s: question.of_rows(concerned[s], clock) for s in asking}
+            answers |= await all_of({s: self._ask(s, q) for s, q in questions.items()})
+            as_of = np.full(n, np.iinfo(np.int64).min, np.int64)
+            for shard, answer in answers.items():
+                as_of[concerned[shard]] = np.maximum(as_of[concerned[shard]], answer.as_of)
+            asking = [s for s, answer in answers.items() if (answer.as_of < as_of[concerned[s]]).any()]
+            if not asking:
+                return self._together(question, as_of, shards, concerned, answers)
+            clock = as_of
+        raise Unavailable("events of the entity arrive faster than it can be read", retry_after_ms=100)
+
+    async def _ask(self, shard: int, question: Question) -> Answer:
+        return decode_answer(await self._call(shard, "read", encode_question(question)), question)
+
+    def _together(
+        self, question: Question, as_of: Ints, shards: Ints, concerned: dict[int, Ints], answers: dict[int, Answer]
+    ) -> Answer:
+        if len(answers) == 1:
+            return next(iter(answers.values()))
+        whole, program = Answer.empty(question), question.program
+        whole.as_of[:] = as_of
+        for column, _ in program.texts:
+            whole.texts[column] = [None] * question.n
+        for shard, answer in answers.items():
+            rows = concerned[shard]
+            for key, (columns, views) in enumerate(zip(program.columns_of_key, program.views_of_key, strict=True)):
+                mine = np.flatnonzero(shards[key, rows] == shard)
+                whole.values[np.ix_(rows[mine], columns)] = answer.values[np.ix_(mine, columns)]
+                whole.known[np.ix_(rows[mine], views)] = answer.known[np.ix_(mine, views)]
+            for column, key in program.texts:
+                for i in np.flatnonzero(shards[key, rows] == shard).tolist():
+                    whole.texts[column][int(rows[i])] = answer.texts[column][i]
+        return whole
 
     async def status(self) -> list[dict[str, Any]]:
         """Return what every shard says of itself."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,10 +17,10 @@ import pyarrow.compute as pc
 
 from millpond.feature_actors.clock import Clock
 from millpond.feature_actors.dedupe import CONFLICT, DUPLICATE, NEW
-from millpond.feature_actors.errors import BadRequest, Problem, Unavailable
+from millpond.feature_actors.errors import BadRequest, Problem
 from millpond.feature_actors.keys import hash_columns
 from millpond.feature_actors.layout import Layout
-from millpond.feature_actors.plan import FeatureRows, ReadPlan, ShardAnswer
+from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.feature_actors.ports import IngestPort, ReadPort, all_of
 from millpond.feature_actors.shard import key_validity
 from millpond.feature_actors.shard_map import ShardMap
@@ -33,7 +33,6 @@ T = TypeVar("T")
 K = TypeVar("K")
 Ints = npt.NDArray[np.int64]
 
-_READS_MAX = 8
 _PROBLEMS_MAX = 10
 
 
@@ -118,27 +117,12 @@ class FeatureClient:
     ) -> FeatureRows:
         """Read the plan's features of n ids, `keys` as `ReadPlan.key_columns` returns them.
 
-        All features of an id are as of one time. The shards do not know each other's, so each reads
-        as of its own first; those that lag behind the newest are asked again for that time.
-
-        Raises `AsOfInPast`; `Unavailable` if a shard is, or if time runs away from the readers.
+        All features of an id are as of one time. Raises `AsOfInPast`; `Unavailable` if a shard is.
         """
         if n == 0:
-            return FeatureRows(np.empty((0, len(plan.features))), np.empty(0, np.int64), [])
-        now_ms = self._clock.now_ms()
-        clock = None if now_ms is None else np.full(n, now_ms, np.int64)
+            return FeatureRows(np.empty((0, len(plan.names))), np.empty(0, np.int64), [])
         as_of = None if as_of_ms is None else np.full(n, as_of_ms, np.int64)
-        questions = plan.questions(keys, n, self._map, clock, as_of)
-        answers: dict[int, ShardAnswer] = {}
-        asking = questions
-        for _ in range(_READS_MAX):
-            answers |= await all_of({s: self._read.read(s, q) for s, q in asking.items()})
-            newest = np.maximum.reduce([a.as_of for a in answers.values()])
-            behind = [s for s, a in answers.items() if (a.as_of < newest).any()]
-            if not behind:
-                return plan.assemble(n, questions, answers, newest)
-            asking = {s: replace(questions[s], clock=newest) for s in behind}
-        raise Unavailable(f"{plan.subject}: events of the entity arrive faster than it can be read", retry_after_ms=100)
+        return plan.rows(await self._read.read(plan.question(keys, n, self._clock.now_ms(), as_of)))
 
     # -- steps of ingest
 

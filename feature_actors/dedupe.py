@@ -1,122 +1,144 @@
-"""The duplicate filter: which event ids a slot has seen, for as long as the horizon says.
+"""The duplicate filter: which event ids the slots of a shard have seen, for as long as the horizon says.
 
-An id is a duplicate if it was received at most `horizon_ms` before the newest request of the slot.
-Purging what is older, when the filter has to grow, changes no verdict. It is the time of receiving,
-not the event's arrival stamp: a replay of a year stamps events with 2013, and when a request of it is
-sent again its ids have to be known. An id seen again with another content is a conflict:
-it is not applied and it is counted.
+An id is a duplicate if it was received at most `horizon_ms` before the newest request. Purging what is older, when a
+slot's filter has to grow, changes no verdict. It is the time of receiving, not the event's arrival stamp: a replay of
+a year stamps events with 2013, and when a request of it is sent again its ids have to be known. An id seen again with
+another content is a conflict: it is not applied and it is counted.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numba as nb
 import numpy as np
 import numpy.typing as npt
+
+from millpond.feature_actors.tiles.compiled import inner, kernel, prefetch, views_at
 
 __all__ = ["CONFLICT", "DUPLICATE", "NEW", "IdFilter"]
 
 NEW, DUPLICATE, CONFLICT = 0, 1, 2
 
+Ints = npt.NDArray[np.int64]
+
 #: Words of an entry: two halves of the id's hash, when it was received, hash of the content.
 _WORDS = 4
+_LO, _HI, _RECEIVED, _CONTENT = range(_WORDS)
 _EMPTY = np.iinfo(np.int64).min  # nothing was received then
 _ENTRIES_AT_FIRST = 16
+# Columns of the directory: address of a slot's entries, how many there are, how many are used.
+_AT, _ENTRIES, _USED = range(3)
+_AHEAD = 16
 
 
-@nb.njit(cache=True, nogil=True)
-def _place(entries: Any, seed: Any, lo: Any, hi: Any) -> Any:
-    mask = entries.shape[0] - 1
+@inner
+def _place(at: Any, entries: Any, seed: Any, lo: Any, hi: Any) -> Any:
+    """Return the entry that has an id, or is empty for it, as a word from `at` on."""
+    words, _, _ = views_at(at)
     mixed = (np.uint64(lo) ^ np.uint64(seed)) * np.uint64(0x9E3779B97F4A7C15)
-    place = np.int64(mixed >> np.uint64(20)) & mask
-    while entries[place, 2] != _EMPTY and (entries[place, 0] != lo or entries[place, 1] != hi):
-        place = (place + 1) & mask
-    return place
+    place = np.int64(mixed >> np.uint64(20)) & (entries - 1)
+    while words[place * _WORDS + _RECEIVED] != _EMPTY and (
+        words[place * _WORDS + _LO] != lo or words[place * _WORDS + _HI] != hi
+    ):
+        place = (place + 1) & (entries - 1)
+    return place * _WORDS
 
 
-@nb.njit(cache=True, nogil=True)
+@kernel
 def _admit(
-    entries: Any, seed: Any, used: Any, newest: Any, horizon: Any, rows: Any, start: Any, ids: Any, contents: Any,
-    received: Any, verdicts: Any,
+    directory: Any, seed: Any, oldest: Any, rows: Any, start: Any, slots: Any, ids: Any, contents: Any, received: Any,
+    verdicts: Any,
 ) -> Any:  # fmt: skip
-    """Judge the ids `rows[start:]`; return (next row, used, newest), next < len(rows) when full."""
-    newest = max(newest, received)
-    for k in range(start, rows.shape[0]):
-        if used * 3 >= entries.shape[0] * 2:
-            return k, used, newest
-        i = rows[k]
-        place = _place(entries, seed, ids[i, 0], ids[i, 1])
-        if entries[place, 2] == _EMPTY:
-            used += 1
-        elif entries[place, 2] >= newest - horizon:
-            verdicts[i] = DUPLICATE if entries[place, 3] == contents[i] else CONFLICT
-            continue
-        entries[place, 0], entries[place, 1] = ids[i, 0], ids[i, 1]
-        entries[place, 2], entries[place, 3] = received, contents[i]
-        verdicts[i] = NEW
-    return rows.shape[0], used, newest
+    """Judge the ids `rows[start:]`; return the first row whose slot is full, or len(rows)."""
+    for block in range(start, rows.shape[0], _AHEAD):
+        end = min(block + _AHEAD, rows.shape[0])
+        for k in range(block, end):
+            entries = directory[slots[rows[k]], _ENTRIES]
+            if entries > 0:
+                words, _, _ = views_at(directory[slots[rows[k]], _AT])
+                mixed = (np.uint64(ids[rows[k], 0]) ^ np.uint64(seed)) * np.uint64(0x9E3779B97F4A7C15)
+                prefetch(words, (np.int64(mixed >> np.uint64(20)) & (entries - 1)) * _WORDS)
+        for k in range(block, end):
+            i = rows[k]
+            slot = slots[i]
+            if directory[slot, _USED] * 3 >= directory[slot, _ENTRIES] * 2:
+                return k
+            words, _, _ = views_at(directory[slot, _AT])
+            at = _place(directory[slot, _AT], directory[slot, _ENTRIES], seed, ids[i, 0], ids[i, 1])
+            if words[at + _RECEIVED] == _EMPTY:
+                directory[slot, _USED] += 1
+            elif words[at + _RECEIVED] >= oldest:
+                verdicts[i] = DUPLICATE if words[at + _CONTENT] == contents[i] else CONFLICT
+                continue
+            words[at + _LO], words[at + _HI] = ids[i, 0], ids[i, 1]
+            words[at + _RECEIVED], words[at + _CONTENT] = received, contents[i]
+            verdicts[i] = NEW
+    return rows.shape[0]
 
 
-@nb.njit(cache=True, nogil=True)
-def _rehash(old: Any, new: Any, seed: Any, oldest: Any) -> Any:
+@kernel
+def _rehash(old: Any, old_entries: Any, new: Any, new_entries: Any, seed: Any, oldest: Any) -> Any:
+    """Copy the entries that are not older than `oldest`; return how many."""
     used = 0
-    for e in range(old.shape[0]):
-        if old[e, 2] != _EMPTY and old[e, 2] >= oldest:
-            place = _place(new, seed, old[e, 0], old[e, 1])
-            new[place] = old[e]
+    words, _, _ = views_at(old)
+    new_words, _, _ = views_at(new)
+    for entry in range(0, old_entries * _WORDS, _WORDS):
+        if words[entry + _RECEIVED] != _EMPTY and words[entry + _RECEIVED] >= oldest:
+            at = _place(new, new_entries, seed, words[entry + _LO], words[entry + _HI])
+            for w in range(_WORDS):
+                new_words[at + w] = words[entry + w]
             used += 1
     return used
 
 
 class IdFilter:
-    """Event ids that one slot has seen within the horizon; the seed is the cluster's, as of its tiles."""
+    """Event ids that the slots have seen within the horizon; the seed is the cluster's, as of its tiles."""
 
-    def __init__(self, horizon_ms: int, seed: int = 0) -> None:
+    def __init__(self, horizon_ms: int, n_slots: int, seed: int = 0) -> None:
         self._horizon_ms = horizon_ms
         self._seed = np.uint64(seed)
-        self._newest = np.int64(_EMPTY + horizon_ms)
-        self._used = 0
-        self._entries = self._empty(_ENTRIES_AT_FIRST)
-
-    @staticmethod
-    def _empty(n: int) -> npt.NDArray[np.int64]:
-        entries = np.zeros((n, _WORDS), np.int64)
-        entries[:, 2] = _EMPTY
-        return entries
+        self._newest_ms = _EMPTY + horizon_ms
+        self._directory: Ints = np.zeros((n_slots, 3), np.int64)
+        self._entries: dict[int, Ints] = {}
 
     def admit(
         self,
-        rows: npt.NDArray[np.int64],
-        ids: npt.NDArray[np.int64],
-        contents: npt.NDArray[np.int64],
+        rows: Ints,
+        slots: Ints,
+        ids: Ints,
+        contents: Ints,
         received_ms: int,
         verdicts: npt.NDArray[np.uint8],
     ) -> None:
         """Judge the ids `rows` in that order into `verdicts` and remember the new ones.
 
-        ids int64 [n, 2], contents int64 [n], verdicts uint8 [n].
+        slots int64 [n], ids int64 [n, 2], contents int64 [n], verdicts uint8 [n].
         """
+        self._newest_ms = max(self._newest_ms, received_ms)
+        oldest = self._newest_ms - self._horizon_ms
         start = 0
         while True:
-            start, self._used, self._newest = _admit(
-                self._entries, self._seed, self._used, self._newest, self._horizon_ms, rows, start, ids, contents,
-                received_ms, verdicts,
-            )  # fmt: skip
+            start = _admit(
+                self._directory, self._seed, oldest, rows, start, slots, ids, contents, received_ms, verdicts
+            )
             if start == len(rows):
                 return
-            self._make_room()
+            self._make_room(int(slots[rows[start]]), oldest)
 
-    def _make_room(self) -> None:
-        oldest = self._newest - self._horizon_ms
-        kept = int(np.count_nonzero(self._entries[:, 2] >= oldest))
+    def _make_room(self, slot: int, oldest: int) -> None:
+        old = self._entries.get(slot)
+        kept = 0 if old is None else int(np.count_nonzero(old[:, _RECEIVED] >= max(oldest, _EMPTY + 1)))
         size = _ENTRIES_AT_FIRST
         while size < kept * 2 + 2:
             size *= 2
-        new = self._empty(size)
-        self._used = int(_rehash(self._entries, new, self._seed, oldest))
-        self._entries = new
+        new: Ints = np.zeros((size, _WORDS), np.int64)
+        new[:, _RECEIVED] = _EMPTY
+        used = 0
+        if old is not None:
+            used = int(_rehash(old.ctypes.data, len(old), new.ctypes.data, size, self._seed, oldest))
+        self._entries[slot] = new
+        self._directory[slot] = new.ctypes.data, size, used
 
     @property
     def allocated_bytes(self) -> int:
-        return int(self._entries.nbytes)
+        return sum(entries.nbytes for entries in self._entries.values())

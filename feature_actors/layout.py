@@ -1,7 +1,7 @@
 """The layout: views compiled to tables of numbers that the kernels read.
 
     table    one per (source, key): the entities of that key and everything kept about each
-    series   one per (where, tile width) of a table, or (where, ttl) for lifetime features:
+    series   one per (where, tile width, exact) of a table, or (where, ttl) for lifetime features:
              the columns of all its features, side by side in one tile
     scan     one per (series, window) that is read: merges the tiles in the window, once for all
              the features over that window
@@ -12,39 +12,39 @@ compiled anywhere is the same (features are ordered by their identity).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from millpond.feature_actors.aggregations import COLUMN_WORDS, Column, where_text
+from millpond.feature_actors.aggregations import AGGREGATIONS, PARTS, Aggregation, Column, where_text
 from millpond.feature_actors.errors import DeclarationError, NotFound, did_you_mean
 from millpond.feature_actors.source import Source
+from millpond.feature_actors.tiles.memory import MEMORY_HEADER_WORDS
+from millpond.feature_actors.tiles.program import FOR_EVER, NO, P_SLOTS_AT, S_COLUMN, ReadProgram, TableProgram
+from millpond.feature_actors.tiles.structure import (
+    BLOCK_ITEMS_MIN,
+    BLOCK_WORDS_MAX,
+    EXACT_TILE_HEADER_WORDS,
+    H_POOLS,
+    LINE_WORDS,
+    POOL_WORDS,
+    ROW_HEADER_WORDS,
+    TILE_HEADER_WORDS,
+)
 from millpond.feature_actors.view import Feature, FeatureView
-from millpond.feature_actors.windows import tile_width_ms
+from millpond.feature_actors.windows import exact_past_ms, tile_width_ms
 
-__all__ = ["Layout", "ReadProgram", "Series", "Table", "compile_layout"]
+__all__ = ["Layout", "PlanProgram", "Series", "Table", "compile_layout"]
 
 Words = npt.NDArray[np.int64]
 
-#: Words before the partial in a tile: the tile's number, the next older tile.
-TILE_HEADER_WORDS = 2
-#: Words before the series in an entity's row: the two halves of its key's hash.
-ROW_HEADER_WORDS = 2
-
-# Columns of `Table.series_program`, int64 [series, 8].
-S_LIFETIME, S_WHERE, S_WIDTH_MS, S_KEEP_MS, S_ROW_OFFSET, S_TILE_WORDS, S_COLUMN, S_COLUMNS = range(8)
-# Columns of `Table.column_program`, int64 [columns, 3].
-C_OPERATION, C_INPUT, C_OFFSET = range(3)
-# Columns of `ReadProgram.scans`, int64 [scans, 2], of `.features`, int64 [features, 5], of `.views`, int64 [views, 4].
-R_SERIES, R_WINDOW_MS = range(2)
-F_SCAN, F_READ, F_OFFSET_A, F_OFFSET_B, F_OUT = range(5)
-V_WHERE, V_WINDOW_MS, V_WIDTH_MS, V_TTL_MS = range(4)
-
-#: Stands for "kept for ever" in S_KEEP_MS and V_TTL_MS.
-FOR_EVER = -1
+#: What makes a series: where, whether lifetime, tile width (or ttl), whether exact.
+Spot = tuple[int, bool, int, bool]
 
 
 @dataclass(frozen=True)
@@ -54,21 +54,34 @@ class Series:
     where: int
     lifetime: bool
     width_ms: int
+    exact: bool
     keep_ms: int
     columns: tuple[Column, ...]
 
+    @property
+    def spot(self) -> Spot:
+        return self.where, self.lifetime, self.width_ms, self.exact
+
     def offset(self, column: Column) -> int:
         """Return the place of a column in the partial, in words."""
-        at = 0
-        for other in self.columns:
-            if other == column:
-                return at
-            at += COLUMN_WORDS[other.operation]
-        raise AssertionError(f"{column} is not of this series")
+        return sum(c.words for c in self.columns[: self.columns.index(column)])
 
     @property
     def words(self) -> int:
-        return sum(COLUMN_WORDS[c.operation] for c in self.columns)
+        return sum(c.words for c in self.columns)
+
+    @property
+    def row_words(self) -> int:
+        """Words in an entity's row, of a lifetime series; a ring of tiles has half a word there."""
+        return (self.words + (self.keep_ms != FOR_EVER)) if self.lifetime else 0
+
+    @property
+    def tile_words(self) -> int:
+        return self.words + (EXACT_TILE_HEADER_WORDS if self.exact else TILE_HEADER_WORDS)
+
+    @property
+    def fine_words(self) -> int:
+        return self.words + TILE_HEADER_WORDS
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +90,8 @@ class Table:
 
     wheres: the conditions of its features; wheres[0] is None, "every event".
     inputs: the fields that its columns look at, in the order of the input matrix.
+    slot_words, reserve_words: of a slot's header; what an event may need at most.
+    views_keep_ms: how long after its last event an entity can be known to a view, or `FOR_EVER`.
     """
 
     number: int
@@ -86,24 +101,73 @@ class Table:
     inputs: tuple[str, ...]
     series: tuple[Series, ...]
     row_words: int
+    slot_words: int
+    reserve_words: int
+    views_keep_ms: int
+    words_before: int
     series_program: Words
     column_program: Words
+    _programs: dict[int, TableProgram] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
         return f"{self.source.name}[{', '.join(self.key)}]"
 
+    @property
+    def tiled(self) -> bool:
+        """Whether any feature has a window."""
+        return any(not s.lifetime for s in self.series)
+
+    @property
+    def pools(self) -> int:
+        """Number of pools of tiles."""
+        return sum(0 if s.lifetime else 1 + s.exact for s in self.series)
+
+    def slots_at(self, n_slots: int) -> int:
+        """Return the address of the table's first slot header; `words_before` are of tables before it."""
+        return MEMORY_HEADER_WORDS + n_slots * self.words_before
+
+    def program(self, n_slots: int) -> TableProgram:
+        """Return the arrays for the kernels that write."""
+        if n_slots not in self._programs:
+            numbers = [self.slots_at(n_slots), self.slot_words, self.row_words, len(self.wheres), self.reserve_words]
+            self._programs[n_slots] = TableProgram(
+                np.array(numbers, np.int64), self.series_program, self.column_program
+            )
+        return self._programs[n_slots]
+
 
 @dataclass(frozen=True, eq=False)
-class ReadProgram:
-    """How to read some features of one table into one row of a matrix."""
+class PlanProgram:
+    """How to read some features, of any tables, into one row of a matrix.
 
-    table: int
-    scans: Words
-    features: Words
-    views: Words
+    width: columns of the matrix; texts: those of strings, which hold addresses, with the number of their key.
+    columns_of_key, views_of_key: which columns and views are of an entity key. view_names: the views that tell whether
+    they know the entity. wire_names: the features by name and identity. past_ms: how long ago it may be read as of.
+    """
+
+    width: int
+    texts: tuple[tuple[int, int], ...]
+    columns_of_key: tuple[Words, ...]
+    views_of_key: tuple[Words, ...]
+    past_ms: int
+    keys: tuple[tuple[str, ...], ...]
+    tables: tuple[Table, ...]
     view_names: tuple[str, ...]
     wire_names: tuple[str, ...]
+    layout_digest: int
+    _parts: Words
+    _rest: tuple[Words, Words, Words, Words, Words, int, int]
+
+    _programs: dict[int, ReadProgram] = field(default_factory=dict, repr=False)
+
+    def arrays(self, n_slots: int) -> ReadProgram:
+        """Return the arrays for the kernels that read."""
+        if n_slots not in self._programs:
+            parts = self._parts.copy()
+            parts[:-1, P_SLOTS_AT] = [table.slots_at(n_slots) for table in self.tables]
+            self._programs[n_slots] = ReadProgram(parts, *self._rest)
+        return self._programs[n_slots]
 
 
 class Layout:
@@ -115,16 +179,24 @@ class Layout:
         self.tables: list[Table] = []
         self._conditions: dict[str, dict[str, pc.Expression]] = {}
         self._table_numbers: dict[tuple[str, tuple[str, ...]], int] = {}
-        grouped: dict[tuple[str, tuple[str, ...]], dict[str, Feature]] = {}
+        grouped: dict[tuple[str, tuple[str, ...]], list[FeatureView]] = {}
         for view in views:
-            features = grouped.setdefault((view.source.name, tuple(view.key)), {})
-            features.update({f.id: f for f in view})
-        for (source, key), by_id in sorted(grouped.items(), key=lambda item: item[0]):
+            grouped.setdefault((view.source.name, tuple(view.key)), []).append(view)
+        before = 0
+        for (source, key), its_views in sorted(grouped.items(), key=lambda item: item[0]):
             self._table_numbers[source, key] = len(self.tables)
-            # A feature stands for all of its identity, whose views may have other conditions of their own.
-            of_views = {where_text(v.where): v.where for v in views if (v.source.name, tuple(v.key)) == (source, key)}
-            in_order = [by_id[i] for i in sorted(by_id)]
-            self.tables.append(_compile_table(len(self.tables), self.sources[source], key, in_order, of_views))
+            table = _compile_table(len(self.tables), self.sources[source], key, its_views, before)
+            self.tables.append(table)
+            before += table.slot_words
+
+    @cached_property
+    def digest(self) -> int:
+        """A number that two layouts share only if memories of the one can be read by the other."""
+        content = [
+            (t.name, [where_text(w) for w in t.wheres], t.inputs, t.series_program.tolist(), t.column_program.tolist())
+            for t in self.tables
+        ]
+        return int.from_bytes(hashlib.sha256(repr(content).encode()).digest()[:8], "little") >> 1
 
     def tables_of(self, source: str) -> list[Table]:
         return [t for t in self.tables if t.source.name == source]
@@ -160,76 +232,133 @@ class Layout:
                 too_late &= times // width_ms < (arrivals - keep_ms) // width_ms
         return too_late
 
-    def read_program(self, table: Table, features: Sequence[Feature]) -> ReadProgram:
-        """Compile the reading of `features`, all of one table, in this order."""
-        scans: dict[tuple[int, int], int] = {}
-        rows = []
-        for out, feature in enumerate(features):
-            series, number = _series_of(table, feature)
-            window_ms = feature.aggregation.window_ms
-            scan = scans.setdefault((number, FOR_EVER if window_ms is None else window_ms), len(scans))
-            offsets = [series.offset(c) for c in feature.aggregation.columns]
-            rows.append([scan, feature.aggregation.read, offsets[0], offsets[-1], out])
+    def plan_program(self, features: Sequence[Feature]) -> PlanProgram:
+        """Compile the reading of `features`, in the order of the matrix's columns; none of them is derived."""
+        first = np.cumsum([0, *(f.kept.width for f in features)]).tolist()
         views = {f.view.name: f.view for f in features}
-        return ReadProgram(
-            table=table.number,
-            scans=np.array(list(scans), np.int64).reshape(-1, 2),
-            # Features of one scan stand together, so that each scan is made once.
-            features=np.array(sorted(rows), np.int64).reshape(-1, 5),
-            views=np.array([_view_row(table, v) for v in views.values()], np.int64).reshape(-1, 4),
+        keys = tuple(dict.fromkeys(tuple(v.key) for v in views.values()))
+        tables = list({t.number: t for t in map(self.table_of, views.values())}.values())
+        parts: list[list[int]] = []
+        series_rows, column_rows, scan_rows = _Lines(11), _Lines(5), _Lines(2)
+        feature_rows, view_rows = _Lines(6), _Lines(7)
+        for table in tables:
+            parts.append([
+                0, table.slot_words, table.row_words, len(table.wheres), keys.index(table.key), len(scan_rows),
+                len(feature_rows), len(view_rows),
+            ])  # fmt: skip
+            series_before, scans_before = len(series_rows), len(scan_rows)
+            of_series = table.series_program.copy()
+            of_series[:, S_COLUMN] += len(column_rows)
+            series_rows += of_series.tolist()
+            column_rows += table.column_program.tolist()
+            scans: dict[tuple[int, int], int] = {}
+            rows = []
+            for feature, out in zip(features, first, strict=False):
+                if self.table_of(feature.view) is table:
+                    series, number = _series_of(table, feature)
+                    window_ms = feature.kept.window_ms
+                    pair = (series_before + number, FOR_EVER if window_ms is None else window_ms)
+                    scan = scans.setdefault(pair, scans_before + len(scans))
+                    offsets = [series.offset(c) for c in feature.kept.columns]
+                    number = AGGREGATIONS.index(type(feature.kept))
+                    rows.append([scan, number, offsets[0], offsets[-1], feature.kept.width, out])
+            scan_rows += [list(pair) for pair in scans]
+            feature_rows += sorted(rows)  # features of one scan stand together, so that each scan is made once
+            for out, view in enumerate(views.values()):
+                if self.table_of(view) is table:
+                    view_rows.append([*_view_row(table, view, series_before), out])
+        parts.append([0, 0, 0, 0, 0, len(scan_rows), len(feature_rows), len(view_rows)])
+        exact = all(f.kept.exact for f in features)
+        past_ms = min((exact_past_ms(f.kept.window_ms or 0) for f in features), default=0) if exact else 0
+        words = max((s.words for t in tables for s in t.series), default=0) + 2
+        columns = [(out + k, keys.index(tuple(f.view.key)), f.is_text) for f, out in zip(features, first, strict=False)
+                   for k in range(f.width)]  # fmt: skip
+        return PlanProgram(
+            width=first[-1],
+            texts=tuple((column, key) for column, key, is_text in columns if is_text),
+            columns_of_key=tuple(np.array([c for c, k, _ in columns if k == key]) for key in range(len(keys))),
+            views_of_key=tuple(
+                np.array([v for v, view in enumerate(views.values()) if tuple(view.key) == key], np.int64)
+                for key in keys
+            ),
+            past_ms=past_ms,
+            keys=keys,
+            tables=tuple(tables),
             view_names=tuple(views),
             wire_names=tuple(f.wire_name for f in features),
-        )
+            layout_digest=self.digest,
+            _parts=np.array(parts, np.int64),
+            _rest=(
+                series_rows.array, column_rows.array, scan_rows.array, feature_rows.array, view_rows.array, past_ms,
+                words,
+            ),
+        )  # fmt: skip
+
+
+class _Lines(list[list[int]]):
+    """Lines of a program, all of one length."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    @property
+    def array(self) -> Words:
+        return np.array(self, np.int64).reshape(-1, self._length)
 
 
 def _compile_table(
-    number: int,
-    source: Source,
-    key: tuple[str, ...],
-    features: Sequence[Feature],
-    of_views: dict[str, pc.Expression | None],
+    number: int, source: Source, key: tuple[str, ...], views: Sequence[FeatureView], words_before: int
 ) -> Table:
+    # A feature stands for all of its identity; the views of one may have other conditions of their own.
+    by_id = {f.id: f for v in views for f in v if f.derived is None}
+    features = [by_id[i] for i in sorted(by_id)]
     wheres: dict[str, pc.Expression | None] = {"": None}
     for feature in features:
         wheres.setdefault(where_text(feature.where), feature.where)
+    of_views = {where_text(v.where): v.where for v in views}
     for text in sorted(of_views):
         wheres.setdefault(text, of_views[text])
     where_numbers = {text: i for i, text in enumerate(wheres)}
 
-    columns: dict[tuple[int, bool, int], dict[Column, None]] = {}
-    keep: dict[tuple[int, bool, int], int] = {}
+    columns: dict[Spot, dict[Column, None]] = {}
+    keep: dict[Spot, int] = {}
     for feature in features:
-        spot, keep_ms = _spot(where_numbers[where_text(feature.where)], feature)
-        columns.setdefault(spot, {}).update(dict.fromkeys(feature.aggregation.columns))
+        spot, keep_ms = _spot(where_numbers[where_text(feature.where)], feature.kept)
+        columns.setdefault(spot, {}).update(dict.fromkeys(feature.kept.columns))
         keep[spot] = max(keep.get(spot, keep_ms), keep_ms)
-    series = tuple(
-        Series(where, lifetime, width, keep[where, lifetime, width], tuple(cols))
-        for (where, lifetime, width), cols in columns.items()
-    )
+    # Whether a view knew an entity at a time before its newest event is asked of exact tiles of all its events.
+    for where, longest in sorted({(where_text(v.where), e) for v in views if (e := _longest_exact(v)) is not None}):
+        spot = (where_numbers[where], False, tile_width_ms(longest), True)
+        columns.setdefault(spot, {})
+        keep[spot] = max(keep.get(spot, 0), longest + exact_past_ms(longest))
+    series = tuple(Series(*spot, keep[spot], tuple(columns[spot])) for spot in columns)
     inputs = tuple(dict.fromkeys(c.field for s in series for c in s.columns if c.field is not None))
 
-    series_rows: list[list[int]] = []
-    column_rows: list[list[int]] = []
-    row_words = ROW_HEADER_WORDS + len(wheres)
+    series_rows, column_rows = _Lines(11), _Lines(5)
+    halves_at = 2 * (ROW_HEADER_WORDS + len(wheres))
+    row_words = ROW_HEADER_WORDS + len(wheres) + (sum(not s.lifetime for s in series) + 1) // 2
+    pool = H_POOLS + POOL_WORDS
+    item_words = []
     for one in series:
-        tile_words = TILE_HEADER_WORDS + one.words
-        series_rows.append(
-            [
-                one.lifetime,
-                one.where,
-                one.width_ms,
-                one.keep_ms,
-                row_words,
-                tile_words,
-                len(column_rows),
-                len(one.columns),
-            ]
-        )
-        # A lifetime partial stands in the row, behind the time of its newest event.
-        row_words += 1 + one.words if one.lifetime else 1
+        pool_at, fine_pool_at = pool, pool + POOL_WORDS if one.exact else NO
+        if one.lifetime:
+            row_at, pool_at = row_words, NO
+            row_words += one.row_words
+        else:
+            row_at = halves_at
+            halves_at += 1
+            item_words += [one.tile_words, *([one.fine_words] if one.exact else [])]
+            pool += POOL_WORDS * (1 + one.exact)
+        series_rows.append([
+            one.lifetime, one.exact, one.where, one.width_ms, one.keep_ms, row_at, one.tile_words, pool_at,
+            fine_pool_at, len(column_rows), len(one.columns),
+        ])  # fmt: skip
         for column in one.columns:
-            field = -1 if column.field is None else inputs.index(column.field)
-            column_rows.append([column.operation, field, one.offset(column)])
+            of = 0 if column.field is None else inputs.index(column.field)
+            column_rows.append(
+                [PARTS.index(column.part), column.part.takes_field, of, one.offset(column), column.n]
+            )
+    item_words.append(row_words)
     return Table(
         number=number,
         source=source,
@@ -238,40 +367,73 @@ def _compile_table(
         inputs=inputs,
         series=series,
         row_words=row_words,
-        series_program=np.array(series_rows, np.int64),
-        column_program=np.array(column_rows, np.int64),
+        slot_words=(pool + LINE_WORDS - 1) // LINE_WORDS * LINE_WORDS,
+        reserve_words=sum(max(BLOCK_WORDS_MAX, BLOCK_ITEMS_MIN * words) + LINE_WORDS for words in item_words),
+        views_keep_ms=_views_keep_ms(views),
+        words_before=words_before,
+        series_program=series_rows.array,
+        column_program=column_rows.array,
     )
 
 
-def _spot(where: int, feature: Feature) -> tuple[tuple[int, bool, int], int]:
-    """Return the series that a feature belongs to, and how long it wants its tiles kept."""
-    window_ms, ttl_ms = feature.aggregation.window_ms, feature.aggregation.ttl_ms
+def _spot(where: int, aggregation: Aggregation) -> tuple[Spot, int]:
+    """Return the series that an aggregation belongs to, and how long it wants its tiles kept."""
+    window_ms, ttl_ms, exact = aggregation.window_ms, aggregation.ttl_ms, aggregation.exact
     if window_ms is not None:
-        return (where, False, tile_width_ms(window_ms)), window_ms
+        past_ms = exact_past_ms(window_ms) if exact else 0
+        return (where, False, tile_width_ms(window_ms), exact), window_ms + past_ms
     # A partial with a ttl starts anew when it has expired, so each ttl has a partial of its own.
     kept = FOR_EVER if ttl_ms is None else ttl_ms
-    return (where, True, kept), kept
+    return (where, True, kept, False), kept
 
 
 def _series_of(table: Table, feature: Feature) -> tuple[Series, int]:
     texts = [where_text(w) for w in table.wheres]
-    spot, _ = _spot(texts.index(where_text(feature.where)), feature)
+    spot, _ = _spot(texts.index(where_text(feature.where)), feature.kept)
     for number, series in enumerate(table.series):
-        if (series.where, series.lifetime, series.width_ms) == spot:
+        if series.spot == spot:
             return series, number
     raise AssertionError(f"{feature.full_name} is not of table {table.name}")
 
 
-def _view_row(table: Table, view: FeatureView) -> list[int]:
-    """Return the where of a view, its longest window and its longest ttl: where an entity must have an
-    event to be known to it."""
+def _longest_exact(view: FeatureView) -> int | None:
+    """Return the longest exact window of a view, in ms."""
+    windows = [f.kept.window_ms for f in view if f.derived is None and f.kept.exact]
+    return max((w for w in windows if w is not None), default=None)
+
+
+def _longest(view: FeatureView) -> tuple[int, int]:
+    """Return the longest window of a view that is not exact, and its longest ttl; `NO` where there is none."""
+    kept = [f.kept for f in view if f.derived is None]
+    windows = [a.window_ms for a in kept if a.window_ms is not None and not a.exact]
+    ttls = [FOR_EVER if a.ttl_ms is None else a.ttl_ms for a in kept if a.window_ms is None]
+    return max(windows, default=NO), FOR_EVER if FOR_EVER in ttls else max(ttls, default=NO)
+
+
+def _view_row(table: Table, view: FeatureView, series_before: int) -> list[int]:
+    """Return where an entity must have an event to be known to a view, see `program`."""
     where = [where_text(w) for w in table.wheres].index(where_text(view.where))
-    aggregations = [f.aggregation for f in view]
-    windows = [a.window_ms for a in aggregations if a.window_ms is not None]
-    ttls = [FOR_EVER if a.ttl_ms is None else a.ttl_ms for a in aggregations if a.window_ms is None]
-    window_ms = max(windows, default=0)
-    ttl_ms = FOR_EVER if FOR_EVER in ttls else max(ttls, default=0)
-    return [where, window_ms, tile_width_ms(window_ms) if window_ms else 1, ttl_ms]
+    window_ms, ttl_ms = _longest(view)
+    width_ms = 1 if window_ms == NO else tile_width_ms(window_ms)
+    exact_ms = _longest_exact(view)
+    if exact_ms is None:
+        return [where, window_ms, width_ms, NO, NO, ttl_ms]
+    spot = (where, False, tile_width_ms(exact_ms), True)
+    exact_series = [s.spot for s in table.series].index(spot)
+    return [where, window_ms, width_ms, exact_ms, series_before + exact_series, ttl_ms]
+
+
+def _views_keep_ms(views: Sequence[FeatureView]) -> int:
+    """Return how long after its last event an entity can be known to one of the views."""
+    keep = [0]
+    for view in views:
+        window_ms, ttl_ms = _longest(view)
+        if ttl_ms == FOR_EVER:
+            return FOR_EVER
+        keep += [ttl_ms, _longest_exact(view) or 0]
+        if window_ms != NO:
+            keep.append(window_ms + tile_width_ms(window_ms))
+    return max(keep)
 
 
 def compile_layout(sources: Iterable[Source], views: Iterable[FeatureView]) -> Layout:

@@ -1,29 +1,30 @@
 """A read plan: which columns of which tables make one feature matrix, compiled once.
 
-A model version has a plan over its features; a view has one over its own. A plan turns ids into one
-question per shard, and the shards' answers into a matrix: float64 [ids, features].
+A model version has a plan over its features; a view has one over its own. A plan turns ids into a
+question to the shards, and their answer into a matrix: float64 [ids, columns], with strings beside it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from millpond.feature_actors.errors import AsOfInPast, BadRequest, Problem, did_you_mean
-from millpond.feature_actors.keys import Hashes, hash_keys
-from millpond.feature_actors.layout import Layout, ReadProgram
-from millpond.feature_actors.shard_map import ShardMap
+from millpond.feature_actors.errors import AsOfInPast, BadRequest, MillpondError, Problem, did_you_mean
+from millpond.feature_actors.keys import hash_keys
+from millpond.feature_actors.layout import Layout, PlanProgram
+from millpond.feature_actors.tiles.read import NO_CLOCK
 from millpond.feature_actors.view import Feature, FeatureView
 
-__all__ = ["FeatureRows", "ReadPlan", "ShardAnswer", "ShardQuestion", "as_of_in_past"]
+__all__ = ["Answer", "FeatureFailed", "FeatureRows", "Question", "ReadPlan", "as_of_in_past"]
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 #: An int64 as text, in its one spelling: `"042"` and `"-0"` are somebody's strings.
@@ -33,53 +34,71 @@ _FEATURE_VALUES = "feature values"
 _PROBLEMS_MAX = 10
 
 
-@dataclass(frozen=True)
-class Part:
-    """The part of a question about one table: rows `which` of `hashes`, uint64 [n, 2]."""
+class FeatureFailed(MillpondError):
+    """The function of a derived feature failed: the view's owner has to look."""
 
-    program: ReadProgram
-    hashes: Hashes
-    which: Ints
+    code, status = "feature_failed", 500
 
 
 @dataclass(frozen=True)
-class ShardQuestion:
-    """What one shard is asked about n ids.
+class Question:
+    """What shards are asked about n ids.
 
-    clock: int64 [n], the reader's clock, or None for the shard's newest arrival stamp.
-    as_of: int64 [n], or None for a live read: the larger of clock and newest event applied.
+    hashes int64 [keys, n, 2], for the keys of the program; clock int64 [n], the reader's clock, or `NO_CLOCK` for the
+    newest arrival stamp; as_of int64 [n], or None for a live read: the larger of clock and newest event applied.
     """
 
-    n: int
-    parts: tuple[Part, ...]
-    clock: Ints | None
+    program: PlanProgram
+    hashes: Ints
+    clock: Ints
     as_of: Ints | None
+
+    @property
+    def n(self) -> int:
+        return len(self.clock)
+
+    def of_rows(self, rows: Ints, clock: Ints) -> Question:
+        """Return the question about some of its ids, with another clock for them all."""
+        as_of = None if self.as_of is None else self.as_of[rows]
+        return Question(self.program, np.ascontiguousarray(self.hashes[:, rows]), clock[rows], as_of)
 
 
 @dataclass(frozen=True)
-class ShardAnswer:
-    """What a shard knows: as_of int64 [n] that it read at; per part the rows `which` that were asked:
-    matrices float64 [rows, features of the program], knowns bool [rows, views of the program]."""
+class Answer:
+    """What shards know about n ids: as_of int64 [n] that they were read at, values float64 [n, width of the program],
+    known bool [n, views of the program], and the strings of the columns that are of strings."""
 
     as_of: Ints
-    matrices: tuple[npt.NDArray[np.float64], ...]
-    knowns: tuple[npt.NDArray[np.bool_], ...]
+    values: Floats
+    known: npt.NDArray[np.bool_]
+    texts: dict[int, list[str | None]]
+
+    @classmethod
+    def empty(cls, question: Question) -> Answer:
+        n, program = question.n, question.program
+        as_of = np.empty(n, np.int64) if question.as_of is None else question.as_of.copy()
+        return cls(as_of, np.empty((n, program.width)), np.zeros((n, len(program.view_names)), np.bool_), {})
 
 
 @dataclass(frozen=True)
 class FeatureRows:
-    """Features of n ids: matrix float64 [n, features], as_of int64 [n], and per id the names of the
-    views that do not know it."""
+    """Features of n ids: matrix float64 [n, columns], as_of int64 [n], per id the names of the views that do not know
+    it, and the features of strings by name: n strings (None where empty), or n lists of them."""
 
-    matrix: npt.NDArray[np.float64]
+    matrix: Floats
     as_of: Ints
     unknown: list[list[str]]
+    texts: dict[str, list[Any]] = field(default_factory=dict)
 
 
-def as_of_in_past(as_of_ms: int, newest_ms: int) -> AsOfInPast:
+def as_of_in_past(as_of_ms: int, newest_ms: int, past_ms: int = 0) -> AsOfInPast:
+    if past_ms:
+        why = f"and exact features of these windows are kept for as_of up to {past_ms} ms before that"
+    else:
+        why = "and an open tile cannot be cut in two (exact features can)"
     return AsOfInPast(
-        f"as_of {as_of_ms} lies before {newest_ms}, up to which events have been applied; an open tile "
-        "cannot be cut in two: ask as of that time or later, or leave as_of out",
+        f"as_of {as_of_ms} lies before {newest_ms}, up to which events have been applied, {why}: ask as of a later "
+        "time, or leave as_of out",
         path="as_of",
     )
 
@@ -87,13 +106,14 @@ def as_of_in_past(as_of_ms: int, newest_ms: int) -> AsOfInPast:
 class ReadPlan:
     """Compile the reading of `features`, in the order of the matrix's columns.
 
+    Strings stand beside the matrix; a derived feature is computed from others, which are read for it.
+
     subject: how errors about the request name it, such as "model `churn`".
     """
 
     def __init__(self, layout: Layout, features: Sequence[Feature], subject: str) -> None:
         self.subject = subject
         self.features = tuple(features)
-        self.names = tuple(f.full_name for f in features)
         self.views: dict[str, FeatureView] = {f.view.name: f.view for f in features}
         #: Key field to "int64" or "string": the union over the views, in order of first use.
         self.key_fields: dict[str, str] = {
@@ -101,17 +121,17 @@ class ReadPlan:
             for v in self.views.values()
             for name in v.key
         }
-        by_table: dict[int, list[int]] = {}
-        for column, feature in enumerate(features):
-            by_table.setdefault(layout.table_of(feature.view).number, []).append(column)
-        self._parts = [
-            (
-                layout.read_program(layout.tables[number], [features[c] for c in columns]),
-                layout.tables[number].key,
-                np.array(columns, np.int64),
-            )
-            for number, columns in by_table.items()
-        ]
+        #: The columns of the matrix: a feature's name, with the place for those that have several.
+        self.names = tuple(name for f in features if not f.is_text for name in _column_names(f))
+        read: dict[str, Feature] = {}
+        for feature in features:
+            read.update({f.full_name: f for f in _kept_for(feature)})
+        self.program = layout.plan_program(list(read.values()))
+        ends = np.cumsum([0, *(f.width for f in read.values())]).tolist()
+        self._columns = {name: slice(a, b) for name, a, b in zip(read, ends, ends[1:], strict=False)}
+        #: Whether what is read is the matrix, as it is.
+        self._is_matrix = len(read) == len(features) and not any(f.is_text or f.derived for f in features)
+        self._one_key = self.program.keys[0] if len(self.program.keys) == 1 else None
 
     # -- ids
 
@@ -183,51 +203,95 @@ class ReadPlan:
 
     # -- questions and answers
 
-    def questions(
-        self,
-        keys: Mapping[str, Sequence[Any]],
-        n: int,
-        shard_map: ShardMap,
-        clock: Ints | None,
-        as_of: Ints | None,
-    ) -> dict[int, ShardQuestion]:
-        """Return the question for each shard that has something of the n ids.
+    def question(
+        self, keys: Mapping[str, Sequence[Any]], n: int, clock_ms: int | None, as_of: Ints | None
+    ) -> Question:
+        """Return the question about n ids.
 
-        keys: per key field n checked values, a Python list or an Arrow array.
+        keys: per key field n checked values, a Python list or an Arrow array. clock_ms: None for the newest arrival.
         """
-        parts: dict[int, list[Part]] = {}
-        hashed: dict[tuple[str, ...], tuple[Hashes, list[tuple[int, Ints]]]] = {}
-        for program, key, _ in self._parts:
-            if key not in hashed:
-                hashes = hash_keys([keys[name] for name in key], n)
-                hashed[key] = hashes, shard_map.rows_by_shard(hashes)
-            hashes, by_shard = hashed[key]
-            for shard, rows in by_shard:
-                parts.setdefault(shard, []).append(Part(program, hashes, rows))
-        return {shard: ShardQuestion(n, tuple(ps), clock, as_of) for shard, ps in sorted(parts.items())}
+        if self._one_key is not None:
+            hashes = hash_keys([keys[name] for name in self._one_key], n)[np.newaxis]
+        else:
+            hashes = np.stack([hash_keys([keys[name] for name in key], n) for key in self.program.keys])
+        clock = np.full(n, NO_CLOCK if clock_ms is None else clock_ms, np.int64)
+        return Question(self.program, hashes.view(np.int64), clock, as_of)
 
-    def assemble(
-        self, n: int, questions: Mapping[int, ShardQuestion], answers: Mapping[int, ShardAnswer], as_of: Ints
-    ) -> FeatureRows:
-        """Put the shards' answers, all read at `as_of`, together to one matrix."""
-        matrix = np.empty((n, len(self.features)), np.float64)
-        columns_of = {program.table: columns for program, _, columns in self._parts}
-        unknown: list[list[str]] = [[] for _ in range(n)]
-        for shard, question in questions.items():
-            answer = answers[shard]
-            for part, values, known in zip(question.parts, answer.matrices, answer.knowns, strict=True):
-                columns = columns_of[part.program.table]
-                if len(part.which) == n:
-                    matrix[:, columns] = values
+    def rows(self, answer: Answer) -> FeatureRows:
+        """Return the features of an answer: the matrix, with what is derived, and the strings beside it.
+
+        Raises `FeatureFailed` if a derived feature's function fails.
+        """
+        values, known = answer.values, answer.known
+        unknown: list[list[str]] = [[] for _ in range(len(values))]
+        if not known.all():
+            for row, view in zip(*np.nonzero(~known), strict=True):
+                unknown[row].append(self.program.view_names[view])
+        if self._is_matrix:
+            return FeatureRows(values, answer.as_of, unknown)
+        columns: dict[str, Floats] = {}
+        for feature in self.features:
+            if not feature.is_text:
+                self._compute(feature, values, columns)
+        matrix = np.concatenate([np.empty((len(values), 0)), *(columns[f.full_name] for f in self._numbers)], axis=1)
+        texts = {f.full_name: self._texts(f, answer) for f in self.features if f.is_text}
+        return FeatureRows(matrix, answer.as_of, unknown, texts)
+
+    @property
+    def _numbers(self) -> list[Feature]:
+        return [f for f in self.features if not f.is_text]
+
+    def _compute(self, feature: Feature, values: Floats, columns: dict[str, Floats]) -> Floats:
+        """Return the columns of a feature, float64 [n, width], computed first what it is derived from."""
+        name = feature.full_name
+        if name not in columns:
+            if feature.derived is None:
+                columns[name] = values[:, self._columns[name]]
+            else:
+                given = [self._compute(one, values, columns) for one in feature.of]
+                one_each = [c[:, 0] if c.shape[1] == 1 else c for c in given]
+                try:
+                    columns[name] = feature.derived.compute(one_each, name)[:, np.newaxis]
+                except Exception as error:
+                    raise FeatureFailed(
+                        f"{self.subject}: feature `{name}` could not be computed: {type(error).__name__}: {error}"
+                    ) from error
+        return columns[name]
+
+    def _texts(self, feature: Feature, answer: Answer) -> list[Any]:
+        columns = self._columns[feature.full_name]
+        if feature.width == 1:
+            return answer.texts[columns.start]
+        return [list(row) for row in zip(*(answer.texts[c] for c in range(columns.start, columns.stop)), strict=True)]
+
+    def named_values(self, rows: FeatureRows) -> list[dict[str, Any]]:
+        """Return per id each feature's value by its full name: a number, a string, None, or a list of such."""
+        named: list[dict[str, Any]] = [{} for _ in range(len(rows.matrix))]
+        lists = rows.matrix.tolist()
+        column = 0
+        for feature in self.features:
+            name, width = feature.full_name, feature.width
+            for i, one in enumerate(named):
+                if feature.is_text:
+                    one[name] = rows.texts[name][i]
                 else:
-                    matrix[part.which[:, None], columns] = values
-                if not known.all():
-                    for row, view in zip(*np.nonzero(~known), strict=True):
-                        unknown[part.which[row]].append(part.program.view_names[view])
-        order = {name: i for i, name in enumerate(self.views)}
-        for names in unknown:
-            names.sort(key=order.__getitem__)
-        return FeatureRows(matrix, as_of, unknown)
+                    one[name] = lists[i][column] if width == 1 else lists[i][column : column + width]
+            column += 0 if feature.is_text else width
+        return named
+
+
+def _column_names(feature: Feature) -> list[str]:
+    if feature.width == 1:
+        return [feature.full_name]
+    return [f"{feature.full_name}[{k}]" for k in range(feature.width)]
+
+
+def _kept_for(feature: Feature) -> Iterator[Feature]:
+    """Yield the features that are kept and read for a feature: itself, or what it is derived from."""
+    if feature.derived is None:
+        yield feature
+    for one in feature.of:
+        yield from _kept_for(one)
 
 
 def _key_value(value: Any, kind: str) -> int | str | None:

@@ -15,7 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from millpond.feature_actors.keys import Hashes
-from millpond.feature_actors.plan import ShardAnswer, ShardQuestion
+from millpond.feature_actors.plan import Answer, Question
+from millpond.feature_actors.reader import MemoryReader
 from millpond.feature_actors.shard import Shard
 
 __all__ = ["IngestPort", "LocalIngest", "LocalRead", "ReadPort", "all_of", "complete"]
@@ -49,9 +50,9 @@ class IngestPort(Protocol):
 
 
 class ReadPort(Protocol):
-    """Reads from shards, by their number; see `Shard.read`."""
+    """Reads from whatever shards a question concerns."""
 
-    def read(self, shard: int, question: ShardQuestion) -> Awaitable[ShardAnswer]: ...
+    def read(self, question: Question) -> Awaitable[Answer]: ...
 
 
 class _Done(Generic[T]):
@@ -99,10 +100,12 @@ class LocalRead:
     """Read port to shards in this process."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
-        self._shards = shards
+        self._reader = MemoryReader(shards[0].shard_map, [s.number for s in shards])
+        for shard in shards:
+            self._reader.attach(shard.number, shard.memory)
 
-    def read(self, shard: int, question: ShardQuestion) -> Awaitable[ShardAnswer]:
-        return _Done(self._shards[shard].read(question))
+    def read(self, question: Question) -> Awaitable[Answer]:
+        return _Done(self._reader.read(question))
 
 
 def complete(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -14,9 +14,8 @@ was not is applied.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +23,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from millpond.feature_actors.dedupe import CONFLICT, NEW, IdFilter
-from millpond.feature_actors.kernels import NEVER
 from millpond.feature_actors.keys import Hashes, hash_columns, owned, slots_of
 from millpond.feature_actors.layout import Layout, Table
-from millpond.feature_actors.plan import ShardAnswer, ShardQuestion, as_of_in_past
+from millpond.feature_actors.plan import Answer, Question
+from millpond.feature_actors.reader import MemoryReader
 from millpond.feature_actors.shard_map import ShardMap
-from millpond.feature_actors.tiles import SlotTiles
+from millpond.feature_actors.tiles.memory import Memory
+from millpond.feature_actors.tiles.read import NO_CLOCK
+from millpond.feature_actors.tiles.store import TileStore
+from millpond.feature_actors.tiles.strings import Strings
 from millpond.feature_actors.view import mask_of
 
 __all__ = ["Shard", "ShardStatus"]
@@ -37,26 +39,28 @@ __all__ = ["Shard", "ShardStatus"]
 Ints = npt.NDArray[np.int64]
 
 
-#: No slot: its tiles stay empty, to read the features of an unknown entity from.
-_NOWHERE = -1
-_NO_ROWS = np.empty(0, np.int64)
+#: Address space of a memory that only this process has.
+_OWN_MEMORY_BYTES_MAX = 1 << 34
 _NO_INPUTS, _NO_MASKS = np.empty((0, 0)), np.empty((0, 0), np.bool_)
 
 
 @dataclass(frozen=True)
 class _Route:
-    """What of a batch goes to one table: hashes int64 [n, 2] of all keys, the rows to apply by slot,
-    inputs float64 [fields, n], masks bool [wheres, n]."""
+    """What of a batch goes to one table: hashes int64 [n, 2] of all keys and their slots int64 [n], the rows that are
+    of this shard, inputs float64 [fields, n], masks bool [wheres, n]."""
 
+    table: Table
     hashes: Ints
-    rows_by_slot: list[tuple[int, Ints]]
+    slots: Ints
+    rows: Ints
     inputs: npt.NDArray[np.float64]
     masks: npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class ShardStatus:
-    """What a shard holds: events applied and entities known by table, bytes of arrays allocated."""
+    """What a shard holds: events applied and entities kept by table, tiles, bytes allocated for tiles and filters,
+    distinct strings, and how often a string was one of too many."""
 
     shard: int
     slots: int
@@ -65,6 +69,8 @@ class ShardStatus:
     tiles: int
     tile_bytes: int
     filter_bytes: int
+    strings: int
+    strings_refused: int
     newest_arrival_ms: int | None
 
 
@@ -73,6 +79,8 @@ class Shard:
 
     seed: the cluster's own seed of the index.
     dedupe_horizon_ms: how long an event id is remembered after it was received.
+    memory: where its tiles go; by default of this process alone. strings_max: distinct strings kept.
+    reclaim_margin_ms: how far behind the newest arrival stamp a live read may be as of, see `TileStore`.
     """
 
     def __init__(
@@ -83,18 +91,22 @@ class Shard:
         *,
         seed: int = 0,
         dedupe_horizon_ms: int = 86_400_000,
+        memory: Memory | None = None,
+        strings_max: int = 1_000_000,
+        reclaim_margin_ms: int = 660_000,
     ) -> None:
         self._layout = layout
-        self._map = shard_map
-        self._number = number
-        self._seed = seed
-        self._dedupe_horizon_ms = dedupe_horizon_ms
+        self.shard_map = shard_map
+        self.number = number
         self._owned = np.array([owner == number for owner in shard_map.owners], np.bool_)
-        self._tiles: dict[tuple[int, int], SlotTiles] = {}
-        self._homes: dict[tuple[str, int], IdFilter] = {}
-        self._filters: dict[tuple[int, int], IdFilter] = {}
+        self.memory = memory or Memory.create(None, _OWN_MEMORY_BYTES_MAX)
+        self._store = TileStore(layout, shard_map.n_slots, self.memory, seed, reclaim_margin_ms)
+        self._strings = Strings(self.memory, strings_max)
+        self._homes = {name: IdFilter(dedupe_horizon_ms, shard_map.n_slots, seed) for name in layout.sources}
+        self._filters = [IdFilter(dedupe_horizon_ms, shard_map.n_slots, seed) for _ in layout.tables]
         self._events = {t.name: 0 for t in layout.tables}
-        self._newest_arrival_ms = NEVER
+        self._reader = MemoryReader(shard_map, [number])
+        self._reader.attach(number, self.memory)
 
     # -- events
 
@@ -106,11 +118,10 @@ class Shard:
         """
         ids, contents = owned(ids), owned(contents)
         verdicts = np.zeros(len(ids), np.uint8)
-        for slot, rows in self._by_slot(ids, np.arange(len(ids))):
-            home = self._homes.get((source, slot))
-            if home is None:
-                home = self._homes[source, slot] = IdFilter(self._dedupe_horizon_ms, self._seed)
-            home.admit(rows, ids.view(np.int64), contents, received_ms, verdicts)
+        slots = slots_of(ids, self.shard_map.n_slots)
+        self._homes[source].admit(
+            np.flatnonzero(self._owned[slots]), slots, ids.view(np.int64), contents, received_ms, verdicts
+        )
         return verdicts
 
     def ingest(
@@ -128,166 +139,135 @@ class Shard:
         """Apply those routes of the events that are of this shard, in the order of the batch.
 
         batch: of the source's schema; arrivals int64 [n], or one more, which only moves the clock;
-        received_ms as in `admit`.
+        received_ms as in `admit`. Raises `MemoryFull` before anything is applied.
         """
-        if len(arrivals):
-            self._newest_arrival_ms = max(self._newest_arrival_ms, int(arrivals.max()))
         declared = self._layout.source(source)
         times = owned(batch.column(declared.event_time).cast(pa.int64()).to_numpy())
         arrivals = owned(arrivals)
+        routes = self._routes(source, batch)
         ids = None
         if declared.event_id is not None and batch.num_rows:
             ids = hash_columns([batch.column(declared.event_id)], batch.num_rows)
-        for table in self._layout.tables_of(source):
-            route = self._route(table, batch, received_ms, ids)
-            for slot, rows in route.rows_by_slot:
-                self._tiles_of(table.number, slot).apply(rows, route.hashes, times, arrivals, route.inputs, route.masks)
+        if len(arrivals):
+            self._store.hear_of(int(arrivals.max()))
+        for route in routes:
+            rows = self._new_rows(route, ids, received_ms)
+            self._store.apply(route.table, rows, route.hashes, times, arrivals, route.inputs, route.masks)
 
-    def _route(self, table: Table, batch: pa.RecordBatch, received_ms: int, ids: Hashes | None) -> _Route:
-        """Return what of a batch goes to this shard's slots of a table, duplicates dropped."""
-        keys = [batch.column(name) for name in table.key]
-        hashes = hash_columns(keys, batch.num_rows)
-        keyed = np.flatnonzero(key_validity(keys, batch.num_rows))
-        route_ids = None if ids is None else (ids + hashes[:, ::-1]).view(np.int64)
-        by_slot = list(self._by_slot(hashes, keyed))
-        if not by_slot:
-            return _Route(hashes.view(np.int64), [], _NO_INPUTS, _NO_MASKS)
-        # What an event can make fail comes before the filter, which takes an event for applied once it has
-        # seen it. What is left is running out of memory, after which the actor refuses everything.
-        inputs, masks = _inputs(table, batch), _masks(table, batch)
-        rows_by_slot = []
-        for slot, rows in by_slot:
-            if route_ids is not None:
-                seen = self._filters.get((table.number, slot))
-                if seen is None:
-                    seen = self._filters[table.number, slot] = IdFilter(self._dedupe_horizon_ms, self._seed)
-                verdicts = np.zeros(batch.num_rows, np.uint8)
-                seen.admit(rows, route_ids, np.zeros(batch.num_rows, np.int64), received_ms, verdicts)
-                rows = rows[verdicts[rows] == NEW]
-            self._events[table.name] += len(rows)
-            rows_by_slot.append((slot, rows))
-        return _Route(hashes.view(np.int64), rows_by_slot, inputs, masks)
+    def _routes(self, source: str, batch: pa.RecordBatch) -> list[_Route]:
+        """Return what of a batch goes to this shard's slots of the tables of its source, and make room for it.
 
-    def _tiles_of(self, table: int, slot: int) -> SlotTiles:
-        tiles = self._tiles.get((table, slot))
-        if tiles is None:
-            tiles = self._tiles[table, slot] = SlotTiles(self._layout.tables[table], self._seed)
-        return tiles
+        What an event can make fail is here, before the filters, which take an event for applied once they have seen it.
+        """
+        n = batch.num_rows
+        tables = self._layout.tables_of(source)
+        hashed, wanted = [], 0
+        for table in tables:
+            keys = [batch.column(name) for name in table.key]
+            hashes = hash_columns(keys, n)
+            slots = slots_of(hashes, self.shard_map.n_slots)
+            rows = np.flatnonzero(key_validity(keys, n) & self._owned[slots])
+            hashed.append((hashes.view(np.int64), slots, rows))
+            wanted += self._store.words_for(table, slots[rows])
+        fields = {name: batch.column(name) for t, (*_, rows) in zip(tables, hashed, strict=True) if len(rows)
+                  for name in t.inputs}  # fmt: skip
+        wanted += sum(self._strings.words_for(c) for c in fields.values() if pa.types.is_string(c.type))
+        self._store.make_room(wanted)
+        values = {name: self._values(column) for name, column in fields.items()}
+        return [
+            _Route(
+                table, hashes, slots, rows,
+                np.array([values[name] for name in table.inputs]).reshape(-1, n) if len(rows) else _NO_INPUTS,
+                _masks(table, batch) if len(rows) else _NO_MASKS,
+            )
+            for table, (hashes, slots, rows) in zip(tables, hashed, strict=True)
+        ]  # fmt: skip
 
-    def _by_slot(self, hashes: Hashes, rows: Ints) -> Iterator[tuple[int, Ints]]:
-        """Yield (slot, rows of it in order) for the slots of this shard."""
-        slots = slots_of(hashes, self._map.n_slots)[rows]
-        if len(rows) == 1:
-            if self._owned[slots[0]]:
-                yield int(slots[0]), rows
-            return
-        mine = self._owned[slots]
-        rows, slots = rows[mine], slots[mine]
-        order = np.argsort(slots, kind="stable")
-        rows, slots = rows[order], slots[order]
-        bounds = np.flatnonzero(np.diff(slots, prepend=-1, append=-1))
-        for start, stop in pairwise(bounds.tolist()):
-            yield int(slots[start]), rows[start:stop]
+    def _new_rows(self, route: _Route, ids: Hashes | None, received_ms: int) -> Ints:
+        """Return the rows of a route that its slots have not seen."""
+        rows = route.rows
+        if ids is not None and len(rows):
+            n = len(ids)
+            route_ids = (ids + route.hashes[:, ::-1].view(np.uint64)).view(np.int64)
+            verdicts = np.zeros(n, np.uint8)
+            seen = self._filters[route.table.number]
+            seen.admit(rows, route.slots, route_ids, np.zeros(n, np.int64), received_ms, verdicts)
+            rows = rows[verdicts[rows] == NEW]
+        self._events[route.table.name] += len(rows)
+        return rows
+
+    def _values(self, column: pa.Array) -> npt.NDArray[np.float64]:
+        """Return the values of a field as the kernels take them, float64 [n], NaN for null; strings by address."""
+        if pa.types.is_string(column.type):
+            return self._strings.addresses(column)
+        values: npt.NDArray[np.float64] = pc.cast(column, pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+        return values
 
     # -- reads
 
-    def read(self, question: ShardQuestion) -> ShardAnswer:
-        """Read what this shard has of the asked entities; see `plan.ShardQuestion`.
+    def read(self, question: Question) -> Answer:
+        """Read what this shard has of the asked entities; what it has not is left out.
 
         Raises `AsOfInPast` if an explicit as-of lies before an event applied to the rows read, or
         before the cluster's clock.
         """
-        n = question.n
-        if question.clock is None:
-            as_of = np.full(n, self._newest_arrival_ms, np.int64)
-        else:
-            as_of = question.clock.copy()
-        found: list[Ints] = []
-        for part in question.parts:
-            rows = np.full(n, -1, np.int64)
-            for slot, which in self._by_slot(part.hashes, part.which):
-                tiles = self._tiles.get((part.program.table, slot))
-                if tiles is not None:
-                    tiles.find(part.hashes.view(np.int64), which, rows, as_of)
-            found.append(rows)
-        if question.as_of is not None:
-            if (past := np.flatnonzero(question.as_of < as_of)).size:
-                raise as_of_in_past(int(question.as_of[past[0]]), int(as_of[past[0]]))
-            as_of = question.as_of
-        matrices, knowns = [], []
-        for part, rows in zip(question.parts, found, strict=True):
-            out = np.empty((n, len(part.program.features)), np.float64)
-            known = np.zeros((n, len(part.program.views)), np.bool_)
-            for slot, which in self._by_slot(part.hashes, part.which):
-                tiles = self._tiles.get((part.program.table, slot)) or self._tiles_of(part.program.table, _NOWHERE)
-                tiles.read(part.program, which, rows, as_of, out, known)
-            matrices.append(out[part.which])
-            knowns.append(known[part.which])
-        return ShardAnswer(as_of, tuple(matrices), tuple(knowns))
+        return self._reader.read(question)
 
-    def join(self, question: ShardQuestion, events: Mapping[str, tuple[pa.RecordBatch, Ints]]) -> ShardAnswer:
+    def join(
+        self, question: Question, events: Mapping[str, tuple[pa.RecordBatch, Ints]], answer: Answer | None = None
+    ) -> Answer:
         """Answer a question while the events come in: the point-in-time join of a training set.
 
         question.as_of: int64 [n], ascending. events: per source a batch in ascending event time and
         its arrival stamps. Row i is read when every event up to as_of[i] is applied and none after.
-        The state is left as after all the events.
+        The state is left as after all the events. answer: where other shards have put their part already.
         """
         assert question.as_of is not None
-        matrices, knowns = [], []
-        for part in question.parts:
-            table = self._layout.tables[part.program.table]
-            batch, arrivals = events[table.source.name]
-            times = owned(batch.column(table.source.event_time).cast(pa.int64()).to_numpy())
-            arrivals = owned(arrivals)
-            ids = (
-                None
-                if table.source.event_id is None
-                else hash_columns([batch.column(table.source.event_id)], len(times))
-            )
-            route = self._route(table, batch, 0, ids)  # at one moment: every id counts once
-            applied = dict(route.rows_by_slot)
-            asked = dict(self._by_slot(part.hashes, part.which))
-            out = np.empty((question.n, len(part.program.features)), np.float64)
-            known = np.zeros((question.n, len(part.program.views)), np.bool_)
-            for slot in applied.keys() | asked.keys():
-                rows, which = applied.get(slot, _NO_ROWS), asked.get(slot, _NO_ROWS)
+        answer, program = answer or Answer.empty(question), question.program
+        for name, (batch, arrivals) in events.items():
+            event_id = self._layout.source(name).event_id
+            times = owned(batch.column(self._layout.source(name).event_time).cast(pa.int64()).to_numpy())
+            ids = None if event_id is None else hash_columns([batch.column(event_id)], len(times))
+            for route in self._routes(name, batch):
+                rows = self._new_rows(route, ids, 0)  # at one moment: every id counts once
+                if route.table not in program.tables:
+                    continue
+                keys = question.hashes[program.keys.index(route.table.key)]
+                asked = np.flatnonzero(self._owned[slots_of(keys.view(np.uint64), self.shard_map.n_slots)])
                 # A stable sort of events before questions: an event at the very as-of is seen.
-                order = np.argsort(np.concatenate([times[rows], question.as_of[which]]), kind="stable")
-                self._tiles_of(table.number, slot).join(
-                    part.program, np.concatenate([rows, ~which])[order], route.hashes, times, arrivals, route.inputs,
-                    route.masks, part.hashes.view(np.int64), question.as_of, out, known,
+                order = np.argsort(np.concatenate([times[rows], question.as_of[asked]]), kind="stable")
+                self._store.join(
+                    route.table, program, program.tables.index(route.table), np.concatenate([rows, ~asked])[order], route.hashes, times, owned(arrivals),
+                    route.inputs, route.masks, keys, question.as_of, answer.values, answer.known,
                 )  # fmt: skip
-            matrices.append(out[part.which])
-            knowns.append(known[part.which])
-        return ShardAnswer(question.as_of, tuple(matrices), tuple(knowns))
+        self._reader.read_texts(question, answer)
+        return answer
 
     # -- what it holds
 
     def status(self) -> ShardStatus:
-        entities: dict[str, int] = {t.name: 0 for t in self._layout.tables}
-        for (table, _), tiles in self._tiles.items():
-            entities[self._layout.tables[table].name] += tiles.entities
-        filters = [*self._homes.values(), *self._filters.values()]
+        tables, store = self._layout.tables, self._store
+        newest_ms = store.newest_arrival_ms
         return ShardStatus(
-            shard=self._number,
+            shard=self.number,
             slots=int(self._owned.sum()),
             events=dict(self._events),
-            entities=entities,
-            tiles=sum(t.tiles for t in self._tiles.values()),
-            tile_bytes=sum(t.allocated_bytes for t in self._tiles.values()),
-            filter_bytes=sum(f.allocated_bytes for f in filters),
-            newest_arrival_ms=None if self._newest_arrival_ms == NEVER else self._newest_arrival_ms,
+            entities={t.name: store.entities(t) for t in tables},
+            tiles=sum(store.tiles(t) for t in tables),
+            tile_bytes=self.memory.allocated_bytes,
+            filter_bytes=sum(f.allocated_bytes for f in [*self._homes.values(), *self._filters]),
+            strings=len(self._strings),
+            strings_refused=self._strings.refused,
+            newest_arrival_ms=None if newest_ms == NO_CLOCK else newest_ms,
         )
+
+    def reclaim(self) -> int:
+        """Free all that no window can see any more, at once rather than in steps; return how many entities."""
+        return sum(self._store.reclaim_all(table) for table in self._layout.tables)
 
     def check(self) -> list[str]:
         """Return what is wrong with the state: an empty list if every invariant holds."""
-        wrong = [
-            f"table {table} slot {slot}: {problem}"
-            for (table, slot), tiles in self._tiles.items()
-            for problem in tiles.check()
-        ]
-        wrong += [f"slot {s} is not of shard {self._number}" for _, s in self._tiles if s >= 0 and not self._owned[s]]
-        return wrong
+        return self._store.check()
 
 
 def key_validity(keys: Sequence[pa.Array], n: int) -> npt.NDArray[np.bool_]:
@@ -297,15 +277,6 @@ def key_validity(keys: Sequence[pa.Array], n: int) -> npt.NDArray[np.bool_]:
         if key.null_count:
             valid &= key.is_valid().to_numpy(zero_copy_only=False)
     return valid
-
-
-def _inputs(table: Table, batch: pa.RecordBatch) -> npt.NDArray[np.float64]:
-    """Return the fields that the table's columns look at, float64 [fields, n], NaN for null."""
-    inputs = np.empty((len(table.inputs), batch.num_rows), np.float64)
-    for number, name in enumerate(table.inputs):
-        column = pc.cast(batch.column(name), pa.float64(), safe=False)
-        inputs[number] = column.to_numpy(zero_copy_only=False)
-    return inputs
 
 
 def _masks(table: Table, batch: pa.RecordBatch) -> npt.NDArray[np.bool_]:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from millpond.feature_actors.aggregations import NUMBERS, Aggregation, where_text
+from millpond.feature_actors.aggregations import NUMBERS, Aggregation, Derived, where_text
 from millpond.feature_actors.errors import DeclarationError, did_you_mean
 from millpond.feature_actors.source import Source, check_name, check_owner
 
@@ -27,7 +27,35 @@ class Feature:
 
     view: FeatureView
     name: str
-    aggregation: Aggregation
+    aggregation: Aggregation | Derived
+
+    @property
+    def derived(self) -> Derived | None:
+        """What it is computed by, if from other features."""
+        return self.aggregation if isinstance(self.aggregation, Derived) else None
+
+    @property
+    def kept(self) -> Aggregation:
+        """What is kept for it; not of a derived feature."""
+        assert isinstance(self.aggregation, Aggregation)
+        return self.aggregation
+
+    @property
+    def of(self) -> tuple[Feature, ...]:
+        """The features that a derived one is computed from."""
+        return () if self.derived is None else tuple(self.view[name] for name in self.derived.of)
+
+    @property
+    def width(self) -> int:
+        """Columns of a feature matrix that it takes."""
+        return 1 if self.derived is not None else self.kept.width
+
+    @property
+    def is_text(self) -> bool:
+        """Whether its values are strings, which stand beside the matrix."""
+        if self.derived is not None or self.kept.takes != "value":
+            return False
+        return bool(self.view.source.fields[self.kept.field].type == "string")
 
     @property
     def full_name(self) -> str:
@@ -41,7 +69,7 @@ class Feature:
     @property
     def where(self) -> pc.Expression | None:
         """The view's and the feature's `where` together, or None."""
-        both = [w for w in (self.view.where, self.aggregation.where) if w is not None]
+        both = [w for w in (self.view.where, self.kept.where) if w is not None]
         return both[0] & both[1] if len(both) == 2 else (both[0] if both else None)
 
     @property
@@ -50,8 +78,11 @@ class Feature:
 
         Two features of one definition share their state; a changed definition is another feature.
         """
+        if self.derived is not None:
+            made = {**self.derived.identity(), "of": [f.id for f in self.of]}
+            return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
         content = {
-            **self.aggregation.identity(),
+            **self.kept.identity(),
             "source": [self.view.source.name, self.view.source.version],
             "key": self.view.key,
             "where": where_text(self.where),
@@ -74,7 +105,7 @@ class FeatureView:
     owner: str = ""
     source: Source = None  # type: ignore[assignment]
     key: list[str] = field(default_factory=list)
-    features: Mapping[str, Aggregation] = field(default_factory=dict)
+    features: Mapping[str, Aggregation | Derived] = field(default_factory=dict)
     where: pc.Expression | None = None
     about: str = ""
 
@@ -118,16 +149,19 @@ class FeatureView:
         if len(set(self.key)) != len(self.key):
             raise DeclarationError(f"view `{self.name}`: a key field is named twice in {self.key!r}")
 
-    def _check_feature(self, name: str, aggregation: Aggregation) -> None:
+    def _check_feature(self, name: str, aggregation: Aggregation | Derived) -> None:
         subject = f"view `{self.name}`: feature"
         check_name(subject, name)
         subject = f"{subject} `{name}`"
         if name in self.key:
             raise DeclarationError(f"{subject} has the name of a key field")
+        if isinstance(aggregation, Derived):
+            self._check_derived(subject, name, aggregation)
+            return
         if not isinstance(aggregation, Aggregation):
             raise DeclarationError(f"{subject} must be an aggregation such as Count(), got {aggregation!r}")
         kind = type(aggregation).__name__
-        if aggregation.takes_field:
+        if aggregation.takes != "event":
             wanted = aggregation.field
             if wanted not in self.source.fields:
                 raise DeclarationError(
@@ -135,9 +169,21 @@ class FeatureView:
                     + did_you_mean(str(wanted), self.source.fields)
                 )
             spec = self.source.fields[wanted]
-            if spec.type not in NUMBERS:
-                raise DeclarationError(f"{subject}: {kind} takes a number, `{wanted}` is `{spec.type}`")
+            if spec.type not in NUMBERS and not (aggregation.takes == "value" and spec.type == "string"):
+                takes = "a number" if aggregation.takes == "number" else "a number or a string"
+                raise DeclarationError(f"{subject}: {kind} takes {takes}, `{wanted}` is `{spec.type}`")
         self._check_where(subject, aggregation.where)
+
+    def _check_derived(self, subject: str, name: str, derived: Derived) -> None:
+        before = list(self.features)[: list(self.features).index(name)]
+        for one in derived.of:
+            if one not in before:
+                raise DeclarationError(
+                    f"{subject}: {type(derived).__name__} of {one!r}, which is not a feature that stands before it"
+                    + did_you_mean(one, before)
+                )
+            if self[one].is_text:
+                raise DeclarationError(f"{subject}: {type(derived).__name__} takes numbers, `{one}` is of strings")
 
     def _check_where(self, subject: str, where: pc.Expression | None) -> None:
         """Try the expression on an empty batch: unknown fields and wrong types show at once."""

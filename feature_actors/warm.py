@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from millpond.feature_actors.aggregations import Count, Last, Max, Mean, Min, SecondsSince, Sum
+from millpond.feature_actors.aggregations import Count, Last, Sum
 from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.clock import EventClock
 from millpond.feature_actors.layout import compile_layout
@@ -37,23 +37,17 @@ def warm_kernels() -> None:
         event_id="id",
         event_time="at",
     )
-    each = {"a": Count(window="1h"), "b": Sum("x"), "c": Mean("x", window="1h"), "d": Min("x"), "e": Max("x")}
-    view = FeatureView(
-        "warm",
-        owner="millpond",
-        source=source,
-        key=["n", "id"],
-        features={**each, "f": Last("x", window="1h"), "g": SecondsSince()},
-    )
+    features = {"count": Count(window="1h"), "exact": Sum("x", window="1h", exact=True), "last": Last("id", ttl="1d")}
+    view = FeatureView("warm", owner="millpond", source=source, key=["n", "id"], features=features)
     layout, shard_map = compile_layout([], [view]), ShardMap.even(1, 1)
     shard = Shard(layout, shard_map, 0)
     client = FeatureClient(layout, shard_map, LocalIngest([shard]), LocalRead([shard]), EventClock())
-    n = 40  # enough that an arena and a filter grow
+    n = 40  # enough that an index and a filter grow
     rows = [{"at": i * 60_000, "id": str(i), "n": i, "x": None if i % 7 == 0 else i} for i in range(n)]
     batch = pa.RecordBatch.from_pylist(rows, schema=source.schema)
     complete(client.ingest("warm", batch))
     plan = ReadPlan(layout, list(view), "warm")
     complete(client.read(plan, {"n": [1, 2], "id": ["1", "2"]}, 2))
     as_of = np.full(n, n * 60_000, np.int64)
-    questions = plan.questions({"n": batch["n"], "id": batch["id"]}, n, shard_map, None, as_of)
-    Shard(layout, shard_map, 0).join(questions[0], {"warm": (batch, as_of)})
+    question = plan.question({"n": batch["n"], "id": batch["id"]}, n, None, as_of)
+    Shard(layout, shard_map, 0).join(question, {"warm": (batch, as_of)})

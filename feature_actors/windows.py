@@ -3,7 +3,7 @@
 A window of length W is answered from tiles of one width w, taken from a fixed ladder by W alone:
 the widest width that is at most W/60. Tile k covers the times `[k*w, (k+1)*w)`. Read at `as_of`,
 the window covers `[floor((as_of - W)/w)*w, as_of]`: never too short, at most one tile (1.7 %) too
-long. All times and lengths are int64 milliseconds.
+long. An exact window keeps the milliseconds of its tiles besides and covers `(as_of - W, as_of]`. All times and lengths are int64 milliseconds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 
 from millpond.feature_actors.errors import DeclarationError
 
-__all__ = ["LADDER_MS", "TILES_PER_WINDOW_MIN", "parse_length_ms", "parse_window_ms", "tile_width_ms"]
+__all__ = ["LADDER_MS", "TILES_PER_WINDOW_MIN", "exact_past_ms", "parse_length_ms", "parse_window_ms", "tile_width_ms"]
 
 _SECOND, _MINUTE, _HOUR, _DAY = 1_000, 60_000, 3_600_000, 86_400_000
 _UNITS_MS = {"ms": 1, "s": _SECOND, "m": _MINUTE, "h": _HOUR, "d": _DAY, "w": 7 * _DAY}
@@ -76,3 +76,12 @@ def tile_width_ms(window_ms: int) -> int:
     [10, 60000, 1200000, 43200000]
     """
     return max(width for width in LADDER_MS if width * TILES_PER_WINDOW_MIN <= window_ms)
+
+
+def exact_past_ms(window_ms: int) -> int:
+    """Return how long ago an exact window may be read as of: as long as it is, an hour at most.
+
+    >>> exact_past_ms(60_000), exact_past_ms(86_400_000)
+    (60000, 3600000)
+    """
+    return min(window_ms, _HOUR)

@@ -1,8 +1,7 @@
 """Events, questions and answers as they cross to a shard's process: names and raw bytes.
 
-The in-memory forms (`plan.ShardQuestion`, `plan.ShardAnswer`) are made of many small arrays, and Ray
-pickles each of them at three microseconds a side; a question about one id over eight tables would
-spend a millisecond on that alone. On the wire a program is the names of its features, which the shard
+The in-memory forms (`plan.Question`, `plan.Answer`) are made of several arrays, and Ray pickles each
+of them at three microseconds a side. On the wire a program is the names of its features, which the shard
 compiles once, and numbers are bytes.
 """
 
@@ -16,8 +15,8 @@ import pyarrow as pa
 
 from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.keys import Hashes
-from millpond.feature_actors.layout import Layout, ReadProgram
-from millpond.feature_actors.plan import Part, ShardAnswer, ShardQuestion
+from millpond.feature_actors.layout import Layout, PlanProgram
+from millpond.feature_actors.plan import Answer, Question
 from millpond.feature_actors.view import Feature
 
 __all__ = [
@@ -42,11 +41,11 @@ WireIds = tuple[str, bytes, bytes, int]
 #: Source, a record batch without its schema, arrival stamps (one number if they are all the same),
 #: how many, when they were received.
 WireEvents = tuple[str, bytes, Any, int, int]
-#: n; per part the names of its features and its rows (None: all); hashes of those rows, part after
-#: part; clock and as-of, each None, one number for all ids, or bytes.
-WireQuestion = tuple[int, tuple[tuple[tuple[str, ...], bytes | None], ...], bytes, Any, Any]
-#: as-of of the ids; values, part after part; knowns, part after part.
-WireAnswer = tuple[bytes, bytes, bytes]
+#: Names of the features; n; hashes of their keys; clock and as-of, each one number for all ids or bytes, the latter
+#: None for a live read.
+WireQuestion = tuple[tuple[str, ...], int, bytes, Any, Any]
+#: as-of of the ids; values; knowns; strings by column.
+WireAnswer = tuple[bytes, bytes, bytes, dict[int, list[str | None]]]
 
 
 def encode_ids(source: str, ids: Hashes, contents: Ints, received_ms: int) -> WireIds:
@@ -75,13 +74,14 @@ def decode_events(wire: WireEvents, layout: Layout) -> tuple[str, pa.RecordBatch
     return source, pa.ipc.read_record_batch(pa.py_buffer(batch), schema), stamps, received_ms
 
 
-def encode_question(question: ShardQuestion) -> WireQuestion:
-    parts, hashes = [], []
-    for part in question.parts:
-        every = len(part.which) == question.n
-        parts.append((part.program.wire_names, None if every else part.which.tobytes()))
-        hashes.append((part.hashes if every else part.hashes[part.which]).tobytes())
-    return question.n, tuple(parts), b"".join(hashes), _encode_times(question.clock), _encode_times(question.as_of)
+def encode_question(question: Question) -> WireQuestion:
+    return (
+        question.program.wire_names,
+        question.n,
+        question.hashes.tobytes(),
+        _encode_times(question.clock),
+        _encode_times(question.as_of),
+    )
 
 
 class QuestionDecoder:
@@ -89,35 +89,22 @@ class QuestionDecoder:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._programs: dict[tuple[str, ...], ReadProgram] = {}
+        self._programs: dict[tuple[str, ...], PlanProgram] = {}
 
-    def decode(self, wire: WireQuestion) -> ShardQuestion:
-        n, wire_parts, hash_bytes, clock, as_of = wire
-        hashes = np.frombuffer(hash_bytes, np.uint64).reshape(-1, 2).copy()
-        parts, at = [], 0
-        for names, which_bytes in wire_parts:
-            if which_bytes is None:
-                which, of_part = np.arange(n), hashes[at : at + n]
-                at += n
-            else:
-                which = np.frombuffer(which_bytes, np.int64).copy()
-                of_part = np.zeros((n, 2), np.uint64)
-                of_part[which] = hashes[at : at + len(which)]
-                at += len(which)
-            parts.append(Part(self._program(names), of_part, which))
-        return ShardQuestion(
-            n,
-            tuple(parts),
-            None if clock is None else _decode_times(clock, n),
+    def decode(self, wire: WireQuestion) -> Question:
+        names, n, hash_bytes, clock, as_of = wire
+        program = self._program(names)
+        return Question(
+            program,
+            np.frombuffer(hash_bytes, np.int64).reshape(len(program.keys), n, 2).copy(),
+            _decode_times(clock, n),
             None if as_of is None else _decode_times(as_of, n),
         )
 
-    def _program(self, names: tuple[str, ...]) -> ReadProgram:
+    def _program(self, names: tuple[str, ...]) -> PlanProgram:
         program = self._programs.get(names)
         if program is None:
-            features = [self._feature(name) for name in names]
-            program = self._layout.read_program(self._layout.table_of(features[0].view), features)
-            self._programs[names] = program
+            program = self._programs[names] = self._layout.plan_program([self._feature(name) for name in names])
         return program
 
     def _feature(self, name: str) -> Feature:
@@ -129,25 +116,20 @@ class QuestionDecoder:
         return known[feature]
 
 
-def encode_answer(answer: ShardAnswer) -> WireAnswer:
-    return (
-        answer.as_of.tobytes(),
-        b"".join(m.tobytes() for m in answer.matrices),
-        b"".join(k.tobytes() for k in answer.knowns),
+def encode_answer(answer: Answer) -> WireAnswer:
+    return answer.as_of.tobytes(), answer.values.tobytes(), answer.known.tobytes(), answer.texts
+
+
+def decode_answer(wire: WireAnswer, question: Question) -> Answer:
+    """Decode the answer to a question; its arrays are read-only."""
+    as_of, values, known, texts = wire
+    program, n = question.program, question.n
+    return Answer(
+        np.frombuffer(as_of, np.int64),
+        np.frombuffer(values, np.float64).reshape(n, program.width),
+        np.frombuffer(known, np.bool_).reshape(n, len(program.view_names)),
+        texts,
     )
-
-
-def decode_answer(wire: WireAnswer, question: ShardQuestion) -> ShardAnswer:
-    """Decode the answer to a question."""
-    as_of, values, knowns = wire
-    all_values, all_knowns = np.frombuffer(values, np.float64), np.frombuffer(knowns, np.bool_)
-    matrices, masks, v, k = [], [], 0, 0
-    for part in question.parts:
-        rows, features, views = len(part.which), len(part.program.features), len(part.program.views)
-        matrices.append(all_values[v : v + rows * features].reshape(rows, features))
-        masks.append(all_knowns[k : k + rows * views].reshape(rows, views))
-        v, k = v + rows * features, k + rows * views
-    return ShardAnswer(np.frombuffer(as_of, np.int64), tuple(matrices), tuple(masks))
 
 
 def _encode_times(times: Ints | None) -> int | bytes | None:

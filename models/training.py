@@ -15,7 +15,7 @@ from millpond.feature_actors.dedupe import NEW
 from millpond.feature_actors.errors import BadRequest
 from millpond.feature_actors.keys import hash_columns
 from millpond.feature_actors.layout import Layout, compile_layout
-from millpond.feature_actors.plan import FeatureRows, ReadPlan
+from millpond.feature_actors.plan import Answer, FeatureRows, Question, ReadPlan
 from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.source import Source
@@ -60,14 +60,24 @@ def training_set(
     }
     shard_map = ShardMap.even(64, n_shards)
     times = label_times[order]
-    questions = plan.questions(keys, labels.num_rows, shard_map, None, times)
-    answers = {
-        number: Shard(layout, shard_map, number).join(question, batches) for number, question in questions.items()
-    }
-    rows = plan.assemble(labels.num_rows, questions, answers, times)
+    question = plan.question(keys, labels.num_rows, None, times)
+    rows = plan.rows(_joined(layout, shard_map, question, batches))
     back = np.empty_like(order)
     back[order] = np.arange(len(order))
-    return FeatureRows(rows.matrix[back], times[back], [rows.unknown[i] for i in back.tolist()])
+    places = back.tolist()
+    texts = {name: [column[i] for i in places] for name, column in rows.texts.items()}
+    return FeatureRows(rows.matrix[back], times[back], [rows.unknown[i] for i in places], texts)
+
+
+def _joined(
+    layout: Layout, shard_map: ShardMap, question: Question, batches: Mapping[str, tuple[pa.RecordBatch, Ints]]
+) -> Answer:
+    """Answer a question by one shard after the other, each of which fills in what is its own."""
+    whole: Answer | None = None
+    for number in range(shard_map.n_shards):
+        whole = Shard(layout, shard_map, number).join(question, batches, whole)
+    assert whole is not None
+    return whole
 
 
 def _label_times(column: pa.ChunkedArray, name: str) -> Ints:

@@ -1,0 +1,61 @@
+"""The aggregations: what a feature computes over the events of its window. One file each.
+
+Every file of this folder is imported here, so that a new one is known to the kernels, the oracle, the tests and the
+tables of the documentation by being there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from millpond.feature_actors.aggregations.aggregation import (
+    AGGREGATIONS,
+    NUMBERS,
+    PARTS,
+    Aggregation,
+    Column,
+    Part,
+    where_text,
+)
+from millpond.feature_actors.aggregations.count import Count
+from millpond.feature_actors.aggregations.derived import Derived, Ratio
+from millpond.feature_actors.aggregations.first import First
+from millpond.feature_actors.aggregations.last import Last
+from millpond.feature_actors.aggregations.last_n import LastN
+from millpond.feature_actors.aggregations.max import Max
+from millpond.feature_actors.aggregations.mean import Mean
+from millpond.feature_actors.aggregations.min import Min
+from millpond.feature_actors.aggregations.rate import Rate
+from millpond.feature_actors.aggregations.seconds_since import SecondsSince
+from millpond.feature_actors.aggregations.seconds_since_first import SecondsSinceFirst
+from millpond.feature_actors.aggregations.std import Std
+from millpond.feature_actors.aggregations.sum import Sum
+
+__all__ = [
+    "AGGREGATIONS",
+    "NUMBERS",
+    "PARTS",
+    "Aggregation",
+    "Column",
+    "Count",
+    "Derived",
+    "First",
+    "Last",
+    "LastN",
+    "Max",
+    "Mean",
+    "Min",
+    "Part",
+    "Rate",
+    "Ratio",
+    "SecondsSince",
+    "SecondsSinceFirst",
+    "Std",
+    "Sum",
+    "where_text",
+]
+
+for _module in pkgutil.iter_modules(__path__):
+    if _module.name != "dispatch":  # which compiles what all the others have declared
+        importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,0 +1,198 @@
+"""What an aggregation is: an algebra of four verbs over a partial of fixed size.
+
+`init` makes an empty partial, `update` adds one event, `merge` joins an older partial with a newer one,
+`finalize` reads the value. A partial is made of *parts*, each with the first three verbs, so that features
+over the same tiles share what they have in common: `Mean` reads the sum that `Sum` keeps.
+
+The verbs are plain functions over words of memory, p seen as int64 and f as float64, from word `at` on. They are
+compiled once, all of them together (see `dispatch`), and never for a view. Beside them stands `plain`: the
+definition of the aggregation in plain Python, by which the oracle judges the verbs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from millpond.feature_actors.errors import DeclarationError
+from millpond.feature_actors.windows import parse_window_ms
+
+__all__ = ["AFTER_ALL", "AGGREGATIONS", "NEVER", "NUMBERS", "PARTS", "Aggregation", "Column", "Part", "Seen", "where_text"]
+
+#: The time of an event that never was: before all others, and after all others.
+NEVER, AFTER_ALL = np.iinfo(np.int64).min, np.iinfo(np.int64).max
+
+NUMBERS = frozenset(
+    f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
+) | {"float32", "float64", "double", "bool"}  # fmt: skip
+
+#: Time in ms and value of the events that a feature sees, in the order in which they were applied. Without nulls,
+#: for an aggregation of a field; the value is None for one that looks at events.
+Seen = Sequence[tuple[int, Any]]
+
+#: All parts and all aggregations, in the order of their numbers in the kernels.
+PARTS: list[type[Part]] = []
+AGGREGATIONS: list[type[Aggregation]] = []
+
+
+class Part:
+    """One part of a partial. Values that reach `update` are never null and always finite.
+
+    The verbs have no self: they are compiled.
+    """
+
+    #: Whether it looks at a field; else at events, and `value` means nothing.
+    takes_field: ClassVar[bool] = True
+    #: Words of memory; for a part with a size `n`, of each of its n items.
+    words: ClassVar[int]
+
+    def __init_subclass__(cls) -> None:
+        PARTS.append(cls)
+
+    @staticmethod
+    def init(p: Any, f: Any, at: Any, n: Any) -> None:
+        raise NotImplementedError
+
+    @staticmethod
+    def update(p: Any, f: Any, at: Any, n: Any, value: Any, time: Any) -> None:
+        raise NotImplementedError
+
+    @staticmethod
+    def merge(p: Any, f: Any, at: Any, n: Any, newer_p: Any, newer_f: Any, newer: Any) -> None:
+        """Merge the newer partial at `newer` into the older one at `at`; their times do not overlap."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Column:
+    """A part in a partial: of which field, if any, and of which size, if it has one."""
+
+    part: type[Part]
+    field: str | None = None
+    n: int = 1
+
+    @property
+    def words(self) -> int:
+        return self.part.words * self.n
+
+
+@dataclass(frozen=True, eq=False)
+class Aggregation:
+    """Base of all aggregations.
+
+    field: the field that it looks at, for those that look at one.
+    window: how far back it looks, `"1s"` and longer; `None` is lifetime.
+    where: a `pyarrow.compute` expression; other events are not looked at.
+    ttl: for a lifetime aggregation, forget everything when no event came for so long; `None` keeps for ever.
+    exact: cut the window at the millisecond, `(as_of - window, as_of]`, at the cost of memory per event.
+    """
+
+    field: str | None = None
+    _: KW_ONLY
+    window: str | None = None
+    where: pc.Expression | None = None
+    ttl: str | None = None
+    exact: bool = False
+
+    #: Its parts, in the order in which `finalize` gets their places.
+    parts: ClassVar[tuple[type[Part], ...]]
+    #: What it looks at: numbers, anything that has a value (numbers and strings), or events.
+    takes: ClassVar[Literal["number", "value", "event"]] = "number"
+    #: Whether it must have a window.
+    needs_window: ClassVar[bool] = False
+    #: For people, in tables: its formula over the values x at times t seen, what it is of nothing, how far
+    #: from the exact value it may be.
+    formula: ClassVar[str]
+    empty: ClassVar[str]
+    error: ClassVar[str] = "none"
+
+    def __init_subclass__(cls) -> None:
+        AGGREGATIONS.append(cls)
+
+    @staticmethod
+    def finalize(p: Any, f: Any, a: Any, b: Any, k: Any, as_of: Any, window: Any) -> Any:
+        """Read value k of a partial whose first part lies at a and second at b; as_of and window in ms."""
+        raise NotImplementedError
+
+    def plain(self, seen: Seen, as_of_ms: int) -> Any:
+        """Return the value over what is seen, by definition: a float, or a list if `width` is above 1."""
+        raise NotImplementedError
+
+    def slack(self, seen: Seen, as_of_ms: int) -> float:
+        """Return how far from `plain` a value may be: `error`, for these events."""
+        return 0.0
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if type(self) is Aggregation:
+            known = ", ".join(sorted(c.__name__ for c in AGGREGATIONS))
+            raise DeclarationError(f"Aggregation: the base of all; say which: {known}")
+        if self.takes != "event" and self.field is None:
+            raise DeclarationError(f'{name}: of which field? say {name}("amount")')
+        if self.takes == "event" and self.field is not None:
+            raise DeclarationError(f"{name}: looks at no field")
+        if self.field is not None and not isinstance(self.field, str):
+            raise DeclarationError(f'{name}: takes the name of a field such as {name}("amount"), got {self.field!r}')
+        if self.window is not None and self.ttl is not None:
+            raise DeclarationError(f"{name}: a feature has a window or a ttl, not both")
+        if self.needs_window and self.window is None:
+            raise DeclarationError(f'{name}: needs a window; say {name}(window="1h")')
+        if not isinstance(self.exact, bool):
+            raise DeclarationError(f"{name}: exact is True or False, got {self.exact!r}")
+        if self.exact and self.window is None:
+            raise DeclarationError(f"{name}: exact=True is about the edge of a window; say which window, or leave it out")
+        if self.where is not None and not isinstance(self.where, pc.Expression):
+            raise DeclarationError(
+                f"{name}: where= takes a pyarrow.compute expression such as `pc.field('amount') > 0`, "
+                f"got {self.where!r}"
+            )
+        for what, text in (("window", self.window), ("ttl", self.ttl)):
+            if text is not None:
+                parse_window_ms(text, subject=f"{name} {what}")
+
+    @cached_property
+    def window_ms(self) -> int | None:
+        return None if self.window is None else parse_window_ms(self.window, subject="window")
+
+    @cached_property
+    def ttl_ms(self) -> int | None:
+        return None if self.ttl is None else parse_window_ms(self.ttl, subject="ttl")
+
+    @property
+    def width(self) -> int:
+        """How many columns of a feature matrix its value takes."""
+        return 1
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """The columns of its partial."""
+        return tuple(Column(part, self.field if part.takes_field else None) for part in self.parts)
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two aggregations the same one: the content of the definition."""
+        return {
+            "aggregation": type(self).__name__,
+            "field": self.field,
+            "window_ms": self.window_ms,
+            "ttl_ms": self.ttl_ms,
+            "exact": self.exact,
+            "where": where_text(self.where),
+        }
+
+
+def where_text(where: pc.Expression | None) -> str:
+    """Return a text that two conditions share only if they are the same; "" for none.
+
+    `str` alone elides the middle of a long `isin` and writes `2` and `2.0` alike, which divide differently.
+    """
+    if where is None:
+        return ""
+    # An expression pickles as an Arrow file of one row: its literals, with their types, in order.
+    literals = pa.ipc.open_file(where.__reduce__()[1][0]).get_batch(0)
+    return f"{where} of {[(str(c.type), c.to_pylist()) for c in literals.columns]}"

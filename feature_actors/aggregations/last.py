@@ -1,0 +1,47 @@
+"""Last: the newest value of a field."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from millpond.feature_actors.aggregations.aggregation import NEVER, Aggregation, Part, Seen
+
+
+class Newest(Part):
+    """Time and value of the newest event that has one."""
+
+    words = 2
+
+    @staticmethod
+    def init(p: Any, f: Any, at: Any, n: Any) -> None:
+        p[at] = NEVER
+        f[at + 1] = math.nan
+
+    @staticmethod
+    def update(p: Any, f: Any, at: Any, n: Any, value: Any, time: Any) -> None:
+        if time >= p[at]:
+            p[at] = time
+            f[at + 1] = value
+
+    @staticmethod
+    def merge(p: Any, f: Any, at: Any, n: Any, newer_p: Any, newer_f: Any, newer: Any) -> None:
+        if newer_p[newer] >= p[at]:
+            p[at] = newer_p[newer]
+            f[at + 1] = newer_f[newer + 1]
+
+
+class Last(Aggregation):
+    """Value of the newest event that has one, a number or a string; of two at one millisecond, of the one applied
+    later."""
+
+    parts, takes = (Newest,), "value"
+    formula, empty = "x of the largest t", "NaN; None for strings"
+
+    @staticmethod
+    def finalize(p: Any, f: Any, a: Any, b: Any, k: Any, as_of: Any, window: Any) -> Any:
+        return f[a + 1]
+
+    def plain(self, seen: Seen, as_of_ms: int) -> Any:
+        newest = max((t for t, _ in seen), default=None)
+        return next((x for t, x in reversed(seen) if t == newest), math.nan)

@@ -1,0 +1,188 @@
+"""Reading features straight from shards' memories: one compiled call, whatever the number of views and shards.
+
+`MemoryReader` reads memories that are mapped in this process: a shard's own, those of shards in one process, or
+those of the shard processes of this node (`MemoryRead`, the read port of model replicas).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from millpond.feature_actors.errors import Unavailable
+from millpond.feature_actors.plan import Answer, Question, as_of_in_past
+from millpond.feature_actors.shard_map import ShardMap
+from millpond.feature_actors.tiles.memory import Control, Memory
+from millpond.feature_actors.tiles.read import BUSY, DONE, FOREIGN, MOVED, PAST, read_rows
+from millpond.feature_actors.tiles.strings import StringReader
+
+__all__ = ["MemoryRead", "MemoryReader", "SlotBusy"]
+
+Ints = npt.NDArray[np.int64]
+
+
+class SlotBusy(Unavailable):
+    """A slot was being written all the while, or was left half-written by a process that died."""
+
+    code = "slot_busy"
+
+
+class _Busy(Exception):
+    """A slot is being written; the ids before `row` have been read."""
+
+    def __init__(self, shard: int, row: int) -> None:
+        self.shard, self.row = shard, row
+
+
+class _Moved(Exception):
+    """A shard has published another epoch."""
+
+    def __init__(self, shard: int) -> None:
+        self.shard = shard
+
+
+class MemoryReader:
+    """Read the memories of some shards of a cluster; slots of the others are left out.
+
+    shards: whose slots are read; `attach` their memories before the first read.
+    """
+
+    def __init__(self, shard_map: ShardMap, shards: list[int]) -> None:
+        mine = set(shards)
+        self._n_shards = shard_map.n_shards
+        self._owners = np.array([owner if owner in mine else -1 for owner in shard_map.owners], np.int64)
+        self._bases: Ints = np.zeros(self._n_shards, np.int64)
+        self._controls: Ints = np.zeros(self._n_shards, np.int64)
+        self._epochs: Ints = np.zeros(self._n_shards, np.int64)
+        # Their addresses are in the arrays, so they must live as long.
+        self._memories: dict[int, tuple[Memory, Control | None]] = {}
+        self._strings: dict[int, StringReader] = {}
+
+    def attach(self, shard: int, memory: Memory, control: Control | None = None, epoch: int = 0) -> None:
+        """Read a shard from this memory from now on."""
+        self._bases[shard], self._epochs[shard] = memory.address, epoch
+        self._controls[shard] = 0 if control is None else control.address
+        self._memories[shard] = memory, control
+        self._strings[shard] = StringReader(memory)
+
+    def read(self, question: Question) -> Answer:
+        """Answer a question from memories that nobody writes to meanwhile. Raises `AsOfInPast`."""
+        answer = Answer.empty(question)
+        self.attempt(question, answer, 0)
+        return answer
+
+    def attempt(self, question: Question, answer: Answer, start: int) -> None:
+        """Read the ids from `start` on into an answer made for the question.
+
+        Raises `AsOfInPast`; `_Busy` and `_Moved` if it has to be tried again.
+        """
+        program = question.program
+        code, row, detail = read_rows(
+            self._bases, self._controls, self._epochs, self._owners, program.layout_digest,
+            program.arrays(len(self._owners)), question.hashes, start, question.clock, question.as_of is not None,
+            answer.as_of, answer.values, answer.known,
+        )  # fmt: skip
+        if code == DONE:
+            if program.texts:
+                self.read_texts(question, answer)
+            return
+        if code == PAST:
+            assert question.as_of is not None
+            raise as_of_in_past(int(question.as_of[row]), detail, program.past_ms)
+        if code == MOVED:
+            raise _Moved(detail)
+        if code == FOREIGN:
+            raise Unavailable(
+                f"shard {detail} of {self._n_shards} keeps other features than this process reads", retry_after_ms=1_000
+            )
+        assert code == BUSY
+        raise _Busy(detail, row)
+
+    def read_texts(self, question: Question, answer: Answer) -> None:
+        """Look up the strings whose addresses are in the answer."""
+        for column, key in question.program.texts:
+            slots = question.hashes[key, :, 1].view(np.uint64) % np.uint64(len(self._owners))
+            owners = self._owners[slots.astype(np.int64)].tolist()
+            texts = answer.texts.setdefault(column, [None] * question.n)
+            for i, (owner, address) in enumerate(zip(owners, answer.values[:, column].tolist(), strict=True)):
+                if owner >= 0:
+                    texts[i] = self._strings[owner].text(address)
+
+    def populate(self) -> None:
+        for memory, _ in self._memories.values():
+            memory.populate()
+
+    def writer_lives(self, shard: int) -> bool:
+        control = self._memories[shard][1]
+        return control is None or control.writer_lives
+
+
+#: How long a slot may be written before the read gives up, if its writer lives: it may not have a core just now.
+_BUSY_S_MAX = 0.25
+_BUSY_WAIT_S = 0.001
+_ATTACH_TRIES = 100
+
+
+class MemoryRead:
+    """Read port to the shard processes of this node, through the files that they write.
+
+    folder: of the control pages and tiles, see `tiles.memory`. Goes on with the memory of a process that died, and
+    moves to its successor's when that is published.
+
+    Raises `Unavailable` if a shard has not published its memory yet.
+    """
+
+    def __init__(self, shard_map: ShardMap, folder: Path) -> None:
+        self._n_shards = shard_map.n_shards
+        self._folder = folder
+        self._reader = MemoryReader(shard_map, list(range(self._n_shards)))
+        for shard in range(self._n_shards):
+            self._attach(shard)
+
+    def _attach(self, shard: int) -> None:
+        for _ in range(_ATTACH_TRIES):
+            try:
+                control = Control(self._folder, shard)
+                epoch = control.epoch
+                if epoch == 0:
+                    break
+                self._reader.attach(shard, Memory.open(control.tiles_path(epoch)), control, epoch)
+                return
+            except FileNotFoundError:  # taken away by a successor in this very moment, or never there
+                continue
+        raise Unavailable(
+            f"shard {shard} of {self._n_shards} has not published its memory yet; retry", retry_after_ms=1_000
+        )
+
+    async def read(self, question: Question) -> Answer:
+        """Answer a question; waits only while a slot of it is being written.
+
+        Raises `SlotBusy` when that takes too long, at once if the process that writes has died.
+        """
+        answer = Answer.empty(question)
+        start, deadline = 0, 0.0
+        while True:
+            try:
+                self._reader.attempt(question, answer, start)
+                return answer
+            except _Moved as moved:
+                self._attach(moved.shard)
+                start = 0  # an answer is of one epoch of a shard
+            except _Busy as busy:
+                start, now = busy.row, time.monotonic()
+                deadline = deadline or now + _BUSY_S_MAX
+                if now > deadline or not self._reader.writer_lives(busy.shard):
+                    raise SlotBusy(
+                        f"shard {busy.shard} of {self._n_shards}: the slot of an entity is half-written; retry when "
+                        "the shard has recovered",
+                        retry_after_ms=1_000,
+                    ) from None
+                await asyncio.sleep(_BUSY_WAIT_S)
+
+    def populate(self) -> None:
+        """Map what the shards have allocated since the last call, so that no read waits for a page."""
+        self._reader.populate()

@@ -1,0 +1,128 @@
+"""How kernels are compiled and cached, and the few instructions that Numba has no word for.
+
+Numba's cache looks at the file of a kernel only. A kernel here is also made of constants and functions of other
+files (the aggregations above all), so its entry in the cache bears a digest of them all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numba as nb
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.caching import FunctionCache
+from numba.extending import intrinsic
+
+__all__ = ["fence_acquire", "fence_release", "inner", "kernel", "load_acquire", "prefetch", "store_release", "views_at"]
+
+
+def _digest_of_sources() -> str:
+    folder = Path(__file__).parent
+    sources = [*folder.glob("*.py"), *(folder.parent / "aggregations").glob("*.py")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()
+
+
+_DIGEST = _digest_of_sources()
+
+
+class _Cache(FunctionCache):  # type: ignore[misc]
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        return *super()._index_key(sig, codegen), _DIGEST
+
+
+#: Compiles a function that is called by kernels only.
+inner = nb.njit(nogil=True, error_model="numpy")
+
+
+def kernel(function: Any) -> Any:
+    """Compile a function that Python calls, and keep it in Numba's cache."""
+    compiled = nb.njit(nogil=True, error_model="numpy")(function)
+    compiled._cache = _Cache(function)
+    return compiled
+
+
+def _place(context: Any, builder: Any, array_type: Any, array: Any, i: Any) -> Any:
+    """Return the pointer to element i of an array."""
+    return builder.gep(context.make_array(array_type)(context, builder, array).data, [i])
+
+
+@intrinsic  # type: ignore[misc]
+def load_acquire(typing_context: Any, array: Any, i: Any) -> Any:
+    """array[i] of int64; what comes after is not read before it."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load_atomic(_place(context, builder, signature.args[0], *args), "acquire", 8)
+
+    return types.int64(array, types.intp), generate
+
+
+@intrinsic  # type: ignore[misc]
+def store_release(typing_context: Any, array: Any, i: Any, value: Any) -> Any:
+    """array[i] = value of int64; what came before is seen before it."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        at = _place(context, builder, signature.args[0], args[0], args[1])
+        builder.store_atomic(args[2], at, "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.int64), generate
+
+
+@intrinsic  # type: ignore[misc]
+def fence_acquire(typing_context: Any) -> Any:
+    """What was read before is read before all that is read or written after."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.fence("acquire")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic  # type: ignore[misc]
+def fence_release(typing_context: Any) -> Any:
+    """What was read or written before is so before all that is written after."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.fence("release")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic  # type: ignore[misc]
+def prefetch(typing_context: Any, array: Any, i: Any) -> Any:
+    """Ask for the cache line of array[i], which will be read and written."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.bitcast(_place(context, builder, signature.args[0], *args), cgutils.voidptr_t)
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [pointer, number(1), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+@intrinsic  # type: ignore[misc]
+def _pointer(typing_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+@inner
+def views_at(address: Any) -> Any:
+    """Return the words from an address on as int64, as float64 and as pairs of uint32 halves, the low one first.
+
+    Nothing checks an index into them.
+    """
+    pointer = _pointer(address)
+    words = nb.carray(pointer, (1,), np.int64)
+    return words, nb.carray(pointer, (1,), np.float64), nb.carray(pointer, (1,), np.uint32)

@@ -1,0 +1,66 @@
+"""What kernels are told about tables and plans: arrays of numbers, made by `layout`.
+
+A row here is a line of a program, and the constants name its columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+__all__ = ["ReadProgram", "TableProgram"]
+
+#: Stands for "kept for ever" in S_KEEP_MS and V_TTL_MS; "there is none" in V_TTL_MS, V_WINDOW_MS and V_EXACT_*.
+FOR_EVER, NO = -1, -2
+
+# Tables: where the slots of the table are in a memory, how large their headers are, what a row is made of, how many
+# words an event may need at most.
+T_SLOTS_AT, T_SLOT_WORDS, T_ROW_WORDS, T_WHERES, T_RESERVE_WORDS = range(5)
+
+# Series: tiles of one width, or one lifetime partial. S_ROW_AT is the word of the partial in a row, or for tiles the
+# half word (32 bits) of the ring's head; the pools are words of a slot's header.
+(
+    S_LIFETIME, S_EXACT, S_WHERE, S_WIDTH_MS, S_KEEP_MS, S_ROW_AT, S_TILE_WORDS, S_POOL, S_FINE_POOL, S_COLUMN,
+    S_COLUMNS,
+) = range(11)  # fmt: skip
+
+# Columns of partials: which part, whether it looks at a field, row of the inputs, offset in the partial, its size.
+C_PART, C_TAKES_FIELD, C_INPUT, C_OFFSET, C_N = range(5)
+
+# Parts of a plan, one per table: the table's slots and row (as above), which row of the hashes has its keys, and from
+# where to where its scans, features and views stand.
+P_SLOTS_AT, P_SLOT_WORDS, P_ROW_WORDS, P_WHERES, P_KEY, P_SCAN, P_FEATURE, P_VIEW = range(8)
+
+# Scans: a series over a window. Features of a scan, from first to last.
+R_SERIES, R_WINDOW_MS = range(2)
+
+# Features: how their value is read from the merged partial of a scan, and into which columns of the matrix.
+F_SCAN, F_AGGREGATION, F_OFFSET_A, F_OFFSET_B, F_WIDTH, F_OUT = range(6)
+
+# Views: where an entity must have an event to be known to it. V_EXACT_SERIES is for times before the newest event.
+V_WHERE, V_WINDOW_MS, V_WIDTH_MS, V_EXACT_WINDOW_MS, V_EXACT_SERIES, V_TTL_MS, V_OUT = range(7)
+
+
+class TableProgram(NamedTuple):
+    """How to apply events to one table: table int64 [5], series int64 [series, 11], columns int64 [columns, 5]."""
+
+    table: Any
+    series: Any
+    columns: Any
+
+
+class ReadProgram(NamedTuple):
+    """How to read one plan's features, over all its tables.
+
+    parts int64 [tables + 1, 8]: the last line only says where the scans, features and views end; series and columns
+    as in `TableProgram`, table after table; scans int64 [scans, 2], features int64 [features, 6], views int64
+    [views, 7]; past_ms: how long ago the plan may be read as of, 0 if it is not exact; words: room for any partial.
+    """
+
+    parts: Any
+    series: Any
+    columns: Any
+    scans: Any
+    features: Any
+    views: Any
+    past_ms: Any
+    words: Any

@@ -1,0 +1,371 @@
+"""Reading features: by the writer itself, and by readers who share nothing with it but its memory.
+
+A reader's loops must end, and stay in mapped memory, whatever they find: every address is held against the memory's
+limit, every ring is left when its slot has changed. What was read is used only if it has not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from millpond.feature_actors.aggregations import dispatch
+from millpond.feature_actors.aggregations.aggregation import NEVER
+from millpond.feature_actors.tiles.apply import DONE, apply_one, has_room, init_columns, merge_columns
+from millpond.feature_actors.tiles.compiled import inner, kernel, load_acquire, views_at
+from millpond.feature_actors.tiles.memory import C_EPOCH, M_LAYOUT, M_LIMIT, M_NEWEST_ARRIVAL, M_SLOTS
+from millpond.feature_actors.tiles.program import (
+    F_AGGREGATION,
+    F_OFFSET_A,
+    F_OFFSET_B,
+    F_OUT,
+    F_SCAN,
+    F_WIDTH,
+    FOR_EVER,
+    NO,
+    P_FEATURE,
+    P_KEY,
+    P_ROW_WORDS,
+    P_SCAN,
+    P_SLOT_WORDS,
+    P_SLOTS_AT,
+    P_VIEW,
+    P_WHERES,
+    R_SERIES,
+    R_WINDOW_MS,
+    S_COLUMN,
+    S_COLUMNS,
+    S_EXACT,
+    S_KEEP_MS,
+    S_LIFETIME,
+    S_ROW_AT,
+    S_TILE_WORDS,
+    S_WHERE,
+    S_WIDTH_MS,
+    T_SLOT_WORDS,
+    T_SLOTS_AT,
+    V_EXACT_SERIES,
+    V_EXACT_WINDOW_MS,
+    V_OUT,
+    V_TTL_MS,
+    V_WHERE,
+    V_WIDTH_MS,
+    V_WINDOW_MS,
+)
+from millpond.feature_actors.tiles.structure import (
+    EXACT_TILE_HEADER_WORDS,
+    H_SEQUENCE,
+    ROW_HEADER_WORDS,
+    TILE_HEADER_WORDS,
+    find,
+    mark_of,
+    next_of,
+    number_of,
+    unchanged,
+)
+
+__all__ = ["BUSY", "DONE", "FOREIGN", "MOVED", "NO_CLOCK", "PAST", "join_features", "read_rows"]
+
+#: What `read_rows` returns when it did not come to the end: a slot is being written, or was left half-written; a
+#: shard has another epoch; as-of lies in the past; the memory is of another layout.
+BUSY, MOVED, PAST, FOREIGN = 1, 2, 3, 4
+#: In place of a clock: the newest arrival stamp in the memories.
+NO_CLOCK = np.iinfo(np.int64).min
+
+#: How often a row is read anew when it was written meanwhile.
+_TRIES = 64
+#: How often a slot is looked at that is being written: some microseconds.
+_SPINS = 2_000
+#: A ring's slot is looked at after so many tiles, in case that the ring has no end.
+_LOOK_EVERY = 1_024
+
+
+@inner
+def _merge_fine(
+    scratch: Any, scratch_floats: Any, words: Any, floats: Any, halves: Any, limit: Any, slot: Any, sequence: Any,
+    tile: Any, fine_words: Any, columns: Any, first: Any, count: Any, oldest: Any, newest: Any,
+) -> Any:  # fmt: skip
+    """Merge the fine tiles of the milliseconds from oldest to newest; return how many, or -1 if the data is torn."""
+    head = np.int64(halves[2 * (tile + 1)])
+    merged, steps = 0, 0
+    if head == 0:
+        return 0
+    fine = head
+    while True:
+        if fine <= 0 or fine + fine_words > limit:
+            return -1
+        fine = next_of(halves, fine)
+        if fine <= 0 or fine + fine_words > limit:
+            return -1
+        at = np.int64(halves[2 * fine])
+        if at > newest:
+            break
+        if at >= oldest:
+            merge_columns(
+                scratch, scratch_floats, words, floats, fine + TILE_HEADER_WORDS, columns, first, count
+            )  # fmt: skip
+            merged += 1
+        if fine == head:
+            break
+        steps += 1
+        if steps % _LOOK_EVERY == 0 and not unchanged(words, slot, sequence):
+            return -1
+    return merged
+
+
+@inner
+def _scan(
+    scratch: Any, scratch_floats: Any, words: Any, floats: Any, halves: Any, limit: Any, slot: Any, sequence: Any,
+    row: Any, series: Any, s: Any, columns: Any, window: Any, as_of: Any,
+) -> Any:  # fmt: skip
+    """Merge into `scratch` what a row's series holds inside the window, oldest first.
+
+    Returns how many tiles that was, or -1 if the data is torn.
+    """
+    first, count = series[s, S_COLUMN], series[s, S_COLUMNS]
+    init_columns(scratch, scratch_floats, 0, columns, first, count)
+    if row == 0:
+        return 0
+    if series[s, S_LIFETIME]:
+        at, keep = row + series[s, S_ROW_AT], series[s, S_KEEP_MS]
+        if keep != FOR_EVER:
+            if words[at] == NEVER or words[at] < as_of - keep:
+                return 0
+            at += 1
+        merge_columns(scratch, scratch_floats, words, floats, at, columns, first, count)
+        return 1
+    head = np.int64(halves[2 * row + series[s, S_ROW_AT]])
+    if head == 0:
+        return 0
+    width, tile_words, exact = series[s, S_WIDTH_MS], series[s, S_TILE_WORDS], series[s, S_EXACT]
+    seen_until = words[row + ROW_HEADER_WORDS + series[s, S_WHERE]]
+    anchor = seen_until // width
+    start = as_of - window + exact  # an exact window begins after as_of - window
+    oldest, newest = start // width, as_of // width
+    header = EXACT_TILE_HEADER_WORDS if exact else TILE_HEADER_WORDS
+    merged, steps = 0, 0
+    tile = head
+    if tile + tile_words > limit:
+        return -1
+    while True:
+        tile = next_of(halves, tile)
+        if tile <= 0 or tile + tile_words > limit:
+            return -1
+        number = number_of(halves, tile, anchor)
+        if number > newest:
+            break
+        if number >= oldest:
+            begin = number * width
+            if exact and (begin < start or (begin + width - 1 > as_of and seen_until > as_of)):
+                fine = _merge_fine(
+                    scratch, scratch_floats, words, floats, halves, limit, slot, sequence, tile,
+                    tile_words - header + TILE_HEADER_WORDS, columns, first, count, start - begin, as_of - begin,
+                )  # fmt: skip
+                if fine < 0:
+                    return -1
+                merged += fine
+            else:
+                merge_columns(scratch, scratch_floats, words, floats, tile + header, columns, first, count)
+                merged += 1
+        if tile == head:
+            break
+        steps += 1
+        if steps % _LOOK_EVERY == 0 and not unchanged(words, slot, sequence):
+            return -1
+    return merged
+
+
+@inner
+def _read_row(
+    scratch: Any, scratch_floats: Any, words: Any, floats: Any, halves: Any, limit: Any, slot: Any, sequence: Any,
+    row: Any, program: Any, part: Any, as_of: Any, out: Any, known: Any, i: Any,
+) -> Any:  # fmt: skip
+    """Read part of a plan from a row, 0 if there is none, into line i; return False if the data is torn."""
+    parts, series, columns, scans, features, views, _, _ = program
+    scanned = -1
+    window = np.int64(0)
+    for feature in range(parts[part, P_FEATURE], parts[part + 1, P_FEATURE]):
+        scan = features[feature, F_SCAN]
+        if scan != scanned:
+            window = scans[scan, R_WINDOW_MS]
+            merged = _scan(
+                scratch, scratch_floats, words, floats, halves, limit, slot, sequence, row, series,
+                scans[scan, R_SERIES], columns, window, as_of,
+            )  # fmt: skip
+            if merged < 0:
+                return False
+            scanned = scan
+        for k in range(features[feature, F_WIDTH]):
+            out[i, features[feature, F_OUT] + k] = dispatch.finalize(
+                features[feature, F_AGGREGATION], scratch, scratch_floats, features[feature, F_OFFSET_A],
+                features[feature, F_OFFSET_B], k, as_of, window,
+            )  # fmt: skip
+    for v in range(parts[part, P_VIEW], parts[part + 1, P_VIEW]):
+        seen = NEVER if row == 0 else words[row + ROW_HEADER_WORDS + views[v, V_WHERE]]
+        known[i, views[v, V_OUT]] = False
+        if seen == NEVER:
+            continue
+        exact_window = views[v, V_EXACT_WINDOW_MS]
+        if seen > as_of:  # a time before the newest event: only what is exact can tell
+            if views[v, V_EXACT_SERIES] == NO:
+                continue
+            merged = _scan(
+                scratch, scratch_floats, words, floats, halves, limit, slot, sequence, row, series,
+                views[v, V_EXACT_SERIES], columns, exact_window, as_of,
+            )  # fmt: skip
+            if merged < 0:
+                return False
+            known[i, views[v, V_OUT]] = merged > 0
+            continue
+        ttl, view_window, width = views[v, V_TTL_MS], views[v, V_WINDOW_MS], views[v, V_WIDTH_MS]
+        known[i, views[v, V_OUT]] = (
+            ttl == FOR_EVER
+            or (ttl != NO and seen >= as_of - ttl)
+            or (view_window != NO and seen >= (as_of - view_window) // width * width)
+            or (exact_window != NO and seen > as_of - exact_window)
+        )
+    return True
+
+
+@inner
+def _newest(words: Any, row: Any, wheres: Any) -> Any:
+    newest = NEVER
+    if row != 0:
+        for w in range(wheres):
+            newest = max(newest, words[row + ROW_HEADER_WORDS + w])
+    return newest
+
+
+@inner
+def _read_part(
+    scratch: Any, scratch_floats: Any, base: Any, program: Any, part: Any, lo: Any, hi: Any, as_of: Any, asked: Any,
+    out: Any, known: Any, i: Any,
+) -> Any:  # fmt: skip
+    """Read part of a plan for one key, as of `as_of` or of its newest event if that is later.
+
+    asked: whether `as_of` was asked for and stands whatever the newest event is. Returns the time it was read as of,
+    or if that was asked the newest event's; and whether the slot could be read.
+    """
+    words, floats, halves = views_at(base)
+    parts = program.parts
+    mark = mark_of(words, lo)
+    slot_number = np.int64(np.uint64(hi) % np.uint64(words[M_SLOTS]))
+    slot = parts[part, P_SLOTS_AT] + slot_number * parts[part, P_SLOT_WORDS]
+    spins = 0
+    for _ in range(_TRIES):
+        sequence = load_acquire(words, slot + H_SEQUENCE)
+        while sequence & 1:
+            spins += 1
+            if spins > _SPINS:
+                return as_of, False
+            sequence = load_acquire(words, slot + H_SEQUENCE)
+        limit = words[M_LIMIT]
+        row = find(words, slot, lo, hi, mark, limit, parts[part, P_ROW_WORDS])
+        newest = _newest(words, row, parts[part, P_WHERES])
+        at = as_of if asked else max(as_of, newest)
+        whole = _read_row(
+            scratch, scratch_floats, words, floats, halves, limit, slot, sequence, row, program, part, at, out, known, i
+        )
+        if unchanged(words, slot, sequence) and whole:
+            return newest if asked else at, True
+    return as_of, False
+
+
+@kernel
+def read_rows(
+    bases: Any, controls: Any, epochs: Any, owners: Any, layout: Any, program: Any, hashes: Any, start: Any,
+    clock: Any, asked: Any, as_of: Any, out: Any, known: Any,
+) -> Any:  # fmt: skip
+    """Read a plan's features of n ids: everything about one id as of one time.
+
+    bases, controls, epochs int64 [shards]: where the shard's memory and control page lie (0: there is none), and the
+    epoch of that memory; owners int64 [slots]: the shard of each slot, -1 to leave it out; layout: digest that the
+    memories must bear. program: a `ReadProgram`. hashes int64 [keys, n, 2]. start: the first id to read. clock int64
+    [n]: now in ms, or `NO_CLOCK`. asked: whether to read as of `as_of` as given; else it is set to the later of the
+    clock and the newest event of the rows read. as_of int64 [n]; out float64 [n, columns]; known bool [n, views].
+
+    Returns `DONE`, or what is wrong with which id, and with which shard or since which time.
+    """
+    newest_arrival = np.int64(NO_CLOCK)
+    for shard in range(bases.shape[0]):
+        if bases[shard] == 0:
+            continue
+        words, _, _ = views_at(bases[shard])
+        if controls[shard] != 0:
+            control, _, _ = views_at(controls[shard])
+            if load_acquire(control, C_EPOCH) != epochs[shard]:
+                return MOVED, start, shard
+        if words[M_LAYOUT] != layout:
+            return FOREIGN, start, shard
+        newest_arrival = max(newest_arrival, load_acquire(words, M_NEWEST_ARRIVAL))
+    scratch = np.empty(program.words, np.int64)
+    scratch_floats = scratch.view(np.float64)
+    n_parts = program.parts.shape[0] - 1
+    slots = np.uint64(owners.shape[0])
+    for i in range(start, as_of.shape[0]):
+        live = clock[i] if clock[i] != NO_CLOCK else newest_arrival
+        at = as_of[i] if asked else live
+        part, again = 0, 0
+        while part < n_parts:
+            key = program.parts[part, P_KEY]
+            lo, hi = hashes[key, i, 0], hashes[key, i, 1]
+            shard = owners[np.int64(np.uint64(hi) % slots)]
+            if shard < 0:
+                part += 1
+                continue
+            read_at, done = _read_part(
+                scratch, scratch_floats, bases[shard], program, part, lo, hi, at, asked, out, known, i
+            )
+            if not done:
+                return BUSY, i, shard
+            live = max(live, read_at)
+            part += 1
+            if not asked and read_at > at:
+                # Events of this key are newer than the clock: what was read before is read anew as of then.
+                at = read_at
+                if part > 1:
+                    again += 1
+                    if again > _TRIES:
+                        return BUSY, i, shard
+                    part = 0
+        if asked and at < live - program.past_ms:
+            return PAST, i, live
+        as_of[i] = at
+    return DONE, 0, 0
+
+
+@kernel
+def join_features(
+    words: Any, floats: Any, halves: Any, table_program: Any, steps: Any, start: Any, hashes: Any, times: Any,
+    arrivals: Any, inputs: Any, masks: Any, program: Any, part: Any, asked: Any, as_of: Any, out: Any, known: Any,
+) -> Any:  # fmt: skip
+    """Apply events and read features in one order: the point-in-time join of one table.
+
+    steps int64: i applies event i, ~i reads part `part` of a plan for key `asked[i]`, int64 [m, 2], as of `as_of[i]`.
+    The other arguments as of `apply_events` and `read_rows`; returns as the former.
+    """
+    table, series, columns = table_program
+    slots = np.uint64(words[M_SLOTS])
+    scratch = np.empty(program.words, np.int64)
+    scratch_floats = scratch.view(np.float64)
+    for k in range(start, steps.shape[0]):
+        i = steps[k]
+        lo, hi = (hashes[i, 0], hashes[i, 1]) if i >= 0 else (asked[~i, 0], asked[~i, 1])
+        slot = table[T_SLOTS_AT] + np.int64(np.uint64(hi) % slots) * table[T_SLOT_WORDS]
+        mark = mark_of(words, lo)
+        if i >= 0:
+            if not has_room(words, table) or not apply_one(
+                words, floats, halves, table, series, columns, slot, 0, mark, lo, hi, times[i], arrivals[i], inputs,
+                masks, i,
+            ):  # fmt: skip
+                return k
+        else:
+            i = ~i
+            limit = words[M_LIMIT]
+            row = find(words, slot, lo, hi, mark, limit, program.parts[part, P_ROW_WORDS])
+            _read_row(
+                scratch, scratch_floats, words, floats, halves, limit, slot, words[slot + H_SEQUENCE], row, program,
+                part, as_of[i], out, known, i,
+            )  # fmt: skip
+    return DONE

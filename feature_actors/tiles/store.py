@@ -1,0 +1,215 @@
+"""The tile store: the state of all tables of a shard, in one memory, with one writer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from millpond.feature_actors.tiles.apply import DONE, apply_events, reclaim_rows
+from millpond.feature_actors.tiles.check import check_table
+from millpond.feature_actors.tiles.memory import (
+    M_LAYOUT,
+    M_LIMIT,
+    M_MAGIC,
+    M_NEWEST_ARRIVAL,
+    M_SEED,
+    M_SLOTS,
+    M_USED,
+    MEMORY_HEADER_WORDS,
+    MEMORY_MAGIC,
+    Memory,
+)
+from millpond.feature_actors.tiles.program import FOR_EVER
+from millpond.feature_actors.tiles.read import NO_CLOCK, join_features
+from millpond.feature_actors.tiles.structure import H_PLACES, H_POOLS, H_ROWS, POOL_FREED, POOL_ITEMS, POOL_WORDS
+
+if TYPE_CHECKING:
+    from millpond.feature_actors.layout import Layout, Table
+    from millpond.feature_actors.plan import PlanProgram
+
+__all__ = ["TileStore"]
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+#: Events are applied in chunks of so many; after each, what is out of sight is looked for.
+_CHUNK = 1_024
+#: Places of an index that one step of reclaim looks at, at most: about a millisecond.
+RECLAIM_PLACES_MAX = 2_048
+#: Places looked at for each event, and for each new row: so garbage stays a fraction of what is in use.
+_RECLAIM_PER_EVENT, _RECLAIM_PER_NEW_ROW = 1 / 16, 4
+
+
+@dataclass
+class _Sweep:
+    """How far reclaim has come in a table: slot and place; how many places are still to be looked at."""
+
+    cursor: Ints
+    due: float = 0.0
+
+
+class TileStore:
+    """All tables of one shard.
+
+    memory: empty; it belongs to the store from now on. seed: the cluster's own seed of the index.
+    reclaim_margin_ms: reclaim keeps what a read could see that is as of so long before the newest arrival stamp.
+    """
+
+    def __init__(
+        self, layout: Layout, n_slots: int, memory: Memory, seed: int = 0, reclaim_margin_ms: int = 660_000
+    ) -> None:
+        self.memory = memory
+        self._layout = layout
+        self._n_slots = n_slots
+        self._margin_ms = reclaim_margin_ms
+        self._sweeps = [_Sweep(np.zeros(2, np.int64)) for _ in layout.tables]
+        header = max((t.slots_at(n_slots) + n_slots * t.slot_words for t in layout.tables), default=MEMORY_HEADER_WORDS)
+        words = memory.words
+        memory.grow(header)
+        words[M_USED] = header
+        words[M_SLOTS], words[M_SEED] = n_slots, np.uint64(seed).astype(np.int64)
+        words[M_NEWEST_ARRIVAL] = NO_CLOCK
+        words[M_LAYOUT] = layout.digest
+        words[M_MAGIC] = MEMORY_MAGIC
+
+    @property
+    def newest_arrival_ms(self) -> int:
+        """The newest arrival stamp that the shard has heard of, `NO_CLOCK` before the first."""
+        return int(self.memory.words[M_NEWEST_ARRIVAL])
+
+    def hear_of(self, arrival_ms: int) -> None:
+        self.memory.words[M_NEWEST_ARRIVAL] = max(self.newest_arrival_ms, arrival_ms)
+
+    def apply(
+        self, table: Table, rows: Ints, hashes: Ints, times: Ints, arrivals: Ints, inputs: Floats, masks: Bools
+    ) -> None:
+        """Apply the events `rows` of a batch in that order; shapes as `apply_events`; `make_room` for `words_for` them comes first."""
+        memory, program = self.memory, table.program(self._n_slots)
+        for first in range(0, len(rows), _CHUNK):
+            chunk, start = rows[first : first + _CHUNK], 0
+            before = self._rows(table)
+            while True:
+                start = apply_events(
+                    memory.words, memory.floats, memory.halves, program, chunk, start, hashes, times, arrivals, inputs,
+                    masks,
+                )  # fmt: skip
+                if start == DONE:
+                    break
+                self._grow(table)
+            self._reclaim(table, len(chunk) * _RECLAIM_PER_EVENT + (self._rows(table) - before) * _RECLAIM_PER_NEW_ROW)
+
+    def words_for(self, table: Table, slots: Ints) -> int:
+        """Return how many words events of a table may need at most; slots int64 [n]: of each event's key."""
+        n = len(slots)
+        if n == 0:
+            return 0
+        each = table.row_words + sum(s.tile_words + s.exact * s.fine_words for s in table.series if not s.lifetime)
+        headers = self._headers(table)
+        rows = headers[:, H_ROWS] + np.bincount(slots, minlength=self._n_slots)
+        growing = rows * 4 > headers[:, H_PLACES] * 3 - 4
+        return table.reserve_words + n * each + int((rows[growing] * 8 + 64).sum())
+
+    def make_room(self, wanted: int) -> None:
+        """Have room for so many words, so that applying events cannot fail halfway. Raises `MemoryFull`."""
+        room = int(self.memory.words[M_LIMIT] - self.memory.words[M_USED])
+        if room < wanted:
+            self.memory.grow(wanted - room)
+
+    def _grow(self, table: Table) -> None:
+        # Besides blocks for its pools, an event may need a larger index.
+        self.make_room(table.reserve_words + 2 * int(self._headers(table)[:, H_PLACES].max()) + 64)
+
+    def join(
+        self,
+        table: Table,
+        plan: PlanProgram,
+        part: int,
+        steps: Ints,
+        hashes: Ints,
+        times: Ints,
+        arrivals: Ints,
+        inputs: Floats,
+        masks: Bools,
+        asked: Ints,
+        as_of: Ints,
+        out: Floats,
+        known: Bools,
+    ) -> None:
+        """Apply events and read features in the order of `steps`; see `join_features`."""
+        memory, start = self.memory, 0
+        while True:
+            start = join_features(
+                memory.words, memory.floats, memory.halves, table.program(self._n_slots), steps, start, hashes, times,
+                arrivals, inputs, masks, plan.arrays(self._n_slots), part, asked, as_of, out, known,
+            )  # fmt: skip
+            if start == DONE:
+                return
+            self._grow(table)
+
+    # -- reclaim
+
+    def _reclaim(self, table: Table, places: float) -> None:
+        sweep = self._sweeps[table.number]
+        # What is due and cannot be looked at now is looked at later: a step is short.
+        sweep.due = min(sweep.due + places, float(self._places(table)))
+        if (budget := min(int(sweep.due), RECLAIM_PLACES_MAX)) > 0:
+            sweep.due -= budget
+            self.reclaim(table, budget)
+
+    def reclaim(self, table: Table, places: int) -> int:
+        """Look at so many places of a table's indexes and free what no window can see; return rows freed."""
+        if self.newest_arrival_ms == NO_CLOCK or table.views_keep_ms == FOR_EVER and not table.tiled:
+            return 0
+        floor = self.newest_arrival_ms - self._margin_ms
+        keep = 1 << 61 if table.views_keep_ms == FOR_EVER else table.views_keep_ms
+        return int(
+            reclaim_rows(
+                self.memory.words, self.memory.halves, table.program(self._n_slots), self._sweeps[table.number].cursor,
+                places, floor, keep,
+            )
+        )  # fmt: skip
+
+    def reclaim_all(self, table: Table) -> int:
+        """Look at everything of a table, see `reclaim`."""
+        return self.reclaim(table, 2 * self._places(table))
+
+    # -- what it holds
+
+    def _headers(self, table: Table) -> Ints:
+        """Return the slot headers of a table, int64 [slots, words]."""
+        at = table.slots_at(self._n_slots)
+        return self.memory.words[at : at + self._n_slots * table.slot_words].reshape(self._n_slots, table.slot_words)
+
+    def _rows(self, table: Table) -> int:
+        return int(self._headers(table)[:, H_ROWS].sum())
+
+    def _places(self, table: Table) -> int:
+        return int(self._headers(table)[:, H_PLACES].sum()) + self._n_slots
+
+    def entities(self, table: Table) -> int:
+        """Return how many entities of a table have something that is kept."""
+        return self._rows(table)
+
+    def tiles(self, table: Table) -> int:
+        """Return how many tiles are in use, fine ones included."""
+        headers = self._headers(table)
+        pools = range(H_POOLS + POOL_WORDS, H_POOLS + POOL_WORDS * (1 + table.pools), POOL_WORDS)
+        return int(sum((headers[:, p + POOL_ITEMS] - headers[:, p + POOL_FREED]).sum() for p in pools))
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes in blocks, of those that are allocated."""
+        return int(self.memory.words[M_USED]) * 8
+
+    def check(self, tables: Sequence[Table] | None = None) -> list[str]:
+        """Return what is wrong with the structure: an empty list if every invariant holds."""
+        return [
+            f"table {table.number}: {problem}"
+            for table in tables or self._layout.tables
+            for problem in check_table(self.memory, table, self._n_slots)
+        ]
