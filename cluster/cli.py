@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -60,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     up = command("up", _up, "Start a cluster from definition files and serve until Ctrl-C.")
     up.add_argument("files", nargs="+", type=Path, metavar="FILE.py")
     up.add_argument("--artifacts", type=Path, help="folder of the models' artifacts (default: beside each file)")
+    features = command("features", _features, "Show the views of a definition file, and what they take of memory.")
+    features.add_argument("file", type=Path, metavar="FILE.py")
+    features.add_argument("--json", action="store_true", help="print it as JSON")
     status = command("status", _status, "Show what the running cluster holds.")
     status.add_argument("--json", action="store_true", help="print it as JSON")
     command("down", _down, "Stop the running cluster cleanly.")
@@ -97,6 +100,18 @@ def _up(options: argparse.Namespace, config: Config, origins: dict[str, str]) ->
         sys.stdout.flush()
         cluster.wait()
         print("stopping ...", file=sys.stderr)
+    return 0
+
+
+def _features(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    from millpond.cluster.features import describe_views, print_views
+    from millpond.models.definition import Definition
+
+    views = describe_views(Definition.read(options.file).declared())
+    if options.json:
+        print(json.dumps([asdict(view) for view in views]))
+    else:
+        print_views(views)
     return 0
 
 

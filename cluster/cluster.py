@@ -29,13 +29,18 @@ from millpond.feature_actors.decode import BodyLimits
 from millpond.feature_actors.errors import DeclarationError, Unavailable
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.manifest import Manifest, write_json
+from millpond.feature_actors.memory_folder import MemoryFolder
 from millpond.feature_actors.shard_map import ShardMap
+from millpond.feature_actors.tiles.memory import started_ticks
 from millpond.feature_actors.warm import warm_kernels
 from millpond.models.definition import Definition, load_models
 
 __all__ = ["Cluster", "admin_token", "running"]
 
 logger = logging.getLogger("millpond.cluster")
+
+#: How far the clocks of the processes that stamp arrivals may be apart.
+_CLOCKS_APART_MS_MAX = 60_000
 
 
 class Cluster:
@@ -66,6 +71,7 @@ class Cluster:
         )
         self._state_file = config.directory / "cluster.json"
         self._state_written = False
+        self._memory: MemoryFolder | None = None
         #: What the replicas are made from, once the shards run.
         self.spec: ServingSpec | None = None
 
@@ -103,7 +109,7 @@ class Cluster:
             self._start_shards(manifest, token)
             self._run_apps(self._definitions if models else (), events=True)
             pid = os.getpid()
-            state = {"pid": pid, "started_ticks": _started_ticks(pid), "url": self.url, "name": config.name}
+            state = {"pid": pid, "started_ticks": started_ticks(pid), "url": self.url, "name": config.name}
             write_json(self._state_file, state)
             self._state_written = True
         except BaseException:
@@ -115,6 +121,7 @@ class Cluster:
         from millpond.feature_actors.actor import ShardSpec, start_actors
 
         config, layout = self.config, self.layout
+        self._memory = MemoryFolder(manifest.cluster_id, config.directory, config.memory_dir)
         shard_map = ShardMap.even(manifest.n_slots, config.shards)
         sources, views = tuple(layout.sources.values()), tuple(layout.views.values())
         start_actors(
@@ -127,6 +134,10 @@ class Cluster:
                 shard_map=shard_map,
                 hash_seed=manifest.hash_seed,
                 dedupe_horizon_ms=config.dedupe_horizon_ms,
+                memory_dir=str(self._memory.path),
+                memory_bytes_max=config.memory_mb_max << 20,
+                strings_max=config.strings_max,
+                reclaim_margin_ms=config.ahead_ms_max + _CLOCKS_APART_MS_MAX,
             ),
             NAMESPACE,
             num_cpus=0.1,
@@ -137,6 +148,7 @@ class Cluster:
             sources=sources,
             views=views,
             shard_map=shard_map,
+            memory_dir=str(self._memory.path),
             clock=config.clock,
             times=TimeLimits(config.late_after_ms, config.ahead_ms_max),
             bodies=BodyLimits(body_bytes_max=config.event_body_bytes_max, rows_max=config.event_rows_max),
@@ -184,6 +196,9 @@ class Cluster:
 
     def stop(self) -> None:
         self._embedded.stop()
+        if self._memory is not None:
+            self._memory.remove()
+            self._memory = None
         if self._state_written:  # else it may be of another cluster, on whose directory this one did not start
             self._state_file.unlink(missing_ok=True)
             self._state_written = False
@@ -211,13 +226,7 @@ def running(directory: Path) -> dict[str, Any] | None:
     """Return pid and url of the cluster that runs on a data directory, or None."""
     try:
         state = json.loads((directory / "cluster.json").read_bytes())
-        alive = _started_ticks(state["pid"]) == state["started_ticks"]
+        alive = started_ticks(state["pid"]) == state["started_ticks"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return dict(state) if alive else None
-
-
-def _started_ticks(pid: int) -> int:
-    """Return when a process started: a number that is used again does not make another process ours."""
-    # The second field is the program's name in brackets, which may hold anything.
-    return int(Path(f"/proc/{pid:d}/stat").read_text().rpartition(")")[2].split()[19])

@@ -45,7 +45,10 @@ class Config:
     proxy: Literal["haproxy", "serve"] = _setting("haproxy", "the fast ingress, or Serve's own proxy")
     #: On two cores a second shard makes a score of several keys slower: README, decisions.
     shards: int = _setting(max(1, (os.cpu_count() or 1) // 2), "feature actors; one for every two cores", 1, 1_024)
-    slots: int = _setting(64, "slots of the shard map; fixed when the data directory is made", 1, 4_096)
+    slots: int = _setting(256, "slots of the shard map; fixed when the data directory is made", 1, 4_096)
+    memory_dir: str = _setting("auto", "where features are kept: `auto` is /dev/shm, or data_dir if that is small")
+    memory_mb_max: int = _setting(16_384, "most memory that the tiles of one shard take", 1, 32_768)
+    strings_max: int = _setting(1_000_000, "distinct strings that a shard keeps for features", 0, 10**8)
     replicas: int = _setting(1, "replicas of the events app and of the score app", 1, 1_024)
     clock: Literal["wall", "event"] = _setting("wall", "what time it is: the machine's, or the newest arrival's")
     late_after: str = _setting("1h", "an event further behind its arrival is counted late")

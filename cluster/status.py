@@ -34,7 +34,7 @@ def fetch_status(state: dict[str, Any], directory: Path) -> dict[str, Any]:
 def print_status(status: dict[str, Any]) -> None:
     console = Console()
     console.print(f"cluster [bold]{status['name']}[/bold] at {status['url']} (process {status['pid']})")
-    shards = Table("shard", "slots", "tiles", "tile memory", "id memory", title="Shards", title_justify="left")
+    shards = Table("shard", "slots", "tiles", "tile memory", "id memory", "strings", title="Shards", title_justify="left")
     for s in status["shards"]:
         shards.add_row(
             str(s["shard"]),
@@ -42,6 +42,7 @@ def print_status(status: dict[str, Any]) -> None:
             f"{s['tiles']:,}",
             _megabytes(s["tile_bytes"]),
             _megabytes(s["filter_bytes"]),
+            f"{s['strings']:,}" + (f" ({s['strings_refused']:,} refused)" if s["strings_refused"] else ""),
         )
     console.print(shards)
     tables = Table("source [key]", "events", "entities", title="Features", title_justify="left")

@@ -12,6 +12,7 @@ import msgspec
 from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.plan import ReadPlan
 from millpond.feature_actors.source import Field, Source
+from millpond.feature_actors.view import Feature, FeatureView
 from millpond.models.model import LoadedModel
 
 __all__ = ["docs_page", "openapi_document"]
@@ -95,7 +96,7 @@ def openapi_document(layout: Layout, models: Mapping[str, LoadedModel], cluster_
         key = [_parameter(k, _key_schema(kind), "key field", required=True) for k, kind in plan.key_fields.items()]
         key.append(_AS_OF)
         paths[f"/v1/features/{name}"] = {
-            "get": _call(view.about or f"Features of {name}", f"features_{name}", {"type": "object"}, parameters=key)
+            "get": _call(view.about or f"Features of {name}", f"features_{name}", _view_schema(view), parameters=key)
         }
     for path, about in (
         ("/healthz", "Liveness of this replica"),
@@ -207,6 +208,46 @@ def _answer_schema() -> dict[str, Any]:
     }
 
 
+def _view_schema(view: FeatureView) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {
+            "view": {"type": "string"},
+            "key": {"type": "object"},
+            "features": {"type": "object", "properties": {f.name: _feature_schema(f) for f in view}},
+            "as_of": {"type": ["string", "null"], "format": "date-time"},
+            "unknown": {"type": "boolean", "description": "whether the view has no event of the entity"},
+        },
+    }
+
+
+def _feature_schema(feature: Feature) -> dict[str, Any]:
+    value = {"type": ["string" if feature.is_text else "number", "null"]}
+    schema: dict[str, Any] = value if feature.width == 1 else {"type": "array", "items": value}
+    facts = _feature_facts(feature)
+    about = f"{facts['aggregation']} of {facts['of'] or 'events'}"
+    window = f", {facts['window']}" if facts["window"] else ""
+    where = f", where {facts['where']}" if facts["where"] else ""
+    return {**schema, "description": f"{about}{window}{where}"}
+
+
+def _feature_facts(feature: Feature) -> dict[str, str]:
+    """Return what people want to know of a feature: the parts of its definition as texts."""
+    facts = {"name": feature.name, "aggregation": type(feature.aggregation).__name__}
+    if feature.derived is not None:
+        return {**facts, "of": ", ".join(feature.derived.of), "window": "", "where": ""}
+    kept = feature.kept
+    if feature.width > 1:
+        facts["aggregation"] += f"({feature.width})"
+    window = kept.window or ("lifetime" if kept.ttl is None else f"lifetime, ttl {kept.ttl}")
+    return {
+        **facts,
+        "of": kept.field or "",
+        "window": f"{window}, exact" if kept.exact else window,
+        "where": "" if feature.where is None else str(feature.where),
+    }
+
+
 def docs_page(layout: Layout, models: Mapping[str, LoadedModel], cluster_name: str) -> Callable[[str], str]:
     """Return what makes the page at `/docs` for the URL that it is asked at: every call with a line
     that can be pasted into a terminal.
@@ -231,7 +272,11 @@ def docs_page(layout: Layout, models: Mapping[str, LoadedModel], cluster_name: s
             for m in models.values()
         ],
         "views": [
-            {"view": v, "query": "&".join(f"{k}={_example(v.source.fields[k].type)}" for k in v.key)}
+            {
+                "view": v,
+                "query": "&".join(f"{k}={_example(v.source.fields[k].type)}" for k in v.key),
+                "features": [_feature_facts(f) for f in v],
+            }
             for v in layout.views.values()
         ],
     }

@@ -91,14 +91,14 @@ class ScoreApp(App):
         # 2. Read the plan's features and assemble one matrix.
         rows = await self._client.read(loaded.plan, keys, len(ids), _as_of(request))
         # A predictor may write into its matrix: the answer has what was read.
-        values_read = rows.matrix.tolist() if request.flag("features") else None
+        values_read = loaded.plan.named_values(rows) if request.flag("features") else None
         # 3. Predict.
         results = loaded.predict(rows) if ids else []
         # 4. Answer, one per id.
         answers = self._answers(loaded, rows, results)
         if values_read is not None:
             for answer, values in zip(answers, values_read, strict=True):
-                answer["features"] = dict(zip(loaded.plan.names, values, strict=True))
+                answer["features"] = values
         return json_response(answers if batch else answers[0])
 
     def _model(self, name: str) -> LoadedModel:
@@ -144,11 +144,12 @@ class ScoreApp(App):
         ids = {name: value for name, value in request.query.items() if name != "as_of"}
         keys = plan.key_columns([ids], batch=False)
         rows = await self._client.read(plan, keys, 1, _as_of(request))
+        (values,) = plan.named_values(rows)
         return json_response(
             {
                 "view": view.name,
                 "key": {name: values[0] for name, values in keys.items()},
-                "features": dict(zip(view.features, rows.matrix[0].tolist(), strict=True)),
+                "features": {f.name: values[f.full_name] for f in view},
                 "as_of": _iso(int(rows.as_of[0])),
                 "unknown": bool(rows.unknown[0]),
             }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from millpond.deployments.events import EventsApp
@@ -17,7 +18,10 @@ from millpond.deployments.score import ScoreApp, ScoreLimits
 from millpond.feature_actors.client import FeatureClient, TimeLimits
 from millpond.feature_actors.clock import ClockKind, EventClock, WallClock
 from millpond.feature_actors.decode import BodyLimits
+from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.ports import ReadPort
+from millpond.feature_actors.reader import MemoryRead
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.source import Source
 from millpond.feature_actors.view import FeatureView
@@ -47,6 +51,7 @@ class ServingSpec:
     sources: tuple[Source, ...]
     views: tuple[FeatureView, ...]
     shard_map: ShardMap
+    memory_dir: str
     clock: ClockKind
     times: TimeLimits
     bodies: BodyLimits
@@ -65,21 +70,29 @@ def app_names(cluster_name: str) -> tuple[str, str]:
 
 
 def _connect(spec: ServingSpec) -> tuple[FeatureClient, Any]:
-    """Return a client over the cluster's shard actors, and their read port."""
+    """Return a client over the cluster's shards, and the port that asks them how they are."""
     stay_on_loopback()
     from millpond.feature_actors.actor import ActorIngest, ActorRead, find_actors
 
     actors = find_actors(spec.cluster_name, spec.shard_map.n_shards, spec.namespace)
-    read = ActorRead(actors, spec.shard_timeout_s)
+    calls = ActorRead(actors, spec.shard_map, spec.shard_timeout_s)
     client = FeatureClient(
         compile_layout(spec.sources, spec.views),
         spec.shard_map,
         ActorIngest(actors, spec.shard_timeout_s),
-        read,
+        _memory_or(calls, spec),
         WallClock() if spec.clock == "wall" else EventClock(),
         spec.times,
     )
-    return client, read
+    return client, calls
+
+
+def _memory_or(calls: ReadPort, spec: ServingSpec) -> ReadPort:
+    """Return the port that reads the shards' memory, if they are all on this node; else the one that calls them."""
+    try:
+        return MemoryRead(spec.shard_map, Path(spec.memory_dir))
+    except Unavailable:
+        return calls
 
 
 def stay_on_loopback() -> None:

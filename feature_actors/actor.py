@@ -28,6 +28,7 @@ from millpond.feature_actors.ports import all_of
 from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.source import Source
+from millpond.feature_actors.tiles.memory import Control, Memory
 from millpond.feature_actors.view import FeatureView
 from millpond.feature_actors.wire import (
     QuestionDecoder,
@@ -74,6 +75,10 @@ class ShardSpec:
     shard_map: ShardMap
     hash_seed: int
     dedupe_horizon_ms: int
+    memory_dir: str
+    memory_bytes_max: int
+    strings_max: int
+    reclaim_margin_ms: int
 
 
 def actor_name(cluster_name: str, shard: int) -> str:
@@ -85,19 +90,29 @@ class FeatureActor:
 
     def __init__(self, spec: ShardSpec, number: int) -> None:
         self._number, self._of = number, spec.shard_map.n_shards
-        # State is in memory only. A restarted actor would answer with empty features, as if nobody had
-        # ever done anything: it refuses instead.
-        again = open_shard(Path(spec.data_dir), number, spec.run_id).again
-        self._lost = "was restarted and its features are gone" if again else ""
         layout = self._layout = compile_layout(spec.sources, spec.views)
         self._decoder = QuestionDecoder(layout)
+        opening = open_shard(Path(spec.data_dir), number, spec.run_id)
+        # There is no log yet. A restarted actor would answer with empty features, as if nobody had ever done
+        # anything: it refuses instead. Readers of this node go on with the memory that its predecessor left.
+        self._lost = "was restarted and its features are gone" if opening.again else ""
+        folder = Path(spec.memory_dir)
+        memory = None
+        if not opening.again:
+            control = Control(folder, number, writable=True)
+            memory = Memory.create(control.tiles_path(opening.epoch), spec.memory_bytes_max)
         self._shard = Shard(
             layout,
             spec.shard_map,
             number,
             seed=spec.hash_seed,
             dedupe_horizon_ms=spec.dedupe_horizon_ms,
+            memory=memory,
+            strings_max=spec.strings_max,
+            reclaim_margin_ms=spec.reclaim_margin_ms,
         )
+        if not opening.again:
+            control.publish(opening.epoch)
 
     def _check_lost(self) -> None:
         if self._lost:

@@ -1,9 +1,9 @@
 """The oracle: every feature recomputed from the list of raw events, slowly and obviously.
 
-It judges the engine, so it shares no code with it; of the project it knows only the declarations and
-the ladder of tile widths. An event is a mapping of the source's fields (as decoded: defaults filled
-in, null is `None`, times are int milliseconds or `datetime`) and may carry `arrival_ms`, without
-which it arrived when it happened. Events stand in the order of the log.
+It judges the engine, so it shares no code with it; of the project it knows only the declarations, the ladder of tile
+widths, and of each aggregation its definition in plain Python (`plain`, and `slack`: how far off a value may be). An
+event is a mapping of the source's fields (as decoded: defaults filled in, null is `None`, times are int milliseconds or
+`datetime`) and may carry `arrival_ms`, without which it arrived when it happened. Events stand in the order of the log.
 
     log = distinct(purchases, events)
     features(user_spend, log, key=(42,), as_of_ms=1_700_000_000_000)    # {"orders_30d": 3.0, ...}
@@ -14,116 +14,115 @@ Not held to be quick: a call looks at every event that it is given. Give it thos
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from millpond.feature_actors.aggregations import Aggregation, Derived
 from millpond.feature_actors.source import Source
 from millpond.feature_actors.view import FeatureView
 from millpond.feature_actors.windows import LADDER_MS
 
-__all__ = ["agrees", "distinct", "features", "known", "live_as_of_ms", "seen_by"]
+__all__ = ["agrees", "distinct", "features", "known", "live_as_of_ms", "past_ms", "seen_by"]  # fmt: skip
 
 Event = Mapping[str, Any]
-#: Time and value (None for null) of the events that a feature sees, in the order of the log.
-Seen = Sequence[tuple[int, float | None]]
+
+_HOUR_MS = 3_600_000
 
 
-def features(view: FeatureView, events: Iterable[Event], key: tuple[Any, ...], as_of_ms: int) -> dict[str, float]:
-    """Compute all features of one entity of a view as of a time that is not before its events."""
-    mine = _of_key(view, events, key)
-    return {
-        name: _VALUE[type(aggregation).__name__](seen_by(view, name, mine, key, as_of_ms), as_of_ms)
-        for name, aggregation in view.features.items()
-    }
+# -- the core: which events a feature sees
 
 
-def seen_by(view: FeatureView, name: str, events: Iterable[Event], key: tuple[Any, ...], as_of_ms: int) -> Seen:
-    """Return the time and value of the events that feature `name` of an entity sees as of a time."""
-    aggregation = view.features[name]
-    mine = _where(aggregation.where, view.source, _where(view.where, view.source, _of_key(view, events, key)))
-    # A window sees [start of the tile that as_of - window falls into, as_of].
-    width = max((w for w in LADDER_MS if 60 * w <= (aggregation.window_ms or 0)), default=1)
+def sees(aggregation: Aggregation, source: Source, mine: Iterable[Event], as_of_ms: int) -> list[Event]:
+    """Return the events that a feature sees of `mine`: an entity's that satisfy its conditions."""
     seen: list[Event] = []
     for event in mine:
-        time, arrival = _time(view.source, event), _arrival(view.source, event)
+        time, arrival = _time(source, event), _arrival(source, event)
         if aggregation.window_ms is not None:
-            too_late = time // width < (arrival - aggregation.window_ms) // width
-            if not too_late and (as_of_ms - aggregation.window_ms) // width * width <= time <= as_of_ms:
+            width = _width_ms(aggregation.window_ms)
+            kept = aggregation.window_ms + (min(aggregation.window_ms, _HOUR_MS) if aggregation.exact else 0)
+            too_late = time // width < (arrival - kept) // width
+            if not too_late and _start(aggregation, as_of_ms) <= time <= as_of_ms:
                 seen.append(event)
         elif aggregation.ttl_ms is None:
             seen.append(event)
         elif time >= arrival - aggregation.ttl_ms:  # else it is too late
-            if all(_time(view.source, e) < arrival - aggregation.ttl_ms for e in seen):
+            if all(_time(source, e) < arrival - aggregation.ttl_ms for e in seen):
                 seen = []  # forgotten before this one came
             seen.append(event)
-    if aggregation.ttl_ms is not None and all(_time(view.source, e) < as_of_ms - aggregation.ttl_ms for e in seen):
+    if aggregation.ttl_ms is not None and all(_time(source, e) < as_of_ms - aggregation.ttl_ms for e in seen):
         seen = []
-    field = aggregation.field
-    return [(_time(view.source, e), None if field is None or e.get(field) is None else float(e[field])) for e in seen]
+    return seen
+
+
+def knows(view: FeatureView, mine: Iterable[Event], as_of_ms: int) -> bool:
+    """Return whether a view knows an entity by `mine`, its events that satisfy the view's condition."""
+    kept = [a for a in view.features.values() if isinstance(a, Aggregation)]
+    times = [_time(view.source, e) for e in mine]
+    if max(times, default=as_of_ms) > as_of_ms:  # in the past only what is exact can tell
+        kept = [a for a in kept if a.exact]
+    return any(_start(a, as_of_ms) <= time <= as_of_ms for a in kept for time in times)
+
+
+def _start(aggregation: Aggregation, as_of_ms: int) -> float:
+    """Return the first millisecond that an aggregation looks back to."""
+    if aggregation.window_ms is None:
+        return -math.inf if aggregation.ttl_ms is None else as_of_ms - aggregation.ttl_ms
+    start, width = as_of_ms - aggregation.window_ms, _width_ms(aggregation.window_ms)
+    return start + 1 if aggregation.exact else start // width * width
+
+
+def _width_ms(window_ms: int) -> int:
+    return max(width for width in LADDER_MS if 60 * width <= window_ms)
+
+
+# -- questions
+
+
+def features(view: FeatureView, events: Iterable[Event], key: tuple[Any, ...], as_of_ms: int) -> dict[str, Any]:
+    """Compute all features of one entity of a view as of a time: numbers and strings, NaN where empty."""
+    mine, values = _of_key(view, events, key), dict[str, Any]()
+    for name, aggregation in view.features.items():
+        if isinstance(aggregation, Derived):
+            values[name] = _derived(aggregation, values)
+        else:
+            values[name] = aggregation.plain(seen_by(view, name, mine, key, as_of_ms), as_of_ms)
+    return values
+
+
+def seen_by(
+    view: FeatureView, name: str, events: Iterable[Event], key: tuple[Any, ...], as_of_ms: int
+) -> list[tuple[int, Any]]:
+    """Return the time and value of the events that feature `name`, not a derived one, of an entity sees."""
+    mine = matching(view, name, _of_key(view, events, key))
+    return _values(view, name, sees(_kept(view, name), view.source, mine, as_of_ms))
 
 
 def known(view: FeatureView, events: Iterable[Event], key: tuple[Any, ...], as_of_ms: int) -> bool:
-    """Return whether the entity has an event of the view inside the longest window or ttl."""
-    starts: list[float] = []
-    for aggregation in view.features.values():
-        if aggregation.window_ms is not None:
-            width = max(w for w in LADDER_MS if 60 * w <= aggregation.window_ms)
-            starts.append((as_of_ms - aggregation.window_ms) // width * width)
+    """Return whether the entity has an event of the view inside its longest window or ttl."""
+    return knows(view, matching(view, None, _of_key(view, events, key)), as_of_ms)
+
+
+def past_ms(view: FeatureView, names: Iterable[str]) -> int:
+    """Return how long before the live as-of some features of a view may be read together: 0 unless all are exact."""
+    past = [0]
+    for name in names:
+        aggregation = view.features[name]
+        if isinstance(aggregation, Derived):
+            past.append(past_ms(view, aggregation.of))
         else:
-            starts.append(-math.inf if aggregation.ttl_ms is None else as_of_ms - aggregation.ttl_ms)
-    mine = _where(view.where, view.source, _of_key(view, events, key))
-    return any(_time(view.source, e) >= min(starts) for e in mine)
+            past.append(min(aggregation.window_ms or 0, _HOUR_MS) if aggregation.exact else 0)
+    return min(past[1:], default=0)
 
 
-# -- one function per aggregation: the value of what a feature sees
-
-
-def _values(seen: Seen) -> list[float]:
-    return [value for _, value in seen if value is not None]
-
-
-def _count(seen: Seen, as_of_ms: int) -> float:
-    return float(len(seen))
-
-
-def _sum(seen: Seen, as_of_ms: int) -> float:
-    return math.fsum(_values(seen))
-
-
-def _mean(seen: Seen, as_of_ms: int) -> float:
-    return math.fsum(_values(seen)) / len(_values(seen)) if _values(seen) else math.nan
-
-
-def _min(seen: Seen, as_of_ms: int) -> float:
-    return min(_values(seen), default=math.nan)
-
-
-def _max(seen: Seen, as_of_ms: int) -> float:
-    return max(_values(seen), default=math.nan)
-
-
-def _last(seen: Seen, as_of_ms: int) -> float:
-    newest = max((time for time, value in seen if value is not None), default=None)
-    return next((v for t, v in reversed(seen) if t == newest and v is not None), math.nan)
-
-
-def _seconds_since(seen: Seen, as_of_ms: int) -> float:
-    return (as_of_ms - max(time for time, _ in seen)) / 1000 if seen else math.nan
-
-
-_VALUE: dict[str, Callable[[Seen, int], float]] = {
-    "Count": _count,
-    "Sum": _sum,
-    "Mean": _mean,
-    "Min": _min,
-    "Max": _max,
-    "Last": _last,
-    "SecondsSince": _seconds_since,
-}
+def matching(view: FeatureView, name: str | None, events: Sequence[Event]) -> Sequence[Event]:
+    """Return the events that satisfy the conditions of a view and, unless `name` is None, of its feature."""
+    mine = _where(view.where, view.source, events)
+    return mine if name is None else _where(_kept(view, name).where, view.source, mine)
 
 
 # -- the log
@@ -158,19 +157,80 @@ def live_as_of_ms(keys: Iterable[tuple[FeatureView, tuple[Any, ...]]], events: S
 
 
 def agrees(
-    view: FeatureView, name: str, events: Iterable[Event], key: tuple[Any, ...], as_of_ms: int, got: float
+    view: FeatureView,
+    name: str,
+    events: Iterable[Event],
+    key: tuple[Any, ...],
+    as_of_ms: int,
+    got: Any,
+    given: Mapping[str, Any] | None = None,
 ) -> bool:
-    """Return whether the engine's value is right: equal, but Sum and Mean to 1e-12 of their terms' size."""
-    seen = seen_by(view, name, events, key, as_of_ms)
-    kind = type(view.features[name]).__name__
-    want = _VALUE[kind](seen, as_of_ms)
-    if math.isnan(want) or math.isnan(got):
-        return math.isnan(want) and math.isnan(got)
-    size = math.fsum(map(abs, _values(seen))) / (max(len(_values(seen)), 1) if kind == "Mean" else 1)
-    return abs(want - got) <= 1e-12 * size if kind in ("Sum", "Mean") else want == got
+    """Return whether the engine's value of a feature is right: as far from the definition as that allows.
+
+    given: the engine's values of the view's features by name. A derived feature is right if it is what its function
+    makes of these; what is not among them is computed here.
+    """
+    if isinstance(view.features[name], Derived):
+        return right(view, name, [], as_of_ms, got, {**features(view, events, key, as_of_ms), **(given or {})})
+    mine = matching(view, name, _of_key(view, events, key))
+    return right(view, name, sees(_kept(view, name), view.source, mine, as_of_ms), as_of_ms, got)
+
+
+def right(
+    view: FeatureView,
+    name: str,
+    seen: Iterable[Event],
+    as_of_ms: int,
+    got: Any,
+    given: Mapping[str, Any] | None = None,
+) -> bool:
+    """As `agrees`, of the events that the feature `sees`; all that a derived one is computed from is given."""
+    aggregation = view.features[name]
+    if isinstance(aggregation, Derived):
+        assert given is not None
+        return _close(_derived(aggregation, given), got, 0.0)
+    values = _values(view, name, seen)
+    return _close(aggregation.plain(values, as_of_ms), got, aggregation.slack(values, as_of_ms))
+
+
+def _close(want: Any, got: Any, slack: float) -> bool:
+    if isinstance(want, list):
+        return (
+            isinstance(got, list)
+            and len(want) == len(got)
+            and all(_close(w, g, slack) for w, g in zip(want, got, strict=True))
+        )
+    if isinstance(want, str) or isinstance(got, str) or got is None:
+        return bool(want == got) or (got is None and want != want)
+    both_empty = math.isnan(want) and math.isnan(got)
+    return both_empty or slack == math.inf or want == got or abs(want - got) <= slack
+
+
+def _derived(derived: Derived, values: Mapping[str, Any]) -> float:
+    """Call the function for one row."""
+    with np.errstate(all="ignore"):
+        return float(derived.function(*(np.array([values[name]], np.float64) for name in derived.of))[0])
 
 
 # -- reading an event
+
+
+def _kept(view: FeatureView, name: str) -> Aggregation:
+    aggregation = view.features[name]
+    assert isinstance(aggregation, Aggregation)
+    return aggregation
+
+
+def _values(view: FeatureView, name: str, seen: Iterable[Event]) -> list[tuple[int, Any]]:
+    """Return time and value of events, without nulls; the value is None for an aggregation of events."""
+    field = _kept(view, name).field
+    if field is None:
+        return [(_time(view.source, e), None) for e in seen]
+    return [(_time(view.source, e), _value(e[field])) for e in seen if e.get(field) is not None]
+
+
+def _value(value: Any) -> float | str:
+    return value if isinstance(value, str) else float(value)
 
 
 def _ms(value: int | datetime) -> int:

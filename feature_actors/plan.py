@@ -40,7 +40,7 @@ class FeatureFailed(MillpondError):
     code, status = "feature_failed", 500
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Question:
     """What shards are asked about n ids.
 
@@ -63,24 +63,26 @@ class Question:
         return Question(self.program, np.ascontiguousarray(self.hashes[:, rows]), clock[rows], as_of)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Answer:
     """What shards know about n ids: as_of int64 [n] that they were read at, values float64 [n, width of the program],
-    known bool [n, views of the program], and the strings of the columns that are of strings."""
+    known bool [n, views of the program] (all_known: whether it is known that all are true), and the strings of the
+    columns that are of strings."""
 
     as_of: Ints
     values: Floats
     known: npt.NDArray[np.bool_]
-    texts: dict[int, list[str | None]]
+    texts: dict[int, list[str | None]] = field(default_factory=dict)
+    all_known: bool = False
 
     @classmethod
     def empty(cls, question: Question) -> Answer:
         n, program = question.n, question.program
         as_of = np.empty(n, np.int64) if question.as_of is None else question.as_of.copy()
-        return cls(as_of, np.empty((n, program.width)), np.zeros((n, len(program.view_names)), np.bool_), {})
+        return cls(as_of, np.empty((n, program.width)), np.empty((n, len(program.view_names)), np.bool_))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class FeatureRows:
     """Features of n ids: matrix float64 [n, columns], as_of int64 [n], per id the names of the views that do not know
     it, and the features of strings by name: n strings (None where empty), or n lists of them."""
@@ -211,10 +213,11 @@ class ReadPlan:
         keys: per key field n checked values, a Python list or an Arrow array. clock_ms: None for the newest arrival.
         """
         if self._one_key is not None:
-            hashes = hash_keys([keys[name] for name in self._one_key], n)[np.newaxis]
+            hashes = hash_keys([keys[name] for name in self._one_key], n).reshape(1, n, 2)
         else:
             hashes = np.stack([hash_keys([keys[name] for name in key], n) for key in self.program.keys])
-        clock = np.full(n, NO_CLOCK if clock_ms is None else clock_ms, np.int64)
+        clock = np.empty(n, np.int64)
+        clock[:] = NO_CLOCK if clock_ms is None else clock_ms
         return Question(self.program, hashes.view(np.int64), clock, as_of)
 
     def rows(self, answer: Answer) -> FeatureRows:
@@ -224,7 +227,7 @@ class ReadPlan:
         """
         values, known = answer.values, answer.known
         unknown: list[list[str]] = [[] for _ in range(len(values))]
-        if not known.all():
+        if not answer.all_known:
             for row, view in zip(*np.nonzero(~known), strict=True):
                 unknown[row].append(self.program.view_names[view])
         if self._is_matrix:

@@ -87,6 +87,7 @@ class MemoryReader:
             answer.as_of, answer.values, answer.known,
         )  # fmt: skip
         if code == DONE:
+            answer.all_known = start == 0 and row == 0
             if program.texts:
                 self.read_texts(question, answer)
             return
@@ -113,6 +114,7 @@ class MemoryReader:
                     texts[i] = self._strings[owner].text(address)
 
     def populate(self) -> None:
+        """Map what the shards have allocated since the last call, so that no read waits for a page."""
         for memory, _ in self._memories.values():
             memory.populate()
 
@@ -125,6 +127,7 @@ class MemoryReader:
 _BUSY_S_MAX = 0.25
 _BUSY_WAIT_S = 0.001
 _ATTACH_TRIES = 100
+_POPULATE_EVERY = 256
 
 
 class MemoryRead:
@@ -140,6 +143,7 @@ class MemoryRead:
         self._n_shards = shard_map.n_shards
         self._folder = folder
         self._reader = MemoryReader(shard_map, list(range(self._n_shards)))
+        self._reads = 0
         for shard in range(self._n_shards):
             self._attach(shard)
 
@@ -150,7 +154,9 @@ class MemoryRead:
                 epoch = control.epoch
                 if epoch == 0:
                     break
-                self._reader.attach(shard, Memory.open(control.tiles_path(epoch)), control, epoch)
+                memory = Memory.open(control.tiles_path(epoch))
+                memory.populate()
+                self._reader.attach(shard, memory, control, epoch)
                 return
             except FileNotFoundError:  # taken away by a successor in this very moment, or never there
                 continue
@@ -165,6 +171,9 @@ class MemoryRead:
         """
         answer = Answer.empty(question)
         start, deadline = 0, 0.0
+        self._reads += 1
+        if self._reads % _POPULATE_EVERY == 0:
+            self._reader.populate()
         while True:
             try:
                 self._reader.attempt(question, answer, start)
@@ -182,7 +191,3 @@ class MemoryRead:
                         retry_after_ms=1_000,
                     ) from None
                 await asyncio.sleep(_BUSY_WAIT_S)
-
-    def populate(self) -> None:
-        """Map what the shards have allocated since the last call, so that no read waits for a page."""
-        self._reader.populate()

@@ -25,11 +25,16 @@ logger = logging.getLogger("millpond.models")
 
 @dataclass(frozen=True)
 class Features:
-    """What `predict` gets: matrix float64 [n, features], one column per feature of the model, in the
-    order of its declaration; names are `view.feature`."""
+    """What `predict` gets, in the order in which the model declares its features.
+
+    matrix: float64 [n, columns], the features of numbers. names: of its columns, `view.feature`; a feature with
+    several columns has `view.feature[0]` and on.
+    texts: the features of strings by name: n strings, None where there is none, or n lists of them (of a `LastN`).
+    """
 
     matrix: npt.NDArray[np.float64]
     names: tuple[str, ...]
+    texts: Mapping[str, list[Any]] = field(default_factory=dict)
 
 
 class Predictor(Protocol):
@@ -112,7 +117,7 @@ class LoadedModel:
         """
         subject, n = self.model.subject, len(rows.matrix)
         try:
-            results = self._predictor.predict(Features(rows.matrix, self.plan.names))
+            results = self._predictor.predict(Features(rows.matrix, self.plan.names, rows.texts))
             # These have a length too, which is of something else.
             single = isinstance(results, Mapping | Set | str | bytes | bytearray)
             if not single:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,7 +24,9 @@ from millpond.feature_actors.errors import AsOfInPast, BadRequest
 from millpond.feature_actors.layout import Layout, compile_layout
 from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.feature_actors.ports import IngestPort, ReadPort
+from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.shard_map import ShardMap
+from millpond.feature_actors.tiles.memory import Control, Memory
 
 NOW = 1_700_000_000_000
 HOUR, DAY = 3_600_000, 86_400_000
@@ -72,6 +75,24 @@ def order(
     order: str | None = None,
 ) -> dict[str, Any]:
     return {"order": order or f"order-{next(_numbers)}", "at": at, "user": user, "book": book, "price": price}
+
+
+def in_files(
+    folder: Path,
+    layout: Layout,
+    shard_map: ShardMap,
+    number: int,
+    *,
+    epoch: int = 1,
+    bytes_max: int = 1 << 28,
+    **options: Any,
+) -> Shard:
+    """A shard that writes its tiles to a file of `folder`, published for readers."""
+    control = Control(folder, number, writable=True)
+    memory = Memory.create(control.tiles_path(epoch), bytes_max)
+    shard = Shard(layout, shard_map, number, memory=memory, **options)
+    control.publish(epoch)
+    return shard
 
 
 class Cluster:
@@ -219,8 +240,8 @@ class PortContract:
             with pytest.raises(AsOfInPast) as caught:
                 cluster.read([by_user], {"user": 1}, as_of=as_of)
             assert str(caught.value) == (
-                f"as_of {as_of} lies before {newest}, up to which events have been applied; an open tile "
-                "cannot be cut in two: ask as of that time or later, or leave as_of out - at `as_of`"
+                f"as_of {as_of} lies before {newest}, up to which events have been applied, and an open tile cannot "
+                "be cut in two (exact features can): ask as of a later time, or leave as_of out - at `as_of`"
             )
         with pytest.raises(AsOfInPast):
             cluster.read([by_user], {"user": 424242}, as_of=NOW - 1)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from port_contract import (
     by_book,
     by_both,
     by_user,
+    in_files,
     order,
     orders,
 )
@@ -36,6 +38,7 @@ from millpond.feature_actors.errors import BadRequest, MillpondError, NotFound, 
 from millpond.feature_actors.layout import Layout, compile_layout
 from millpond.feature_actors.plan import ReadPlan
 from millpond.feature_actors.ports import IngestPort, LocalIngest, LocalRead, ReadPort, complete
+from millpond.feature_actors.reader import MemoryRead
 from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.shard_map import ShardMap
 
@@ -55,10 +58,27 @@ class TestLocalPorts(PortContract):
         assert [s.check() for s in made] == [[]] * len(made)
 
 
-def local(n_shards: int, clock: Any, ingest: Any = LocalIngest, read: Any = LocalRead) -> Cluster:
+class TestMemoryPorts(PortContract):
+    """Reads go straight to the files that the shards write."""
+
+    @pytest.fixture
+    def make(self, tmp_path: Path) -> Any:
+        made: list[Shard] = []
+
+        def make(layout: Layout, shard_map: ShardMap) -> tuple[IngestPort, ReadPort, Run]:
+            shards = [in_files(tmp_path, layout, shard_map, number) for number in range(shard_map.n_shards)]
+            made.extend(shards)
+            return LocalIngest(shards), MemoryRead(shard_map, tmp_path), complete
+
+        yield make
+        assert made
+        assert [s.check() for s in made] == [[]] * len(made)
+
+
+def local(n_shards: int, clock: Any, ingest: Any = LocalIngest) -> Cluster:
     def make(layout: Layout, shard_map: ShardMap) -> tuple[IngestPort, ReadPort, Run]:
         shards = [Shard(layout, shard_map, number) for number in range(n_shards)]
-        return ingest(shards), read(shards), complete
+        return ingest(shards), LocalRead(shards), complete
 
     return Cluster(make, n_shards, clock)
 
@@ -138,44 +158,6 @@ def test_an_event_on_which_a_condition_fails_refuses_the_batch_and_nothing_is_ap
     assert set(shards[0].status().events.values()) == {0}
     good = batch.take(pa.array([0, 2]))
     assert complete(client.ingest("orders", good)) == Ack(accepted=2)
-
-
-def test_a_read_that_time_runs_away_from_is_given_up() -> None:
-    class Fleeing(LocalRead):
-        """Each read finds newer events than the one before."""
-
-        calls = 0
-
-        def read(self, shard: int, question: Any) -> Any:
-            type(self).calls += 1
-            answer = LocalRead.read(self, shard, question)
-            answer._value.as_of[:] += type(self).calls
-            return answer
-
-    cluster = local(2, ManualClock(NOW), read=Fleeing)
-    ids = [{"user": u, "book": f"b{u}"} for u in range(20)]
-    with pytest.raises(
-        Unavailable, match="model `m`: events of the entity arrive faster than it can be read"
-    ) as caught:
-        cluster.read(VIEWS, *ids)
-    assert caught.value.retry_after_ms == 100
-
-
-def test_shards_that_lag_behind_are_asked_again_as_of_the_newest() -> None:
-    class Ahead(LocalRead):
-        """Shard 1 has just seen an event, HOUR + 1 minute ahead of the reader's clock."""
-
-        def read(self, shard: int, question: Any) -> Any:
-            if shard == 1:
-                clock = np.maximum(question.clock, NOW + HOUR + 60_000)
-                question = type(question)(question.n, question.parts, clock, question.as_of)
-            return super().read(shard, question)
-
-    cluster = local(2, ManualClock(NOW), read=Ahead)
-    cluster.ingest(*(order(user=u, book=f"b{u}") for u in range(30)))
-    rows = cluster.read(VIEWS, *({"user": u, "book": f"b{u}"} for u in range(30)))
-    assert set(rows.as_of.tolist()) == {NOW + HOUR + 60_000}
-    assert set(rows.matrix[:, 0].tolist()) == {0.0}, "a window was read as of the shard's own time"
 
 
 # -- ids

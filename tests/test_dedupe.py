@@ -14,6 +14,7 @@ HORIZON = 100
 EVENTS = st.lists(
     st.tuples(
         st.integers(0, 30),  # which id
+        st.integers(0, 2),  # slot
         st.integers(0, 1),  # content
         st.sampled_from((0, 0, 0, 1, 7, 50, 99, 100, 101, -30, -99, -100, -101, 1000)),  # stamps go on, and back
     ),
@@ -26,66 +27,75 @@ def ids_of(numbers: list[int]) -> np.ndarray:
     return np.array([(n % 3, n) for n in numbers], np.int64).reshape(-1, 2)
 
 
-def admit(seen: IdFilter, numbers: list[int], contents: list[int], stamps: list[int]) -> list[int]:
+def admit(
+    seen: IdFilter, numbers: list[int], contents: list[int], stamps: list[int], slots: list[int] | None = None
+) -> list[int]:
     """Send the ids in requests: neighbours with one stamp travel together."""
     verdicts = np.full(len(numbers), 9, np.uint8)
+    of_slots = np.array(slots or [0] * len(numbers), np.int64)
     for stamp, run in groupby(range(len(numbers)), key=stamps.__getitem__):
-        seen.admit(np.array(list(run)), ids_of(numbers), np.array(contents, np.int64), stamp, verdicts)
+        rows = np.array(list(run))
+        seen.admit(rows, of_slots, ids_of(numbers), np.array(contents, np.int64), stamp, verdicts)
     return verdicts.tolist()  # type: ignore[no-any-return]
 
 
-@given(events=EVENTS, cut=st.integers(0, 250), start=st.sampled_from((0, -5_000, 1_700_000_000_000)))
+@given(
+    events=EVENTS,
+    cut=st.integers(0, 250),
+    start=st.sampled_from((0, -5_000, 1_700_000_000_000)),
+    seed=st.integers(0, 2**64 - 1),
+)
 def test_verdicts_are_those_of_a_dict_that_forgets_nothing(
-    events: list[tuple[int, int, int]], cut: int, start: int
+    events: list[tuple[int, int, int, int]], cut: int, start: int, seed: int
 ) -> None:
-    seen: dict[int, tuple[int, int]] = {}
+    seen: dict[tuple[int, int], tuple[int, int]] = {}
     stamp = newest = start
     stamps, want = [], []
-    for number, content, step in events:
+    for number, slot, content, step in events:
         stamp += step
         newest = max(newest, stamp) if stamps else stamp
         stamps.append(stamp)
-        if number in seen and seen[number][0] >= newest - HORIZON:
-            want.append(DUPLICATE if seen[number][1] == content else CONFLICT)
+        if (slot, number) in seen and seen[slot, number][0] >= newest - HORIZON:
+            want.append(DUPLICATE if seen[slot, number][1] == content else CONFLICT)
         else:
-            seen[number] = (stamp, content)
+            seen[slot, number] = (stamp, content)
             want.append(NEW)
-    numbers, contents = [e[0] for e in events], [e[1] for e in events]
-    one = IdFilter(HORIZON)
-    got = admit(one, numbers[:cut], contents[:cut], stamps[:cut])
-    assert got + admit(one, numbers[cut:], contents[cut:], stamps[cut:]) == want
+    numbers, slots, contents = ([e[k] for e in events] for k in range(3))
+    one = IdFilter(HORIZON, 3, seed)
+    got = admit(one, numbers[:cut], contents[:cut], stamps[:cut], slots[:cut])
+    assert got + admit(one, numbers[cut:], contents[cut:], stamps[cut:], slots[cut:]) == want
 
 
 def test_the_horizon_is_inclusive() -> None:
-    seen = IdFilter(HORIZON)
+    seen = IdFilter(HORIZON, 1)
     assert admit(seen, [1, 1], [0, 0], [0, 100]) == [NEW, DUPLICATE]
     assert admit(seen, [1, 1], [0, 0], [101, 101]) == [NEW, DUPLICATE]
 
 
 def test_another_event_moves_the_horizon_and_an_older_stamp_never_moves_it_back() -> None:
-    seen = IdFilter(HORIZON)
+    seen = IdFilter(HORIZON, 1)
     assert admit(seen, [1, 2, 1], [0, 0, 0], [0, 101, 0]) == [NEW, NEW, NEW]
 
 
 def test_a_duplicate_does_not_keep_its_id_alive() -> None:
-    seen = IdFilter(HORIZON)
+    seen = IdFilter(HORIZON, 1)
     assert admit(seen, [1, 1, 1], [0, 0, 0], [0, 90, 110]) == [NEW, DUPLICATE, NEW]
 
 
 def test_a_conflict_keeps_the_first_content() -> None:
-    seen = IdFilter(HORIZON)
+    seen = IdFilter(HORIZON, 1)
     assert admit(seen, [1, 1, 1, 1], [5, 6, 5, 6], [0, 0, 0, 0]) == [NEW, CONFLICT, DUPLICATE, CONFLICT]
 
 
 def test_growth_keeps_every_id_within_the_horizon() -> None:
-    seen = IdFilter(HORIZON)
+    seen = IdFilter(HORIZON, 1)
     many = list(range(5_000))
     assert set(admit(seen, many, many, [0] * 5_000)) == {NEW}
     assert set(admit(seen, many, many, [HORIZON] * 5_000)) == {DUPLICATE}
 
 
 def test_growth_keeps_an_id_that_is_just_within_the_horizon() -> None:
-    seen = IdFilter(HORIZON)
+    seen = IdFilter(HORIZON, 1)
     many = list(range(1, 100))
     assert admit(seen, [0], [0], [0]) == [NEW]
     assert set(admit(seen, many, many, [HORIZON] * 99)) == {NEW}
@@ -93,16 +103,25 @@ def test_growth_keeps_an_id_that_is_just_within_the_horizon() -> None:
 
 
 def test_what_is_older_than_the_horizon_takes_no_room() -> None:
-    seen = IdFilter(HORIZON)
+    seen = IdFilter(HORIZON, 1)
     for day in range(50):
         admit(seen, list(range(day * 1000, day * 1000 + 1000)), [0] * 1000, [day * 1000] * 1000)
-    once = IdFilter(HORIZON)
+    once = IdFilter(HORIZON, 1)
     admit(once, list(range(1000)), [0] * 1000, [0] * 1000)
     assert seen.allocated_bytes <= 4 * once.allocated_bytes
 
 
 def test_only_the_rows_asked_for_are_judged() -> None:
-    seen = IdFilter(HORIZON)
+    seen = IdFilter(HORIZON, 1)
     verdicts = np.full(4, 9, np.uint8)
-    seen.admit(np.array([2, 0]), ids_of([1, 2, 1, 2]), np.zeros(4, np.int64), 0, verdicts)
+    seen.admit(np.array([2, 0]), np.zeros(4, np.int64), ids_of([1, 2, 1, 2]), np.zeros(4, np.int64), 0, verdicts)
     assert verdicts.tolist() == [DUPLICATE, 9, NEW, 9]
+
+
+def test_a_slot_knows_nothing_of_another_and_grows_by_itself() -> None:
+    seen = IdFilter(HORIZON, 4)
+    many = list(range(1_000))
+    assert set(admit(seen, many, many, [0] * 1_000, [2] * 1_000)) == {NEW}
+    alone = seen.allocated_bytes
+    assert admit(seen, [7, 7, 7], [7, 7, 7], [0, 0, 0], [1, 2, 1]) == [NEW, DUPLICATE, DUPLICATE]
+    assert seen.allocated_bytes - alone < alone / 50

@@ -384,8 +384,8 @@ def test_any_other_as_of_is_refused(world: World, text: str) -> None:
 
 def test_an_as_of_in_the_past_is_a_conflict(world: World) -> None:
     message = (
-        f"as_of {NOW - 1} lies before {NOW}, up to which events have been applied; an open tile cannot be cut in "
-        "two: ask as of that time or later, or leave as_of out"
+        f"as_of {NOW - 1} lies before {NOW}, up to which events have been applied, and an open tile cannot be cut in "
+        "two (exact features can): ask as of a later time, or leave as_of out"
     )
     refused(world.post_score(f"churn?as_of={NOW - 1}", {"user_id": 1}), 409, "as_of_in_past", message, "as_of")
     refused(world.get(f"/v1/features/user_spend?user_id=1&as_of={NOW - 1}"), 409, "as_of_in_past", message, "as_of")

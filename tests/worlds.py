@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import typing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from hypothesis import strategies as st
 
-from millpond.feature_actors import Count, FeatureView, Field, Last, Max, Mean, Min, SecondsSince, Source, Sum
+from millpond.feature_actors import Derived, FeatureView, Field, Ratio, Source
+from millpond.feature_actors.aggregations import AGGREGATIONS, Aggregation
 from millpond.feature_actors.client import FeatureClient, TimeLimits
 from millpond.feature_actors.clock import Clock, ManualClock
 from millpond.feature_actors.layout import Layout, compile_layout
@@ -22,10 +26,13 @@ from millpond.feature_actors.windows import LADDER_MS
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 HOUR, DAY = 3_600_000, 86_400_000
 AHEAD_MS_MAX = 600_000
+#: In so long the 32 bits of the number of a 10 ms tile have come round.
+ROUND_MS = 10 * 2**32
 KEYS = (["user"], ["code"], ["user", "code"], ["code", "small", "user"], ["small"])
 WINDOWS = ("1s", "1500ms", "59s", "60s", "90s", "5m", "1h", "24h", "7d", "30d", "90d")
 TTLS = ("1s", "60500ms", "1h", "2d", "90d")
 NUMERIC = ("v", "i", "f32", "flag")
+TEXTS = ("code", "id")
 WHERES = (
     pc.field("v") > 0.5,
     pc.field("code") == "a",
@@ -42,10 +49,10 @@ INTS = (0, 1, -1, 3, INT64_MIN, INT64_MAX, None)
 # fmt: off
 LAGS_MS = (
     0, 0, 0, 0, 0, 0, 1, 2, 999, 1000, 59_000, 60_000, HOUR, HOUR + 1, DAY, 7 * DAY, 90 * DAY, 120 * DAY,
-    -1, -AHEAD_MS_MAX, -AHEAD_MS_MAX, -AHEAD_MS_MAX,
+    ROUND_MS, 5 * 365 * DAY, -1, -AHEAD_MS_MAX, -AHEAD_MS_MAX, -AHEAD_MS_MAX,
 )
 # fmt: on
-GAPS_MS = (0, 0, 0, 0, 1, 700, 61_000, HOUR, DAY, DAY + 1, 2 * DAY, 31 * DAY, 91 * DAY)
+GAPS_MS = (0, 0, 0, 0, 1, 700, 61_000, HOUR, DAY, DAY + 1, 2 * DAY, 31 * DAY, 91 * DAY, ROUND_MS, 12 * 365 * DAY)
 
 
 def source(name: str, event_id: str | None, version: int = 1) -> Source:
@@ -72,10 +79,13 @@ def source(name: str, event_id: str | None, version: int = 1) -> Source:
 
 @dataclass
 class World:
-    """views: the declarations. batches: (source name, now_ms, events), events with `arrival_ms`."""
+    """views: the declarations. batches: (source name, now_ms, events), events with `arrival_ms`. reclaims: after which
+    batches everything is reclaimed that is out of sight. n_slots: few, so that entities share them."""
 
     views: list[FeatureView]
     batches: list[tuple[str, int, list[dict[str, Any]]]]
+    reclaims: frozenset[int] = frozenset()
+    n_slots: int = 16
 
     @property
     def layout(self) -> Layout:
@@ -99,7 +109,8 @@ def cluster(
 ) -> tuple[FeatureClient, list[Shard]]:
     """N plain shards in this process, and a client of them."""
     shard_map = ShardMap.even(n_slots, n_shards)
-    shards = [Shard(layout, shard_map, i, seed=seed) for i in range(n_shards)]
+    margin = AHEAD_MS_MAX + 60_000
+    shards = [Shard(layout, shard_map, i, seed=seed, reclaim_margin_ms=margin) for i in range(n_shards)]
     client = FeatureClient(
         layout, shard_map, LocalIngest(shards), LocalRead(shards), clock or ManualClock(0), TimeLimits()
     )
@@ -109,72 +120,117 @@ def cluster(
 # -- strategies
 
 
+_OF_ALL = {field.name for field in dataclasses.fields(Aggregation)}
+#: How an aggregation's own settings are drawn, by their type.
+_SETTINGS: dict[Any, st.SearchStrategy[Any]] = {
+    int: st.integers(1, 6),
+    float: st.sampled_from((0.1, 0.5, 0.99)),
+    bool: st.booleans(),
+}
+
+
 @st.composite
-def aggregations(draw: st.DrawFn) -> Any:
-    kind = draw(st.sampled_from([Count, Sum, Mean, Min, Max, Last, SecondsSince]))
-    length = draw(st.one_of(st.sampled_from(WINDOWS), st.none()))
-    ttl = draw(st.one_of(st.none(), st.sampled_from(TTLS))) if length is None else None
-    where = draw(st.one_of(st.none(), st.sampled_from(WHERES)))
-    args = (draw(st.sampled_from(NUMERIC)),) if kind.takes_field else ()
-    return kind(*args, window=length, ttl=ttl, where=where)
+def aggregations(draw: st.DrawFn, kind: type[Aggregation] | None = None) -> Aggregation:
+    """Any aggregation: what there is, and what each takes, is asked of the classes."""
+    kind = kind or draw(st.sampled_from(AGGREGATIONS))
+    window = draw(st.sampled_from(WINDOWS if kind.needs_window else (*WINDOWS, None, None)))
+    fields = {"number": NUMERIC, "value": NUMERIC + TEXTS, "event": (None,)}[kind.takes]
+    types = typing.get_type_hints(kind)
+    own = [field.name for field in dataclasses.fields(kind) if field.name not in _OF_ALL]
+    return kind(
+        draw(st.sampled_from(fields)),
+        window=window,
+        ttl=draw(st.sampled_from((None, *TTLS))) if window is None else None,
+        where=draw(st.sampled_from((None, None, *WHERES))),
+        exact=window is not None and draw(st.booleans()),
+        **{name: draw(_SETTINGS[types[name]]) for name in own},
+    )
+
+
+def _last_column(values: np.ndarray) -> np.ndarray:
+    return values if values.ndim == 1 else values[:, -1]
+
+
+def _largest(*columns: np.ndarray) -> np.ndarray:
+    return np.max([c if c.ndim == 1 else c.max(axis=1) for c in columns], axis=0)
+
+
+#: Functions of derived features, how many features they take, and whether of several columns.
+FUNCTIONS: tuple[tuple[Callable[..., Any], int, bool], ...] = (
+    (np.log1p, 1, False), (np.sqrt, 1, False), (np.isnan, 1, False), (np.nan_to_num, 1, False), (np.tanh, 1, False),
+    (np.subtract, 2, False), (np.hypot, 2, False), (np.greater, 2, False), (lambda a, b: a * 1e-3 + b**2, 2, False),
+    (_last_column, 1, True), (_largest, 2, True), (_largest, 3, True),
+)  # fmt: skip
+
+
+@st.composite
+def derived(draw: st.DrawFn, numbers: list[str], wide: list[str]) -> Derived:
+    """A feature of others: numbers have one column, wide ones several."""
+    if numbers and draw(st.booleans()):
+        return Ratio(draw(st.sampled_from(numbers)), draw(st.sampled_from(numbers)))
+    function, n, takes_wide = draw(st.sampled_from([f for f in FUNCTIONS if numbers or f[2]]))
+    return Derived(function, *(draw(st.sampled_from(numbers + wide * takes_wide)) for _ in range(n)))
+
+
+@st.composite
+def views(draw: st.DrawFn, name: str, of: Source) -> FeatureView:
+    features: dict[str, Aggregation | Derived] = {f"f{i}": draw(aggregations()) for i in range(draw(st.integers(1, 5)))}
+    numbers = [f for f, a in features.items() if a.width == 1 and a.field not in TEXTS]
+    wide = [f for f, a in features.items() if a.width > 1 and a.field not in TEXTS]
+    for i in range(draw(st.integers(0, 2)) if numbers or wide else 0):
+        features[f"d{i}"] = draw(derived(numbers, wide))
+        numbers.append(f"d{i}")
+    return FeatureView(
+        name,
+        owner="tests",
+        source=of,
+        key=list(draw(st.sampled_from(KEYS))),
+        features=features,
+        where=draw(st.sampled_from((None, None, *WHERES))),
+    )
 
 
 @st.composite
 def declarations(draw: st.DrawFn) -> list[FeatureView]:
-    sources = [
-        source(name, draw(st.sampled_from(["id", "num", None])))
-        for name in ("first", "second")[: draw(st.integers(1, 2))]
-    ]
-    return [
-        FeatureView(
-            f"view{number}",
-            owner="tests",
-            source=draw(st.sampled_from(sources)),
-            key=list(draw(st.sampled_from(KEYS))),
-            features={f"f{i}": draw(aggregations()) for i in range(draw(st.integers(1, 5)))},
-            where=draw(st.one_of(st.none(), st.sampled_from(WHERES))),
-        )
-        for number in range(draw(st.integers(1, 3)))
-    ]
+    names = ("first", "second")[: draw(st.integers(1, 2))]
+    sources = [source(name, draw(st.sampled_from(["id", "num", None]))) for name in names]
+    return [draw(views(f"view{i}", draw(st.sampled_from(sources)))) for i in range(draw(st.integers(1, 3)))]
 
 
-_POINTS = st.tuples(
-    st.sampled_from(LAGS_MS),
-    st.one_of(st.just(0), st.just(0), st.sampled_from(LADDER_MS)),  # snapped down to an edge of this width, or not
-    st.sampled_from((0, 0, -1)),
-    st.sampled_from(USERS),
-    st.sampled_from(CODES),
-    st.sampled_from((-32768, 0, 2, 3, 32767)),
-    st.sampled_from(FLOATS),
-    st.sampled_from(INTS),
-    st.sampled_from((0.0, 0.1, -2.5, 3e38, 1e-45, None)),
-    st.booleans(),
-    st.sampled_from(("new", "new", "new", "new", "again", "conflict")),
-    st.integers(0, 149),
-)
+_FLAGS, _FLOAT32S = (False, True), (0.0, 0.1, -2.5, 3e38, 1e-45, None)
+_SMALL = (-32768, 0, 2, 3, 32767)
+#: What an event is drawn from, a byte each; an edge: its time is snapped down to an edge of this width, or is not.
+_CHOICES: tuple[Sequence[Any], ...] = (
+    LAGS_MS, tuple(e for width in LADDER_MS for e in (0, width)), (0, 0, -1), USERS, CODES, _SMALL, FLOATS, INTS,
+    _FLOAT32S, _FLAGS, ("new", "new", "new", "new", "again", "conflict"), range(150),
+)  # fmt: skip
 
 
 @st.composite
 def worlds(draw: st.DrawFn, *, events_max: int = 150) -> World:
-    views = draw(declarations())
-    sources = {v.source.name: v.source for v in views}
+    declared = draw(declarations())
+    sources = {v.source.name: v.source for v in declared}
     now_ms = draw(st.sampled_from((0, -5_000_000_007, 1_700_000_000_000, 1_700_000_006_543)))
     sent: dict[str, list[dict[str, Any]]] = {name: [] for name in sources}
     batches = []
-    # A list of any size is a short one, by Hypothesis' own lights: say the size.
     n = min(draw(st.sampled_from((0, 3, 12, 40, 90, 150))), events_max)
-    points = draw(st.lists(_POINTS, min_size=n, max_size=n))
+    # All events in one draw: a draw for each of their fields takes longer than all that is tested.
+    drawn = draw(st.binary(min_size=n * len(_CHOICES), max_size=n * len(_CHOICES)))
+    points = [drawn[i : i + len(_CHOICES)] for i in range(0, len(drawn), len(_CHOICES))]
     while points:
         size = draw(st.integers(1 + len(points) // 4, len(points)))
         now_ms += draw(st.sampled_from(GAPS_MS))
         name = draw(st.sampled_from(sorted(sources)))
         batches.append((name, now_ms, [_event(p, now_ms, sent[name]) for p in points[:size]]))
         points = points[size:]
-    return World(views, batches)
+    reclaims = frozenset(i for i in range(len(batches)) if draw(st.booleans()))
+    return World(declared, batches, reclaims, draw(st.sampled_from((4, 16))))
 
 
-def _event(point: tuple[Any, ...], now_ms: int, sent: list[dict[str, Any]]) -> dict[str, Any]:
-    lag, edge, step, user, code, small, v, i, f32, flag, what, which = point
+def _event(point: bytes, now_ms: int, sent: list[dict[str, Any]]) -> dict[str, Any]:
+    lag, edge, step, user, code, small, v, i, f32, flag, what, which = (
+        choices[byte % len(choices)] for byte, choices in zip(point, _CHOICES, strict=True)
+    )
     at = now_ms - lag
     if edge:
         at = at // edge * edge + step

@@ -24,7 +24,7 @@ def _one_of(verb: str, arguments: str, functions: Sequence[Callable[..., Any]], 
         lines += [f"    if kind == {kind}:", f"        return {name}({arguments})"]
     lines.append(f"    return {otherwise}")
     exec("\n".join(lines), names)  # of nothing but the names of our own functions
-    return nb.njit(nogil=True, error_model="numpy")(names[verb])
+    return nb.njit(nogil=True, error_model="numpy", forceinline=True)(names[verb])
 
 
 init = _one_of("init", "p, f, at, n", [part.init for part in PARTS])

@@ -57,8 +57,8 @@ class Std(Aggregation):
         if not seen:
             return math.nan
         values = [Fraction(x) for _, x in seen]
-        mean = sum(values) / len(values)
-        variance = sum((x - mean) ** 2 for x in values) / len(values)
+        mean = sum(values, Fraction()) / len(values)
+        variance = sum(((x - mean) ** 2 for x in values), Fraction()) / len(values)
         with localcontext() as exact:
             exact.prec = 50
             return float((Decimal(variance.numerator) / Decimal(variance.denominator)).sqrt())

@@ -150,7 +150,7 @@ def _tile(
     Where the oldest tile is out of sight it is taken for the new one, so a ring never has more tiles than a window.
     """
     pool = slot + series[s, S_POOL]
-    head = np.int64(halves[head_half])
+    head: Any = np.int64(halves[head_half])
     newest = number
     if head != 0:
         newest = number_of(halves, head, anchor)
@@ -446,8 +446,10 @@ def reclaim_rows(words: Any, halves: Any, program: Any, cursor: Any, budget: Any
             cursor[0] = (cursor[0] + 1) % slots
             cursor[1] = 0
             continue
-        entry = words[words[slot + H_INDEX_AT] + cursor[1]]
-        row = entry & NUMBER_MASK
+        index = words[slot + H_INDEX_AT]
+        if cursor[1] + _AHEAD < words[slot + H_PLACES]:
+            prefetch(words, words[index + cursor[1] + _AHEAD] & NUMBER_MASK)
+        row = words[index + cursor[1]] & NUMBER_MASK
         if row == 0 or _reclaim_row(words, halves, table, series, slot, row, floor, views_keep):
             cursor[1] += 1
             continue

@@ -13,7 +13,7 @@ import numpy as np
 from millpond.feature_actors.aggregations import dispatch
 from millpond.feature_actors.aggregations.aggregation import NEVER
 from millpond.feature_actors.tiles.apply import DONE, apply_one, has_room, init_columns, merge_columns
-from millpond.feature_actors.tiles.compiled import inner, kernel, load_acquire, views_at
+from millpond.feature_actors.tiles.compiled import inner, kernel, load_acquire, prefetch, views_at
 from millpond.feature_actors.tiles.memory import C_EPOCH, M_LAYOUT, M_LIMIT, M_NEWEST_ARRIVAL, M_SLOTS
 from millpond.feature_actors.tiles.program import (
     F_AGGREGATION,
@@ -55,13 +55,17 @@ from millpond.feature_actors.tiles.program import (
 )
 from millpond.feature_actors.tiles.structure import (
     EXACT_TILE_HEADER_WORDS,
+    H_INDEX_AT,
+    H_PLACES,
     H_SEQUENCE,
+    NUMBER_MASK,
     ROW_HEADER_WORDS,
     TILE_HEADER_WORDS,
     find,
     mark_of,
     next_of,
     number_of,
+    place_of,
     unchanged,
 )
 
@@ -79,6 +83,8 @@ _TRIES = 64
 _SPINS = 2_000
 #: A ring's slot is looked at after so many tiles, in case that the ring has no end.
 _LOOK_EVERY = 1_024
+#: So many ids are looked up ahead of reading them.
+_AHEAD = 16
 
 
 @inner
@@ -272,6 +278,51 @@ def _read_part(
     return as_of, False
 
 
+@inner
+def _look_ahead(bases: Any, owners: Any, program: Any, hashes: Any, start: Any, end: Any) -> None:
+    """Ask for the memory of the ids from start to end, so that it is on its way while the first of them are read."""
+    parts, series = program.parts, program.series
+    slots = np.uint64(owners.shape[0])
+    rows = np.zeros(_AHEAD, np.int64)
+    for part in range(parts.shape[0] - 1):
+        for step in range(3):
+            for i in range(start, end):
+                lo, hi = hashes[parts[part, P_KEY], i, 0], hashes[parts[part, P_KEY], i, 1]
+                slot_number = np.int64(np.uint64(hi) % slots)
+                if owners[slot_number] < 0:
+                    continue
+                words, _, halves = views_at(bases[owners[slot_number]])
+                if step == 2:
+                    if rows[i - start] != 0:
+                        for scan in range(parts[part, P_SCAN], parts[part + 1, P_SCAN]):
+                            s = program.scans[scan, R_SERIES]
+                            if not series[s, S_LIFETIME]:
+                                prefetch(words, np.int64(halves[2 * rows[i - start] + series[s, S_ROW_AT]]))
+                    continue
+                slot = parts[part, P_SLOTS_AT] + slot_number * parts[part, P_SLOT_WORDS]
+                index, places, limit = words[slot + H_INDEX_AT], words[slot + H_PLACES], words[M_LIMIT]
+                if places <= 0 or index <= 0 or places > limit or index + places > limit:
+                    continue
+                mark = mark_of(words, lo)
+                place = place_of(mark, places)
+                if step == 0:
+                    prefetch(words, index + place)
+                    continue
+                rows[i - start] = 0
+                for _ in range(_AHEAD):
+                    entry = np.uint64(words[index + place])
+                    if entry == 0:
+                        break
+                    if entry >> np.uint64(32) == mark:
+                        row = np.int64(entry & np.uint64(NUMBER_MASK))
+                        if row + parts[part, P_ROW_WORDS] <= limit:
+                            rows[i - start] = row
+                            prefetch(words, row)
+                            prefetch(words, row + parts[part, P_ROW_WORDS] - 1)
+                        break
+                    place = place + 1 if place + 1 < places else 0
+
+
 @kernel
 def read_rows(
     bases: Any, controls: Any, epochs: Any, owners: Any, layout: Any, program: Any, hashes: Any, start: Any,
@@ -285,7 +336,8 @@ def read_rows(
     [n]: now in ms, or `NO_CLOCK`. asked: whether to read as of `as_of` as given; else it is set to the later of the
     clock and the newest event of the rows read. as_of int64 [n]; out float64 [n, columns]; known bool [n, views].
 
-    Returns `DONE`, or what is wrong with which id, and with which shard or since which time.
+    Returns `DONE` and how often a view did not know an id, or what is wrong with which id, and with which shard or
+    since which time.
     """
     newest_arrival = np.int64(NO_CLOCK)
     for shard in range(bases.shape[0]):
@@ -303,7 +355,10 @@ def read_rows(
     scratch_floats = scratch.view(np.float64)
     n_parts = program.parts.shape[0] - 1
     slots = np.uint64(owners.shape[0])
+    unknown = 0
     for i in range(start, as_of.shape[0]):
+        if as_of.shape[0] > 1 and (i - start) % _AHEAD == 0:
+            _look_ahead(bases, owners, program, hashes, i, min(i + _AHEAD, as_of.shape[0]))
         live = clock[i] if clock[i] != NO_CLOCK else newest_arrival
         at = as_of[i] if asked else live
         part, again = 0, 0
@@ -332,7 +387,9 @@ def read_rows(
         if asked and at < live - program.past_ms:
             return PAST, i, live
         as_of[i] = at
-    return DONE, 0, 0
+        for v in range(known.shape[1]):
+            unknown += not known[i, v]
+    return DONE, unknown, 0
 
 
 @kernel

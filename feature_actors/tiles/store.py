@@ -28,8 +28,7 @@ from millpond.feature_actors.tiles.read import NO_CLOCK, join_features
 from millpond.feature_actors.tiles.structure import H_PLACES, H_POOLS, H_ROWS, POOL_FREED, POOL_ITEMS, POOL_WORDS
 
 if TYPE_CHECKING:
-    from millpond.feature_actors.layout import Layout, Table
-    from millpond.feature_actors.plan import PlanProgram
+    from millpond.feature_actors.layout import Layout, PlanProgram, Table
 
 __all__ = ["TileStore"]
 
