@@ -68,10 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     command("down", _down, "Stop the running cluster cleanly.")
     command("config", _config, "Print every setting and where its value came from.")
     bench = command("bench", _bench, "Measure; the figures stand in the README under Measured.")
-    bench.add_argument("scenario", choices=["score"])
+    bench.add_argument("scenario", choices=["score", "store"])
     bench.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     bench.add_argument("--seconds", type=float, default=5.0, help="length of each measurement")
     bench.add_argument("--record", action="store_true", help="add a line to bench/history.jsonl")
+    bench.add_argument("--quick", action="store_true", help="store: tiny, to see that it works; figures of other names")
+    bench.add_argument("--no-ray", action="store_true", help="store: leave out what needs Ray, the reads by actor call")
     return parser
 
 
@@ -157,6 +159,17 @@ def _config(options: argparse.Namespace, config: Config, origins: dict[str, str]
 
 
 def _bench(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    if options.scenario == "store":
+        from millpond.bench.store import run_store_bench
+
+        return run_store_bench(
+            config,
+            as_json=options.json,
+            seconds=options.seconds,
+            quick=options.quick,
+            ray=not options.no_ray,
+            record=options.record,
+        )
     from millpond.bench.score import run_score_bench
 
     return run_score_bench(config, origins, as_json=options.json, seconds=options.seconds, record=options.record)

@@ -235,8 +235,7 @@ def print_views(views: Sequence[ViewLines]) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, width=_PLAIN_WIDTH)
     for view in views:
-        where = f" where {view.where}" if view.where else ""
-        about = f"{view.source}[{', '.join(view.key)}]{where}"
+        about = f"{view.source}[{', '.join(view.key)}]{_where(view.where)}"
         console.print(f"[bold]{view.view}[/bold]  {escape(about)}  owner {view.owner}", soft_wrap=True)
         console.print(_grid(view, plain=not console.is_terminal))
         for what, text in _totals(view):
@@ -245,32 +244,29 @@ def print_views(views: Sequence[ViewLines]) -> None:
 
 
 _PLAIN_WIDTH = 10_000
+_WHERE_MAX = 100
 
 
 def _grid(view: ViewLines, *, plain: bool) -> Grid:
-    grid = Grid(
-        box=None if plain else box.SIMPLE_HEAD, padding=(0, 2, 0, 0) if plain else (0, 1), collapse_padding=True
-    )
+    grid = Grid(box=None if plain else box.SIMPLE_HEAD, padding=(0, 2, 0, 0) if plain else (0, 1, 0, 0))
     grid.add_column("feature", no_wrap=True)
-    # Conditions may be long and are wrapped, nothing else.
-    grid.add_column("aggregation", min_width=max(len(f.aggregation) for f in view.features))
+    grid.add_column("aggregation", overflow="fold")  # the one column that gives way
     for name in ("over", "tiles"):
         grid.add_column(name, no_wrap=True)
-    for name in ("per entity", "per tile", "overhang"):
+    for name in ("B/entity", "B/tile", "overhang"):
         grid.add_column(name, justify="right", no_wrap=True)
     for f in view.features:
         if f.derived_from:
-            grid.add_row(f.feature, escape(f.aggregation), "when read", "", "nothing kept")
+            grid.add_row(f.feature, escape(f.aggregation), "nothing kept")
             continue
-        where = f" where {f.where}" if f.where else ""
         grid.add_row(
             f.feature,
-            escape(f.aggregation + where),
+            escape(f.aggregation + _where(f.where)),
             _over(f),
             "" if f.tile_width_ms is None else length_text(f.tile_width_ms),
-            f"{f.bytes_per_entity} B",
-            _tile_text(f.bytes_per_tile, f.bytes_per_fine_tile),
-            f"{length_text(f.overhang_ms)}  {f.overhang_percent:.1f} %" if f.overhang_ms else "0",
+            str(f.bytes_per_entity),
+            _tile_text(f),
+            f"{length_text(f.overhang_ms)} {f.overhang_percent:.1f} %" if f.overhang_ms else "0",
         )
     return grid
 
@@ -281,10 +277,16 @@ def _over(line: FeatureLine) -> str:
     return f"{line.window} exact" if line.exact else line.window
 
 
-def _tile_text(bytes_per_tile: int | None, bytes_per_fine_tile: int | None) -> str:
-    if bytes_per_tile is None:
+def _tile_text(line: FeatureLine) -> str:
+    if line.bytes_per_tile is None:
         return ""
-    return f"{bytes_per_tile} B" + ("" if bytes_per_fine_tile is None else f" + {bytes_per_fine_tile} B/ms")
+    return str(line.bytes_per_tile) + (f" + {line.bytes_per_fine_tile}/ms" if line.exact else "")
+
+
+def _where(text: str) -> str:
+    """Return a condition in one line; Arrow writes each item of an `isin` on a line of its own."""
+    line = " ".join(text.split())
+    return "" if not line else f" where {line if len(line) <= _WHERE_MAX else line[: _WHERE_MAX - 4] + ' ...'}"
 
 
 def _totals(view: ViewLines) -> list[tuple[str, str]]:
@@ -293,13 +295,18 @@ def _totals(view: ViewLines) -> list[tuple[str, str]]:
     row = f"{kept.bytes_per_row} bytes, header included, and {kept.bytes_index_min} to {kept.bytes_index_max} of index"
     totals = [("row", row + (f"; shared with {', '.join(others)}" if others else ""))]
     for series in kept.series:
-        text = f"of {length_text(series.tile_width_ms)}: {series.bytes_per_tile} bytes, {series.tiles_max} at most"
+        text = f"of {length_text(series.tile_width_ms)}: {series.bytes_per_tile} bytes"
         if series.bytes_per_fine_tile is not None:
-            text += f", and {series.bytes_per_fine_tile} for each millisecond with an event"
-        totals.append(("tiles", text + (f"; where {series.where}" if series.where else "")))
+            text += f" and {series.bytes_per_fine_tile} for each millisecond with an event"
+        text += f", {series.tiles_max} at most"
+        totals.append(("tiles", text + _where(series.where)))
     if kept.series:
         totals.append(("one entity", f"{kept.bytes_one_tile:,} bytes with one active tile in each series"))
-        totals.append(("", f"{kept.bytes_full:,} bytes with all tiles of its windows full"))
+        totals.append(("", f"{kept.bytes_full:,} bytes with all tiles of its windows full" + _one_event(kept)))
     else:
         totals.append(("one entity", f"{kept.bytes_full:,} bytes"))
     return totals
+
+
+def _one_event(kept: TableLine) -> str:
+    return ", of one event each" if any(s.bytes_per_fine_tile is not None for s in kept.series) else ""

@@ -34,7 +34,9 @@ def fetch_status(state: dict[str, Any], directory: Path) -> dict[str, Any]:
 def print_status(status: dict[str, Any]) -> None:
     console = Console()
     console.print(f"cluster [bold]{status['name']}[/bold] at {status['url']} (process {status['pid']})")
-    shards = Table("shard", "slots", "tiles", "tile memory", "id memory", "strings", title="Shards", title_justify="left")
+    shards = Table(
+        "shard", "slots", "tiles", "tile memory", "id memory", "strings", title="Shards", title_justify="left"
+    )
     for s in status["shards"]:
         shards.add_row(
             str(s["shard"]),

@@ -154,7 +154,8 @@ def _event_schema(source: Source) -> dict[str, Any]:
 _AS_OF = _parameter(
     "as_of",
     {"type": "string"},
-    "for replays: ISO 8601 with a zone, or milliseconds; not before the clock nor before what has been applied",
+    "for replays: ISO 8601 with a zone, or milliseconds; not before the clock nor before what has been applied, "
+    "but where all features read are exact",
 )
 #: OpenAPI's own way to say `Authorization: Bearer TOKEN`; it ignores a parameter of that name.
 _ADMIN_TOKEN = {

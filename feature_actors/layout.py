@@ -90,7 +90,8 @@ class Table:
 
     wheres: the conditions of its features; wheres[0] is None, "every event".
     inputs: the fields that its columns look at, in the order of the input matrix.
-    slot_words, reserve_words: of a slot's header; what an event may need at most.
+    slot_words: of a slot's header; pool_items: words of an item of each of its pools; reserve_words: what an event may
+    need at most.
     views_keep_ms: how long after its last event an entity can be known to a view, or `FOR_EVER`.
     """
 
@@ -102,6 +103,7 @@ class Table:
     series: tuple[Series, ...]
     row_words: int
     slot_words: int
+    pool_items: tuple[int, ...]
     reserve_words: int
     views_keep_ms: int
     words_before: int
@@ -355,10 +357,8 @@ def _compile_table(
         ])  # fmt: skip
         for column in one.columns:
             of = 0 if column.field is None else inputs.index(column.field)
-            column_rows.append(
-                [PARTS.index(column.part), column.part.takes_field, of, one.offset(column), column.n]
-            )
-    item_words.append(row_words)
+            column_rows.append([PARTS.index(column.part), column.part.takes_field, of, one.offset(column), column.n])
+    item_words.insert(0, row_words)
     return Table(
         number=number,
         source=source,
@@ -368,6 +368,7 @@ def _compile_table(
         series=series,
         row_words=row_words,
         slot_words=(pool + LINE_WORDS - 1) // LINE_WORDS * LINE_WORDS,
+        pool_items=tuple(item_words),
         reserve_words=sum(max(BLOCK_WORDS_MAX, BLOCK_ITEMS_MIN * words) + LINE_WORDS for words in item_words),
         views_keep_ms=_views_keep_ms(views),
         words_before=words_before,
@@ -424,15 +425,16 @@ def _view_row(table: Table, view: FeatureView, series_before: int) -> list[int]:
 
 
 def _views_keep_ms(views: Sequence[FeatureView]) -> int:
-    """Return how long after its last event an entity can be known to one of the views."""
+    """Return how long after its last event an entity can be known to one of the views, also when asked of the past."""
     keep = [0]
     for view in views:
-        window_ms, ttl_ms = _longest(view)
+        (window_ms, ttl_ms), exact_ms = _longest(view), _longest_exact(view) or 0
         if ttl_ms == FOR_EVER:
             return FOR_EVER
-        keep += [ttl_ms, _longest_exact(view) or 0]
+        past_ms = exact_past_ms(exact_ms)
+        keep += [ttl_ms + past_ms, exact_ms + past_ms]
         if window_ms != NO:
-            keep.append(window_ms + tile_width_ms(window_ms))
+            keep.append(window_ms + tile_width_ms(window_ms) + past_ms)
     return max(keep)
 
 

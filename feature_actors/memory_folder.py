@@ -48,7 +48,7 @@ class MemoryFolder:
             if self.path.lstat().st_uid != os.getuid() or self.path.is_symlink():
                 break
             try:
-                lock = (self.path / "lock").open("a")
+                lock = open(self.path / "lock", "a", opener=_private)
             except FileNotFoundError:  # taken away just now
                 continue
             try:
@@ -85,9 +85,13 @@ def _remove_if_abandoned(folder: Path) -> None:
     try:
         if folder.is_symlink() or folder.lstat().st_uid != os.getuid():
             return
-        with (folder / "lock").open("a") as lock:
+        with open(folder / "lock", "a", opener=_private) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             logger.warning("removing the memory that a killed cluster left in %s", folder)
             shutil.rmtree(folder, ignore_errors=True)
     except OSError:  # in use, or gone, or being made just now
         return
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)

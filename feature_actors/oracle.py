@@ -27,7 +27,10 @@ from millpond.feature_actors.source import Source
 from millpond.feature_actors.view import FeatureView
 from millpond.feature_actors.windows import LADDER_MS
 
-__all__ = ["agrees", "distinct", "features", "known", "live_as_of_ms", "past_ms", "seen_by"]  # fmt: skip
+__all__ = [
+    "agrees", "distinct", "features", "known", "knows", "live_as_of_ms", "matching", "past_ms", "right", "seen_by",
+    "sees",
+]  # fmt: skip  # fmt: skip
 
 Event = Mapping[str, Any]
 
@@ -90,7 +93,7 @@ def features(view: FeatureView, events: Iterable[Event], key: tuple[Any, ...], a
         if isinstance(aggregation, Derived):
             values[name] = _derived(aggregation, values)
         else:
-            values[name] = aggregation.plain(seen_by(view, name, mine, key, as_of_ms), as_of_ms)
+            values[name] = _value_of(aggregation, seen_by(view, name, mine, key, as_of_ms), as_of_ms)
     return values
 
 
@@ -190,7 +193,7 @@ def right(
         assert given is not None
         return _close(_derived(aggregation, given), got, 0.0)
     values = _values(view, name, seen)
-    return _close(aggregation.plain(values, as_of_ms), got, aggregation.slack(values, as_of_ms))
+    return _close(_value_of(aggregation, values, as_of_ms), got, aggregation.slack(values, as_of_ms))
 
 
 def _close(want: Any, got: Any, slack: float) -> bool:
@@ -204,6 +207,11 @@ def _close(want: Any, got: Any, slack: float) -> bool:
         return bool(want == got) or (got is None and want != want)
     both_empty = math.isnan(want) and math.isnan(got)
     return both_empty or slack == math.inf or want == got or abs(want - got) <= slack
+
+
+def _value_of(aggregation: Aggregation, values: Sequence[tuple[int, Any]], as_of_ms: int) -> Any:
+    value = aggregation.plain(values, as_of_ms)
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def _derived(derived: Derived, values: Mapping[str, Any]) -> float:

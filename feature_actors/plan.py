@@ -6,6 +6,7 @@ question to the shards, and their answer into a matrix: float64 [ids, columns], 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ __all__ = ["Answer", "FeatureFailed", "FeatureRows", "Question", "ReadPlan", "as
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+
+logger = logging.getLogger("millpond.features")
 
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 #: An int64 as text, in its one spelling: `"042"` and `"-0"` are somebody's strings.
@@ -85,7 +88,7 @@ class Answer:
 @dataclass(slots=True)
 class FeatureRows:
     """Features of n ids: matrix float64 [n, columns], as_of int64 [n], per id the names of the views that do not know
-    it, and the features of strings by name: n strings (None where empty), or n lists of them."""
+    it, and the features of strings by name: n strings (None where empty), or n tuples of them."""
 
     matrix: Floats
     as_of: Ints
@@ -205,9 +208,7 @@ class ReadPlan:
 
     # -- questions and answers
 
-    def question(
-        self, keys: Mapping[str, Sequence[Any]], n: int, clock_ms: int | None, as_of: Ints | None
-    ) -> Question:
+    def question(self, keys: Mapping[str, Sequence[Any]], n: int, clock_ms: int | None, as_of: Ints | None) -> Question:
         """Return the question about n ids.
 
         keys: per key field n checked values, a Python list or an Arrow array. clock_ms: None for the newest arrival.
@@ -256,8 +257,11 @@ class ReadPlan:
                 try:
                     columns[name] = feature.derived.compute(one_each, name)[:, np.newaxis]
                 except Exception as error:
+                    # Its text may hold paths or values that are not the client's to see.
+                    logger.exception("%s: the function of feature `%s` raised", self.subject, name)
                     raise FeatureFailed(
-                        f"{self.subject}: feature `{name}` could not be computed: {type(error).__name__}: {error}"
+                        f"{self.subject}: the function of feature `{name}` raised {type(error).__name__}; its text is in "
+                        "the log of the deployment"
                     ) from error
         return columns[name]
 
@@ -265,7 +269,7 @@ class ReadPlan:
         columns = self._columns[feature.full_name]
         if feature.width == 1:
             return answer.texts[columns.start]
-        return [list(row) for row in zip(*(answer.texts[c] for c in range(columns.start, columns.stop)), strict=True)]
+        return list(zip(*(answer.texts[c] for c in range(columns.start, columns.stop)), strict=True))
 
     def named_values(self, rows: FeatureRows) -> list[dict[str, Any]]:
         """Return per id each feature's value by its full name: a number, a string, None, or a list of such."""

@@ -161,18 +161,18 @@ class Shard:
         """
         n = batch.num_rows
         tables = self._layout.tables_of(source)
-        hashed, wanted = [], 0
+        hashed = []
         for table in tables:
             keys = [batch.column(name) for name in table.key]
             hashes = hash_columns(keys, n)
             slots = slots_of(hashes, self.shard_map.n_slots)
             rows = np.flatnonzero(key_validity(keys, n) & self._owned[slots])
             hashed.append((hashes.view(np.int64), slots, rows))
-            wanted += self._store.words_for(table, slots[rows])
         fields = {name: batch.column(name) for t, (*_, rows) in zip(tables, hashed, strict=True) if len(rows)
                   for name in t.inputs}  # fmt: skip
-        wanted += sum(self._strings.words_for(c) for c in fields.values() if pa.types.is_string(c.type))
-        self._store.make_room(wanted)
+        of_strings = sum(self._strings.words_for(c) for c in fields.values() if pa.types.is_string(c.type))
+        events = [(table, slots[rows]) for table, (_, slots, rows) in zip(tables, hashed, strict=True)]
+        self._store.make_room(events, of_strings)
         values = {name: self._values(column) for name, column in fields.items()}
         return [
             _Route(

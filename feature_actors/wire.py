@@ -121,12 +121,12 @@ def encode_answer(answer: Answer) -> WireAnswer:
 
 
 def decode_answer(wire: WireAnswer, question: Question) -> Answer:
-    """Decode the answer to a question; its arrays are read-only."""
+    """Decode the answer to a question."""
     as_of, values, known, texts = wire
     program, n = question.program, question.n
     return Answer(
         np.frombuffer(as_of, np.int64),
-        np.frombuffer(values, np.float64).reshape(n, program.width),
+        np.frombuffer(values, np.float64).reshape(n, program.width).copy(),  # a predictor may write into its matrix
         np.frombuffer(known, np.bool_).reshape(n, len(program.view_names)),
         texts,
     )

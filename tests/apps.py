@@ -13,11 +13,26 @@ from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from millpond.deployments.events import EventsApp
 from millpond.deployments.http import App
 from millpond.deployments.score import ScoreApp, ScoreLimits
-from millpond.feature_actors import Count, FeatureView, Field, Last, Max, SecondsSince, Source, Sum
+from millpond.feature_actors import (
+    Count,
+    Derived,
+    FeatureView,
+    Field,
+    First,
+    Last,
+    LastN,
+    Max,
+    Ratio,
+    SecondsSince,
+    Source,
+    Std,
+    Sum,
+)
 from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.clock import Clock, ManualClock
 from millpond.feature_actors.decode import BodyLimits
@@ -68,7 +83,20 @@ user_book = FeatureView(
 device_logins = FeatureView(
     "device_logins", owner="fraud", source=logins, key=["device"], features={"logins_1h": Count(window="1h")}
 )
+
+
+def swing(prices: Any) -> Any:
+    return prices[:, 0] - prices[:, 1]
+
+
 VIEWS = (user_spend, book_sales, user_book, device_logins)
+#: Every kind of feature there is: of numbers and strings, one value and several, exact, derived.
+taste = FeatureView(
+    "taste", owner="shelf", source=purchases, key=["user_id"], where=pc.field("price") >= 0,
+    features={"n": Count(window="30d"), "dear": Sum("price", window="30d", exact=True, where=pc.field("price") > 5),
+              "mean": Ratio("dear", "n"), "first_book": First("book_id", ttl="90d"), "books": LastN("book_id", n=3),
+              "prices": LastN("price", n=2, window="30d"), "swing": Derived(swing, "prices"), "wide": Std("price")},
+)  # fmt: skip
 LAYOUT = compile_layout([purchases, logins], VIEWS)
 
 

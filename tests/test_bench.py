@@ -28,8 +28,25 @@ from millpond.bench.load import Load, LoadFailed, Outcome, content_length, drive
 from millpond.bench.noop import ANSWER, BareApp, NoopApp
 from millpond.bench.processes import cpu_seconds
 from millpond.bench.score import MEANINGS, Measurement, bodies, figures_of, turns
+from millpond.bench.store import (
+    FULL,
+    QUICK,
+    Events,
+    Sizes,
+    Store,
+    StoreWorkload,
+    agree,
+    expected_features,
+    layout_of,
+    meanings,
+    run_store_bench,
+    turned,
+)
 from millpond.bench.workload import Steps, record, run_workload
+from millpond.cluster.config import Config
+from millpond.feature_actors.errors import BadRequest
 from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.plan import FeatureRows
 from millpond.models import Features
 from millpond.models.definition import Definition, load_models
 
@@ -403,3 +420,100 @@ def test_noop_decodes_as_the_score_app_does() -> None:
 def test_names_of_measurements_are_the_names_of_figures() -> None:
     assert Measurement("score", "/x", 32).name == "score_32"
     assert Measurement("score", "/x", 4, ids=1_000).name == "batch_1000"
+
+
+# -- the store
+
+#: What the figures are called by those who compare: a store of each size, and the bars.
+STORE_FIGURES = {
+    "ingest_events_per_s_10k", "ingest_events_per_s_1m", "ingest_events_per_s_10m", "ingest_new_events_per_s_10m",
+    "ingest_deduped_events_per_s_1m", "bytes_per_entity_10m", "filter_bytes_per_id", "read_1_p50_us", "read_1_p99_us",
+    "read_1000_p50_us", "read_vs_actor_call_ratio", "read_p99_busy_ratio", "read_10m_vs_10k_ratio",
+}  # fmt: skip
+TINY = Sizes(small=50, middle=200, large=500, growth_events=2_000, events=1_000)
+OF_RAY = {"actor_read_1_p50_us", "read_vs_actor_call_ratio"}
+
+
+def test_store_figures_bear_their_size_so_those_of_a_quick_run_are_others() -> None:
+    assert set(meanings(FULL)) >= STORE_FIGURES
+    sized = {name for name in STORE_FIGURES if "10" in name.removeprefix("read_1000") or "_1m" in name}
+    assert len(sized) == 7
+    assert not sized & set(meanings(QUICK))
+
+
+def test_store_bench_measures_every_figure_and_finds_every_value_right(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Config(memory_dir=str(tmp_path / "memory"), slots=8)
+    bench = StoreWorkload(config, TINY, seconds=0.02, ray=False)
+    assert run_workload(bench, as_json=True) == 0, capsys.readouterr().err
+    figures = json.loads(capsys.readouterr().out)
+    assert set(figures) == set(meanings(TINY)) - OF_RAY | {"commit", "machine", "seconds", "seed"}
+    numbers = {name: figures[name] for name in meanings(TINY) if name not in {*OF_RAY, "entities"}}
+    assert all(isinstance(value, (int, float)) and value > 0 for value in numbers.values()), numbers
+    assert figures["entities"] == {"50": 50, "200": 200, "500": 500}
+    assert figures["events"] > 3 * TINY.growth_events + 2 * (TINY.large + TINY.small) + 12 * TINY.events
+    assert figures["values_checked"] % 11 == 0
+    assert figures["values_checked"] > 5 * 10 * 11
+    assert list((tmp_path / "memory").iterdir()) == []
+
+
+def test_store_bench_clears_its_memory_away_when_it_fails(tmp_path: Path) -> None:
+    bench = StoreWorkload(Config(memory_dir=str(tmp_path / "memory"), slots=8), TINY, seconds=0.01)
+    bench._grow_two_tiles = lambda name, steps: 1 / 0  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError):
+        run_workload(bench, as_json=True)
+    assert list((tmp_path / "memory").iterdir()) == []
+
+
+def test_figures_of_a_quick_run_are_not_recorded() -> None:
+    with pytest.raises(BadRequest, match=r"figures of a --quick run are not recorded"):
+        run_store_bench(Config(), as_json=True, seconds=0.1, quick=True, record=True)
+
+
+def test_expected_features_are_those_of_the_definition() -> None:
+    hour, day = 3_600_000, 86_400_000
+    as_of = NOW_MS // day * day + 1_000
+    # In a window by its tile only; in it by a day's tile; the newest.
+    times = np.array([as_of - 7 * day - 500, as_of - day, as_of - hour, as_of - 250])
+    amounts = np.array([8.0, 4.0, 2.0, 1.0])
+    expected = [2, 3, 4, 3, 7, 15, 2, 4, 8, 1, 0.25]
+    assert expected_features(times, amounts, as_of).tolist() == expected
+    old = expected_features(times[:1], amounts[:1], as_of).tolist()
+    assert old[:6] == [0, 0, 1, 0, 0, 8]
+    assert np.isnan(old[6:8]).all()
+    assert agree(np.array(old), expected_features(times[:1], amounts[:1], as_of))
+    right = np.array(expected, float)
+    assert agree(right + 1e-12 * np.eye(11)[5], right)
+    assert not any(agree(right + 1e-6 * one, right) for one in np.eye(11))
+
+
+def test_store_names_a_feature_that_is_wrong_and_an_event_that_counts_twice(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store", 40, 4)
+    store.apply(store.events.everyone(), NOW_MS, NOW_MS + 1_000)
+    sample, as_of = store.events.sample, store.events.newest_ms
+    right = FeatureRows(np.array(store.events.expected()), np.full(len(sample), as_of), [[]] * len(sample))
+    assert store.problems(right) == []
+    right.matrix[3, 0] += 1
+    (problem,) = store.problems(right)
+    assert problem.startswith(f"features of user {sample[3]} in the store of 40 are what its events say: expected [")
+    right.matrix[3, 0] -= 1
+    store.apply_again()
+    (problem,) = store.problems(right)
+    assert problem.startswith("the store of 40 has applied each of 40 events once: got {")
+
+
+def test_events_of_the_store_are_seeded_and_spread_over_the_time() -> None:
+    one, other = (Events(layout_of(deduped=True), 100) for _ in range(2))
+    made, again = (list(e.batches(e.everyone(), NOW_MS, NOW_MS + 1_000)) for e in (one, other))
+    assert [b.events for b in made] == [b.events for b in again]
+    assert sorted(made[0].events["user_id"].to_pylist()) == list(range(100))
+    assert made[0].arrivals.tolist() == list(range(NOW_MS, NOW_MS + 1_000, 10))
+    assert made[0].ids.shape == (100, 2)
+    more = next(one.batches(one.anyone(7), NOW_MS, NOW_MS + 1))
+    assert more.events["event_id"].to_pylist() == [str(n) for n in range(100, 107)]
+
+
+def test_in_each_round_another_comes_first() -> None:
+    assert [turned(["a", "b", "c"], r)[0] for r in range(4)] == ["a", "b", "c", "a"]
+    assert sorted(turned(["a", "b", "c"], 2)) == ["a", "b", "c"]

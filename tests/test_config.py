@@ -78,7 +78,7 @@ def test_every_number_has_bounds_that_its_default_keeps() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("shard = 2", "no setting `shard`; known: `ahead_max`, `body_timeout_s`, `clock`, `data_dir`, `dedupe_horizon`, `draining_period_s`, `event_body_bytes_max`, `event_rows_max`, `host`, `late_after`, `name`, `object_store_mb`, `port`, `proxy`, `replicas`, `requests_ongoing_max`, `requests_queued_max`, `score_body_bytes_max`, `score_ids_max`, `shard_timeout_s`, ...; did you mean `shards`? - at `millpond.toml`"),
+        ("shard = 2", "no setting `shard`; known: `ahead_max`, `body_timeout_s`, `clock`, `data_dir`, `dedupe_horizon`, `draining_period_s`, `event_body_bytes_max`, `event_rows_max`, `host`, `late_after`, `memory_dir`, `memory_mb_max`, `name`, `object_store_mb`, `port`, `proxy`, `replicas`, `requests_ongoing_max`, `requests_queued_max`, `score_body_bytes_max`, ...; did you mean `shards`? - at `millpond.toml`"),
         ("shards = 0", "setting `shards`: 0 is not between 1 and 1024 - at `millpond.toml`"),
         ("shards = 1025", "setting `shards`: 1025 is not between 1 and 1024 - at `millpond.toml`"),
         ('shards = "two"', "setting `shards`: expected int, got 'two' - at `millpond.toml`"),
@@ -96,7 +96,7 @@ def test_every_number_has_bounds_that_its_default_keeps() -> None:
         ('dedupe_horizon = "999ms"', "setting `dedupe_horizon`: expected a length such as `90s`, `30m`, `24h`, at least `1s`, at most `3660d`, got '999ms' - at `millpond.toml`"),
         ("late_after = 5", "setting `late_after`: expected text, got 5 - at `millpond.toml`"),
         ("slots = 4097", "setting `slots`: 4097 is not between 1 and 4096 - at `millpond.toml`"),
-        ("shards = 65", "setting `shards`: 65 shards of 64 slots (setting `slots`); a shard needs a slot at least - at `millpond.toml`"),
+        ("shards = 257", "setting `shards`: 257 shards of 256 slots (setting `slots`); a shard needs a slot at least - at `millpond.toml`"),
         ("slots = 4\nshards = 5", "setting `shards`: 5 shards of 4 slots (setting `slots`); a shard needs a slot at least - at `millpond.toml`"),
         ("[cluster]\nshards = 2", "no setting `cluster`; known: "),
         ("shards = ", "configuration `millpond.toml`: cannot be read: "),
@@ -194,7 +194,7 @@ def test_every_command_has_a_flag_for_each_setting_and_shows_it(
     [
         (["config", "--shards", "x"], "millpond: setting `shards`: expected int, got 'x' - at `flag --shards`\n"),
         (["config", "--config", "none.toml"], "millpond: configuration `none.toml`: cannot be read: [Errno 2] No such file or directory: 'none.toml'\n"),
-        (["up", "none.py", "--shards", "100"], "millpond: setting `shards`: 100 shards of 64 slots (setting `slots`); a shard needs a slot at least - at `flag --shards`\n"),
+        (["up", "none.py", "--shards", "300"], "millpond: setting `shards`: 300 shards of 256 slots (setting `slots`); a shard needs a slot at least - at `flag --shards`\n"),
         (["status"], "millpond: no cluster `dev` runs on {here}/.millpond/dev; start one with `millpond up`\n"),
         (["down", "--name", "staging"], "millpond: no cluster `staging` runs on {here}/.millpond/staging; start one with `millpond up`\n"),
         (["up", "none.py"], "millpond: definition `none.py`: cannot be read: [Errno 2] No such file or directory: 'none.py'\n"),

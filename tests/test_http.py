@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import json
 import math
 import random
+import re
 from typing import Any
 
 import httpx
@@ -34,12 +36,13 @@ from apps import (
     offer,
     purchase,
     purchases,
+    taste,
     user_spend,
 )
 
 from millpond.deployments.http import App, Request, Response, Route, json_response
 from millpond.deployments.score import ScoreLimits
-from millpond.feature_actors import FeatureView, Source
+from millpond.feature_actors import Count, Derived, FeatureView, Last, LastN, Source
 from millpond.feature_actors.clock import EventClock
 from millpond.feature_actors.decode import BodyLimits
 from millpond.feature_actors.errors import Unavailable
@@ -391,12 +394,89 @@ def test_an_as_of_in_the_past_is_a_conflict(world: World) -> None:
     refused(world.get(f"/v1/features/user_spend?user_id=1&as_of={NOW - 1}"), 409, "as_of_in_past", message, "as_of")
 
 
+def test_features_that_are_all_exact_are_answered_as_of_the_past() -> None:
+    recent = FeatureView(
+        "recent", owner="shelf", source=purchases, key=["user_id"],
+        features={"n": Count(window="10m", exact=True), "last": Last("price", window="1h", exact=True)},
+    )  # fmt: skip
+    world = make_world([model("m", list(recent))], layout=compile_layout([], [recent]))
+    minute = 60_000
+    world.post_events("purchases", [purchase(str(i), 1, float(i), NOW - i * minute) for i in range(1, 9)])
+    for ago, want in ((0, [8, 1]), (3 * minute, [6, 3]), (3 * minute + 1, [5, 4]), (9 * minute, [0, None])):
+        got = world.get(f"/v1/features/recent?user_id=1&as_of={NOW - ago}").json
+        assert (list(got["features"].values()), got["unknown"]) == (want, want[0] == 0)
+        assert world.post_score(f"m?as_of={NOW - ago}", {"user_id": 1}).json["result"] == sum(want[: 1 + (want[0] > 0)])
+    message = (
+        f"as_of {NOW - 10 * minute - 1} lies before {NOW}, up to which events have been applied, and exact features of "
+        "these windows are kept for as_of up to 600000 ms before that: ask as of a later time, or leave as_of out"
+    )
+    reply = world.post_score(f"m?as_of={NOW - 10 * minute - 1}", {"user_id": 1})
+    refused(reply, 409, "as_of_in_past", message, "as_of")
+
+
 def test_before_any_event_an_event_clock_says_no_time() -> None:
     world = make_world(clock=EventClock())
     assert world.post_score("churn", {"user_id": 1}).json["as_of"] is None
     assert world.get("/v1/features/user_spend?user_id=1").json["as_of"] is None
     world.post_events("purchases", purchase("a", 2))
     assert world.post_score("churn", {"user_id": 1}).json["as_of"] == NOW_ISO
+
+
+# -- strings, lists and derived features
+
+
+TASTES = compile_layout([], [taste, user_spend])
+
+
+class Shelf:
+    """What a page would show: the newest book, and whether it was dear."""
+
+    def predict(self, features: Any) -> Any:
+        dear = features.matrix[:, features.names.index("taste.mean")] > 3
+        features.matrix[:] = -1.0  # a predictor's matrix is its own
+        return [{"book": b[0], "dear": d} for b, d in zip(features.texts["taste.books"], dear, strict=True)]
+
+
+@pytest.mark.parametrize("n_shards", [1, 3])
+def test_features_of_every_kind_are_answered_by_their_names(n_shards: int) -> None:
+    shelf = model("shelf", [*taste, user_spend["last_price"]], Shelf)
+    world = make_world([shelf], n_shards=n_shards, layout=TASTES)
+    sold = [("x", 4.0, 30), ("ü", 6.0, 20), (None, 20.0, 10), ("y", -1.0, 5)]
+    world.post_events("purchases", [purchase(str(i), 1, p, NOW - ago, book_id=b) for i, (b, p, ago) in enumerate(sold)])
+    known = {
+        "n": 3.0, "dear": 26.0, "mean": 26 / 3, "first_book": "x", "books": ["ü", "x", None], "prices": [20.0, 6.0],
+        "swing": 14.0, "wide": float(np.std([4.0, 6.0, 20.0])),
+    }  # fmt: skip
+    stranger = {
+        "n": 0.0, "dear": 0.0, "mean": None, "first_book": None, "books": [None] * 3, "prices": [None] * 2,
+        "swing": None, "wide": None,
+    }  # fmt: skip
+    for user, want in ((1, known), (2, stranger)):
+        answer = world.get(f"/v1/features/taste?user_id={user}").json
+        assert list(answer["features"].items()) == list(want.items())
+        assert answer["unknown"] == (user == 2)
+    answers = world.post_score("shelf?features=true", [{"user_id": 1}, {"user_id": 2}]).json
+    assert [a["result"] for a in answers] == [{"book": "ü", "dear": True}, {"book": None, "dear": False}]
+    for answer, want, last in zip(answers, (known, stranger), (-1.0, None), strict=True):
+        named = {f"taste.{name}": value for name, value in want.items()} | {"user_spend.last_price": last}
+        assert list(answer["features"].items()) == list(named.items())
+    assert world.post_score("shelf?features=true", []).json == []
+
+
+def test_a_derived_feature_that_fails_is_named() -> None:
+    broken = FeatureView(
+        "broken", owner="ml", source=purchases, key=["user_id"],
+        features={"n": Count(), "rows": Derived(lambda n: n[:0], "n"), "last": LastN("price", n=2)},
+    )  # fmt: skip
+    layout = compile_layout([], [broken, user_spend])
+    world = make_world([churn, model("m", [broken["rows"]]), model("fine", [broken["n"]])], layout=layout)
+    for reply, subject in (
+        (world.post_score("m", {"user_id": 1}), "model `m`"),
+        (world.get("/v1/features/broken?user_id=1"), "view `broken`"),
+    ):
+        assert (reply.status, reply.error["code"], reply.error["path"]) == (500, "feature_failed", None)
+        assert reply.error["message"].startswith(f"{subject}: feature `broken.rows` could not be computed: TypeError")
+    assert world.post_score("fine", {"user_id": 1}).status == world.post_score("churn", {"user_id": 1}).status == 200
 
 
 # -- predictors that fail
@@ -722,7 +802,8 @@ def test_openapi_names_every_parameter_of_a_call(world: World, openapi: dict[str
     assert names["/v1/score/offer"] == ["as_of", "features"]
     assert names["/v1/features/user_book"] == ["user_id", "book_id", "as_of"]
     assert openapi["paths"]["/v1/score/offer"]["post"]["parameters"][0]["description"] == (
-        "for replays: ISO 8601 with a zone, or milliseconds; not before the clock nor before what has been applied"
+        "for replays: ISO 8601 with a zone, or milliseconds; not before the clock nor before what has been applied, "
+        "but where all features read are exact"
     )
 
 
@@ -748,11 +829,44 @@ def test_the_page_shows_every_source_model_and_view_and_escapes_them(world: Worl
     assert "<b>" not in page
 
 
+def test_openapi_and_the_page_tell_how_each_feature_is_made() -> None:
+    world = make_world([model("m", list(taste))], layout=TASTES)
+    schema = world.get("/openapi.json").json["paths"]["/v1/features/taste"]["get"]["responses"]["200"]["content"]
+    features = schema["application/json"]["schema"]["properties"]["features"]["properties"]
+    number, text = {"type": ["number", "null"]}, {"type": ["string", "null"]}
+    priced, dear = "(price >= 0)", "((price >= 0) and (price > 5))"
+    assert features == {
+        "n": {**number, "description": f"Count of events, 30d, where {priced}"},
+        "dear": {**number, "description": f"Sum of price, 30d, exact, where {dear}"},
+        "mean": {**number, "description": "Ratio of dear, n"},
+        "first_book": {**text, "description": f"First of book_id, lifetime, ttl 90d, where {priced}"},
+        "books": {"type": "array", "items": text, "description": f"LastN(3) of book_id, lifetime, where {priced}"},
+        "prices": {"type": "array", "items": number, "description": f"LastN(2) of price, 30d, where {priced}"},
+        "swing": {**number, "description": "Derived of prices"},
+        "wide": {**number, "description": f"Std of price, lifetime, where {priced}"},
+    }
+    answer = world.get("/v1/features/taste?user_id=1").json
+    jsonschema.Draft202012Validator(schema["application/json"]["schema"]).validate(answer)
+    page = html.unescape(world.get("/docs").body.decode())
+    rows = [re.sub(r"\s*<[^>]+>\s*", "|", row) for row in re.findall(r"<tr>(.*?)</tr>", page)]
+    rows = [re.sub(r"\|+", "|", row).strip("|") for row in rows]
+    for row in (
+        "feature|aggregation|of|window|where",
+        f"n|Count|30d|{priced}",
+        f"dear|Sum|price|30d, exact|{dear}",
+        "mean|Ratio|dear, n",
+        f"first_book|First|book_id|lifetime, ttl 90d|{priced}",
+        f"books|LastN(3)|book_id|lifetime|{priced}",
+        "swing|Derived|prices",
+    ):
+        assert row in rows, rows
+    assert "<p>Reads 8 features: <code>taste.n</code> " in page
+    assert "<code>taste.books</code>" in page
+
+
 def test_the_page_of_a_cluster_of_hostile_words_holds_no_markup_of_theirs() -> None:
     evil = "<script>alert(1)</script>'\"&{{ 7*7 }}"
     source = Source("s", owner=evil, about=evil, fields={"k": "string", "at": "timestamp[ms, UTC]"}, event_time="at")
-    from millpond.feature_actors import Count
-
     view = FeatureView("v", owner=evil, about=evil, source=source, key=["k"], features={"n": Count(window="1h")})
     page = make_world([], layout=compile_layout([source], [view]), cluster_name=evil).get("/docs").body.decode()
     assert "<script" not in page
@@ -776,15 +890,11 @@ def test_the_page_of_a_cluster_of_hostile_words_holds_no_markup_of_theirs() -> N
     ],
 )
 def test_the_lines_of_the_page_call_the_host_that_was_asked(world: World, host: str | None, url: str) -> None:
-    import re
-
     page = world.get("/docs", headers={} if host is None else {"host": host}).body.decode()
     assert set(re.findall(r'curl -s "(.*?)/(?:v1/|healthz|readyz)', page)) == {url}
 
 
 def test_the_examples_of_the_page_work_as_they_stand() -> None:
-    import html
-    import re
     import shlex
 
     world = make_world(clock=EventClock())  # the example event is of 2024

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pytest
-from apps import DEFINITION, LAYOUT, NOW, VIEWS, Total, book_sales, purchase, purchases, user_book, user_spend
+from apps import DEFINITION, LAYOUT, NOW, VIEWS, Total, book_sales, purchase, purchases, taste, user_book, user_spend
 
 from millpond.feature_actors import Count, FeatureView, Field, Last, Source, Sum
 from millpond.feature_actors.client import FeatureClient
@@ -105,6 +105,33 @@ def test_a_model_gives_its_predictor_the_columns_in_the_order_of_its_declaration
     assert loaded.predict(rows) == [0.0]
     assert seen[0].names == ("user_book.bought", "user_spend.last_price", "book_sales.sold_7d")
     assert (seen[0].matrix.tolist(), seen[0].matrix.dtype) == ([[1.0, 9.0, 2.0]], np.float64)
+    assert seen[0].texts == {}
+
+
+def test_a_model_gives_its_predictor_strings_beside_the_matrix_and_a_column_for_each_of_several_values() -> None:
+    seen: list[Features] = []
+
+    class Spy:
+        def predict(self, features: Features) -> list[float]:
+            seen.append(features)
+            return [0.0] * len(features.matrix)
+
+    features = [taste["books"], taste["prices"], taste["first_book"], taste["mean"]]
+    layout = compile_layout([], [taste])
+    loaded = LoadedModel(Model("m", version="1", owner="ml", features=features, predictor=Spy), layout, Path())
+    shard = Shard(layout, ShardMap.even(16, 1), 0)
+    client = FeatureClient(layout, ShardMap.even(16, 1), LocalIngest([shard]), LocalRead([shard]), EventClock())
+    sold = [purchase("a", 1, 9.0, NOW, book_id="x"), purchase("b", 1, 7.0, NOW + 1, book_id="y"), purchase("c", 2, 8.0)]
+    batch = pa.RecordBatch.from_pylist(sold, schema=purchases.schema)
+    complete(client.ingest("purchases", batch))
+    assert loaded.predict(complete(client.read(loaded.plan, {"user_id": [1, 2, 3]}, 3))) == [0.0] * 3
+    assert seen[0].names == ("taste.prices[0]", "taste.prices[1]", "taste.mean")
+    nan = np.nan
+    np.testing.assert_array_equal(seen[0].matrix, [[7.0, 9.0, 8.0], [8.0, nan, 8.0], [nan, nan, nan]])
+    assert seen[0].texts == {
+        "taste.books": [["y", "x", None], [None] * 3, [None] * 3],
+        "taste.first_book": ["x", None, None],
+    }
 
 
 # -- definitions
@@ -364,6 +391,8 @@ def world(n: int = 800, seed: int = 4) -> tuple[pa.Table, pa.Table]:
 
 
 FEATURES = [*user_spend, *book_sales, *user_book]
+#: Strings, lists, exact and derived features, too.
+EVERY_KIND = [*FEATURES, *taste]
 
 
 def same(one: Any, two: Any) -> bool:
@@ -371,17 +400,19 @@ def same(one: Any, two: Any) -> bool:
         one.matrix.tobytes() == two.matrix.tobytes()
         and one.as_of.tolist() == two.as_of.tolist()
         and one.unknown == two.unknown
+        and one.texts == two.texts
     )
 
 
 def test_a_training_set_is_what_the_cluster_would_have_served() -> None:
     """Serving == training: the same events and reads in the order of time, live, give the same bits."""
     events, labels = world()
-    rows = training_set(FEATURES, {"purchases": events}, labels)
+    rows = training_set(EVERY_KIND, {"purchases": events}, labels)
     shard_map = ShardMap.even(16, 3)
-    shards = [Shard(LAYOUT, shard_map, i) for i in range(3)]
-    client = FeatureClient(LAYOUT, shard_map, LocalIngest(shards), LocalRead(shards), EventClock())
-    plan = ReadPlan(LAYOUT, FEATURES, "x")
+    layout = compile_layout([], [*VIEWS, taste])
+    shards = [Shard(layout, shard_map, i) for i in range(3)]
+    client = FeatureClient(layout, shard_map, LocalIngest(shards), LocalRead(shards), EventClock())
+    plan = ReadPlan(layout, EVERY_KIND, "x")
     times = events["paid_at"].cast(pa.int64()).to_numpy()
     asked = labels.to_pylist()
     as_of = labels["as_of"].cast(pa.int64()).to_numpy()
@@ -396,7 +427,8 @@ def test_a_training_set_is_what_the_cluster_would_have_served() -> None:
         live = complete(client.read(plan, keys, 1, int(as_of[i])))
         assert live.matrix.tobytes() == rows.matrix[i : i + 1].tobytes(), asked[i]
         assert (live.as_of[0], live.unknown[0]) == (rows.as_of[i], rows.unknown[i])
-    assert {tuple(u) for u in rows.unknown} >= {(), ("user_spend", "user_book")}
+        assert {name: column[0] for name, column in live.texts.items()} == {n: c[i] for n, c in rows.texts.items()}
+    assert {tuple(u) for u in rows.unknown} >= {(), ("user_spend", "user_book", "taste")}
 
 
 def test_a_label_sees_the_event_at_its_very_time_and_none_after() -> None:
@@ -409,16 +441,16 @@ def test_a_label_sees_the_event_at_its_very_time_and_none_after() -> None:
 
 def test_the_number_of_shards_changes_nothing() -> None:
     events, labels = world()
-    one = training_set(FEATURES, {"purchases": events}, labels)
+    one = training_set(EVERY_KIND, {"purchases": events}, labels)
     for n_shards in (2, 3, 64):
-        assert same(one, training_set(FEATURES, {"purchases": events}, labels, n_shards=n_shards))
+        assert same(one, training_set(EVERY_KIND, {"purchases": events}, labels, n_shards=n_shards))
 
 
 def test_the_order_of_the_labels_changes_nothing() -> None:
     events, labels = world()
-    one = training_set(FEATURES, {"purchases": events}, labels)
+    one = training_set(EVERY_KIND, {"purchases": events}, labels)
     order = np.random.default_rng(0).permutation(len(labels))
-    other = training_set(FEATURES, {"purchases": events}, labels.take(pa.array(order)))
+    other = training_set(EVERY_KIND, {"purchases": events}, labels.take(pa.array(order)))
     assert other.matrix.tobytes() == one.matrix[order].tobytes()
     assert other.as_of.tolist() == one.as_of[order].tolist()
     assert other.unknown == [one.unknown[i] for i in order]
@@ -426,7 +458,7 @@ def test_the_order_of_the_labels_changes_nothing() -> None:
 
 def test_chunks_types_and_further_columns_change_nothing() -> None:
     events, labels = world()
-    one = training_set(FEATURES, {"purchases": events}, labels)
+    one = training_set(EVERY_KIND, {"purchases": events}, labels)
     chunked = pa.concat_tables([events.slice(i, 97) for i in range(0, len(events), 97)])
     wide = labels.set_column(2, "as_of", labels["as_of"].cast(pa.timestamp("us", "UTC"))).append_column(
         "late", labels["user_id"]
@@ -437,7 +469,7 @@ def test_chunks_types_and_further_columns_change_nothing() -> None:
     assert same(
         one,
         training_set(
-            FEATURES, {"purchases": chunked, "unused": labels}, pa.concat_tables([wide.slice(0, 5), wide.slice(5)])
+            EVERY_KIND, {"purchases": chunked, "unused": labels}, pa.concat_tables([wide.slice(0, 5), wide.slice(5)])
         ),
     )
 
@@ -446,7 +478,7 @@ def test_events_that_come_twice_count_once() -> None:
     events, labels = world(100)
     twice = pa.concat_tables([t for i in range(len(events)) for t in [events.slice(i, 1)] * 2])
     assert same(
-        training_set(FEATURES, {"purchases": events}, labels), training_set(FEATURES, {"purchases": twice}, labels)
+        training_set(EVERY_KIND, {"purchases": events}, labels), training_set(EVERY_KIND, {"purchases": twice}, labels)
     )
 
 

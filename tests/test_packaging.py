@@ -61,6 +61,9 @@ def test_the_wheel_holds_every_file_of_the_packages_and_nothing_else(
     assert {f"millpond/{folder}/py.typed" for folder in FOLDERS if folder != "bench"} <= inside
     assert "millpond/deployments/docs.html" in inside
     assert "millpond/cluster/demo/flights.py" in inside
+    assert {
+        f"millpond/feature_actors/{n}.py" for n in ("aggregations/__init__", "aggregations/sum", "tiles/read")
+    } <= inside
 
 
 def test_the_wheel_holds_a_command_and_no_top_level_package_but_millpond(wheel: zipfile.ZipFile) -> None:
@@ -184,14 +187,14 @@ def test_every_command_and_setting_that_the_readme_names_is_one(readme: str) -> 
             r"\bmillpond (demo|[a-z]+)\b(?=[ `\n])", "\n".join(re.findall(r"```\w*\n(.*?)```", readme, re.DOTALL))
         )
     )
-    assert commands <= {"demo", "up", "status", "down", "config", "bench"}, commands
+    assert commands <= {"demo", "up", "status", "down", "config", "features", "bench"}, commands
     variables = set(re.findall(r"\bMILLPOND_([A-Z_]+)\b", readme))
     assert {v.lower() for v in variables} <= {f.name for f in fields(Config)} | {"datasets", "examples"}
 
 
 def test_the_python_of_the_readme_runs_and_prints_what_it_says(readme: str, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict[str, Any] = {"__name__": "readme"}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)

@@ -267,7 +267,7 @@ def test_a_batch_that_a_condition_cannot_judge_is_applied_when_it_can() -> None:
 
 
 def test_admit_judges_by_id_and_content() -> None:
-    shard = Shard(compile_layout([FIRST], []), ShardMap.even(4, 1), 0)
+    shard = Shard(compile_layout([FIRST, source("second", None)], []), ShardMap.even(4, 1), 0)
     ids = hash_columns([pa.array(["a", "b", "a", "b"])], 4)
     contents = np.array([1, 2, 1, 3], np.int64)
     assert shard.admit("first", ids, contents, NOW).tolist() == [NEW, NEW, DUPLICATE, 2]
@@ -326,9 +326,10 @@ def test_a_join_sees_what_had_happened_by_each_as_of(world: World, data: st.Data
         for (one, _), as_of, got, unknown in zip(asked, times, values, rows.unknown, strict=True):
             key = tuple(one[f] for f in declared.key)
             past = [e for e in logs[declared.source.name] if e["at"] <= as_of]
-            for name in declared.features:
-                value = got[f"{declared.name}.{name}"]
-                assert oracle.agrees(declared, name, past, key, as_of, value), f"{name} {key} as of {as_of}: {value}"
+            given = {f.name: got[f.full_name] for f in declared}
+            for name, value in given.items():
+                agreed = oracle.agrees(declared, name, past, key, as_of, value, given)
+                assert agreed, f"{name} {key} as of {as_of}: {value}"
             assert oracle.known(declared, past, key, as_of) == (declared.name not in unknown)
     assert shard.check() == []
 

@@ -6,6 +6,7 @@ import dataclasses
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,25 @@ LAGS_MS = (
     ROUND_MS, 5 * 365 * DAY, -1, -AHEAD_MS_MAX, -AHEAD_MS_MAX, -AHEAD_MS_MAX,
 )
 # fmt: on
-GAPS_MS = (0, 0, 0, 0, 1, 700, 61_000, HOUR, DAY, DAY + 1, 2 * DAY, 31 * DAY, 91 * DAY, ROUND_MS, 12 * 365 * DAY)
+GAPS_MS = (
+    0,
+    0,
+    0,
+    0,
+    1,
+    700,
+    61_000,
+    HOUR,
+    HOUR + 3_000_000,
+    DAY,
+    DAY + 1,
+    DAY + 3_000_000,
+    2 * DAY,
+    31 * DAY,
+    91 * DAY,
+    ROUND_MS,
+    12 * 365 * DAY,
+)
 
 
 def source(name: str, event_id: str | None, version: int = 1) -> Source:
@@ -129,21 +148,29 @@ _SETTINGS: dict[Any, st.SearchStrategy[Any]] = {
 }
 
 
+_WINDOWS, _WINDOWS_OR_NONE = st.sampled_from(WINDOWS), st.sampled_from((*WINDOWS, None, None))
+_TTLS, _WHERES, _BOOLEANS = st.sampled_from((None, *TTLS)), st.sampled_from((None, None, *WHERES)), st.booleans()
+_FIELDS = {"number": st.sampled_from(NUMERIC), "value": st.sampled_from(NUMERIC + TEXTS), "event": st.none()}
+
+
+@cache
+def _own_settings(kind: type[Aggregation]) -> dict[str, st.SearchStrategy[Any]]:
+    types = typing.get_type_hints(kind)
+    return {f.name: _SETTINGS[types[f.name]] for f in dataclasses.fields(kind) if f.name not in _OF_ALL}
+
+
 @st.composite
 def aggregations(draw: st.DrawFn, kind: type[Aggregation] | None = None) -> Aggregation:
     """Any aggregation: what there is, and what each takes, is asked of the classes."""
     kind = kind or draw(st.sampled_from(AGGREGATIONS))
-    window = draw(st.sampled_from(WINDOWS if kind.needs_window else (*WINDOWS, None, None)))
-    fields = {"number": NUMERIC, "value": NUMERIC + TEXTS, "event": (None,)}[kind.takes]
-    types = typing.get_type_hints(kind)
-    own = [field.name for field in dataclasses.fields(kind) if field.name not in _OF_ALL]
+    window = draw(_WINDOWS if kind.needs_window else _WINDOWS_OR_NONE)
     return kind(
-        draw(st.sampled_from(fields)),
+        draw(_FIELDS[kind.takes]),
         window=window,
-        ttl=draw(st.sampled_from((None, *TTLS))) if window is None else None,
-        where=draw(st.sampled_from((None, None, *WHERES))),
-        exact=window is not None and draw(st.booleans()),
-        **{name: draw(_SETTINGS[types[name]]) for name in own},
+        ttl=draw(_TTLS) if window is None else None,
+        where=draw(_WHERES),
+        exact=window is not None and draw(_BOOLEANS),
+        **{name: draw(setting) for name, setting in _own_settings(kind).items()},
     )
 
 
@@ -186,7 +213,7 @@ def views(draw: st.DrawFn, name: str, of: Source) -> FeatureView:
         source=of,
         key=list(draw(st.sampled_from(KEYS))),
         features=features,
-        where=draw(st.sampled_from((None, None, *WHERES))),
+        where=draw(_WHERES),
     )
 
 

@@ -32,7 +32,7 @@ from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.oracle import agrees, known
 from millpond.feature_actors.plan import FeatureRows
-from millpond.feature_actors.view import FeatureView
+from millpond.feature_actors.view import Feature, FeatureView
 from millpond.feature_actors.windows import TILES_PER_WINDOW_MIN
 from millpond.models.definition import Definition
 from millpond.models.model import LoadedModel, Model
@@ -217,7 +217,7 @@ def judge(
         table = events[view.source.name]
         table = table.filter(pc.is_in(table[view.key[0]], pa.array({key[view.key[0]] for key, _, _, _ in rows})))
         times = epoch_ms(table, view.source.event_time)
-        seen = [_reach((times, range(len(times))), row[1], list(view.features.values())) for row in rows]
+        seen = [_reach((times, range(len(times))), row[1], _kept(*view)) for row in rows]
         first, stop = min(r.start for r in seen), max(r.stop for r in seen)
         logs[view.name] = _by_key(view, table.slice(first, stop - first))
     agreed = 0
@@ -226,32 +226,35 @@ def judge(
         for view in views:
             key = tuple(key_fields[k] for k in view.key)
             log = logs[view.name].get(key, ([], []))
-            every = _reach(log, as_of_ms, list(view.features.values()))
-            right &= known(view, every, key, as_of_ms) == (view.name not in unknown)
-            for name, aggregation in view.features.items():
-                got = features.get(f"{view.name}.{name}", _MISSING)
-                if got is not _MISSING:
-                    seen = _reach(log, as_of_ms, [aggregation])
-                    right &= agrees(view, name, seen, key, as_of_ms, np.nan if got is None else got)
+            right &= known(view, _reach(log, as_of_ms, _kept(*view)), key, as_of_ms) == (view.name not in unknown)
+            given = {f.name: features[f.full_name] for f in view if f.full_name in features}
+            given = {name: np.nan if value is None else value for name, value in given.items()}
+            for name, got in given.items():
+                seen = _reach(log, as_of_ms, _kept(view[name]))
+                right &= agrees(view, name, seen, key, as_of_ms, got, given)
         agreed += right
         advance(1)
     return agreed
 
 
-_MISSING = object()
 _Log = tuple[Sequence[int], Sequence[dict[str, Any]]]
 
 
 def _by_key(view: FeatureView, table: pa.Table) -> Mapping[tuple[Any, ...], _Log]:
     """Return times and events of each entity, in time order."""
     time_field = view.source.event_time
-    names = [n for n in table.column_names if n in {*view.key, time_field, *(a.field for a in view.features.values())}]
+    names = [n for n in table.column_names if n in {*view.key, time_field, *(a.field for a in _kept(*view))}]
     logs: dict[tuple[Any, ...], tuple[list[int], list[dict[str, Any]]]] = {}
     for time_ms, event in zip(epoch_ms(table, time_field).tolist(), table.select(names).to_pylist(), strict=True):
         times, log = logs.setdefault(tuple(event[k] for k in view.key), ([], []))
         times.append(time_ms)
         log.append({**event, time_field: time_ms})
     return logs
+
+
+def _kept(*features: Feature) -> list[Aggregation]:
+    """Return the aggregations of features: their own, or those of the features that they are derived from."""
+    return [a for f in features for a in ([f.kept] if f.derived is None else _kept(*f.of))]
 
 
 def _reach(log: tuple[Any, Any], as_of_ms: int, aggregations: Sequence[Aggregation]) -> Any:

@@ -23,7 +23,18 @@ import pyarrow.compute as pc
 from millpond.feature_actors.errors import DeclarationError
 from millpond.feature_actors.windows import parse_window_ms
 
-__all__ = ["AFTER_ALL", "AGGREGATIONS", "NEVER", "NUMBERS", "PARTS", "Aggregation", "Column", "Part", "Seen", "where_text"]
+__all__ = [
+    "AFTER_ALL",
+    "AGGREGATIONS",
+    "NEVER",
+    "NUMBERS",
+    "PARTS",
+    "Aggregation",
+    "Column",
+    "Part",
+    "Seen",
+    "where_text",
+]
 
 #: The time of an event that never was: before all others, and after all others.
 NEVER, AFTER_ALL = np.iinfo(np.int64).min, np.iinfo(np.int64).max
@@ -146,7 +157,9 @@ class Aggregation:
         if not isinstance(self.exact, bool):
             raise DeclarationError(f"{name}: exact is True or False, got {self.exact!r}")
         if self.exact and self.window is None:
-            raise DeclarationError(f"{name}: exact=True is about the edge of a window; say which window, or leave it out")
+            raise DeclarationError(
+                f"{name}: exact=True is about the edge of a window; say which window, or leave it out"
+            )
         if self.where is not None and not isinstance(self.where, pc.Expression):
             raise DeclarationError(
                 f"{name}: where= takes a pyarrow.compute expression such as `pc.field('amount') > 0`, "
@@ -181,8 +194,8 @@ class Aggregation:
             "field": self.field,
             "window_ms": self.window_ms,
             "ttl_ms": self.ttl_ms,
-            "exact": self.exact,
             "where": where_text(self.where),
+            **({"exact": True} if self.exact else {}),
         }
 
 

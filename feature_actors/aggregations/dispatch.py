@@ -18,7 +18,9 @@ __all__ = ["TAKES_FIELD", "finalize", "init", "merge", "update"]
 
 def _one_of(verb: str, arguments: str, functions: Sequence[Callable[..., Any]], otherwise: str = "None") -> Any:
     """Return a compiled `verb(kind, arguments)` that calls functions[kind]."""
-    names: dict[str, Any] = {f"{verb}_{i}": nb.njit(nogil=True, error_model="numpy")(f) for i, f in enumerate(functions)}
+    names: dict[str, Any] = {
+        f"{verb}_{i}": nb.njit(nogil=True, error_model="numpy")(f) for i, f in enumerate(functions)
+    }
     lines = [f"def {verb}(kind, {arguments}):"]
     for kind, name in enumerate(names):
         lines += [f"    if kind == {kind}:", f"        return {name}({arguments})"]

@@ -32,9 +32,13 @@ class Moments(Part):
     @staticmethod
     def merge(p: Any, f: Any, at: Any, n: Any, newer_p: Any, newer_f: Any, newer: Any) -> None:
         older_n, newer_n = p[at], newer_p[newer]
-        if newer_n > 0:
+        if older_n == 0:  # the square of a huge value would overflow, and 0 times that is NaN
+            p[at] = newer_n
+            f[at + 1] = newer_f[newer + 1]
+            f[at + 2] = newer_f[newer + 2]
+        elif newer_n > 0:
             share = newer_n / (older_n + newer_n)
-            apart = newer_f[newer + 1] - f[at + 1] if older_n > 0 else newer_f[newer + 1]
+            apart = newer_f[newer + 1] - f[at + 1]
             p[at] = older_n + newer_n
             f[at + 1] += apart * share
             f[at + 2] += newer_f[newer + 2] + apart * apart * share * older_n

@@ -375,6 +375,13 @@ def apply_events(
                         if head != 0:
                             prefetch(words, head)
         for b in range(size):
+            if found[b] != 0:
+                for s in range(series.shape[0]):
+                    if not series[s, S_LIFETIME]:
+                        head = np.int64(halves[2 * found[b] + series[s, S_ROW_AT]])
+                        if head != 0 and next_of(halves, head) != head:
+                            prefetch(words, next_of(halves, head))
+        for b in range(size):
             i = rows[block + b]
             if not has_room(words, table) or not apply_one(
                 words, floats, halves, table, series, columns, slot_of[b], found[b], marks[b], hashes[i, 0],

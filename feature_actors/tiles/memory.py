@@ -43,7 +43,9 @@ C_MAGIC, C_EPOCH, C_PID, C_PID_TICKS = range(4)
 CONTROL_MAGIC = int.from_bytes(b"millc_01", "little")
 _PAGE = 4096
 
-_GROWTH_MIN_BYTES = 256 * 1024
+_GROWTH_MIN_BYTES, _GROWTH_MAX_BYTES = 256 << 10, 32 << 20
+#: With less than that to spare on the file system, room is made before events are applied, not meanwhile.
+_SPARE_BYTES_MIN = 256 << 20
 _MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23
 
 
@@ -109,17 +111,25 @@ class Memory:
         """What the file takes of its file system."""
         return os.fstat(self._descriptor).st_blocks * 512
 
+    def has_room_for(self, words: int) -> bool:
+        """Say whether the memory could grow by so many words, with some to spare."""
+        system = os.fstatvfs(self._descriptor)
+        free = system.f_bavail * system.f_frsize if system.f_blocks else len(self._map)
+        wanted = words * WORD_BYTES
+        return self.limit_words * WORD_BYTES + wanted <= len(self._map) and free >= wanted + _SPARE_BYTES_MIN
+
     def grow(self, words: int) -> None:
-        """Allocate room for so many words more, at least a sixteenth of what there is.
+        """Allocate room for so many words more, and some ahead.
 
         Raises `MemoryFull`; nothing has changed then.
         """
         limit = self.limit_words * WORD_BYTES
-        wanted = limit + max(words * WORD_BYTES, limit // 16, _GROWTH_MIN_BYTES)
+        ahead = min(max(limit // 32, _GROWTH_MIN_BYTES), _GROWTH_MAX_BYTES)
+        wanted = limit + max(words * WORD_BYTES, ahead)
         end = min((wanted + _PAGE - 1) // _PAGE * _PAGE, len(self._map))
         if end < limit + words * WORD_BYTES:
             raise MemoryFull(
-                f"tiles: {limit} bytes are in use in `{self.name}`; allowed are {len(self._map)}; raise `memory_max`, "
+                f"tiles: {limit} bytes are in use in `{self.name}`; allowed are {len(self._map)}; raise `memory_mb_max`, "
                 "or add shards",
                 retry_after_ms=10_000,
             )
@@ -204,5 +214,3 @@ def started_ticks(pid: int) -> int:
     """
     # The second field is the program's name in brackets, which may hold anything.
     return int(Path(f"/proc/{pid:d}/stat").read_text().rpartition(")")[2].split()[19])
-
-

@@ -1,7 +1,8 @@
 """Reading features: by the writer itself, and by readers who share nothing with it but its memory.
 
 A reader's loops must end, and stay in mapped memory, whatever they find: every address is held against the memory's
-limit, every ring is left when its slot has changed. What was read is used only if it has not.
+limit, every ring is left where it does not ascend, or when its slot has changed. What was read is used only if it has
+not.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def _merge_fine(
 ) -> Any:  # fmt: skip
     """Merge the fine tiles of the milliseconds from oldest to newest; return how many, or -1 if the data is torn."""
     head = np.int64(halves[2 * (tile + 1)])
-    merged, steps = 0, 0
+    merged, steps, before = 0, 0, np.int64(-1)
     if head == 0:
         return 0
     fine = head
@@ -105,6 +106,9 @@ def _merge_fine(
         if fine <= 0 or fine + fine_words > limit:
             return -1
         at = np.int64(halves[2 * fine])
+        if at <= before:
+            return -1
+        before = at
         if at > newest:
             break
         if at >= oldest:
@@ -150,7 +154,7 @@ def _scan(
     start = as_of - window + exact  # an exact window begins after as_of - window
     oldest, newest = start // width, as_of // width
     header = EXACT_TILE_HEADER_WORDS if exact else TILE_HEADER_WORDS
-    merged, steps = 0, 0
+    merged, steps, before = 0, 0, np.int64(NEVER)
     tile = head
     if tile + tile_words > limit:
         return -1
@@ -159,6 +163,9 @@ def _scan(
         if tile <= 0 or tile + tile_words > limit:
             return -1
         number = number_of(halves, tile, anchor)
+        if number <= before:
+            return -1
+        before = number
         if number > newest:
             break
         if number >= oldest:

@@ -25,7 +25,17 @@ from millpond.feature_actors.tiles.memory import (
 )
 from millpond.feature_actors.tiles.program import FOR_EVER
 from millpond.feature_actors.tiles.read import NO_CLOCK, join_features
-from millpond.feature_actors.tiles.structure import H_PLACES, H_POOLS, H_ROWS, POOL_FREED, POOL_ITEMS, POOL_WORDS
+from millpond.feature_actors.tiles.structure import (
+    BLOCK_ITEMS_MIN,
+    BLOCK_WORDS_MAX,
+    H_PLACES,
+    H_POOLS,
+    H_ROWS,
+    LINE_WORDS,
+    POOL_FREED,
+    POOL_ITEMS,
+    POOL_WORDS,
+)
 
 if TYPE_CHECKING:
     from millpond.feature_actors.layout import Layout, PlanProgram, Table
@@ -87,7 +97,7 @@ class TileStore:
     def apply(
         self, table: Table, rows: Ints, hashes: Ints, times: Ints, arrivals: Ints, inputs: Floats, masks: Bools
     ) -> None:
-        """Apply the events `rows` of a batch in that order; shapes as `apply_events`; `make_room` for `words_for` them comes first."""
+        """Apply the events `rows` of a batch in that order; shapes as `apply_events`; `make_room` comes first."""
         memory, program = self.memory, table.program(self._n_slots)
         for first in range(0, len(rows), _CHUNK):
             chunk, start = rows[first : first + _CHUNK], 0
@@ -102,26 +112,48 @@ class TileStore:
                 self._grow(table)
             self._reclaim(table, len(chunk) * _RECLAIM_PER_EVENT + (self._rows(table) - before) * _RECLAIM_PER_NEW_ROW)
 
-    def words_for(self, table: Table, slots: Ints) -> int:
-        """Return how many words events of a table may need at most; slots int64 [n]: of each event's key."""
-        n = len(slots)
-        if n == 0:
-            return 0
-        each = table.row_words + sum(s.tile_words + s.exact * s.fine_words for s in table.series if not s.lifetime)
-        headers = self._headers(table)
-        rows = headers[:, H_ROWS] + np.bincount(slots, minlength=self._n_slots)
-        growing = rows * 4 > headers[:, H_PLACES] * 3 - 4
-        return table.reserve_words + n * each + int((rows[growing] * 8 + 64).sum())
+    def make_room(self, events: Sequence[tuple[Table, Ints]], more_words: int = 0) -> None:
+        """Have room for events, or be sure of it, so that applying them cannot fail halfway.
 
-    def make_room(self, wanted: int) -> None:
-        """Have room for so many words, so that applying events cannot fail halfway. Raises `MemoryFull`."""
+        events: per table the slot of each event's key, int64 [n]. What events need at most is far more than what they
+        usually need, so it is looked at closely, and allocated, only where memory is short. Raises `MemoryFull`.
+        """
         room = int(self.memory.words[M_LIMIT] - self.memory.words[M_USED])
+        wanted = more_words + sum(self._at_most(table, len(slots)) for table, slots in events)
+        if room >= wanted or self.memory.has_room_for(wanted - room):
+            return
+        wanted = more_words + sum(self._words_for(table, slots) for table, slots in events)
         if room < wanted:
             self.memory.grow(wanted - room)
 
+    def _at_most(self, table: Table, n: int) -> int:
+        """Return more words than n events of a table can need, wherever their keys fall."""
+        if n == 0:
+            return 0
+        rows = self._rows(table) + n
+        return (min(n, self._n_slots) + 2) * table.reserve_words + n * sum(table.pool_items) + 16 * rows
+
+    def _words_for(self, table: Table, slots: Ints) -> int:
+        """Return how many words events may need at most that fall into these slots."""
+        if len(slots) == 0:
+            return 0
+        headers = self._headers(table)
+        events = np.bincount(slots, minlength=self._n_slots)
+        rows = headers[:, H_ROWS] + events
+        growing = rows * 4 > headers[:, H_PLACES] * 3 - 4
+        wanted = 2 * table.reserve_words + int((rows[growing] * 8 + 64).sum())
+        # A slot that is touched may need a block of each pool, which is larger than what is left in it otherwise.
+        for number, item_words in enumerate(table.pool_items):
+            items = headers[:, H_POOLS + POOL_WORDS * number + POOL_ITEMS] + events
+            blocks = np.clip(items // 8, BLOCK_ITEMS_MIN, max(BLOCK_WORDS_MAX // item_words, BLOCK_ITEMS_MIN))
+            wanted += int(((blocks + events) * item_words + LINE_WORDS)[events > 0].sum())
+        return wanted
+
     def _grow(self, table: Table) -> None:
         # Besides blocks for its pools, an event may need a larger index.
-        self.make_room(table.reserve_words + 2 * int(self._headers(table)[:, H_PLACES].max()) + 64)
+        wanted = table.reserve_words + 2 * int(self._headers(table)[:, H_PLACES].max()) + 64
+        room = int(self.memory.words[M_LIMIT] - self.memory.words[M_USED])
+        self.memory.grow(max(wanted - room, 1))
 
     def join(
         self,

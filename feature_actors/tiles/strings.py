@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.tiles.memory import M_LIMIT, M_USED, WORD_BYTES, Memory
 from millpond.feature_actors.tiles.structure import LINE_WORDS
 
@@ -32,34 +33,37 @@ class Strings:
     def __len__(self) -> int:
         return len(self._addresses)
 
-    def words_for(self, column: pa.Array) -> int:
+    @staticmethod
+    def words_for(column: pa.Array) -> int:
         """Return how many words the strings of a column may need at most."""
         return int(column.nbytes) // WORD_BYTES + 2 * len(column) + LINE_WORDS
 
     def addresses(self, column: pa.Array) -> npt.NDArray[np.float64]:
-        """Return the address of each string of a column, float64 [n], NaN for null; there must be room."""
+        """Return the address of each string of a column, float64 [n], NaN for null. Raises `MemoryFull`."""
         encoded = column.dictionary_encode()
         distinct = encoded.dictionary.to_pylist()
-        known = np.array([self._address(text) for text in distinct], np.float64)
-        self._memory.words[M_USED] = (self._memory.words[M_USED] + LINE_WORDS - 1) // LINE_WORDS * LINE_WORDS
+        self._keep([text for text in distinct if text not in self._addresses])
+        known = np.array([self._addresses.get(text, ONE_OF_TOO_MANY) for text in distinct], np.float64)
         places = encoded.indices.fill_null(len(distinct)).to_numpy(zero_copy_only=False)
         addresses: npt.NDArray[np.float64] = np.append(known, np.nan)[places]
         self.refused += int(np.count_nonzero(addresses == ONE_OF_TOO_MANY))
         return addresses
 
-    def _address(self, text: str) -> float:
-        address = self._addresses.get(text)
-        if address is None:
-            if len(self._addresses) >= self._max:
-                return ONE_OF_TOO_MANY
-            content = text.encode()
-            words, at = self._memory.words, int(self._memory.words[M_USED])
-            length = (len(content) + WORD_BYTES - 1) // WORD_BYTES
+    def _keep(self, texts: list[str]) -> None:
+        """Write new strings into the memory, as many as are allowed: the length in bytes, then the bytes."""
+        contents = [text.encode() for text in texts[: max(self._max - len(self._addresses), 0)]]
+        lengths = [1 + (len(content) + WORD_BYTES - 1) // WORD_BYTES for content in contents]
+        wanted = (sum(lengths) + LINE_WORDS - 1) // LINE_WORDS * LINE_WORDS
+        words = self._memory.words
+        if words[M_LIMIT] - words[M_USED] < wanted:
+            self._memory.grow(wanted)
+        at = int(words[M_USED])
+        words[M_USED] = at + wanted
+        for text, content, length in zip(texts, contents, lengths, strict=False):
             words[at] = len(content)
-            words[at + 1 : at + 1 + length] = np.frombuffer(content.ljust(length * WORD_BYTES, b"\0"), np.int64)
-            words[M_USED] = at + 1 + length
-            address = self._addresses[text] = float(at)
-        return address
+            words[at + 1 : at + length] = np.frombuffer(content.ljust((length - 1) * WORD_BYTES, b"\0"), np.int64)
+            self._addresses[text] = float(at)
+            at += length
 
 
 class StringReader:
@@ -76,9 +80,10 @@ class StringReader:
         text = self._texts.get(address)
         if text is None:
             at, words = int(address), self._memory.words
-            length = int(words[at])
-            assert 0 < at < words[M_LIMIT]
-            assert 0 <= length <= (words[M_LIMIT] - at) * WORD_BYTES
+            limit = int(words[M_LIMIT])
+            length = int(words[at]) if 0 < at < limit else -1
+            if not 0 <= length < (limit - at) * WORD_BYTES:
+                raise Unavailable(f"memory `{self._memory.name}` is damaged: no string at {at}", retry_after_ms=10_000)
             text = words[at + 1 : at + 2 + length // WORD_BYTES].tobytes()[:length].decode()
             self._texts[address] = text
         return text

@@ -124,7 +124,17 @@ def take(words: Any, halves: Any, pool: Any, item_words: Any) -> Any:
         items = max(words[pool + POOL_ITEMS] // 8, BLOCK_ITEMS_MIN)
         items = max(min(items, BLOCK_WORDS_MAX // item_words), BLOCK_ITEMS_MIN)
         size = whole_lines(items * item_words)
-        at = allocate(words, size)
+        at = words[M_SPARE]
+        if at != 0 and words[at + 1] >= BLOCK_ITEMS_MIN * item_words:
+            # A pool takes a spare block of any size, so that none is left over for long.
+            words[M_SPARE] = words[at]
+            spare = words[at + 1]
+            if spare - size >= 2 * LINE_WORDS:
+                give_back(words, at + size, spare - size)
+            else:
+                size = spare
+        else:
+            at = allocate(words, size)
         words[pool + POOL_END] = at + size
     words[pool + POOL_NEXT] = at + item_words
     words[pool + POOL_ITEMS] += 1
@@ -160,7 +170,7 @@ def find(words: Any, slot: Any, lo: Any, hi: Any, mark: Any, limit: Any, row_wor
     Safe on torn data: every address is held against `limit`, and no place is looked at twice.
     """
     index, places = words[slot + H_INDEX_AT], words[slot + H_PLACES]
-    if places <= 0 or index <= 0 or places > limit or index + places > limit:
+    if places <= 0 or index <= 0 or places > limit or index > limit - places:
         return 0
     place = place_of(mark, places)
     for _ in range(places):

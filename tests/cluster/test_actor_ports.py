@@ -29,6 +29,7 @@ def spec(layout: Layout, shard_map: ShardMap, data_dir: Path) -> Any:
     return ShardSpec(
         cluster_name=NAME, run_id=uuid.uuid4().hex, data_dir=str(data_dir), sources=tuple(layout.sources.values()),
         views=tuple(layout.views.values()), shard_map=shard_map, hash_seed=7, dedupe_horizon_ms=86_400_000,
+        memory_dir=str(data_dir), memory_bytes_max=1 << 30, strings_max=1_000, reclaim_margin_ms=660_000,
     )  # fmt: skip
 
 
@@ -67,7 +68,7 @@ def make(actors: tuple[list[Any], Path], runner: asyncio.Runner) -> Iterator[Any
         fresh = spec(layout, shard_map, data_dir)
         in_use[:] = handles[: shard_map.n_shards]
         ray.get([a.__ray_call__.remote(operator.methodcaller("__init__", fresh, i)) for i, a in enumerate(in_use)])
-        return ActorIngest(in_use, 30.0), ActorRead(in_use, 30.0), runner.run
+        return ActorIngest(in_use, 30.0), ActorRead(in_use, shard_map, 30.0), runner.run
 
     yield make
     assert in_use
@@ -120,9 +121,49 @@ def test_a_shard_that_does_not_answer_in_time_is_unavailable(
     from millpond.feature_actors.actor import ActorRead
 
     Cluster(make, 1, ManualClock(NOW))
-    read = ActorRead(actors[0][:1], 0.05)
+    read = ActorRead(actors[0][:1], ShardMap.even(16, 1), 0.05)
     busy = actors[0][0].__ray_call__.remote(lambda _: threading.Event().wait(1))
     with pytest.raises(Unavailable) as caught:
         runner.run(read.status())
     assert (str(caught.value), caught.value.retry_after_ms) == ("shard 0 of 1 did not answer within 0.05 s", 1_000)
     del busy
+
+
+def asked_of(clocks: list[list[int]], runner: asyncio.Runner) -> tuple[Any, list[tuple[int, int]]]:
+    """Read two keys from two shards that answer as of these times, one after the other; return answer and calls."""
+    from port_contract import by_book
+
+    from millpond.feature_actors.actor import ActorRead
+    from millpond.feature_actors.plan import Answer, Question, ReadPlan
+
+    plan, shard_map = ReadPlan(LAYOUT, [*by_user, *by_book], "the test"), ShardMap.even(16, 2)
+    calls: list[tuple[int, int]] = []
+
+    class Scripted(ActorRead):
+        """Two shards whose time runs as the script says; only the calls to them are left out."""
+
+        async def _ask(self, shard: int, question: Question) -> Answer:
+            answer = Answer.empty(question)
+            clock = clocks[shard]
+            answer.as_of[:] = max(int(question.clock[0]), clock.pop(0) if len(clock) > 1 else clock[0])
+            answer.values[:], answer.known[:] = shard, True
+            calls.append((shard, int(answer.as_of[0])))
+            return answer
+
+    for user in range(1_000):
+        question = plan.question({"user": [user], "book": ["x"]}, 1, NOW, None)
+        if len({int(s) for key in question.hashes for s in shard_map.shards_of(key.view("uint64"))}) == 2:
+            return runner.run(Scripted([None, None], shard_map).read(question)), calls
+    raise AssertionError("no two keys on two shards")
+
+
+def test_shards_that_lag_behind_are_asked_again_until_all_is_as_of_one_time(runner: asyncio.Runner) -> None:
+    answer, calls = asked_of([[NOW], [NOW + 5]], runner)
+    assert answer.as_of.tolist() == [NOW + 5]
+    assert calls == [(0, NOW), (1, NOW + 5), (0, NOW + 5)]
+
+
+def test_a_read_that_time_runs_away_from_is_given_up(runner: asyncio.Runner) -> None:
+    with pytest.raises(Unavailable, match="faster than it can be read") as caught:
+        asked_of([list(range(NOW, NOW + 1_000, 2)), list(range(NOW + 1, NOW + 1_000, 2))], runner)
+    assert caught.value.retry_after_ms == 100

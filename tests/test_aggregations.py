@@ -1,0 +1,288 @@
+"""Each aggregation by itself: the laws of its algebra in plain Python, and examples computed by hand."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from worlds import FLOATS, HOUR, WINDOWS, aggregations, batch, cluster, source
+
+from millpond.feature_actors import (
+    Count,
+    Derived,
+    FeatureView,
+    First,
+    Last,
+    LastN,
+    Max,
+    Mean,
+    Min,
+    Rate,
+    Ratio,
+    SecondsSince,
+    SecondsSinceFirst,
+    Std,
+    Sum,
+)
+from millpond.feature_actors.aggregations import AGGREGATIONS, PARTS, Aggregation, Column, Part, dispatch
+from millpond.feature_actors.clock import ManualClock
+from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.plan import ReadPlan
+from millpond.feature_actors.ports import complete
+from millpond.feature_actors.windows import LADDER_MS, parse_window_ms, tile_width_ms
+
+Event = tuple[int, float | None]
+
+_GUARD = 0x5A5A_5A5A_5A5A_5A5A
+_NAN = math.nan
+
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
+every_aggregation = pytest.mark.parametrize("kind", AGGREGATIONS, ids=lambda kind: kind.__name__)
+
+
+class Partial:
+    """A partial of an aggregation in memory that holds other things before and after it."""
+
+    def __init__(self, aggregation: Aggregation, garbage: int = _GUARD) -> None:
+        self.aggregation = aggregation
+        self.words = np.full(2 + sum(c.words for c in aggregation.columns), garbage, np.int64)
+        self.words[[0, -1]] = _GUARD
+        self.floats = self.words.view(np.float64)
+        for column, at in self.columns():
+            column.part.init(self.words, self.floats, at, column.n)
+
+    def columns(self) -> list[tuple[Column, int]]:
+        columns = self.aggregation.columns
+        return [(column, 1 + sum(c.words for c in columns[:i])) for i, column in enumerate(columns)]
+
+    def update(self, events: Sequence[Event]) -> Partial:
+        for time, value in events:
+            for column, at in self.columns():
+                if not column.part.takes_field or value is not None:
+                    column.part.update(self.words, self.floats, at, column.n, value or 0.0, time)
+        return self
+
+    def merge(self, newer: Partial) -> Partial:
+        before = newer.words.copy()
+        for column, at in self.columns():
+            column.part.merge(self.words, self.floats, at, column.n, newer.words, newer.floats, at)
+        assert (newer.words == before).all(), "merging changes the older partial, not the newer"
+        return self
+
+    def value(self, as_of: int) -> list[float]:
+        places = [at for _, at in self.columns()]
+        value = [
+            float(self.aggregation.finalize(
+                self.words, self.floats, places[0], places[-1], k, as_of, self.aggregation.window_ms or 0
+            ))
+            for k in range(self.aggregation.width)
+        ]  # fmt: skip
+        assert self.words[[0, -1]].tolist() == [_GUARD, _GUARD], "the verbs stay inside of the partial"
+        return value
+
+
+def plain(aggregation: Aggregation, events: Sequence[Event], as_of: int) -> tuple[list[float], float]:
+    seen = [(t, v) for t, v in events if v is not None or aggregation.takes == "event"]
+    value = aggregation.plain(seen, as_of)
+    return value if isinstance(value, list) else [value], aggregation.slack(seen, as_of)
+
+
+def near(got: Sequence[float], want: Sequence[float], slack: float) -> bool:
+    return len(got) == len(want) and all(
+        slack == math.inf or (math.isnan(g) and math.isnan(w)) or g == w or abs(g - w) <= slack
+        for g, w in zip(got, want, strict=True)
+    )
+
+
+events_of = st.lists(st.tuples(st.integers(-60, 60), st.sampled_from((*FLOATS, 2.0, 3.0, -7.5))), max_size=20)
+settings_of = st.sampled_from(AGGREGATIONS).flatmap(aggregations)
+
+
+# -- the algebra
+
+
+@given(aggregation=settings_of, events=events_of, cuts=st.lists(st.integers(-61, 61), max_size=4))
+def test_tiles_merged_oldest_first_are_all_events_in_one(
+    aggregation: Aggregation, events: list[Event], cuts: list[int]
+) -> None:
+    """Events come in any order, as late ones do; a tile holds all those of its time."""
+    edges = [-100, *sorted(cuts), 100]
+    merged = Partial(aggregation)
+    for start, end in itertools.pairwise(edges):
+        merged.merge(Partial(aggregation).update([e for e in events if start <= e[0] < end]))
+    one = Partial(aggregation).update(events)
+    want, slack = plain(aggregation, events, 100)
+    assert near(one.value(100), want, slack)
+    assert near(merged.value(100), want, slack)
+    if slack == 0:
+        assert str(merged.value(100)) == str(one.value(100))
+
+
+@given(aggregation=settings_of, events=events_of)
+def test_merging_with_nothing_changes_nothing(aggregation: Aggregation, events: list[Event]) -> None:
+    alone = Partial(aggregation).update(events)
+    for merged in (
+        Partial(aggregation).merge(Partial(aggregation).update(events)),
+        Partial(aggregation).update(events).merge(Partial(aggregation)),
+    ):
+        assert np.array_equal(merged.words, alone.words)
+
+
+@given(aggregation=settings_of)
+def test_init_sets_every_word_to_the_value_of_nothing(aggregation: Aggregation) -> None:
+    partial = Partial(aggregation)
+    assert np.array_equal(partial.words, Partial(aggregation, garbage=-1).words)
+    want, _ = plain(aggregation, [], 100)
+    assert near(partial.value(100), want, 0)
+    assert aggregation.empty.startswith("0" if want[0] == 0 else "NaN")
+
+
+@every_aggregation
+def test_an_aggregation_says_what_it_is(kind: type[Aggregation]) -> None:
+    assert len(vars(kind)["__doc__"]) > 20
+    assert all(isinstance(text, str) and text for text in (kind.formula, kind.empty, kind.error))
+    assert {k for k in AGGREGATIONS if k.__module__ == kind.__module__} == {kind}, "one file each"
+    assert set(PARTS) >= set(kind.parts) > set()
+    assert all(part.takes_field <= (kind.takes != "event") for part in kind.parts)
+
+
+def test_the_compiled_verbs_have_one_entry_per_class() -> None:
+    def entries(verb: Any) -> list[Callable[..., Any]]:
+        name, names = verb.py_func.__name__, verb.py_func.__globals__
+        n = sum(one.startswith(f"{name}_") for one in names)
+        return [names[f"{name}_{i}"].py_func for i in range(n)]
+
+    for verb in (dispatch.init, dispatch.update, dispatch.merge):
+        assert entries(verb) == [getattr(part, verb.py_func.__name__) for part in PARTS]
+    assert entries(dispatch.finalize) == [kind.finalize for kind in AGGREGATIONS]
+    assert tuple(part.takes_field for part in PARTS) == dispatch.TAKES_FIELD
+    assert len(set(PARTS)) == len(PARTS) == len(Part.__subclasses__())
+
+
+# -- by hand, through the engine and by definition
+
+T = 1_700_000_040_000
+EVENTS: list[Event] = [(1_000, 4.0), (2_000, None), (2_000, 1.0), (5_000, 9.0), (5_000, 2.0)]
+#: Over a window of 60 s: as of 10 s; of 65.999 s, when only what came at 5 s is left; of 66 s, when nothing is.
+GOLDEN: dict[Aggregation, tuple[Any, Any, Any]] = {
+    Count(window="60s"): (5, 2, 0),
+    Sum("v", window="60s"): (16, 11, 0),
+    Mean("v", window="60s"): (4, 5.5, _NAN),
+    Min("v", window="60s"): (1, 2, _NAN),
+    Max("v", window="60s"): (9, 9, _NAN),
+    Std("v", window="60s"): (math.sqrt(9.5), 3.5, _NAN),
+    First("v", window="60s"): (4, 9, _NAN),
+    Last("v", window="60s"): (2, 2, _NAN),
+    LastN("v", n=5, window="60s"): ([2, 9, 1, 4, _NAN], [2, 9, _NAN, _NAN, _NAN], [_NAN] * 5),
+    LastN("v", n=2, window="60s"): ([2, 9], [2, 9], [_NAN] * 2),
+    Rate(window="60s"): (5 / 60, 2 / 60, 0),
+    SecondsSince(window="60s"): (5, 60.999, _NAN),
+    SecondsSinceFirst(window="60s"): (9, 60.999, _NAN),
+}
+
+
+def read_at(features: dict[str, Any], events: Sequence[Event], times: Sequence[int]) -> list[list[Any]]:
+    """Apply events of one user, each as it happens, and read a view of these features as of some later times."""
+    view = FeatureView("v", owner="tests", source=source("first", None), key=["user"], features=features)
+    client, (shard,) = cluster(compile_layout([], [view]), clock=ManualClock(min(times)))
+    rest = {"id": "", "num": 0, "user": 1, "code": "a", "small": 0, "i": 0, "f32": 0.0, "flag": True}
+    rows = batch(view.source, [{**rest, "at": at, "v": v} for at, v in events])
+    complete(client.ingest("first", rows, arrival_is_event_time=True))
+    plan = ReadPlan(client.layout, list(view), "the test")
+    keys = plan.key_columns([{"user": 1}], batch=False)
+    values = [plan.named_values(complete(client.read(plan, keys, 1, as_of)))[0] for as_of in times]
+    assert shard.check() == []
+    return [list(value.values()) for value in values]
+
+
+def test_the_examples_are_of_every_aggregation_of_this_project() -> None:
+    ours = {kind for kind in AGGREGATIONS if kind.__module__.startswith("millpond.")}
+    assert {type(aggregation) for aggregation in GOLDEN} == ours
+
+
+@pytest.mark.parametrize(("place", "as_of"), [(0, 10_000), (1, 65_999), (2, 66_000)])
+def test_the_examples_computed_by_hand(place: int, as_of: int) -> None:
+    (got,) = read_at({f"f{i}": a for i, a in enumerate(GOLDEN)}, [(T + t, v) for t, v in EVENTS], [T + as_of])
+    left = [e for e in EVENTS if e[0] >= (as_of - 60_000) // 1000 * 1000]
+    for aggregation, value in zip(GOLDEN, got, strict=True):
+        want = GOLDEN[aggregation][place]
+        np.testing.assert_allclose(value, want, rtol=1e-15, err_msg=repr(aggregation))
+        by_definition, _ = plain(aggregation, left, as_of)
+        np.testing.assert_allclose(by_definition, np.atleast_1d(want), rtol=1e-15, err_msg=repr(aggregation))
+
+
+def test_a_standard_deviation_of_huge_values_that_are_the_same_is_0() -> None:
+    """The square of such a value overflows; their deviation is 0."""
+    features = {"tiled": Std("v", window="60s"), "exact": Std("v", window="60s", exact=True), "ever": Std("v")}
+    for n in (1, 2):
+        assert read_at(features, [(T, 1e300)] * n, [T + 1]) == [[0, 0, 0]]
+
+
+def test_derived_features_computed_by_hand() -> None:
+    features = {
+        "n": Count(window="60s"), "sum": Sum("v", window="60s"), "two": LastN("v", n=2, window="60s"),
+        "each": Ratio("sum", "n"), "root": Derived(np.sqrt, "sum"), "of_both": Derived(np.subtract, "each", "root"),
+        "apart": Derived(lambda two: two[:, 1] - two[:, 0], "two"),
+    }  # fmt: skip
+    got = read_at(features, [(T + t, v) for t, v in EVENTS], [T + 10_000, T + 66_000])
+    np.testing.assert_array_equal([row[3:] for row in got], [[3.2, 4, 3.2 - 4, 7], [_NAN, 0, _NAN, _NAN]])
+
+
+def test_strings_computed_by_hand() -> None:
+    view = FeatureView(
+        "v", owner="tests", source=source("first", None), key=["user"],
+        features={
+            "last": Last("code"), "first": First("code"), "three": LastN("code", n=3), "none": Last("id", window="1s"),
+        },
+    )  # fmt: skip
+    client, _ = cluster(compile_layout([], [view]), clock=ManualClock(T + 2_000))
+    rest = {"id": "", "num": 0, "user": 1, "small": 0, "v": 0.0, "i": 0, "f32": 0.0, "flag": True}
+    complete(client.ingest("first", batch(view.source, [
+        {**rest, "at": T + 1, "code": "b"}, {**rest, "at": T, "code": "日本語🐟"}, {**rest, "at": T + 2, "code": None},
+    ])))  # fmt: skip
+    plan = ReadPlan(client.layout, list(view), "the test")
+    rows = complete(client.read(plan, plan.key_columns([{"user": 1}], batch=False), 1))
+    assert plan.named_values(rows) == [
+        {"v.last": "b", "v.first": "日本語🐟", "v.three": ["b", "日本語🐟", None], "v.none": None}
+    ]
+
+
+# -- windows
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_maximum_leaves_with_its_window(exact: bool) -> None:
+    """A well-known feature store answers 151 where the truth is 9: its tiles are subtracted to slide a window."""
+    events = [(T + 90_000, 151.0), *((T + minute * 60_000, 9.0) for minute in range(3, 180))]
+    times = [T + 180 * 60_000 + minute * 30_000 for minute in range(2 * 62)]
+    got = read_at({"max": Max("v", window="3h", exact=exact), "n": Count(window="3h", exact=exact)}, events, times)
+    for as_of, (largest, n) in zip(times, got, strict=True):
+        start = as_of - 3 * HOUR + 1 if exact else (as_of - 3 * HOUR) // 60_000 * 60_000
+        assert largest == (151 if start <= T + 90_000 else 9)
+        assert n == sum(at >= start for at, _ in events)
+    assert {largest for largest, _ in got} == {151, 9}
+
+
+@pytest.mark.parametrize("window", [*WINDOWS, "61s", "119999ms", "11h", "3660d"])
+@pytest.mark.parametrize("at", [T, T + 7_919, -5_000_000_007])
+def test_a_window_is_never_too_short_and_at_most_a_sixtieth_too_long(window: str, at: int) -> None:
+    features = {"tiled": Count(window=window), "exact": Count(window=window, exact=True)}
+    length = parse_window_ms(window, subject="the test")
+    times = [at + length - 1, at + length, at + length + length // 60]
+    before, at_length, after = read_at(features, [(at, 1.0)], times)
+    assert (before, at_length[1], after) == ([1, 1], 0, [0, 0])
+    assert at_length[0] == 1, "as of a window's length later, what happened at its first millisecond is in it"
+
+
+@given(window_ms=st.integers(1_000, 3_660 * 86_400_000), as_of=st.integers(-(2**45), 2**45))
+def test_the_tiles_of_a_window_are_a_sixtieth_of_it_or_less(window_ms: int, as_of: int) -> None:
+    width = tile_width_ms(window_ms)
+    assert width in LADDER_MS
+    start = (as_of - window_ms) // width * width
+    assert window_ms <= as_of - start < window_ms + width <= window_ms * 61 / 60
