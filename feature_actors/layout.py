@@ -455,12 +455,12 @@ def compile_layout(sources: Iterable[Source], views: Iterable[FeatureView]) -> L
         other_view = names.setdefault(view.name, view)
         if other_view is not view:
             raise DeclarationError(f"two views are named `{view.name}`")
-        for field in view.key:
-            kind = "string" if view.source.fields[field].type == "string" else "int64"
-            known = key_types.setdefault(field, (kind, view))
+        for name in view.key:
+            kind = "string" if view.source.fields[name].type == "string" else "int64"
+            known = key_types.setdefault(name, (kind, view))
             if known[0] != kind:
                 raise DeclarationError(
-                    f"key field `{field}` is {kind} in view `{view.name}` and {known[0]} in view "
+                    f"key field `{name}` is {kind} in view `{view.name}` and {known[0]} in view "
                     f"`{known[1].name}`; a key field has one type in a cluster"
                 )
     return Layout(list(by_name.values()), list(names.values()))

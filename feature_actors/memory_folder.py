@@ -48,7 +48,7 @@ class MemoryFolder:
             if self.path.lstat().st_uid != os.getuid() or self.path.is_symlink():
                 break
             try:
-                lock = open(self.path / "lock", "a", opener=_private)
+                lock = open(self.path / "lock", "a", opener=_private)  # noqa: SIM115
             except FileNotFoundError:  # taken away just now
                 continue
             try:

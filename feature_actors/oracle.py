@@ -199,7 +199,7 @@ def right(
 def _close(want: Any, got: Any, slack: float) -> bool:
     if isinstance(want, list):
         return (
-            isinstance(got, list)
+            isinstance(got, list | tuple)
             and len(want) == len(got)
             and all(_close(w, g, slack) for w, g in zip(want, got, strict=True))
         )

@@ -136,6 +136,8 @@ class ReadPlan:
         self._columns = {name: slice(a, b) for name, a, b in zip(read, ends, ends[1:], strict=False)}
         #: Whether what is read is the matrix, as it is.
         self._is_matrix = len(read) == len(features) and not any(f.is_text or f.derived for f in features)
+        self._numbers = [f for f in features if not f.is_text]
+        self._text_features = [f for f in features if f.is_text]
         self._one_key = self.program.keys[0] if len(self.program.keys) == 1 else None
 
     # -- ids
@@ -234,16 +236,10 @@ class ReadPlan:
         if self._is_matrix:
             return FeatureRows(values, answer.as_of, unknown)
         columns: dict[str, Floats] = {}
-        for feature in self.features:
-            if not feature.is_text:
-                self._compute(feature, values, columns)
-        matrix = np.concatenate([np.empty((len(values), 0)), *(columns[f.full_name] for f in self._numbers)], axis=1)
-        texts = {f.full_name: self._texts(f, answer) for f in self.features if f.is_text}
+        parts = [self._compute(feature, values, columns) for feature in self._numbers]
+        matrix = np.concatenate(parts, axis=1) if parts else np.empty((len(values), 0))
+        texts = {f.full_name: self._texts(f, answer) for f in self._text_features}
         return FeatureRows(matrix, answer.as_of, unknown, texts)
-
-    @property
-    def _numbers(self) -> list[Feature]:
-        return [f for f in self.features if not f.is_text]
 
     def _compute(self, feature: Feature, values: Floats, columns: dict[str, Floats]) -> Floats:
         """Return the columns of a feature, float64 [n, width], computed first what it is derived from."""
@@ -260,8 +256,8 @@ class ReadPlan:
                     # Its text may hold paths or values that are not the client's to see.
                     logger.exception("%s: the function of feature `%s` raised", self.subject, name)
                     raise FeatureFailed(
-                        f"{self.subject}: the function of feature `{name}` raised {type(error).__name__}; its text is in "
-                        "the log of the deployment"
+                        f"{self.subject}: the function of feature `{name}` raised {type(error).__name__}; its text is "
+                        "in the log of the deployment"
                     ) from error
         return columns[name]
 

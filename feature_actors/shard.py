@@ -149,7 +149,7 @@ class Shard:
         if declared.event_id is not None and batch.num_rows:
             ids = hash_columns([batch.column(declared.event_id)], batch.num_rows)
         if len(arrivals):
-            self._store.hear_of(int(arrivals.max()))
+            self._store.hear_of(int(arrivals.max()), received_ms)
         for route in routes:
             rows = self._new_rows(route, ids, received_ms)
             self._store.apply(route.table, rows, route.hashes, times, arrivals, route.inputs, route.masks)
@@ -236,9 +236,10 @@ class Shard:
                 asked = np.flatnonzero(self._owned[slots_of(keys.view(np.uint64), self.shard_map.n_slots)])
                 # A stable sort of events before questions: an event at the very as-of is seen.
                 order = np.argsort(np.concatenate([times[rows], question.as_of[asked]]), kind="stable")
+                steps = np.concatenate([rows, ~asked])[order]
                 self._store.join(
-                    route.table, program, program.tables.index(route.table), np.concatenate([rows, ~asked])[order], route.hashes, times, owned(arrivals),
-                    route.inputs, route.masks, keys, question.as_of, answer.values, answer.known,
+                    route.table, program, steps, route.hashes, times, owned(arrivals), route.inputs, route.masks, keys,
+                    question.as_of, answer.values, answer.known,
                 )  # fmt: skip
         self._reader.read_texts(question, answer)
         return answer

@@ -46,7 +46,7 @@ PAGE_WORDS = 64
 SLOTS = ShardMap.even(32, 1)
 MEMORY_BYTES_MAX = 8 << 30
 RECLAIM_MARGIN_MS = 10_000
-BATCH_MAX, REPLAY_BATCH = 4_000, 16_000
+BATCH_MAX, REPLAY_BATCH = 2_000, 16_000
 #: No read may take more processor time (a loaded machine may take its time): the process is ended then, wherever it is.
 READ_S_MAX = 2.0
 
@@ -117,11 +117,16 @@ class Script:
     def times(self, events: Ints) -> Ints:
         return T0 + events - self._lags[events % len(self._lags)]
 
+    def users_of(self, events: Ints) -> Ints:
+        block = events // SHOPS
+        born = block // BLOCKS - self._ages[block % len(self._ages)] + SPREAD
+        return born * SHOPS + events * STRIDE % SHOPS
+
     def batch(self, start: int, end: int) -> tuple[pa.RecordBatch, Ints]:
         """Return the events from start to end, and their arrival stamps."""
         events = np.arange(start, end)
-        block, shop = events // SHOPS, events * STRIDE % SHOPS
-        user = (block // BLOCKS - self._ages[block % len(self._ages)] + SPREAD) * SHOPS + shop
+        user = self.users_of(events)
+        shop = user % SHOPS
         columns = [user, shop, TAGS.take(pa.array(shop)), amount_of(user), self.times(events)]
         arrays = [pa.array(c).cast(f.type) for c, f in zip(columns, payments.schema, strict=True)]
         return pa.RecordBatch.from_arrays(arrays, schema=payments.schema), T0 + events
@@ -142,9 +147,11 @@ class Script:
         """Return how many of the first `end` events are of each shop."""
         return (end - _place(shop) + SHOPS - 1) // SHOPS
 
-    def some_users(self, random: np.random.Generator, n: int, end: int) -> Ints:
-        """Return users of whom some are long gone and some not born yet."""
-        newest = end // (SHOPS * BLOCKS) + SPREAD
+    def some_users(self, random: np.random.Generator, n: int, acked: int, begun: int) -> Ints:
+        """Return users of whom some are long gone and some not born yet, or those who are being written just now."""
+        if random.random() < 0.5:
+            return self.users_of(random.integers(acked, max(begun, acked + 1), n))
+        newest = begun // (SHOPS * BLOCKS) + SPREAD
         return random.integers(max(newest - SPREAD - 130, 0), newest + 2, n) * SHOPS + random.integers(0, SHOPS, n)
 
 
@@ -228,7 +235,7 @@ class Reader:
         await self._port.read(self._all.question({"user_id": [0], "shop_id": [0], "tag": [""]}, 1, None, None))  # loads
         while not self._page[STOP] and os.getppid() == parent:
             n = (1, 50, 1, 50, 500)[self._random.integers(0, 5)]
-            user = self._script.some_users(self._random, n, int(self._page[BEGUN]))
+            user = self._script.some_users(self._random, n, int(self._page[ACKED]), int(self._page[BEGUN]))
             plan = [self._all, *self._plans.values()][self._random.integers(0, 4)]
             dead = not self._control.writer_lives
             if not await self.read(plan, user, dead) and dead:

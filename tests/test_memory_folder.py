@@ -29,9 +29,11 @@ sys.stdin.read()
 def killed(cluster_id: str, where: Path) -> Path:
     """Return the folder of a process that held one and was killed."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, cluster_id, str(where), str(where)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        [sys.executable, "-c", HOLDER, cluster_id, str(where), str(where)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-    )  # fmt: skip
+    )
     assert process.stdout is not None
     folder = Path(process.stdout.readline().strip())
     with pytest.raises(Unavailable, match="in use by a running cluster"):

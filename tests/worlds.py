@@ -49,29 +49,14 @@ FLOATS = (0.0, -0.0, 1.0, 0.1, 0.5, 0.7, -3.25, 1e300, -1e300, 5e-324, 1e-300, 1
 INTS = (0, 1, -1, 3, INT64_MIN, INT64_MAX, None)
 # fmt: off
 LAGS_MS = (
-    0, 0, 0, 0, 0, 0, 1, 2, 999, 1000, 59_000, 60_000, HOUR, HOUR + 1, DAY, 7 * DAY, 90 * DAY, 120 * DAY,
-    ROUND_MS, 5 * 365 * DAY, -1, -AHEAD_MS_MAX, -AHEAD_MS_MAX, -AHEAD_MS_MAX,
+    0, 0, 0, 0, 0, 0, 1, 2, 999, 1000, 1700, 59_000, 60_000, 110_000, HOUR, HOUR + 1, 100 * 60_000, DAY, 7 * DAY,
+    90 * DAY, 120 * DAY, ROUND_MS, 5 * 365 * DAY, -1, -AHEAD_MS_MAX, -AHEAD_MS_MAX, -AHEAD_MS_MAX,
+)
+GAPS_MS = (
+    0, 0, 0, 0, 1, 700, 61_000, HOUR, HOUR + 3_000_000, DAY, DAY + 1, DAY + 3_000_000, 2 * DAY, 31 * DAY, 91 * DAY,
+    ROUND_MS, 12 * 365 * DAY,
 )
 # fmt: on
-GAPS_MS = (
-    0,
-    0,
-    0,
-    0,
-    1,
-    700,
-    61_000,
-    HOUR,
-    HOUR + 3_000_000,
-    DAY,
-    DAY + 1,
-    DAY + 3_000_000,
-    2 * DAY,
-    31 * DAY,
-    91 * DAY,
-    ROUND_MS,
-    12 * 365 * DAY,
-)
 
 
 def source(name: str, event_id: str | None, version: int = 1) -> Source:

@@ -34,8 +34,8 @@ WORDS_MAX = 1 << 32
 MEMORY_BYTES_MAX = WORDS_MAX * WORD_BYTES
 
 # Words of a memory's header; the slots of the tables follow, see `structure`.
-M_MAGIC, M_LIMIT, M_USED, M_SPARE, M_NEWEST_ARRIVAL, M_SLOTS, M_SEED, M_LAYOUT = range(8)
-MEMORY_HEADER_WORDS = 8
+M_MAGIC, M_LIMIT, M_USED, M_SPARE, M_NEWEST_ARRIVAL, M_NEWEST_RECEIVED, M_SLOTS, M_SEED, M_LAYOUT = range(9)
+MEMORY_HEADER_WORDS = 16
 MEMORY_MAGIC = int.from_bytes(b"millp_01", "little")
 
 # Words of a control page.
@@ -129,8 +129,8 @@ class Memory:
         end = min((wanted + _PAGE - 1) // _PAGE * _PAGE, len(self._map))
         if end < limit + words * WORD_BYTES:
             raise MemoryFull(
-                f"tiles: {limit} bytes are in use in `{self.name}`; allowed are {len(self._map)}; raise `memory_mb_max`, "
-                "or add shards",
+                f"tiles: {limit} bytes are in use in `{self.name}`; allowed are {len(self._map)}; raise "
+                "`memory_mb_max`, or add shards",
                 retry_after_ms=10_000,
             )
         try:
@@ -210,7 +210,10 @@ class Control:
 def started_ticks(pid: int) -> int:
     """Return when a process started: a number that is used again does not make another process the same.
 
-    Raises `OSError` if there is no such process.
+    Raises `OSError` if there is no such process, or if it is dead and only waits to be asked how it ended.
     """
     # The second field is the program's name in brackets, which may hold anything.
-    return int(Path(f"/proc/{pid:d}/stat").read_text().rpartition(")")[2].split()[19])
+    state, *fields = Path(f"/proc/{pid:d}/stat").read_text().rpartition(")")[2].split()
+    if state in "ZX":
+        raise ProcessLookupError(f"process {pid} is dead")
+    return int(fields[18])

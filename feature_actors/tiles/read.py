@@ -15,7 +15,7 @@ from millpond.feature_actors.aggregations import dispatch
 from millpond.feature_actors.aggregations.aggregation import NEVER
 from millpond.feature_actors.tiles.apply import DONE, apply_one, has_room, init_columns, merge_columns
 from millpond.feature_actors.tiles.compiled import inner, kernel, load_acquire, prefetch, views_at
-from millpond.feature_actors.tiles.memory import C_EPOCH, M_LAYOUT, M_LIMIT, M_NEWEST_ARRIVAL, M_SLOTS
+from millpond.feature_actors.tiles.memory import C_EPOCH, M_LAYOUT, M_LIMIT, M_NEWEST_ARRIVAL, M_NEWEST_RECEIVED, M_SLOTS
 from millpond.feature_actors.tiles.program import (
     F_AGGREGATION,
     F_OFFSET_A,
@@ -286,36 +286,58 @@ def _read_part(
 
 
 @inner
-def _look_ahead(bases: Any, owners: Any, program: Any, hashes: Any, start: Any, end: Any) -> None:
-    """Ask for the memory of the ids from start to end, so that it is on its way while the first of them are read."""
+def _shards_time(bases: Any, clock: Any) -> Any:
+    """Return what time it is by the shards: the newest arrival stamp for `NO_CLOCK`, else the newest time at which
+    events were received."""
+    word = M_NEWEST_ARRIVAL if clock == NO_CLOCK else M_NEWEST_RECEIVED
+    newest = np.int64(NO_CLOCK)
+    for shard in range(bases.shape[0]):
+        if bases[shard] != 0:
+            words, _, _ = views_at(bases[shard])
+            newest = max(newest, load_acquire(words, word))
+    return newest
+
+
+@inner
+def _look_ahead(bases: Any, owners: Any, program: Any, hashes: Any, start: Any, end: Any, rows: Any) -> None:
+    """Ask for the memory of the ids from start to end, so that it is on its way while the first of them are read.
+
+    What is asked for in one step does not wait for each other: indexes, rows, newest tiles, oldest tiles. rows int64
+    [parts, ids]: room for the rows found.
+    """
     parts, series = program.parts, program.series
     slots = np.uint64(owners.shape[0])
-    rows = np.zeros(_AHEAD, np.int64)
-    for part in range(parts.shape[0] - 1):
-        for step in range(3):
+    for step in range(4):
+        for part in range(parts.shape[0] - 1):
             for i in range(start, end):
-                lo, hi = hashes[parts[part, P_KEY], i, 0], hashes[parts[part, P_KEY], i, 1]
+                hi = hashes[parts[part, P_KEY], i, 1]
                 slot_number = np.int64(np.uint64(hi) % slots)
                 if owners[slot_number] < 0:
                     continue
                 words, _, halves = views_at(bases[owners[slot_number]])
-                if step == 2:
-                    if rows[i - start] != 0:
-                        for scan in range(parts[part, P_SCAN], parts[part + 1, P_SCAN]):
-                            s = program.scans[scan, R_SERIES]
-                            if not series[s, S_LIFETIME]:
-                                prefetch(words, np.int64(halves[2 * rows[i - start] + series[s, S_ROW_AT]]))
+                limit = words[M_LIMIT]
+                if step >= 2:
+                    row = rows[part, i - start]
+                    if row == 0:
+                        continue
+                    for scan in range(parts[part, P_SCAN], parts[part + 1, P_SCAN]):
+                        s = program.scans[scan, R_SERIES]
+                        if not series[s, S_LIFETIME]:
+                            tile = np.int64(halves[2 * row + series[s, S_ROW_AT]])
+                            if step == 3 and tile < limit:
+                                tile = next_of(halves, tile)
+                            prefetch(words, tile)
                     continue
                 slot = parts[part, P_SLOTS_AT] + slot_number * parts[part, P_SLOT_WORDS]
-                index, places, limit = words[slot + H_INDEX_AT], words[slot + H_PLACES], words[M_LIMIT]
-                if places <= 0 or index <= 0 or places > limit or index + places > limit:
+                index, places = words[slot + H_INDEX_AT], words[slot + H_PLACES]
+                rows[part, i - start] = 0
+                if places <= 0 or index <= 0 or places > limit or index > limit - places:
                     continue
-                mark = mark_of(words, lo)
+                mark = mark_of(words, hashes[parts[part, P_KEY], i, 0])
                 place = place_of(mark, places)
                 if step == 0:
                     prefetch(words, index + place)
                     continue
-                rows[i - start] = 0
                 for _ in range(_AHEAD):
                     entry = np.uint64(words[index + place])
                     if entry == 0:
@@ -323,7 +345,7 @@ def _look_ahead(bases: Any, owners: Any, program: Any, hashes: Any, start: Any, 
                     if entry >> np.uint64(32) == mark:
                         row = np.int64(entry & np.uint64(NUMBER_MASK))
                         if row + parts[part, P_ROW_WORDS] <= limit:
-                            rows[i - start] = row
+                            rows[part, i - start] = row
                             prefetch(words, row)
                             prefetch(words, row + parts[part, P_ROW_WORDS] - 1)
                         break
@@ -341,12 +363,11 @@ def read_rows(
     epoch of that memory; owners int64 [slots]: the shard of each slot, -1 to leave it out; layout: digest that the
     memories must bear. program: a `ReadProgram`. hashes int64 [keys, n, 2]. start: the first id to read. clock int64
     [n]: now in ms, or `NO_CLOCK`. asked: whether to read as of `as_of` as given; else it is set to the later of the
-    clock and the newest event of the rows read. as_of int64 [n]; out float64 [n, columns]; known bool [n, views].
+    clock, that of the shards, and the newest event of the rows read. as_of int64 [n]; out float64 [n, columns]; known bool [n, views].
 
     Returns `DONE` and how often a view did not know an id, or what is wrong with which id, and with which shard or
     since which time.
     """
-    newest_arrival = np.int64(NO_CLOCK)
     for shard in range(bases.shape[0]):
         if bases[shard] == 0:
             continue
@@ -357,19 +378,29 @@ def read_rows(
                 return MOVED, start, shard
         if words[M_LAYOUT] != layout:
             return FOREIGN, start, shard
-        newest_arrival = max(newest_arrival, load_acquire(words, M_NEWEST_ARRIVAL))
     scratch = np.empty(program.words, np.int64)
     scratch_floats = scratch.view(np.float64)
     n_parts = program.parts.shape[0] - 1
+    rows = np.empty((n_parts, _AHEAD), np.int64)
     slots = np.uint64(owners.shape[0])
     unknown = 0
     for i in range(start, as_of.shape[0]):
-        if as_of.shape[0] > 1 and (i - start) % _AHEAD == 0:
-            _look_ahead(bases, owners, program, hashes, i, min(i + _AHEAD, as_of.shape[0]))
-        live = clock[i] if clock[i] != NO_CLOCK else newest_arrival
+        if (i - start) % _AHEAD == 0:
+            _look_ahead(bases, owners, program, hashes, i, min(i + _AHEAD, as_of.shape[0]), rows)
+        live = max(clock[i], _shards_time(bases, clock[i]))
         at = as_of[i] if asked else live
         part, again = 0, 0
-        while part < n_parts:
+        while True:
+            if part == n_parts:
+                # Events that arrived meanwhile may have pushed out of sight what a read as of before them still sees.
+                live = max(live, _shards_time(bases, clock[i]))
+                if asked or live <= at:
+                    break
+                at = live
+                part = 0
+                again += 1
+                if again > _TRIES:
+                    return BUSY, i, 0
             key = program.parts[part, P_KEY]
             lo, hi = hashes[key, i, 0], hashes[key, i, 1]
             shard = owners[np.int64(np.uint64(hi) % slots)]

@@ -16,6 +16,7 @@ from millpond.feature_actors.tiles.memory import (
     M_LIMIT,
     M_MAGIC,
     M_NEWEST_ARRIVAL,
+    M_NEWEST_RECEIVED,
     M_SEED,
     M_SLOTS,
     M_USED,
@@ -82,7 +83,7 @@ class TileStore:
         memory.grow(header)
         words[M_USED] = header
         words[M_SLOTS], words[M_SEED] = n_slots, np.uint64(seed).astype(np.int64)
-        words[M_NEWEST_ARRIVAL] = NO_CLOCK
+        words[M_NEWEST_ARRIVAL] = words[M_NEWEST_RECEIVED] = NO_CLOCK
         words[M_LAYOUT] = layout.digest
         words[M_MAGIC] = MEMORY_MAGIC
 
@@ -91,8 +92,12 @@ class TileStore:
         """The newest arrival stamp that the shard has heard of, `NO_CLOCK` before the first."""
         return int(self.memory.words[M_NEWEST_ARRIVAL])
 
-    def hear_of(self, arrival_ms: int) -> None:
-        self.memory.words[M_NEWEST_ARRIVAL] = max(self.newest_arrival_ms, arrival_ms)
+    def hear_of(self, arrival_ms: int, received_ms: int) -> None:
+        """Move time on, before events with that arrival stamp are applied: what they push out of sight is only ever
+        missing from reads as of later."""
+        words = self.memory.words
+        words[M_NEWEST_ARRIVAL] = max(self.newest_arrival_ms, arrival_ms)
+        words[M_NEWEST_RECEIVED] = max(int(words[M_NEWEST_RECEIVED]), received_ms)
 
     def apply(
         self, table: Table, rows: Ints, hashes: Ints, times: Ints, arrivals: Ints, inputs: Floats, masks: Bools
@@ -159,7 +164,6 @@ class TileStore:
         self,
         table: Table,
         plan: PlanProgram,
-        part: int,
         steps: Ints,
         hashes: Ints,
         times: Ints,
@@ -172,7 +176,7 @@ class TileStore:
         known: Bools,
     ) -> None:
         """Apply events and read features in the order of `steps`; see `join_features`."""
-        memory, start = self.memory, 0
+        memory, start, part = self.memory, 0, plan.tables.index(table)
         while True:
             start = join_features(
                 memory.words, memory.floats, memory.halves, table.program(self._n_slots), steps, start, hashes, times,
@@ -194,7 +198,7 @@ class TileStore:
 
     def reclaim(self, table: Table, places: int) -> int:
         """Look at so many places of a table's indexes and free what no window can see; return rows freed."""
-        if self.newest_arrival_ms == NO_CLOCK or table.views_keep_ms == FOR_EVER and not table.tiled:
+        if self.newest_arrival_ms == NO_CLOCK or (table.views_keep_ms == FOR_EVER and not table.tiled):
             return 0
         floor = self.newest_arrival_ms - self._margin_ms
         keep = 1 << 61 if table.views_keep_ms == FOR_EVER else table.views_keep_ms
