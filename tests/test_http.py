@@ -475,7 +475,7 @@ def test_a_derived_feature_that_fails_is_named() -> None:
         (world.get("/v1/features/broken?user_id=1"), "view `broken`"),
     ):
         assert (reply.status, reply.error["code"], reply.error["path"]) == (500, "feature_failed", None)
-        assert reply.error["message"].startswith(f"{subject}: feature `broken.rows` could not be computed: TypeError")
+        assert reply.error["message"].startswith(f"{subject}: the function of feature `broken.rows` raised TypeError;")
     assert world.post_score("fine", {"user_id": 1}).status == world.post_score("churn", {"user_id": 1}).status == 200
 
 

@@ -129,7 +129,7 @@ def test_a_model_gives_its_predictor_strings_beside_the_matrix_and_a_column_for_
     nan = np.nan
     np.testing.assert_array_equal(seen[0].matrix, [[7.0, 9.0, 8.0], [8.0, nan, 8.0], [nan, nan, nan]])
     assert seen[0].texts == {
-        "taste.books": [["y", "x", None], [None] * 3, [None] * 3],
+        "taste.books": [("y", "x", None), (None,) * 3, (None,) * 3],
         "taste.first_book": ["x", None, None],
     }
 

@@ -31,7 +31,7 @@ from memory_stress import ACKED, BEGUN, GO, PAGE_WORDS, READERS, READY, STOP, op
 from millpond.feature_actors.tiles.memory import Control
 from millpond.feature_actors.warm import warm_kernels
 
-SECONDS = float(os.environ.get("MILLPOND_STRESS_S", "8"))
+SECONDS = float(os.environ.get("MILLPOND_STRESS_S", "3"))
 SEED = int(os.environ.get("MILLPOND_STRESS_SEED", "3"))
 N_READERS = 2
 #: How long anything may take that a loaded machine makes slow.
