@@ -8,6 +8,7 @@ settings from the environment when it is imported.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.source import Source
 from millpond.feature_actors.view import FeatureView
 from millpond.models.definition import Definition, load_models
+
+logger = logging.getLogger("millpond.serving")
 
 __all__ = [
     "EVENTS_PREFIX",
@@ -91,7 +94,8 @@ def _memory_or(calls: ReadPort, spec: ServingSpec) -> ReadPort:
     """Return the port that reads the shards' memory, if they are all on this node; else the one that calls them."""
     try:
         return MemoryRead(spec.shard_map, Path(spec.memory_dir))
-    except Unavailable:
+    except (Unavailable, OSError) as error:
+        logger.warning("reading features by calls of the shards, a hundred times slower than from memory: %s", error)
         return calls
 
 

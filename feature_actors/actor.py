@@ -28,7 +28,7 @@ from millpond.feature_actors.ports import all_of
 from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.source import Source
-from millpond.feature_actors.tiles.memory import Control, Memory
+from millpond.feature_actors.tiles.memory import Control, Memory, MemoryFull
 from millpond.feature_actors.view import FeatureView
 from millpond.feature_actors.wire import (
     QuestionDecoder,
@@ -145,6 +145,8 @@ class FeatureActor:
         filter may take the rest for applied."""
         try:
             yield
+        except MemoryFull:  # before anything was applied
+            raise
         except BaseException:
             self._lost = "failed while it applied events and its features cannot be trusted"
             raise

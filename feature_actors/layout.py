@@ -245,8 +245,8 @@ class Layout:
         feature_rows, view_rows = _Lines(6), _Lines(7)
         for table in tables:
             parts.append([
-                0, table.slot_words, table.row_words, len(table.wheres), keys.index(table.key), len(scan_rows),
-                len(feature_rows), len(view_rows),
+                0, table.slot_words, table.row_words, keys.index(table.key), len(scan_rows), len(feature_rows),
+                len(view_rows),
             ])  # fmt: skip
             series_before, scans_before = len(series_rows), len(scan_rows)
             of_series = table.series_program.copy()
@@ -269,7 +269,7 @@ class Layout:
             for out, view in enumerate(views.values()):
                 if self.table_of(view) is table:
                     view_rows.append([*_view_row(table, view, series_before), out])
-        parts.append([0, 0, 0, 0, 0, len(scan_rows), len(feature_rows), len(view_rows)])
+        parts.append([0, 0, 0, 0, len(scan_rows), len(feature_rows), len(view_rows)])
         exact = all(f.kept.exact for f in features)
         past_ms = min((exact_past_ms(f.kept.window_ms or 0) for f in features), default=0) if exact else 0
         words = max((s.words for t in tables for s in t.series), default=0) + 2

@@ -30,7 +30,7 @@ from millpond.feature_actors.windows import LADDER_MS
 __all__ = [
     "agrees", "distinct", "features", "known", "knows", "live_as_of_ms", "matching", "past_ms", "right", "seen_by",
     "sees",
-]  # fmt: skip  # fmt: skip
+]  # fmt: skip
 
 Event = Mapping[str, Any]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -47,13 +47,15 @@ class FeatureFailed(MillpondError):
 class Question:
     """What shards are asked about n ids.
 
-    hashes int64 [keys, n, 2], for the keys of the program; clock int64 [n], the reader's clock, or `NO_CLOCK` for the
-    newest arrival stamp; as_of int64 [n], or None for a live read: the larger of clock and newest event applied.
+    hashes int64 [keys, n, 2], for the keys of the program; clock int64 [n], the reader's clock, `NO_CLOCK` if it has
+    none; event_clock: whether the shards' time is their newest arrival stamp, rather than when they last received
+    something; as_of int64 [n], or None for a live read: the largest of both times and of the newest event applied.
     """
 
     program: PlanProgram
     hashes: Ints
     clock: Ints
+    event_clock: bool
     as_of: Ints | None
 
     @property
@@ -63,7 +65,7 @@ class Question:
     def of_rows(self, rows: Ints, clock: Ints) -> Question:
         """Return the question about some of its ids, with another clock for them all."""
         as_of = None if self.as_of is None else self.as_of[rows]
-        return Question(self.program, np.ascontiguousarray(self.hashes[:, rows]), clock[rows], as_of)
+        return Question(self.program, np.ascontiguousarray(self.hashes[:, rows]), clock[rows], self.event_clock, as_of)
 
 
 @dataclass(slots=True)
@@ -130,7 +132,7 @@ class ReadPlan:
         self.names = tuple(name for f in features if not f.is_text for name in _column_names(f))
         read: dict[str, Feature] = {}
         for feature in features:
-            read.update({f.full_name: f for f in _kept_for(feature)})
+            _add_kept_for(feature, read, set())
         self.program = layout.plan_program(list(read.values()))
         ends = np.cumsum([0, *(f.width for f in read.values())]).tolist()
         self._columns = {name: slice(a, b) for name, a, b in zip(read, ends, ends[1:], strict=False)}
@@ -221,7 +223,7 @@ class ReadPlan:
             hashes = np.stack([hash_keys([keys[name] for name in key], n) for key in self.program.keys])
         clock = np.empty(n, np.int64)
         clock[:] = NO_CLOCK if clock_ms is None else clock_ms
-        return Question(self.program, hashes.view(np.int64), clock, as_of)
+        return Question(self.program, hashes.view(np.int64), clock, clock_ms is None, as_of)
 
     def rows(self, answer: Answer) -> FeatureRows:
         """Return the features of an answer: the matrix, with what is derived, and the strings beside it.
@@ -289,12 +291,15 @@ def _column_names(feature: Feature) -> list[str]:
     return [f"{feature.full_name}[{k}]" for k in range(feature.width)]
 
 
-def _kept_for(feature: Feature) -> Iterator[Feature]:
-    """Yield the features that are kept and read for a feature: itself, or what it is derived from."""
+def _add_kept_for(feature: Feature, read: dict[str, Feature], seen: set[str]) -> None:
+    """Add to `read` the features that are kept and read for a feature: itself, or what it is derived from."""
+    if feature.full_name in seen:
+        return
+    seen.add(feature.full_name)
     if feature.derived is None:
-        yield feature
+        read.setdefault(feature.full_name, feature)
     for one in feature.of:
-        yield from _kept_for(one)
+        _add_kept_for(one, read, seen)
 
 
 def _key_value(value: Any, kind: str) -> int | str | None:

@@ -83,8 +83,8 @@ class MemoryReader:
         program = question.program
         code, row, detail = read_rows(
             self._bases, self._controls, self._epochs, self._owners, program.layout_digest,
-            program.arrays(len(self._owners)), question.hashes, start, question.clock, question.as_of is not None,
-            answer.as_of, answer.values, answer.known,
+            program.arrays(len(self._owners)), question.hashes, start, question.clock, question.event_clock,
+            question.as_of is not None, answer.as_of, answer.values, answer.known,
         )  # fmt: skip
         if code == DONE:
             answer.all_known = start == 0 and row == 0
@@ -144,6 +144,7 @@ class MemoryRead:
         self._folder = folder
         self._reader = MemoryReader(shard_map, list(range(self._n_shards)))
         self._reads = 0
+        self._moves = 0
         for shard in range(self._n_shards):
             self._attach(shard)
 
@@ -157,6 +158,7 @@ class MemoryRead:
                 memory = Memory.open(control.tiles_path(epoch))
                 memory.populate()
                 self._reader.attach(shard, memory, control, epoch)
+                self._moves += 1
                 return
             except FileNotFoundError:  # taken away by a successor in this very moment, or never there
                 continue
@@ -190,4 +192,7 @@ class MemoryRead:
                         "the shard has recovered",
                         retry_after_ms=1_000,
                     ) from None
+                moves = self._moves
                 await asyncio.sleep(_BUSY_WAIT_S)
+                if self._moves != moves:  # another read has moved to a successor meanwhile
+                    start = 0

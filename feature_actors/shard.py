@@ -41,6 +41,7 @@ Ints = npt.NDArray[np.int64]
 
 #: Address space of a memory that only this process has.
 _OWN_MEMORY_BYTES_MAX = 1 << 34
+_NO_ROWS = np.empty(0, np.int64)
 _NO_INPUTS, _NO_MASKS = np.empty((0, 0)), np.empty((0, 0), np.bool_)
 
 
@@ -144,7 +145,7 @@ class Shard:
         declared = self._layout.source(source)
         times = owned(batch.column(declared.event_time).cast(pa.int64()).to_numpy())
         arrivals = owned(arrivals)
-        routes = self._routes(source, batch)
+        routes = self._routes(source, batch, arrivals)
         ids = None
         if declared.event_id is not None and batch.num_rows:
             ids = hash_columns([batch.column(declared.event_id)], batch.num_rows)
@@ -154,7 +155,7 @@ class Shard:
             rows = self._new_rows(route, ids, received_ms)
             self._store.apply(route.table, rows, route.hashes, times, arrivals, route.inputs, route.masks)
 
-    def _routes(self, source: str, batch: pa.RecordBatch) -> list[_Route]:
+    def _routes(self, source: str, batch: pa.RecordBatch, arrivals: Ints) -> list[_Route]:
         """Return what of a batch goes to this shard's slots of the tables of its source, and make room for it.
 
         What an event can make fail is here, before the filters, which take an event for applied once they have seen it.
@@ -172,8 +173,9 @@ class Shard:
                   for name in t.inputs}  # fmt: skip
         of_strings = sum(self._strings.words_for(c) for c in fields.values() if pa.types.is_string(c.type))
         events = [(table, slots[rows]) for table, (_, slots, rows) in zip(tables, hashed, strict=True)]
-        self._store.make_room(events, of_strings)
-        values = {name: self._values(column) for name, column in fields.items()}
+        self._store.make_room(events, int(arrivals.max()) if len(arrivals) else NO_CLOCK, of_strings)
+        concerned = np.unique(np.concatenate([rows for _, _, rows in hashed])) if fields else _NO_ROWS
+        values = {name: self._values(column, concerned) for name, column in fields.items()}
         return [
             _Route(
                 table, hashes, slots, rows,
@@ -196,10 +198,15 @@ class Shard:
         self._events[route.table.name] += len(rows)
         return rows
 
-    def _values(self, column: pa.Array) -> npt.NDArray[np.float64]:
-        """Return the values of a field as the kernels take them, float64 [n], NaN for null; strings by address."""
+    def _values(self, column: pa.Array, rows: Ints) -> npt.NDArray[np.float64]:
+        """Return the values of a field as the kernels take them, float64 [n], NaN for null; strings by address, those
+        of `rows` only: the others are another shard's to keep."""
         if pa.types.is_string(column.type):
-            return self._strings.addresses(column)
+            if len(rows) == len(column):
+                return self._strings.addresses(column)
+            addresses = np.full(len(column), np.nan)
+            addresses[rows] = self._strings.addresses(column.take(pa.array(rows)))
+            return addresses
         values: npt.NDArray[np.float64] = pc.cast(column, pa.float64(), safe=False).to_numpy(zero_copy_only=False)
         return values
 
@@ -228,7 +235,7 @@ class Shard:
             event_id = self._layout.source(name).event_id
             times = owned(batch.column(self._layout.source(name).event_time).cast(pa.int64()).to_numpy())
             ids = None if event_id is None else hash_columns([batch.column(event_id)], len(times))
-            for route in self._routes(name, batch):
+            for route in self._routes(name, batch, arrivals):
                 rows = self._new_rows(route, ids, 0)  # at one moment: every id counts once
                 if route.table not in program.tables:
                     continue

@@ -78,16 +78,25 @@ class Feature:
 
         Two features of one definition share their state; a changed definition is another feature.
         """
+        return self._id({})
+
+    def _id(self, known: dict[str, str]) -> str:
+        """Return the identity; known: of features of the view by name, so that none is computed twice."""
+        if self.name not in known:
+            known[self.name] = hashlib.sha256(json.dumps(self._content(known), sort_keys=True).encode()).hexdigest()[
+                :16
+            ]
+        return known[self.name]
+
+    def _content(self, known: dict[str, str]) -> dict[str, Any]:
         if self.derived is not None:
-            made = {**self.derived.identity(), "of": [f.id for f in self.of]}
-            return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
-        content = {
+            return {**self.derived.identity(), "of": [f._id(known) for f in self.of]}
+        return {
             **self.kept.identity(),
             "source": [self.view.source.name, self.view.source.version],
             "key": self.view.key,
             "where": where_text(self.where),
         }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, eq=False)

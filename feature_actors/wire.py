@@ -41,9 +41,9 @@ WireIds = tuple[str, bytes, bytes, int]
 #: Source, a record batch without its schema, arrival stamps (one number if they are all the same),
 #: how many, when they were received.
 WireEvents = tuple[str, bytes, Any, int, int]
-#: Names of the features; n; hashes of their keys; clock and as-of, each one number for all ids or bytes, the latter
-#: None for a live read.
-WireQuestion = tuple[tuple[str, ...], int, bytes, Any, Any]
+#: Names of the features; n; hashes of their keys; clock, one number for all ids or bytes; whether time is the newest
+#: arrival stamp; as-of, as the clock, None for a live read.
+WireQuestion = tuple[tuple[str, ...], int, bytes, Any, bool, Any]
 #: as-of of the ids; values; knowns; strings by column.
 WireAnswer = tuple[bytes, bytes, bytes, dict[int, list[str | None]]]
 
@@ -80,6 +80,7 @@ def encode_question(question: Question) -> WireQuestion:
         question.n,
         question.hashes.tobytes(),
         _encode_times(question.clock),
+        question.event_clock,
         _encode_times(question.as_of),
     )
 
@@ -92,12 +93,13 @@ class QuestionDecoder:
         self._programs: dict[tuple[str, ...], PlanProgram] = {}
 
     def decode(self, wire: WireQuestion) -> Question:
-        names, n, hash_bytes, clock, as_of = wire
+        names, n, hash_bytes, clock, event_clock, as_of = wire
         program = self._program(names)
         return Question(
             program,
             np.frombuffer(hash_bytes, np.int64).reshape(len(program.keys), n, 2).copy(),
             _decode_times(clock, n),
+            event_clock,
             None if as_of is None else _decode_times(as_of, n),
         )
 

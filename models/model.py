@@ -29,7 +29,7 @@ class Features:
 
     matrix: float64 [n, columns], the features of numbers. names: of its columns, `view.feature`; a feature with
     several columns has `view.feature[0]` and on.
-    texts: the features of strings by name: n strings, None where there is none, or n lists of them (of a `LastN`).
+    texts: the features of strings by name: n strings, None where there is none, or n tuples of them (of a `LastN`).
     """
 
     matrix: npt.NDArray[np.float64]

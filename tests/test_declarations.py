@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -525,3 +529,68 @@ def test_lengths() -> None:
         "1w": 604_800_000,
     }
     assert {text: parse_window_ms(text, subject="test") for text in read} == read
+
+
+# -- what has no place in the kernels, or no identity
+
+
+def test_an_aggregation_outside_of_the_folder_is_refused() -> None:
+    with pytest.raises(DeclarationError, match="^Clicks: an aggregation is a file of feature_actors/aggregations"):
+        type("Clicks", (Count,), {"__module__": "users.own.file"})
+
+
+FACTOR = 3
+TABLE = np.arange(4)
+
+
+def times(factor: float) -> Any:
+    return lambda x: x * factor
+
+
+def test_the_identity_of_a_derived_feature_is_of_its_code_and_of_what_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def identity(function: Any) -> Any:
+        return Derived(function, "n").identity()["function"]
+
+    def scaled(x: Any) -> Any:
+        return x * FACTOR + TABLE[1] + (0 if FACTOR in {1, 2} else 1)
+
+    first = identity(scaled)
+    assert identity(scaled) == first
+    assert identity(times(2)) == identity(times(2)) != identity(times(3))
+    monkeypatch.setitem(globals(), "FACTOR", 4)
+    second = identity(scaled)
+    monkeypatch.setitem(globals(), "TABLE", TABLE + 1)
+    assert len({first, second, identity(scaled)}) == 3
+
+
+def test_the_identity_of_a_derived_feature_is_the_same_in_every_process() -> None:
+    code = """
+import numpy as np
+from millpond.feature_actors import Derived
+print(Derived(lambda x: np.where(x > 2, [v in {"a", "b", "c", "d"} for v in "ab"][0], x), "n").identity()["function"])
+"""
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(said) == 1
+
+
+def test_a_function_without_an_identity_is_refused() -> None:
+    for function in (functools.partial(np.add, 1), np.vectorize(abs)):
+        with pytest.raises(DeclarationError, match="takes a NumPy function or a plain function"):
+            Derived(function, "n")
+    of_an_object = object()
+    with pytest.raises(DeclarationError, match="the function uses a object"):
+        Derived(lambda x: x + hash(of_an_object), "n")
+
+
+def test_a_long_chain_of_derived_features_is_compiled_at_once() -> None:
+    features: dict[str, Any] = {"f0": Count(window="1h")}
+    for k in range(40):
+        features[f"f{k + 1}"] = Ratio(f"f{k}", f"f{k}")
+    chain = FeatureView("chain", owner="tests", source=a_source(), key=["user"], features=features)
+    assert len({f.id for f in chain}) == 41
+    assert len(ReadPlan(compile_layout([], [chain]), list(chain), "the test").names) == 41

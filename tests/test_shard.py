@@ -232,7 +232,7 @@ def test_entities_whose_places_collide_are_told_apart(users: list[int], seed: in
     assert store.check() == []
     reader = MemoryReader(ShardMap.even(1, 1), [0])
     reader.attach(0, memory)
-    answer = reader.read(Question(layout.plan_program(list(declared)), hashes[np.newaxis], nows, None))
+    answer = reader.read(Question(layout.plan_program(list(declared)), hashes[np.newaxis], nows, False, None))
     assert answer.values[:, 0].tolist() == [users.count(u) for u in users]
 
 
@@ -391,3 +391,27 @@ def _damaged(damage: str) -> list[str]:
 )
 def test_check_finds_planted_damage(damage: str, finding: str) -> None:
     assert any(finding in problem for problem in _damaged(damage)), _damaged(damage)
+
+
+# -- time of the shards
+
+
+def test_where_time_is_the_newest_arrival_a_later_time_of_another_shard_is_that_time() -> None:
+    """As of when events were received, which is today, a replay of long ago would be empty."""
+    declared = view(n=Count(window="1h"))
+    shard = Shard(compile_layout([], [declared]), ShardMap.even(1, 1), 0)
+    shard.apply(FIRST.name, batch(FIRST, [event(NOW)]), np.array([NOW], np.int64), NOW + 50 * 365 * DAY)
+    plan = ReadPlan(shard._layout, list(declared), "test")
+    question = plan.question({"user": [1]}, 1, None, None)
+    assert shard.read(question).as_of.tolist() == [NOW]
+    again = shard.read(question.of_rows(np.zeros(1, np.int64), np.array([NOW + 7], np.int64)))
+    assert (again.as_of.tolist(), again.values.tolist(), again.known.tolist()) == ([NOW + 7], [[1.0]], [[True]])
+
+
+def test_a_read_is_not_as_of_before_what_its_shard_has_received() -> None:
+    """What has arrived since may have pushed out of sight what the earlier window still covers."""
+    declared = view(n=Count(window="1h"))
+    shard = Shard(compile_layout([], [declared]), ShardMap.even(1, 1), 0)
+    shard.apply(FIRST.name, batch(FIRST, [event(NOW)]), np.array([NOW], np.int64), NOW)
+    answer = ask(shard, declared, [1], NOW - 500)
+    assert (answer.as_of.tolist(), answer.values.tolist()) == ([NOW], [[1.0]])

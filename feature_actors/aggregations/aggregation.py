@@ -64,6 +64,7 @@ class Part:
     words: ClassVar[int]
 
     def __init_subclass__(cls) -> None:
+        _check_is_ours(cls)
         PARTS.append(cls)
 
     @staticmethod
@@ -124,6 +125,8 @@ class Aggregation:
     error: ClassVar[str] = "none"
 
     def __init_subclass__(cls) -> None:
+        _check_is_ours(cls)
+        assert len(cls.parts) <= 2, f"{cls.__name__}: finalize gets the places of two parts at most"
         AGGREGATIONS.append(cls)
 
     @staticmethod
@@ -197,6 +200,15 @@ class Aggregation:
             "where": where_text(self.where),
             **({"exact": True} if self.exact else {}),
         }
+
+
+def _check_is_ours(cls: type) -> None:
+    """Refuse what the kernels, compiled of the files of this folder, would not know."""
+    if cls.__module__.rpartition(".")[0] != __package__:
+        raise DeclarationError(
+            f"{cls.__name__}: an aggregation is a file of feature_actors/aggregations, which the kernels are compiled "
+            "of; here, say it as Derived of the features that it is made of"
+        )
 
 
 def where_text(where: pc.Expression | None) -> str:

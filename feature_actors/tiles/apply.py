@@ -281,9 +281,7 @@ def apply_one(
     if row == 0:
         row = _new_row(words, floats, halves, slot, table, series, columns, lo, hi, mark)
     times = row + ROW_HEADER_WORDS
-    now = arrival
-    for w in range(masks.shape[0]):
-        now = max(now, max(words[times + w], time) if masks[w, i] else words[times + w])
+    now = max(arrival, time, words[times])  # the first `where` is every event
     for s in range(series.shape[0]):
         where = series[s, S_WHERE]
         if not masks[where, i]:
@@ -400,10 +398,7 @@ def _reclaim_row(
 ) -> Any:
     """Free what of a row no read as of `floor` or later can see; return whether anything is left."""
     times = row + ROW_HEADER_WORDS
-    newest = NEVER
-    for w in range(table[T_WHERES]):
-        newest = max(newest, words[times + w])
-    left = newest >= floor - views_keep
+    left = words[times] >= floor - views_keep
     for s in range(series.shape[0]):
         keep = series[s, S_KEEP_MS]
         if series[s, S_LIFETIME]:

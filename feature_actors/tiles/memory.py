@@ -46,6 +46,7 @@ _PAGE = 4096
 _GROWTH_MIN_BYTES, _GROWTH_MAX_BYTES = 256 << 10, 32 << 20
 #: With less than that to spare on the file system, room is made before events are applied, not meanwhile.
 _SPARE_BYTES_MIN = 256 << 20
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG)
 _MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23
 
 
@@ -82,10 +83,10 @@ class Memory:
             descriptor = os.open(path, flags, 0o600)
         try:
             os.ftruncate(descriptor, length)
-            return cls(descriptor, writable=True, name=str(path or "memory of this process"))
-        except BaseException:
+        except OSError:
             os.close(descriptor)
             raise
+        return cls(descriptor, writable=True, name=str(path or "memory of this process"))
 
     @classmethod
     def open(cls, path: Path) -> Memory:
@@ -126,25 +127,36 @@ class Memory:
         limit = self.limit_words * WORD_BYTES
         ahead = min(max(limit // 32, _GROWTH_MIN_BYTES), _GROWTH_MAX_BYTES)
         wanted = limit + max(words * WORD_BYTES, ahead)
-        end = min((wanted + _PAGE - 1) // _PAGE * _PAGE, len(self._map))
-        if end < limit + words * WORD_BYTES:
+        least, end = (min(-(-w // _PAGE) * _PAGE, len(self._map)) for w in (limit + words * WORD_BYTES, wanted))
+        if least < limit + words * WORD_BYTES:
             raise MemoryFull(
                 f"tiles: {limit} bytes are in use in `{self.name}`; allowed are {len(self._map)}; raise "
                 "`memory_mb_max`, or add shards",
                 retry_after_ms=10_000,
             )
         try:
-            os.posix_fallocate(self._descriptor, limit, end - limit)
+            end = self._allocate(limit, (end, least))
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG):
+            if error.errno not in _NO_ROOM:
                 raise
             raise MemoryFull(
-                f"tiles: no room for {end - limit} more bytes in `{self.name}`: {error.strerror}; free some, or set "
+                f"tiles: no room for {least - limit} more bytes in `{self.name}`: {error.strerror}; free some, or set "
                 "`memory_dir` to a larger file system",
                 retry_after_ms=10_000,
             ) from None
         self._populate(end // WORD_BYTES, _MADV_POPULATE_WRITE)
         self.words[M_LIMIT] = end // WORD_BYTES
+
+    def _allocate(self, limit: int, ends: tuple[int, int]) -> int:
+        """Allocate from `limit` to the first of `ends` for which there is room; return it."""
+        for end in ends:
+            try:
+                os.posix_fallocate(self._descriptor, limit, end - limit)
+                return end
+            except OSError as error:
+                if error.errno not in _NO_ROOM or end == ends[-1]:
+                    raise
+        raise AssertionError
 
     def populate(self) -> None:
         """Map what has been allocated since the last call, so that no read waits for a page."""

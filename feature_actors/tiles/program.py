@@ -28,7 +28,7 @@ C_PART, C_TAKES_FIELD, C_INPUT, C_OFFSET, C_N = range(5)
 
 # Parts of a plan, one per table: the table's slots and row (as above), which row of the hashes has its keys, and from
 # where to where its scans, features and views stand.
-P_SLOTS_AT, P_SLOT_WORDS, P_ROW_WORDS, P_WHERES, P_KEY, P_SCAN, P_FEATURE, P_VIEW = range(8)
+P_SLOTS_AT, P_SLOT_WORDS, P_ROW_WORDS, P_KEY, P_SCAN, P_FEATURE, P_VIEW = range(7)
 
 # Scans: a series over a window. Features of a scan, from first to last.
 R_SERIES, R_WINDOW_MS = range(2)
@@ -51,7 +51,7 @@ class TableProgram(NamedTuple):
 class ReadProgram(NamedTuple):
     """How to read one plan's features, over all its tables.
 
-    parts int64 [tables + 1, 8]: the last line only says where the scans, features and views end; series and columns
+    parts int64 [tables + 1, 7]: the last line only says where the scans, features and views end; series and columns
     as in `TableProgram`, table after table; scans int64 [scans, 2], features int64 [features, 6], views int64
     [views, 7]; past_ms: how long ago the plan may be read as of, 0 if it is not exact; words: room for any partial.
     """

@@ -15,7 +15,14 @@ from millpond.feature_actors.aggregations import dispatch
 from millpond.feature_actors.aggregations.aggregation import NEVER
 from millpond.feature_actors.tiles.apply import DONE, apply_one, has_room, init_columns, merge_columns
 from millpond.feature_actors.tiles.compiled import inner, kernel, load_acquire, prefetch, views_at
-from millpond.feature_actors.tiles.memory import C_EPOCH, M_LAYOUT, M_LIMIT, M_NEWEST_ARRIVAL, M_NEWEST_RECEIVED, M_SLOTS
+from millpond.feature_actors.tiles.memory import (
+    C_EPOCH,
+    M_LAYOUT,
+    M_LIMIT,
+    M_NEWEST_ARRIVAL,
+    M_NEWEST_RECEIVED,
+    M_SLOTS,
+)
 from millpond.feature_actors.tiles.program import (
     F_AGGREGATION,
     F_OFFSET_A,
@@ -32,7 +39,6 @@ from millpond.feature_actors.tiles.program import (
     P_SLOT_WORDS,
     P_SLOTS_AT,
     P_VIEW,
-    P_WHERES,
     R_SERIES,
     R_WINDOW_MS,
     S_COLUMN,
@@ -75,7 +81,7 @@ __all__ = ["BUSY", "DONE", "FOREIGN", "MOVED", "NO_CLOCK", "PAST", "join_feature
 #: What `read_rows` returns when it did not come to the end: a slot is being written, or was left half-written; a
 #: shard has another epoch; as-of lies in the past; the memory is of another layout.
 BUSY, MOVED, PAST, FOREIGN = 1, 2, 3, 4
-#: In place of a clock: the newest arrival stamp in the memories.
+#: In place of a clock, where there is none.
 NO_CLOCK = np.iinfo(np.int64).min
 
 #: How often a row is read anew when it was written meanwhile.
@@ -242,12 +248,9 @@ def _read_row(
 
 
 @inner
-def _newest(words: Any, row: Any, wheres: Any) -> Any:
-    newest = NEVER
-    if row != 0:
-        for w in range(wheres):
-            newest = max(newest, words[row + ROW_HEADER_WORDS + w])
-    return newest
+def _newest(words: Any, row: Any) -> Any:
+    """Return the time of a row's newest event: the first `where` is every event."""
+    return NEVER if row == 0 else words[row + ROW_HEADER_WORDS]
 
 
 @inner
@@ -275,7 +278,7 @@ def _read_part(
             sequence = load_acquire(words, slot + H_SEQUENCE)
         limit = words[M_LIMIT]
         row = find(words, slot, lo, hi, mark, limit, parts[part, P_ROW_WORDS])
-        newest = _newest(words, row, parts[part, P_WHERES])
+        newest = _newest(words, row)
         at = as_of if asked else max(as_of, newest)
         whole = _read_row(
             scratch, scratch_floats, words, floats, halves, limit, slot, sequence, row, program, part, at, out, known, i
@@ -286,10 +289,9 @@ def _read_part(
 
 
 @inner
-def _shards_time(bases: Any, clock: Any) -> Any:
-    """Return what time it is by the shards: the newest arrival stamp for `NO_CLOCK`, else the newest time at which
-    events were received."""
-    word = M_NEWEST_ARRIVAL if clock == NO_CLOCK else M_NEWEST_RECEIVED
+def _shards_time(bases: Any, event_clock: Any) -> Any:
+    """Return what time it is by the shards: their newest arrival stamp, or when they last received events."""
+    word = M_NEWEST_ARRIVAL if event_clock else M_NEWEST_RECEIVED
     newest = np.int64(NO_CLOCK)
     for shard in range(bases.shape[0]):
         if bases[shard] != 0:
@@ -355,15 +357,16 @@ def _look_ahead(bases: Any, owners: Any, program: Any, hashes: Any, start: Any, 
 @kernel
 def read_rows(
     bases: Any, controls: Any, epochs: Any, owners: Any, layout: Any, program: Any, hashes: Any, start: Any,
-    clock: Any, asked: Any, as_of: Any, out: Any, known: Any,
+    clock: Any, event_clock: Any, asked: Any, as_of: Any, out: Any, known: Any,
 ) -> Any:  # fmt: skip
     """Read a plan's features of n ids: everything about one id as of one time.
 
     bases, controls, epochs int64 [shards]: where the shard's memory and control page lie (0: there is none), and the
     epoch of that memory; owners int64 [slots]: the shard of each slot, -1 to leave it out; layout: digest that the
     memories must bear. program: a `ReadProgram`. hashes int64 [keys, n, 2]. start: the first id to read. clock int64
-    [n]: now in ms, or `NO_CLOCK`. asked: whether to read as of `as_of` as given; else it is set to the later of the
-    clock, that of the shards, and the newest event of the rows read. as_of int64 [n]; out float64 [n, columns]; known bool [n, views].
+    [n]: now in ms, or `NO_CLOCK`; event_clock: whether the shards have the newest arrival for time. asked: whether to
+    read as of `as_of` as given; else it is set to the latest of the clock, the shards' time, and the newest event of
+    the rows read. as_of int64 [n]; out float64 [n, columns]; known bool [n, views].
 
     Returns `DONE` and how often a view did not know an id, or what is wrong with which id, and with which shard or
     since which time.
@@ -376,7 +379,7 @@ def read_rows(
             control, _, _ = views_at(controls[shard])
             if load_acquire(control, C_EPOCH) != epochs[shard]:
                 return MOVED, start, shard
-        if words[M_LAYOUT] != layout:
+        if words[M_LAYOUT] != layout or words[M_SLOTS] != owners.shape[0]:
             return FOREIGN, start, shard
     scratch = np.empty(program.words, np.int64)
     scratch_floats = scratch.view(np.float64)
@@ -387,13 +390,13 @@ def read_rows(
     for i in range(start, as_of.shape[0]):
         if (i - start) % _AHEAD == 0:
             _look_ahead(bases, owners, program, hashes, i, min(i + _AHEAD, as_of.shape[0]), rows)
-        live = max(clock[i], _shards_time(bases, clock[i]))
+        live = max(clock[i], _shards_time(bases, event_clock))
         at = as_of[i] if asked else live
         part, again = 0, 0
         while True:
             if part == n_parts:
                 # Events that arrived meanwhile may have pushed out of sight what a read as of before them still sees.
-                live = max(live, _shards_time(bases, clock[i]))
+                live = max(live, _shards_time(bases, event_clock))
                 if asked or live <= at:
                     break
                 at = live

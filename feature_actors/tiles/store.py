@@ -23,6 +23,7 @@ from millpond.feature_actors.tiles.memory import (
     MEMORY_HEADER_WORDS,
     MEMORY_MAGIC,
     Memory,
+    MemoryFull,
 )
 from millpond.feature_actors.tiles.program import FOR_EVER
 from millpond.feature_actors.tiles.read import NO_CLOCK, join_features
@@ -33,8 +34,10 @@ from millpond.feature_actors.tiles.structure import (
     H_POOLS,
     H_ROWS,
     LINE_WORDS,
+    POOL_END,
     POOL_FREED,
     POOL_ITEMS,
+    POOL_NEXT,
     POOL_WORDS,
 )
 
@@ -52,6 +55,8 @@ _CHUNK = 1_024
 #: Places of an index that one step of reclaim looks at, at most: about a millisecond.
 RECLAIM_PLACES_MAX = 2_048
 #: Places looked at for each event, and for each new row: so garbage stays a fraction of what is in use.
+#: A memory that is full is looked through as a whole, but not for every batch that it refuses.
+_RECLAIM_EVERYTHING_EVERY_MS = 10_000
 _RECLAIM_PER_EVENT, _RECLAIM_PER_NEW_ROW = 1 / 16, 4
 
 
@@ -77,6 +82,7 @@ class TileStore:
         self._layout = layout
         self._n_slots = n_slots
         self._margin_ms = reclaim_margin_ms
+        self._reclaimed_ms = NO_CLOCK
         self._sweeps = [_Sweep(np.zeros(2, np.int64)) for _ in layout.tables]
         header = max((t.slots_at(n_slots) + n_slots * t.slot_words for t in layout.tables), default=MEMORY_HEADER_WORDS)
         words = memory.words
@@ -117,19 +123,39 @@ class TileStore:
                 self._grow(table)
             self._reclaim(table, len(chunk) * _RECLAIM_PER_EVENT + (self._rows(table) - before) * _RECLAIM_PER_NEW_ROW)
 
-    def make_room(self, events: Sequence[tuple[Table, Ints]], more_words: int = 0) -> None:
+    def make_room(self, events: Sequence[tuple[Table, Ints]], arrival_ms: int = NO_CLOCK, more_words: int = 0) -> None:
         """Have room for events, or be sure of it, so that applying them cannot fail halfway.
 
-        events: per table the slot of each event's key, int64 [n]. What events need at most is far more than what they
+        events: per table the slot of each event's key, int64 [n]; arrival_ms: their newest arrival stamp, as of which
+        what is out of sight is freed if there is no room otherwise. What events need at most is far more than what they
         usually need, so it is looked at closely, and allocated, only where memory is short. Raises `MemoryFull`.
         """
         room = int(self.memory.words[M_LIMIT] - self.memory.words[M_USED])
         wanted = more_words + sum(self._at_most(table, len(slots)) for table, slots in events)
         if room >= wanted or self.memory.has_room_for(wanted - room):
             return
+        try:
+            self._make_just_enough_room(events, more_words)
+        except MemoryFull:
+            self.hear_of(arrival_ms, NO_CLOCK)
+            if not self._reclaim_everything():
+                raise
+            self._make_just_enough_room(events, more_words)
+
+    def _make_just_enough_room(self, events: Sequence[tuple[Table, Ints]], more_words: int) -> None:
+        room = int(self.memory.words[M_LIMIT] - self.memory.words[M_USED])
         wanted = more_words + sum(self._words_for(table, slots) for table, slots in events)
         if room < wanted:
             self.memory.grow(wanted - room)
+
+    def _reclaim_everything(self) -> bool:
+        """Free all that is out of sight, unless that was done just now; return whether it was not."""
+        if self.newest_arrival_ms < self._reclaimed_ms + _RECLAIM_EVERYTHING_EVERY_MS:
+            return False
+        self._reclaimed_ms = self.newest_arrival_ms
+        for table in self._layout.tables:
+            self.reclaim_all(table)
+        return True
 
     def _at_most(self, table: Table, n: int) -> int:
         """Return more words than n events of a table can need, wherever their keys fall."""
@@ -147,18 +173,25 @@ class TileStore:
         rows = headers[:, H_ROWS] + events
         growing = rows * 4 > headers[:, H_PLACES] * 3 - 4
         wanted = 2 * table.reserve_words + int((rows[growing] * 8 + 64).sum())
-        # A slot that is touched may need a block of each pool, which is larger than what is left in it otherwise.
         for number, item_words in enumerate(table.pool_items):
-            items = headers[:, H_POOLS + POOL_WORDS * number + POOL_ITEMS] + events
-            blocks = np.clip(items // 8, BLOCK_ITEMS_MIN, max(BLOCK_WORDS_MAX // item_words, BLOCK_ITEMS_MIN))
-            wanted += int(((blocks + events) * item_words + LINE_WORDS)[events > 0].sum())
+            pool = headers[:, H_POOLS + POOL_WORDS * number :]
+            free = pool[:, POOL_FREED] + (pool[:, POOL_END] - pool[:, POOL_NEXT]) // item_words
+            # A slot that needs more than it has free takes a block, which is larger than what is missing.
+            missing = np.maximum(events - free, 0)
+            blocks = (pool[:, POOL_ITEMS] + events) // 8
+            blocks = np.clip(blocks, BLOCK_ITEMS_MIN, max(BLOCK_WORDS_MAX // item_words, BLOCK_ITEMS_MIN))
+            wanted += int(((blocks + missing) * item_words + LINE_WORDS)[missing > 0].sum())
         return wanted
 
     def _grow(self, table: Table) -> None:
         # Besides blocks for its pools, an event may need a larger index.
         wanted = table.reserve_words + 2 * int(self._headers(table)[:, H_PLACES].max()) + 64
         room = int(self.memory.words[M_LIMIT] - self.memory.words[M_USED])
-        self.memory.grow(max(wanted - room, 1))
+        try:
+            self.memory.grow(max(wanted - room, 1))
+        except MemoryFull as full:
+            # Room was promised, and someone else has taken it: part of the events may have been applied.
+            raise RuntimeError(f"tiles: the file system has filled while events were applied: {full}") from full
 
     def join(
         self,

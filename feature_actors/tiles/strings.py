@@ -79,11 +79,17 @@ class StringReader:
             return None
         text = self._texts.get(address)
         if text is None:
-            at, words = int(address), self._memory.words
-            limit = int(words[M_LIMIT])
-            length = int(words[at]) if 0 < at < limit else -1
-            if not 0 <= length < (limit - at) * WORD_BYTES:
-                raise Unavailable(f"memory `{self._memory.name}` is damaged: no string at {at}", retry_after_ms=10_000)
-            text = words[at + 1 : at + 2 + length // WORD_BYTES].tobytes()[:length].decode()
-            self._texts[address] = text
+            text = self._texts[address] = self._read(address)
         return text
+
+    def _read(self, address: float) -> str:
+        words = self._memory.words
+        limit = int(words[M_LIMIT])
+        try:
+            at = int(address)
+            length = int(words[at]) if 0 < at < limit else -1
+            if 0 <= length < (limit - at) * WORD_BYTES:
+                return words[at + 1 : at + 2 + length // WORD_BYTES].tobytes()[:length].decode()
+        except (OverflowError, UnicodeDecodeError):
+            pass
+        raise Unavailable(f"memory `{self._memory.name}` is damaged: no string at {address}", retry_after_ms=10_000)
