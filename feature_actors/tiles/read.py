@@ -90,8 +90,9 @@ _TRIES = 64
 _SPINS = 2_000
 #: A ring's slot is looked at after so many tiles, in case that the ring has no end.
 _LOOK_EVERY = 1_024
-#: So many ids are looked up ahead of reading them.
+#: So many ids are looked up ahead of reading them; of several ids also the tiles after the oldest, so many steps in all.
 _AHEAD = 16
+_STEPS_AHEAD = 12
 
 
 @inner
@@ -301,15 +302,18 @@ def _shards_time(bases: Any, event_clock: Any) -> Any:
 
 
 @inner
-def _look_ahead(bases: Any, owners: Any, program: Any, hashes: Any, start: Any, end: Any, rows: Any) -> None:
+def _look_ahead(
+    bases: Any, owners: Any, program: Any, hashes: Any, start: Any, end: Any, rows: Any, tiles: Any
+) -> None:
     """Ask for the memory of the ids from start to end, so that it is on its way while the first of them are read.
 
-    What is asked for in one step does not wait for each other: indexes, rows, newest tiles, oldest tiles. rows int64
-    [parts, ids]: room for the rows found.
+    What is asked for in one step does not wait for each other: indexes, rows, newest tiles, oldest tiles, and for several
+    ids the tiles after those. rows int64 [parts, ids], tiles int64 [scans, ids]: room for what was found.
     """
     parts, series = program.parts, program.series
     slots = np.uint64(owners.shape[0])
-    for step in range(4):
+    steps = 4 if end - start == 1 else _STEPS_AHEAD
+    for step in range(steps):
         for part in range(parts.shape[0] - 1):
             for i in range(start, end):
                 hi = hashes[parts[part, P_KEY], i, 1]
@@ -325,9 +329,12 @@ def _look_ahead(bases: Any, owners: Any, program: Any, hashes: Any, start: Any, 
                     for scan in range(parts[part, P_SCAN], parts[part + 1, P_SCAN]):
                         s = program.scans[scan, R_SERIES]
                         if not series[s, S_LIFETIME]:
-                            tile = np.int64(halves[2 * row + series[s, S_ROW_AT]])
-                            if step == 3 and tile < limit:
-                                tile = next_of(halves, tile)
+                            if step == 2:
+                                tile = np.int64(halves[2 * row + series[s, S_ROW_AT]])
+                            else:
+                                tile = tiles[scan, i - start]
+                                tile = next_of(halves, tile) if tile < limit else 0
+                            tiles[scan, i - start] = tile
                             prefetch(words, tile)
                     continue
                 slot = parts[part, P_SLOTS_AT] + slot_number * parts[part, P_SLOT_WORDS]
@@ -385,11 +392,12 @@ def read_rows(
     scratch_floats = scratch.view(np.float64)
     n_parts = program.parts.shape[0] - 1
     rows = np.empty((n_parts, _AHEAD), np.int64)
+    tiles = np.empty((program.scans.shape[0], _AHEAD), np.int64)
     slots = np.uint64(owners.shape[0])
     unknown = 0
     for i in range(start, as_of.shape[0]):
         if (i - start) % _AHEAD == 0:
-            _look_ahead(bases, owners, program, hashes, i, min(i + _AHEAD, as_of.shape[0]), rows)
+            _look_ahead(bases, owners, program, hashes, i, min(i + _AHEAD, as_of.shape[0]), rows, tiles)
         live = max(clock[i], _shards_time(bases, event_clock))
         at = as_of[i] if asked else live
         part, again = 0, 0
