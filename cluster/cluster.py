@@ -138,6 +138,7 @@ class Cluster:
                 memory_bytes_max=config.memory_mb_max << 20,
                 strings_max=config.strings_max,
                 reclaim_margin_ms=config.ahead_ms_max + _CLOCKS_APART_MS_MAX,
+                durability=config.durability,
             ),
             NAMESPACE,
             num_cpus=0.1,

@@ -46,6 +46,9 @@ class Config:
     #: On two cores a second shard makes a score of several keys slower: README, decisions.
     shards: int = _setting(max(1, (os.cpu_count() or 1) // 2), "feature actors; one for every two cores", 1, 1_024)
     slots: int = _setting(256, "slots of the shard map; fixed when the data directory is made", 1, 4_096)
+    durability: Literal["sync", "process", "none"] = _setting(
+        "sync", "what acknowledged events survive: the loss of power, the end of any process, or nothing"
+    )
     memory_dir: str = _setting("auto", "where features are kept: `auto` is /dev/shm, or data_dir if that is small")
     memory_mb_max: int = _setting(16_384, "most memory that the tiles of one shard take", 1, 32_768)
     strings_max: int = _setting(1_000_000, "distinct strings that a shard keeps for features", 0, 10**8)

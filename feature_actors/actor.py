@@ -1,6 +1,6 @@
 """The Ray edge: a shard as an actor, and the ports that call it.
 
-The actor adds a process and a queue to the plain `Shard`, nothing else. It is detached and named, is
+The actor adds a process, a queue and group commit to the plain shard and its log. It is detached and named, is
 restarted by Ray without end, and never retried by Ray: a write may be sent twice only by us, who
 know that it is safe. What crosses is described in `wire`.
 """
@@ -8,11 +8,14 @@ know that it is safe. What crosses is described in `wire`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+import logging
+import os
+from collections.abc import Awaitable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +24,13 @@ import ray
 
 from millpond.feature_actors.errors import MillpondError, Unavailable
 from millpond.feature_actors.keys import Hashes
-from millpond.feature_actors.layout import compile_layout
-from millpond.feature_actors.manifest import open_shard
+from millpond.feature_actors.durable import DurableShard
+from millpond.feature_actors.layout import Layout, compile_layout
+from millpond.feature_actors.log.log import Durability, Log, LogFull
+from millpond.feature_actors.manifest import open_shard, shard_dir
 from millpond.feature_actors.plan import Answer, Question
 from millpond.feature_actors.ports import all_of
-from millpond.feature_actors.shard import Shard
+from millpond.feature_actors.shard import Prepared, Shard
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.source import Source
 from millpond.feature_actors.tiles.memory import Control, Memory, MemoryFull
@@ -61,6 +66,9 @@ Ints = npt.NDArray[np.int64]
 PENDING_CALLS_MAX = 1_024
 #: How often shards are asked until they read as of one time.
 _READS_MAX = 8
+_READY_POLL_S = 0.01
+
+logger = logging.getLogger("millpond.shard")
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,7 @@ class ShardSpec:
     memory_bytes_max: int
     strings_max: int
     reclaim_margin_ms: int
+    durability: Durability
 
 
 def actor_name(cluster_name: str, shard: int) -> str:
@@ -86,86 +95,167 @@ def actor_name(cluster_name: str, shard: int) -> str:
 
 
 class FeatureActor:
-    """One shard in a process of its own; methods as of `Shard`."""
+    """One shard in a process of its own; methods as of `Shard`.
+
+    Writes that wait together travel to the log together: while one group is being synced, in a thread, the next one
+    gathers. All else happens on the actor's event loop, one thing at a time.
+    """
 
     def __init__(self, spec: ShardSpec, number: int) -> None:
         self._number, self._of = number, spec.shard_map.n_shards
         layout = self._layout = compile_layout(spec.sources, spec.views)
         self._decoder = QuestionDecoder(layout)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
         opening = open_shard(Path(spec.data_dir), number, spec.run_id)
-        # There is no log yet. A restarted actor would answer with empty features, as if nobody had ever done
-        # anything: it refuses instead. Readers of this node go on with the memory that its predecessor left.
-        self._lost = "was restarted and its features are gone" if opening.again else ""
-        folder = Path(spec.memory_dir)
-        memory = None
-        if not opening.again:
-            control = Control(folder, number, writable=True)
-            memory = Memory.create(control.tiles_path(opening.epoch), spec.memory_bytes_max)
+        control = Control(Path(spec.memory_dir), number, writable=True)
         self._shard = Shard(
             layout,
             spec.shard_map,
             number,
             seed=spec.hash_seed,
             dedupe_horizon_ms=spec.dedupe_horizon_ms,
-            memory=memory,
+            memory=Memory.create(control.tiles_path(opening.epoch), spec.memory_bytes_max),
             strings_max=spec.strings_max,
             reclaim_margin_ms=spec.reclaim_margin_ms,
         )
-        if not opening.again:
-            control.publish(opening.epoch)
+        self._durable: DurableShard | None = None
+        #: Why it refuses everything, for now or for good; "" if it does not.
+        self._refuses, self._code, self._retry_after_ms = "", "", 0
+        self._waiting: list[tuple[Prepared, asyncio.Future[None]]] = []
+        self._committer: asyncio.Task[None] | None = None
+        if spec.durability == "none":
+            if opening.again:
+                # It would answer with empty features, as if nobody had ever done anything. Readers of this node go on
+                # with the memory that its predecessor left.
+                self._refuse("was restarted and its features are gone; start the cluster anew and load the events again")
+            else:
+                control.publish(opening.epoch)
+            return
+        self._refuse("is about to replay its log", "recovering", 200)
+        log_dir = shard_dir(Path(spec.data_dir), number) / "log"
+        self._recovery = Thread(
+            target=self._recover, args=(layout, log_dir, spec.durability, control, opening.epoch), daemon=True
+        )
+        self._recovery.start()
 
-    def _check_lost(self) -> None:
-        if self._lost:
+    def _recover(
+        self, layout: Layout, log_dir: Path, durability: Literal["sync", "process"], control: Control, epoch: int
+    ) -> None:
+        """Replay the log; then let readers and writers in. What cannot be recovered is refused, not begun anew."""
+        try:
+            # Opened in the thread that writes to it: SQLite's connections are of a thread.
+            log = self._thread.submit(Log, log_dir, durability).result()
+            durable = DurableShard(layout, self._shard, log)
+            durable.recover(
+                lambda at, end: self._refuse(f"is replaying its log (offset {at} of {end})", "recovering", 200)
+            )
+            control.publish(epoch)
+            self._durable, self._refuses = durable, ""
+        except BaseException as error:
+            logger.exception("shard %d cannot recover", self._number)
+            self._refuse(f"cannot recover: {error}")
+
+    def _refuse(self, why: str, code: str = "shard_lost", retry_after_ms: int = 10_000) -> None:
+        self._code, self._retry_after_ms, self._refuses = code, retry_after_ms, why
+
+    def _check(self) -> None:
+        if self._refuses:
+            retry = f"; retry after {self._retry_after_ms} ms" if self._code == "recovering" else ""
             raise Unavailable(
-                f"shard {self._number} of {self._of} {self._lost}; start the cluster anew and load the events again",
-                code="shard_lost",
-                retry_after_ms=10_000,
+                f"shard {self._number} of {self._of} {self._refuses}{retry}",
+                code=self._code,
+                retry_after_ms=self._retry_after_ms,
             )
 
-    def admit(self, ids: WireIds) -> bytes:
-        self._check_lost()
-        return self._shard.admit(*decode_ids(ids)).tobytes()
+    # -- writes
 
-    def apply(self, events: WireEvents) -> None:
-        self._check_lost()
-        source, *rest = decode_events(events, self._layout)
-        with self._all_or_lost():
-            self._shard.apply(source, *rest)
+    async def admit(self, ids: WireIds) -> bytes:
+        self._check()
+        prepared = self._shard.prepare_admit(*decode_ids(ids))
+        await self._written(prepared)
+        return prepared.verdicts.tobytes()
 
-    def ingest(self, ids: WireIds, events: WireEvents) -> bytes:
-        self._check_lost()
+    async def apply(self, events: WireEvents) -> None:
+        self._check()
+        await self._written(self._shard.prepare_apply(*decode_events(events, self._layout)))
+
+    async def ingest(self, ids: WireIds, events: WireEvents) -> bytes:
+        self._check()
         source, hashes, contents, _ = decode_ids(ids)
         _, *rest = decode_events(events, self._layout)
-        with self._all_or_lost():
-            return self._shard.ingest(source, hashes, contents, *rest).tobytes()
+        prepared = self._shard.prepare_ingest(source, hashes, contents, *rest)
+        await self._written(prepared)
+        return prepared.verdicts.tobytes()
 
-    @contextmanager
-    def _all_or_lost(self) -> Iterator[None]:
-        """Refuse everything from now on if the body fails: part of the events may be in the tiles, and the
-        filter may take the rest for applied."""
+    async def _written(self, prepared: Prepared) -> None:
+        """Wait until what was prepared is in the log and applied. What has nothing new waits for what came before it,
+        by which it may have been judged."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((prepared, done))
+        if self._committer is None:
+            self._committer = asyncio.ensure_future(self._commit_waiting())
+        await done
+
+    async def _commit_waiting(self) -> None:
+        """Write what waits, group after group, until nothing waits."""
         try:
-            yield
-        except MemoryFull:  # before anything was applied
-            raise
+            while self._waiting:
+                group, self._waiting = self._waiting, []
+                prepared = [p for p, _ in group]
+                try:
+                    if self._durable is not None and any(p.record is not None for p in prepared):
+                        await asyncio.get_running_loop().run_in_executor(self._thread, self._durable.append, prepared)
+                except LogFull as full:
+                    group, self._waiting = group + self._waiting, []
+                    for p, _ in reversed(group):
+                        self._shard.undo(p)
+                    for _, done in group:
+                        if not done.done():  # its caller has not gone
+                            done.set_exception(full)
+                    continue
+                for p in prepared:
+                    self._shard.commit(p)
+                for _, done in group:
+                    if not done.done():
+                        done.set_result(None)
         except BaseException:
-            self._lost = "failed while it applied events and its features cannot be trusted"
-            raise
+            # What is on disk, or in the tiles, is not known: a new process finds out.
+            logger.exception("shard %d failed while it wrote; its process ends and recovers", self._number)
+            os._exit(70)
+        finally:
+            self._committer = None
+
+    # -- the rest
+
+    async def ready(self) -> None:
+        """Return when it has recovered. Raises `Unavailable` if it cannot."""
+        while self._code == "recovering" and self._refuses:
+            await asyncio.sleep(_READY_POLL_S)
+        self._check()
+
+    async def close(self) -> None:
+        """Take no more writes, finish those that wait, and close the log."""
+        self._refuse("is being stopped", "stopping", 1_000)
+        while self._committer is not None:
+            await asyncio.sleep(_READY_POLL_S)
+        if self._durable is not None:
+            self._thread.submit(self._durable.log.close).result()
 
     def read(self, question: WireQuestion) -> WireAnswer:
-        self._check_lost()
+        self._check()
         return encode_answer(self._shard.read(self._decoder.decode(question)))
 
     def status(self) -> dict[str, Any]:
-        self._check_lost()
+        self._check()
         return asdict(self._shard.status())
 
     def check(self) -> list[str]:
-        self._check_lost()
+        self._check()
         return self._shard.check()
 
 
 def start_actors(spec: ShardSpec, namespace: str, num_cpus: float) -> list[Any]:
-    """Start an actor per shard, detached and named, and wait until each has opened its directory."""
+    """Start an actor per shard, detached and named, and wait until each has recovered."""
     remote = ray.remote(FeatureActor)
     actors = [
         remote.options(
@@ -179,7 +269,7 @@ def start_actors(spec: ShardSpec, namespace: str, num_cpus: float) -> list[Any]:
         ).remote(spec, shard)
         for shard in range(spec.shard_map.n_shards)
     ]
-    ray.get([a.status.remote() for a in actors], timeout=120)
+    ray.get([a.ready.remote() for a in actors])
     return actors
 
 

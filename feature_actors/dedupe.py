@@ -25,6 +25,7 @@ Ints = npt.NDArray[np.int64]
 _WORDS = 4
 _LO, _HI, _RECEIVED, _CONTENT = range(_WORDS)
 _EMPTY = np.iinfo(np.int64).min  # nothing was received then
+_FORGOTTEN = _EMPTY + 1  # nor then, but the chain of places goes on
 _ENTRIES_AT_FIRST = 16
 # Columns of the directory: address of a slot's entries, how many there are, how many are used.
 _AT, _ENTRIES, _USED = range(3)
@@ -67,7 +68,7 @@ def _admit(
             at = _place(directory[slot, _AT], directory[slot, _ENTRIES], seed, ids[i, 0], ids[i, 1])
             if words[at + _RECEIVED] == _EMPTY:
                 directory[slot, _USED] += 1
-            elif words[at + _RECEIVED] >= oldest:
+            elif words[at + _RECEIVED] > _FORGOTTEN and words[at + _RECEIVED] >= oldest:
                 verdicts[i] = DUPLICATE if words[at + _CONTENT] == contents[i] else CONFLICT
                 continue
             words[at + _LO], words[at + _HI] = ids[i, 0], ids[i, 1]
@@ -83,12 +84,22 @@ def _rehash(old: Any, old_entries: Any, new: Any, new_entries: Any, seed: Any, o
     words, _, _ = views_at(old)
     new_words, _, _ = views_at(new)
     for entry in range(0, old_entries * _WORDS, _WORDS):
-        if words[entry + _RECEIVED] != _EMPTY and words[entry + _RECEIVED] >= oldest:
+        if words[entry + _RECEIVED] > _FORGOTTEN and words[entry + _RECEIVED] >= oldest:
             at = _place(new, new_entries, seed, words[entry + _LO], words[entry + _HI])
             for w in range(_WORDS):
                 new_words[at + w] = words[entry + w]
             used += 1
     return used
+
+
+@kernel
+def _forget(directory: Any, seed: Any, rows: Any, slots: Any, ids: Any) -> None:
+    """Mark the entries of ids that are there as never received."""
+    for i in rows:
+        words, _, _ = views_at(directory[slots[i], _AT])
+        at = _place(directory[slots[i], _AT], directory[slots[i], _ENTRIES], seed, ids[i, 0], ids[i, 1])
+        if words[at + _RECEIVED] != _EMPTY:
+            words[at + _RECEIVED] = _FORGOTTEN
 
 
 class IdFilter:
@@ -125,9 +136,13 @@ class IdFilter:
                 return
             self._make_room(int(slots[rows[start]]), oldest)
 
+    def forget(self, rows: Ints, slots: Ints, ids: Ints) -> None:
+        """Take back that ids `rows` were admitted as new: they are new when they come again."""
+        _forget(self._directory, self._seed, rows, slots, ids)
+
     def _make_room(self, slot: int, oldest: int) -> None:
         old = self._entries.get(slot)
-        kept = 0 if old is None else int(np.count_nonzero(old[:, _RECEIVED] >= max(oldest, _EMPTY + 1)))
+        kept = 0 if old is None else int(np.count_nonzero(old[:, _RECEIVED] >= max(oldest, _FORGOTTEN + 1)))
         size = _ENTRIES_AT_FIRST
         while size < kept * 2 + 2:
             size *= 2

@@ -2,6 +2,7 @@
 
     manifest.json            format, cluster id and name, number of slots, seed, key hash version
     shards/NNN/epoch.json    how often shard NNN was opened, and by which run of the cluster
+    shards/NNN/log/          what it has acknowledged, see log/FORMAT.md
 
 Written beside and renamed, synced. A shard that finds its own run in `epoch.json` has been
 restarted within the run: its memory is gone.
@@ -21,7 +22,7 @@ from typing import Any
 from millpond.feature_actors.errors import MillpondError
 from millpond.feature_actors.keys import KEY_HASH_VERSION
 
-__all__ = ["FORMAT_VERSION", "Manifest", "ManifestError", "Opening", "open_shard"]
+__all__ = ["FORMAT_VERSION", "Manifest", "ManifestError", "Opening", "open_shard", "shard_dir"]
 
 FORMAT_VERSION = 1
 
@@ -112,9 +113,13 @@ class Opening:
     again: bool
 
 
+def shard_dir(directory: Path, shard: int) -> Path:
+    return directory / "shards" / f"{shard:03d}"
+
+
 def open_shard(directory: Path, shard: int, run_id: str) -> Opening:
     """Count an opening of a shard's directory by a run of the cluster."""
-    path = directory / "shards" / f"{shard:03d}" / "epoch.json"
+    path = shard_dir(directory, shard) / "epoch.json"
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     before: dict[str, Any] = _read_json(path) if path.exists() else {"epoch": 0, "run": None}
     if type(before.get("epoch")) is not int or "run" not in before:

@@ -10,12 +10,15 @@ An event passes a shard in two steps, each safe to repeat:
 
 so a request that failed halfway can be sent again: what was applied is a duplicate there, and what
 was not is applied.
+
+Each step is made in three: `prepare` judges and remembers, in memory of the process; then what is new goes into the log
+(see `durable`); then `commit` applies it to the tiles, which readers see. So nothing is seen that is not in the log.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +28,7 @@ import pyarrow.compute as pc
 from millpond.feature_actors.dedupe import CONFLICT, NEW, IdFilter
 from millpond.feature_actors.keys import Hashes, hash_columns, owned, slots_of
 from millpond.feature_actors.layout import Layout, Table
+from millpond.feature_actors.log.record import EventsRecord, IdsRecord
 from millpond.feature_actors.plan import Answer, Question
 from millpond.feature_actors.reader import MemoryReader
 from millpond.feature_actors.shard_map import ShardMap
@@ -56,6 +60,23 @@ class _Route:
     rows: Ints
     inputs: npt.NDArray[np.float64]
     masks: npt.NDArray[np.bool_]
+
+
+@dataclass(slots=True)
+class Prepared:
+    """What a shard has judged and remembered of a request, and will apply when it is in the log.
+
+    record: for the log, None if there is nothing new. verdicts uint8 [n]: of event ids whose home is here.
+    """
+
+    received_ms: int
+    record: EventsRecord | IdsRecord | None = None
+    verdicts: npt.NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
+    routes: list[tuple[_Route, Ints]] = field(default_factory=list)
+    times: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    arrivals: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    remembered: list[tuple[IdFilter, Ints, Ints, Ints]] = field(default_factory=list)
+    promised_words: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,53 +130,163 @@ class Shard:
         self._reader = MemoryReader(shard_map, [number])
         self._reader.attach(number, self.memory)
 
-    # -- events
+    # -- events: prepare, log, commit
 
-    def admit(self, source: str, ids: Hashes, contents: Ints, received_ms: int) -> npt.NDArray[np.uint8]:
-        """Judge event ids whose home is here: uint8 [n] of `NEW`, `DUPLICATE`, `CONFLICT`.
+    def prepare_admit(self, source: str, ids: Hashes, contents: Ints, received_ms: int) -> Prepared:
+        """Judge event ids whose home is here; `verdicts` uint8 [n] of `NEW`, `DUPLICATE`, `CONFLICT`.
 
         ids uint64 [n, 2]: hashes of the event ids; contents int64 [n]: hashes of the whole events;
         received_ms: when the request came, by which ids are remembered.
         """
-        ids, contents = owned(ids), owned(contents)
-        verdicts = np.zeros(len(ids), np.uint8)
-        slots = slots_of(ids, self.shard_map.n_slots)
-        self._homes[source].admit(
-            np.flatnonzero(self._owned[slots]), slots, ids.view(np.int64), contents, received_ms, verdicts
-        )
-        return verdicts
+        prepared = Prepared(received_ms)
+        new = self._judge(prepared, source, owned(ids), owned(contents))
+        if len(new):
+            prepared.record = IdsRecord(source, received_ms, ids[new], contents[new])
+        return prepared
+
+    def prepare_ingest(
+        self, source: str, ids: Hashes, contents: Ints, batch: pa.RecordBatch, arrivals: Ints, received_ms: int
+    ) -> Prepared:
+        """Judge events whose home is here, all of them, and prepare to apply what is no conflict: both in one."""
+        prepared = Prepared(received_ms)
+        try:
+            home = np.zeros(len(ids), np.bool_)
+            home[self._judge(prepared, source, owned(ids), owned(contents))] = True
+            if (conflicts := prepared.verdicts == CONFLICT).any():
+                kept = np.flatnonzero(~conflicts)
+                batch, arrivals, home = batch.take(pa.array(kept)), arrivals[kept], home[kept]
+            self._prepare(prepared, source, batch, arrivals, home)
+        except BaseException:
+            self.undo(prepared)
+            raise
+        return prepared
+
+    def prepare_apply(self, source: str, batch: pa.RecordBatch, arrivals: Ints, received_ms: int) -> Prepared:
+        """Prepare to apply those routes of the events that are of this shard, in the order of the batch.
+
+        batch: of the source's schema; arrivals int64 [n], or one more, which only moves the clock;
+        received_ms as in `prepare_admit`. Raises `MemoryFull` before anything is remembered.
+        """
+        prepared = Prepared(received_ms)
+        self._prepare(prepared, source, batch, arrivals, np.zeros(batch.num_rows, np.bool_))
+        return prepared
+
+    def commit(self, prepared: Prepared) -> None:
+        """Apply what was prepared, when it is in the log; in the order of the log."""
+        if len(prepared.arrivals):
+            self._store.hear_of(int(prepared.arrivals.max()), prepared.received_ms)
+        for route, rows in prepared.routes:
+            self._store.apply(
+                route.table, rows, route.hashes, prepared.times, prepared.arrivals, route.inputs, route.masks
+            )
+            self._events[route.table.name] += len(rows)
+        self._store.keep_promise(prepared.promised_words)
+
+    def undo(self, prepared: Prepared) -> None:
+        """Forget what was prepared: it did not get into the log."""
+        for seen, rows, slots, ids in prepared.remembered:
+            seen.forget(rows, slots, ids)
+        self._store.keep_promise(prepared.promised_words)
+
+    def replay(self, record: IdsRecord | EventsRecord) -> None:
+        """Do again what a record of the log says, as part of recovery: it was judged when it was written.
+
+        What is of a source or a table that is not declared any more is passed over.
+        """
+        if record.source not in self._layout.sources:
+            return
+        if isinstance(record, IdsRecord):
+            self._judge(Prepared(record.received_ms), record.source, owned(record.ids), owned(record.contents))
+            return
+        declared = self._layout.source(record.source)
+        batch = declared.upgraded(record.batch)
+        n, prepared = batch.num_rows, Prepared(record.received_ms)
+        ids = self._ids(record.source, batch)
+        home = np.flatnonzero(record.routes & 1)
+        if ids is not None and len(home):
+            contents = hash_columns(batch.columns, n)[:, 0].view(np.int64)
+            self._judge(prepared, record.source, ids[home], contents[home])
+        bits = {key: np.uint32(2 << number) for number, key in enumerate(record.tables)}
+        for route in self._routes(prepared, record.source, batch, record.arrivals):
+            rows = np.flatnonzero(record.routes & bits.get(route.table.key, np.uint32(0)))
+            if ids is not None and len(rows):
+                self._remember(prepared, route, rows, ids)
+            prepared.routes.append((route, rows))
+        prepared.times, prepared.arrivals = self._times(record.source, batch), owned(record.arrivals)
+        self.commit(prepared)
+
+    def admit(self, source: str, ids: Hashes, contents: Ints, received_ms: int) -> npt.NDArray[np.uint8]:
+        """Judge event ids at once, without a log; see `prepare_admit`."""
+        return self.prepare_admit(source, ids, contents, received_ms).verdicts
 
     def ingest(
         self, source: str, ids: Hashes, contents: Ints, batch: pa.RecordBatch, arrivals: Ints, received_ms: int
     ) -> npt.NDArray[np.uint8]:
-        """Admit events whose home is here, all of them, and apply what is no conflict: both steps in one."""
-        verdicts = self.admit(source, ids, contents, received_ms)
-        if (conflicts := verdicts == CONFLICT).any():
-            kept = np.flatnonzero(~conflicts)
-            batch, arrivals = batch.take(pa.array(kept)), arrivals[kept]
-        self.apply(source, batch, arrivals, received_ms)
-        return verdicts
+        """Judge and apply events at once, without a log; see `prepare_ingest`."""
+        prepared = self.prepare_ingest(source, ids, contents, batch, arrivals, received_ms)
+        self.commit(prepared)
+        return prepared.verdicts
 
     def apply(self, source: str, batch: pa.RecordBatch, arrivals: Ints, received_ms: int) -> None:
-        """Apply those routes of the events that are of this shard, in the order of the batch.
+        """Apply events at once, without a log; see `prepare_apply`."""
+        self.commit(self.prepare_apply(source, batch, arrivals, received_ms))
 
-        batch: of the source's schema; arrivals int64 [n], or one more, which only moves the clock;
-        received_ms as in `admit`. Raises `MemoryFull` before anything is applied.
-        """
-        declared = self._layout.source(source)
-        times = owned(batch.column(declared.event_time).cast(pa.int64()).to_numpy())
-        arrivals = owned(arrivals)
-        routes = self._routes(source, batch, arrivals)
-        ids = None
-        if declared.event_id is not None and batch.num_rows:
-            ids = hash_columns([batch.column(declared.event_id)], batch.num_rows)
-        if len(arrivals):
-            self._store.hear_of(int(arrivals.max()), received_ms)
-        for route in routes:
-            rows = self._new_rows(route, ids, received_ms)
-            self._store.apply(route.table, rows, route.hashes, times, arrivals, route.inputs, route.masks)
+    # -- steps of prepare
 
-    def _routes(self, source: str, batch: pa.RecordBatch, arrivals: Ints) -> list[_Route]:
+    def _judge(self, prepared: Prepared, source: str, ids: Hashes, contents: Ints) -> Ints:
+        """Judge event ids into `prepared.verdicts` and remember the new ones; return their rows."""
+        prepared.verdicts = np.zeros(len(ids), np.uint8)
+        slots, seen = slots_of(ids, self.shard_map.n_slots), self._homes[source]
+        mine = np.flatnonzero(self._owned[slots])
+        seen.admit(mine, slots, ids.view(np.int64), contents, prepared.received_ms, prepared.verdicts)
+        new: Ints = mine[prepared.verdicts[mine] == NEW]
+        prepared.remembered.append((seen, new, slots, ids.view(np.int64)))
+        return new
+
+    def _prepare(
+        self, prepared: Prepared, source: str, batch: pa.RecordBatch, arrivals: Ints, home: npt.NDArray[np.bool_]
+    ) -> None:
+        """Add to `prepared` what is to be applied, and the record of it; home bool [n]: the events that are new here."""
+        n = batch.num_rows
+        bits = home.astype(np.uint32)
+        tables = []
+        ids = self._ids(source, batch)
+        for number, route in enumerate(self._routes(prepared, source, batch, arrivals)):
+            rows = route.rows if ids is None else self._remember(prepared, route, route.rows, ids)
+            bits[rows] |= np.uint32(2 << number)
+            tables.append(route.table.key)
+            prepared.routes.append((route, rows))
+        prepared.times, prepared.arrivals = self._times(source, batch), owned(arrivals)
+        if bits.any():
+            kept, stamps = np.flatnonzero(bits), prepared.arrivals[:n]
+            if len(kept) < n:
+                batch, stamps, bits = batch.take(pa.array(kept)), stamps[kept], bits[kept]
+            prepared.record = EventsRecord(
+                source, self._layout.source(source).version, prepared.received_ms, tuple(tables), stamps, bits, batch
+            )
+
+    def _remember(self, prepared: Prepared, route: _Route, rows: Ints, ids: Hashes) -> Ints:
+        """Remember the events of a route; return those rows that its slots have not seen."""
+        if len(rows) == 0:
+            return rows
+        route_ids = (ids + route.hashes[:, ::-1].view(np.uint64)).view(np.int64)
+        verdicts = np.zeros(len(ids), np.uint8)
+        seen = self._filters[route.table.number]
+        no_contents = np.zeros(len(ids), np.int64)
+        seen.admit(rows, route.slots, route_ids, no_contents, prepared.received_ms, verdicts)
+        new: Ints = rows[verdicts[rows] == NEW]
+        prepared.remembered.append((seen, new, route.slots, route_ids))
+        return new
+
+    def _ids(self, source: str, batch: pa.RecordBatch) -> Hashes | None:
+        event_id = self._layout.source(source).event_id
+        return hash_columns([batch.column(event_id)], batch.num_rows) if event_id and batch.num_rows else None
+
+    def _times(self, source: str, batch: pa.RecordBatch) -> Ints:
+        times: Ints = owned(batch.column(self._layout.source(source).event_time).cast(pa.int64()).to_numpy())
+        return times
+
+    def _routes(self, prepared: Prepared, source: str, batch: pa.RecordBatch, arrivals: Ints) -> list[_Route]:
         """Return what of a batch goes to this shard's slots of the tables of its source, and make room for it.
 
         What an event can make fail is here, before the filters, which take an event for applied once they have seen it.
@@ -173,7 +304,8 @@ class Shard:
                   for name in t.inputs}  # fmt: skip
         of_strings = sum(self._strings.words_for(c) for c in fields.values() if pa.types.is_string(c.type))
         events = [(table, slots[rows]) for table, (_, slots, rows) in zip(tables, hashed, strict=True)]
-        self._store.make_room(events, int(arrivals.max()) if len(arrivals) else NO_CLOCK, of_strings)
+        arrival_ms = int(arrivals.max()) if len(arrivals) else NO_CLOCK
+        prepared.promised_words += self._store.promise_room(events, arrival_ms, of_strings)
         concerned = np.unique(np.concatenate([rows for _, _, rows in hashed])) if fields else _NO_ROWS
         values = {name: self._values(column, concerned) for name, column in fields.items()}
         return [
@@ -184,19 +316,6 @@ class Shard:
             )
             for table, (hashes, slots, rows) in zip(tables, hashed, strict=True)
         ]  # fmt: skip
-
-    def _new_rows(self, route: _Route, ids: Hashes | None, received_ms: int) -> Ints:
-        """Return the rows of a route that its slots have not seen."""
-        rows = route.rows
-        if ids is not None and len(rows):
-            n = len(ids)
-            route_ids = (ids + route.hashes[:, ::-1].view(np.uint64)).view(np.int64)
-            verdicts = np.zeros(n, np.uint8)
-            seen = self._filters[route.table.number]
-            seen.admit(rows, route.slots, route_ids, np.zeros(n, np.int64), received_ms, verdicts)
-            rows = rows[verdicts[rows] == NEW]
-        self._events[route.table.name] += len(rows)
-        return rows
 
     def _values(self, column: pa.Array, rows: Ints) -> npt.NDArray[np.float64]:
         """Return the values of a field as the kernels take them, float64 [n], NaN for null; strings by address, those
@@ -232,11 +351,10 @@ class Shard:
         assert question.as_of is not None
         answer, program = answer or Answer.empty(question), question.program
         for name, (batch, arrivals) in events.items():
-            event_id = self._layout.source(name).event_id
-            times = owned(batch.column(self._layout.source(name).event_time).cast(pa.int64()).to_numpy())
-            ids = None if event_id is None else hash_columns([batch.column(event_id)], len(times))
-            for route in self._routes(name, batch, arrivals):
-                rows = self._new_rows(route, ids, 0)  # at one moment: every id counts once
+            times, ids, prepared = self._times(name, batch), self._ids(name, batch), Prepared(0)
+            for route in self._routes(prepared, name, batch, arrivals):
+                # Received at one moment: every id counts once.
+                rows = route.rows if ids is None else self._remember(prepared, route, route.rows, ids)
                 if route.table not in program.tables:
                     continue
                 keys = question.hashes[program.keys.index(route.table.key)]

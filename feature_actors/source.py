@@ -139,6 +139,20 @@ class Source:
         if spec.optional or spec.default is not None:
             raise DeclarationError(f"source `{self.name}`: {role} `{name}` can be neither optional nor defaulted")
 
+    def upgraded(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Return a batch of an older version of the schema as one of this: a field that it lacks is null, or its
+        default."""
+        schema = self.schema
+        if batch.schema.equals(schema):
+            return batch
+        columns = []
+        for name, spec in self.fields.items():
+            if name in batch.schema.names:
+                columns.append(batch.column(name).cast(spec.arrow_type))
+            else:
+                columns.append(pa.repeat(pa.scalar(spec.default, spec.arrow_type), batch.num_rows))
+        return pa.RecordBatch.from_arrays(columns, schema=schema)
+
     @property
     def schema(self) -> pa.Schema:
         """The Arrow schema of a validated batch; a field that is not optional is not nullable."""

@@ -83,6 +83,7 @@ class TileStore:
         self._n_slots = n_slots
         self._margin_ms = reclaim_margin_ms
         self._reclaimed_ms = NO_CLOCK
+        self._promised_words = 0
         self._sweeps = [_Sweep(np.zeros(2, np.int64)) for _ in layout.tables]
         header = max((t.slots_at(n_slots) + n_slots * t.slot_words for t in layout.tables), default=MEMORY_HEADER_WORDS)
         words = memory.words
@@ -108,7 +109,7 @@ class TileStore:
     def apply(
         self, table: Table, rows: Ints, hashes: Ints, times: Ints, arrivals: Ints, inputs: Floats, masks: Bools
     ) -> None:
-        """Apply the events `rows` of a batch in that order; shapes as `apply_events`; `make_room` comes first."""
+        """Apply the events `rows` of a batch in that order; shapes as `apply_events`; `promise_room` comes first."""
         memory, program = self.memory, table.program(self._n_slots)
         for first in range(0, len(rows), _CHUNK):
             chunk, start = rows[first : first + _CHUNK], 0
@@ -123,30 +124,39 @@ class TileStore:
                 self._grow(table)
             self._reclaim(table, len(chunk) * _RECLAIM_PER_EVENT + (self._rows(table) - before) * _RECLAIM_PER_NEW_ROW)
 
-    def make_room(self, events: Sequence[tuple[Table, Ints]], arrival_ms: int = NO_CLOCK, more_words: int = 0) -> None:
-        """Have room for events, or be sure of it, so that applying them cannot fail halfway.
+    def promise_room(
+        self, events: Sequence[tuple[Table, Ints]], arrival_ms: int = NO_CLOCK, more_words: int = 0
+    ) -> int:
+        """Have room for events, or be sure of it, so that applying them cannot fail halfway; return how many words.
 
-        events: per table the slot of each event's key, int64 [n]; arrival_ms: their newest arrival stamp, as of which
-        what is out of sight is freed if there is no room otherwise. What events need at most is far more than what they
+        What was promised before and not kept yet is counted in. events: per table the slot of each event's key, int64
+        [n]; arrival_ms: their newest arrival stamp, as of which what is out of sight is freed if there is no room
+        otherwise. What events need at most is far more than what they
         usually need, so it is looked at closely, and allocated, only where memory is short. Raises `MemoryFull`.
         """
-        room = int(self.memory.words[M_LIMIT] - self.memory.words[M_USED])
+        room = int(self.memory.words[M_LIMIT] - self.memory.words[M_USED]) - self._promised_words
         wanted = more_words + sum(self._at_most(table, len(slots)) for table, slots in events)
-        if room >= wanted or self.memory.has_room_for(wanted - room):
-            return
-        try:
-            self._make_just_enough_room(events, more_words)
-        except MemoryFull:
-            self.hear_of(arrival_ms, NO_CLOCK)
-            if not self._reclaim_everything():
-                raise
-            self._make_just_enough_room(events, more_words)
+        if room < wanted and not self.memory.has_room_for(wanted - room):
+            try:
+                wanted = self._make_just_enough_room(events, more_words)
+            except MemoryFull:
+                self.hear_of(arrival_ms, NO_CLOCK)
+                if not self._reclaim_everything():
+                    raise
+                wanted = self._make_just_enough_room(events, more_words)
+        self._promised_words += wanted
+        return wanted
 
-    def _make_just_enough_room(self, events: Sequence[tuple[Table, Ints]], more_words: int) -> None:
-        room = int(self.memory.words[M_LIMIT] - self.memory.words[M_USED])
+    def keep_promise(self, words: int) -> None:
+        """Say that events have been applied, or will not be, for which so many words were promised."""
+        self._promised_words -= words
+
+    def _make_just_enough_room(self, events: Sequence[tuple[Table, Ints]], more_words: int) -> int:
+        room = int(self.memory.words[M_LIMIT] - self.memory.words[M_USED]) - self._promised_words
         wanted = more_words + sum(self._words_for(table, slots) for table, slots in events)
         if room < wanted:
             self.memory.grow(wanted - room)
+        return wanted
 
     def _reclaim_everything(self) -> bool:
         """Free all that is out of sight, unless that was done just now; return whether it was not."""

@@ -1,0 +1,132 @@
+"""The log of one shard: records appended and synced together, read back in order. Storage is a `diskcache.Cache`."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import diskcache
+import pyarrow as pa
+from diskcache.core import MODE_RAW
+
+from millpond.feature_actors.errors import Unavailable
+from millpond.feature_actors.log.record import EventsRecord, LogDamaged, Record, SchemaRecord, decode, encode
+
+__all__ = ["Durability", "Log", "LogFull"]
+
+#: What an acknowledged event survives: "sync" the loss of power, "process" the end of any process, "none" nothing.
+Durability = Literal["sync", "process", "none"]
+
+_SYNCHRONOUS = {"sync": 2, "process": 0}  # SQLite's FULL and OFF
+_NEVER_A_FILE = 1 << 40
+
+
+class LogFull(Unavailable):
+    """The disk has no room for a record."""
+
+    code = "log_full"
+
+
+class _RawDisk(diskcache.Disk):  # type: ignore[misc]
+    """Values are bytes and keys are integers, stored as they are. diskcache would pickle what is not, and unpickle
+    what it finds."""
+
+    def put(self, key: Any) -> tuple[int, bool]:
+        assert type(key) is int
+        return key, True
+
+    def get(self, key: Any, raw: bool) -> int:
+        if not raw or type(key) is not int:
+            raise LogDamaged(f"log: a key is {type(key).__name__}; keys are offsets; run `millpond check`")
+        return key
+
+    def store(self, value: Any, read: bool, key: Any = None) -> tuple[int, int, None, Any]:
+        assert type(value) is bytes
+        return 0, MODE_RAW, None, sqlite3.Binary(value)
+
+    def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> bytes:
+        if mode != MODE_RAW or not isinstance(value, bytes | memoryview):
+            raise LogDamaged("log: a value is not of raw bytes; nothing else is read; run `millpond check`")
+        return bytes(value)
+
+
+class Log:
+    """Open the log in `directory`, or make it. One process, and one thread of it, writes to a log.
+
+    Raises `LogDamaged` if what is there is no log, or its offsets have gaps.
+    """
+
+    def __init__(self, directory: Path, durability: Literal["sync", "process"] = "sync") -> None:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self._cache = diskcache.Cache(
+                str(directory),
+                disk=_RawDisk,
+                timeout=60,
+                eviction_policy="none",
+                cull_limit=0,
+                statistics=0,
+                size_limit=1 << 62,
+                sqlite_auto_vacuum=0,
+                sqlite_synchronous=_SYNCHRONOUS[durability],
+                disk_min_file_size=_NEVER_A_FILE,
+            )
+            first = next(self._cache.iterkeys(), 0)
+            last = next(self._cache.iterkeys(reverse=True), -1)
+        except (sqlite3.DatabaseError, diskcache.Timeout) as error:
+            raise LogDamaged(f"log: `{directory}` cannot be opened: {error}; run `millpond check`") from None
+        #: Where the log begins, and where the next record goes.
+        self.first, self.next = first, last + 1
+        if len(self._cache) != self.next - self.first:
+            raise LogDamaged(
+                f"log: `{directory}` holds {len(self._cache)} records between offsets {first} and {last}; run "
+                "`millpond check`"
+            )
+        self._schemas: dict[tuple[str, int], pa.Schema] = {}
+
+    def append(self, records: Sequence[Record], schemas: dict[tuple[str, int], pa.Schema]) -> int:
+        """Append records in one transaction and sync it; return the offset of the first.
+
+        schemas: of the sources' versions; one that the log does not have yet is written before its first events.
+        Raises `LogFull`; nothing has been written then. Any other failure must end the process: what the disk holds is
+        not known.
+        """
+        new: list[Record] = []
+        for record in records:
+            if isinstance(record, EventsRecord) and (name := (record.source, record.version)) not in self._schemas:
+                self._schemas[name] = schemas[name]
+                new.append(SchemaRecord(*name, schemas[name]))
+            new.append(record)
+        offset = self.next
+        try:
+            with self._cache.transact():
+                for number, record in enumerate(new):
+                    self._cache.set(offset + number, encode(record, offset + number))
+        except sqlite3.OperationalError as error:
+            for record in new:
+                if isinstance(record, SchemaRecord):
+                    self._schemas.pop((record.source, record.version), None)
+            if "full" in str(error):
+                raise LogFull(
+                    f"log: no room on the disk: {error}; free some, events are taken again then", retry_after_ms=10_000
+                ) from None
+            raise
+        self.next += len(new)
+        return offset
+
+    def read(self) -> Iterator[tuple[int, Record]]:
+        """Yield each record and its offset, in order. Raises `LogDamaged`."""
+        for offset in range(self.first, self.next):
+            content = self._cache.get(offset)
+            if content is None:
+                raise LogDamaged(f"log: no record at offset {offset}; run `millpond check`")
+            record = decode(content, offset, self._schemas)
+            if isinstance(record, SchemaRecord):
+                self._schemas[record.source, record.version] = record.schema
+            else:
+                yield offset, record
+
+    def close(self) -> None:
+        self._cache.close()
