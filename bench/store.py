@@ -589,7 +589,8 @@ class StoreWorkload:
             memory_dir=str(memory),
             memory_bytes_max=_MEMORY_BYTES_MAX,
             strings_max=0,
-            reclaim_margin_ms=_HOUR_MS, durability="none",
+            reclaim_margin_ms=_HOUR_MS,
+            durability="none",
         )
         actors = start_actors(spec, NAMESPACE, num_cpus=0.1)
         newest_ms = asyncio.run(self._load_actor(ActorIngest(actors), layout))

@@ -22,9 +22,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray
 
+from millpond.feature_actors.durable import DurableShard
 from millpond.feature_actors.errors import MillpondError, Unavailable
 from millpond.feature_actors.keys import Hashes
-from millpond.feature_actors.durable import DurableShard
 from millpond.feature_actors.layout import Layout, compile_layout
 from millpond.feature_actors.log.log import Durability, Log, LogFull
 from millpond.feature_actors.manifest import open_shard, shard_dir
@@ -33,7 +33,7 @@ from millpond.feature_actors.ports import all_of
 from millpond.feature_actors.shard import Prepared, Shard
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.source import Source
-from millpond.feature_actors.tiles.memory import Control, Memory, MemoryFull
+from millpond.feature_actors.tiles.memory import Control, Memory
 from millpond.feature_actors.view import FeatureView
 from millpond.feature_actors.wire import (
     QuestionDecoder,
@@ -127,7 +127,9 @@ class FeatureActor:
             if opening.again:
                 # It would answer with empty features, as if nobody had ever done anything. Readers of this node go on
                 # with the memory that its predecessor left.
-                self._refuse("was restarted and its features are gone; start the cluster anew and load the events again")
+                self._refuse(
+                    "was restarted and its features are gone; start the cluster anew and load the events again"
+                )
             else:
                 control.publish(opening.epoch)
             return

@@ -246,7 +246,7 @@ class Shard:
     def _prepare(
         self, prepared: Prepared, source: str, batch: pa.RecordBatch, arrivals: Ints, home: npt.NDArray[np.bool_]
     ) -> None:
-        """Add to `prepared` what is to be applied, and the record of it; home bool [n]: the events that are new here."""
+        """Add to `prepared` what is to be applied, and the record of it; home bool [n]: events that are new here."""
         n = batch.num_rows
         bits = home.astype(np.uint32)
         tables = []

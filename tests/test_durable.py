@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sqlite3
 import tempfile
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
@@ -22,7 +21,6 @@ from millpond.feature_actors.clock import ManualClock
 from millpond.feature_actors.durable import DurableShard
 from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.log.log import Log, LogFull
-from millpond.feature_actors.log.record import LogDamaged
 from millpond.feature_actors.ports import LocalRead, complete
 from millpond.feature_actors.shard import Prepared, Shard
 from millpond.feature_actors.shard_map import ShardMap

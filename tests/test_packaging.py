@@ -55,7 +55,7 @@ def test_the_wheel_holds_every_file_of_the_packages_and_nothing_else(
     wanted = {
         f"millpond/{name}"
         for name in source_files
-        if name.split("/")[0] in FOLDERS and name.endswith((".py", ".html", "py.typed"))
+        if name.split("/")[0] in FOLDERS and name.endswith((".py", ".html", "py.typed", "FORMAT.md"))
     }
     assert inside == wanted
     assert {f"millpond/{folder}/py.typed" for folder in FOLDERS if folder != "bench"} <= inside

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import time
 from bisect import bisect_left, bisect_right
@@ -24,11 +25,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from millpond.cluster.cluster import Cluster
+from millpond.cluster.cluster import Cluster, running
 from millpond.cluster.config import Config
 from millpond.cluster.demo.session import ARROW_STREAM, Session, arrow_stream
 from millpond.feature_actors.aggregations import Aggregation
-from millpond.feature_actors.errors import Unavailable
+from millpond.feature_actors.errors import DeclarationError, Unavailable
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.oracle import agrees, known
 from millpond.feature_actors.plan import FeatureRows
@@ -93,7 +94,20 @@ class Stage:
     def cluster(self, definition_file: Path) -> tuple[Cluster, Definition]:
         """Start a cluster with a definition's sources and views; its models come later."""
         definition = Definition.read(definition_file, self.artifacts_dir)
+        self._begin_anew()
         return Cluster(self.config, [definition]).start(models=False), definition
+
+    def _begin_anew(self) -> None:
+        """Take away what an earlier demo has logged in this directory, and nothing else's."""
+        logs, mark = list(self.config.directory.glob("shards/*/log")), self.artifacts_dir / "logs_are_of_the_demo"
+        if logs and not mark.exists():
+            raise DeclarationError(
+                f"demo: `{self.config.directory}` holds events of a cluster; name another with `--name`"
+            )
+        if running(self.config.directory) is None:
+            for log in logs:
+                shutil.rmtree(log)
+        mark.touch()
 
     def load(self, url: str, events: Mapping[str, pa.Table], advance: Callable[..., None]) -> None:
         """Post events in bulk, as Arrow streams, a connection for each source, and note events/s.

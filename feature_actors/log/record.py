@@ -81,9 +81,7 @@ def encode(record: Record, offset: int) -> bytes:
     else:
         header |= {"kind": "ids", "received_ms": record.received_ms}
         blocks = {"ids": record.ids, "contents": record.contents}
-    contents = [
-        block.tobytes() if isinstance(block, np.ndarray) else block.to_pybytes() for block in blocks.values()
-    ]
+    contents = [block.tobytes() if isinstance(block, np.ndarray) else block.to_pybytes() for block in blocks.values()]
     header["blocks"] = [[name, len(content)] for name, content in zip(blocks, contents, strict=True)]
     head = msgspec.msgpack.encode(header)
     parts = [offset.to_bytes(8, "little"), len(head).to_bytes(4, "little"), head]

@@ -90,7 +90,7 @@ _TRIES = 64
 _SPINS = 2_000
 #: A ring's slot is looked at after so many tiles, in case that the ring has no end.
 _LOOK_EVERY = 1_024
-#: So many ids are looked up ahead of reading them; of several ids also the tiles after the oldest, so many steps in all.
+#: So many ids are looked up ahead of reading them, in so many steps if there are several.
 _AHEAD = 16
 _STEPS_AHEAD = 12
 
@@ -307,8 +307,8 @@ def _look_ahead(
 ) -> None:
     """Ask for the memory of the ids from start to end, so that it is on its way while the first of them are read.
 
-    What is asked for in one step does not wait for each other: indexes, rows, newest tiles, oldest tiles, and for several
-    ids the tiles after those. rows int64 [parts, ids], tiles int64 [scans, ids]: room for what was found.
+    What is asked for in one step does not wait for each other: indexes, rows, newest tiles, oldest tiles, and for
+    several ids the tiles after those. rows int64 [parts, ids], tiles int64 [scans, ids]: room for what was found.
     """
     parts, series = program.parts, program.series
     slots = np.uint64(owners.shape[0])
@@ -330,7 +330,7 @@ def _look_ahead(
                         s = program.scans[scan, R_SERIES]
                         if not series[s, S_LIFETIME]:
                             if step == 2:
-                                tile = np.int64(halves[2 * row + series[s, S_ROW_AT]])
+                                tile: Any = np.int64(halves[2 * row + series[s, S_ROW_AT]])
                             else:
                                 tile = tiles[scan, i - start]
                                 tile = next_of(halves, tile) if tile < limit else 0

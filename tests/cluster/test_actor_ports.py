@@ -23,13 +23,14 @@ SHARDS_MAX = 5
 NAME = "ports"
 
 
-def spec(layout: Layout, shard_map: ShardMap, data_dir: Path) -> Any:
+def spec(layout: Layout, shard_map: ShardMap, data_dir: Path, durability: str = "process") -> Any:
     from millpond.feature_actors.actor import ShardSpec
 
     return ShardSpec(
         cluster_name=NAME, run_id=uuid.uuid4().hex, data_dir=str(data_dir), sources=tuple(layout.sources.values()),
         views=tuple(layout.views.values()), shard_map=shard_map, hash_seed=7, dedupe_horizon_ms=86_400_000,
         memory_dir=str(data_dir), memory_bytes_max=1 << 30, strings_max=1_000, reclaim_margin_ms=660_000,
+        durability=durability,
     )  # fmt: skip
 
 
@@ -65,14 +66,28 @@ def make(actors: tuple[list[Any], Path], runner: asyncio.Runner) -> Iterator[Any
 
     def make(layout: Layout, shard_map: ShardMap) -> tuple[IngestPort, ReadPort, Run]:
         # Every actor is made anew within its process, as a start of the cluster makes it.
-        fresh = spec(layout, shard_map, data_dir)
+        fresh = spec(layout, shard_map, new_folder(data_dir))
         in_use[:] = handles[: shard_map.n_shards]
-        ray.get([a.__ray_call__.remote(operator.methodcaller("__init__", fresh, i)) for i, a in enumerate(in_use)])
+        start(in_use, fresh)
         return ActorIngest(in_use, 30.0), ActorRead(in_use, shard_map, 30.0), runner.run
 
     yield make
     assert in_use
     assert ray.get([a.check.remote() for a in in_use]) == [[]] * len(in_use)
+
+
+def new_folder(data_dir: Path) -> Path:
+    folder = data_dir / uuid.uuid4().hex
+    folder.mkdir()
+    return folder
+
+
+def start(handles: list[Any], fresh: Any) -> None:
+    """Make actors anew within their processes, as a start of the cluster or of a process makes them."""
+    import ray
+
+    ray.get([a.__ray_call__.remote(operator.methodcaller("__init__", fresh, i)) for i, a in enumerate(handles)])
+    ray.get([a.ready.remote() for a in handles])
 
 
 class TestActorPorts(PortContract):
@@ -88,16 +103,16 @@ def test_an_error_of_a_shard_arrives_as_it_was_raised(make: Any) -> None:
     assert (type(caught.value), caught.value.code, caught.value.path) == (AsOfInPast, "as_of_in_past", "as_of")
 
 
-def test_a_shard_that_was_restarted_refuses_everything(make: Any, actors: tuple[list[Any], Path]) -> None:
+def test_without_a_log_a_shard_that_was_restarted_refuses_everything(make: Any, actors: tuple[list[Any], Path]) -> None:
     """Its features are gone; an answer from what is left would say that nobody ever did anything."""
     import ray
 
     cluster = Cluster(make, 2, ManualClock(NOW))
-    cluster.ingest(*(order(user=u) for u in range(20)))
     handles, data_dir = actors
-    again = spec(LAYOUT, ShardMap.even(16, 2), data_dir)
-    for _ in range(2):  # opened twice by one run
-        ray.get(handles[1].__ray_call__.remote(operator.methodcaller("__init__", again, 1)))
+    again = spec(LAYOUT, ShardMap.even(16, 2), new_folder(data_dir), "none")
+    start(handles[:2], again)
+    cluster.ingest(*(order(user=u) for u in range(20)))
+    ray.get(handles[1].__ray_call__.remote(operator.methodcaller("__init__", again, 1)))
     message = "shard 1 of 2 was restarted and its features are gone; start the cluster anew and load the events again"
     for attempt in (
         lambda: cluster.read([by_user], *({"user": u} for u in range(20))),
@@ -106,11 +121,47 @@ def test_a_shard_that_was_restarted_refuses_everything(make: Any, actors: tuple[
         with pytest.raises(Unavailable) as caught:
             attempt()
         assert (str(caught.value), caught.value.code, caught.value.retry_after_ms) == (message, "shard_lost", 10_000)
-    ray.get(
-        handles[1].__ray_call__.remote(
-            operator.methodcaller("__init__", spec(LAYOUT, ShardMap.even(16, 2), data_dir), 1)
-        )
-    )
+    start(handles[:2], spec(LAYOUT, ShardMap.even(16, 2), new_folder(data_dir)))
+
+
+@pytest.mark.parametrize("durability", ["sync", "process"])
+def test_with_a_log_a_shard_that_was_restarted_has_all_that_it_acknowledged(
+    durability: str, make: Any, actors: tuple[list[Any], Path]
+) -> None:
+    cluster = Cluster(make, 2, ManualClock(NOW))
+    handles, data_dir = actors
+    again = spec(LAYOUT, ShardMap.even(16, 2), new_folder(data_dir), durability)
+    start(handles[:2], again)
+    users = [{"user": u} for u in range(20)]
+    for _ in range(3):
+        cluster.ingest(*(order(user=u) for u in range(20)))
+        before = cluster.read([by_user], *users).matrix
+        start(handles[:2], again)
+        assert cluster.read([by_user], *users).matrix.tobytes() == before.tobytes()
+
+
+def test_a_damaged_log_is_refused_and_says_where(make: Any, actors: tuple[list[Any], Path]) -> None:
+    import sqlite3
+
+    import ray
+
+    cluster = Cluster(make, 1, ManualClock(NOW))
+    handles, data_dir = actors
+    again = spec(LAYOUT, ShardMap.even(16, 1), new_folder(data_dir))
+    start(handles[:1], again)
+    for user in range(5):
+        cluster.ingest(order(user=user))
+    log = Path(again.data_dir) / "shards" / "000" / "log" / "cache.db"
+    with sqlite3.connect(log) as database:
+        ((value,),) = database.execute("SELECT value FROM Cache WHERE key = 3")
+        database.execute("UPDATE Cache SET value = ? WHERE key = 3", (value[:-9] + b"\xff" + value[-8:],))
+    database.close()
+    with pytest.raises(ray.exceptions.RayTaskError) as caught:
+        start(handles[:1], again)
+    assert isinstance(caught.value.cause, Unavailable)
+    message = "shard 0 of 1 cannot recover: log: the record at offset 3 fails its checksum; run `millpond check`"
+    assert str(caught.value.cause).startswith(message)
+    start(handles[:1], spec(LAYOUT, ShardMap.even(16, 1), new_folder(data_dir)))
 
 
 def test_a_shard_that_does_not_answer_in_time_is_unavailable(
