@@ -28,7 +28,7 @@ from millpond.feature_actors.client import TimeLimits
 from millpond.feature_actors.decode import BodyLimits
 from millpond.feature_actors.errors import DeclarationError, Unavailable
 from millpond.feature_actors.layout import compile_layout
-from millpond.feature_actors.manifest import Manifest, write_json
+from millpond.feature_actors.manifest import Manifest, check_logs, write_json
 from millpond.feature_actors.memory_folder import MemoryFolder
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.tiles.memory import started_ticks
@@ -102,6 +102,7 @@ class Cluster:
                 f"{other['pid']}); stop it with `millpond down`, or give this one another name"
             )
         manifest = Manifest.open(config.directory, config.name, config.slots)
+        check_logs(config.directory, config.shards, logged=config.durability != "none")
         token = admin_token(config.directory, make=True)
         warm_kernels()
         try:

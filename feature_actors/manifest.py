@@ -1,6 +1,7 @@
 """The manifest of a data directory: whose it is, and what was fixed when it was made.
 
     manifest.json            format, cluster id and name, number of slots, seed, key hash version
+    shards/count.json        how many shards wrote the logs
     shards/NNN/epoch.json    how often shard NNN was opened, and by which run of the cluster
     shards/NNN/log/          what it has acknowledged, see log/FORMAT.md
 
@@ -22,7 +23,7 @@ from typing import Any
 from millpond.feature_actors.errors import MillpondError
 from millpond.feature_actors.keys import KEY_HASH_VERSION
 
-__all__ = ["FORMAT_VERSION", "Manifest", "ManifestError", "Opening", "open_shard", "shard_dir"]
+__all__ = ["FORMAT_VERSION", "Manifest", "ManifestError", "Opening", "check_logs", "open_shard", "shard_dir"]
 
 FORMAT_VERSION = 1
 
@@ -111,6 +112,29 @@ class Opening:
 
     epoch: int
     again: bool
+
+
+def check_logs(directory: Path, n_shards: int, *, logged: bool) -> None:
+    """Refuse to start on logs that would not be replayed, or not by the shards that wrote them.
+
+    logged: whether the shards will have logs; then their number is written down. Raises `ManifestError`.
+    """
+    path = directory / "shards" / "count.json"
+    found = any(directory.glob("shards/*/log"))
+    if found and not logged:
+        raise ManifestError(
+            f"data directory: `{directory}` holds logs, and `durability` is `none`, which would begin without what is in "
+            "them; set another, or name another directory"
+        )
+    wrote = _read_json(path).get("shards") if found and path.exists() else n_shards
+    if wrote != n_shards:
+        raise ManifestError(
+            f"data directory: `{directory}` holds logs of {wrote} shards, the configuration says {n_shards}; moving slots "
+            "between shards is not possible yet"
+        )
+    if logged:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_json(path, {"shards": n_shards})
 
 
 def shard_dir(directory: Path, shard: int) -> Path:

@@ -13,7 +13,15 @@ import pytest
 
 from millpond.feature_actors import manifest as module
 from millpond.feature_actors.keys import KEY_HASH_VERSION
-from millpond.feature_actors.manifest import Manifest, ManifestError, Opening, open_shard, write_json
+from millpond.feature_actors.manifest import (
+    Manifest,
+    ManifestError,
+    Opening,
+    check_logs,
+    open_shard,
+    shard_dir,
+    write_json,
+)
 
 
 def refused(directory: Path, message: str, name: str = "dev", slots: int = 64) -> None:
@@ -219,3 +227,15 @@ def test_a_damaged_epoch_is_an_error_and_never_a_first_opening(tmp_path: Path) -
         with pytest.raises(ManifestError, match=re.escape(str(path))):
             open_shard(tmp_path, 0, "a")
         assert path.read_text() == damage
+
+
+def test_logs_are_opened_by_as_many_shards_as_wrote_them_and_never_passed_over(tmp_path: Path) -> None:
+    check_logs(tmp_path, 3, logged=False)
+    for n_shards in (3, 2):  # until there is a log, the number can be another
+        check_logs(tmp_path, n_shards, logged=True)
+    (shard_dir(tmp_path, 0) / "log").mkdir(parents=True)  # a start that was killed may have made one of them
+    check_logs(tmp_path, 2, logged=True)
+    with pytest.raises(ManifestError, match="holds logs of 2 shards, the configuration says 3"):
+        check_logs(tmp_path, 3, logged=True)
+    with pytest.raises(ManifestError, match="holds logs, and `durability` is `none`, which would begin without"):
+        check_logs(tmp_path, 2, logged=False)

@@ -39,7 +39,7 @@ class _RawDisk(diskcache.Disk):  # type: ignore[misc]
 
     def get(self, key: Any, raw: bool) -> int:
         if not raw or type(key) is not int:
-            raise LogDamaged(f"log: a key is {type(key).__name__}; keys are offsets; run `millpond check`")
+            raise LogDamaged(f"log: a key is {type(key).__name__}; keys are offsets; restore it from a copy")
         return key
 
     def store(self, value: Any, read: bool, key: Any = None) -> tuple[int, int, None, Any]:
@@ -48,7 +48,7 @@ class _RawDisk(diskcache.Disk):  # type: ignore[misc]
 
     def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> bytes:
         if mode != MODE_RAW or not isinstance(value, bytes | memoryview):
-            raise LogDamaged("log: a value is not of raw bytes; nothing else is read; run `millpond check`")
+            raise LogDamaged("log: a value is not of raw bytes; nothing else is read; restore it from a copy")
         return bytes(value)
 
 
@@ -76,13 +76,13 @@ class Log:
             first = next(self._cache.iterkeys(), 0)
             last = next(self._cache.iterkeys(reverse=True), -1)
         except (sqlite3.DatabaseError, diskcache.Timeout) as error:
-            raise LogDamaged(f"log: `{directory}` cannot be opened: {error}; run `millpond check`") from None
+            raise LogDamaged(f"log: `{directory}` cannot be opened: {error}; restore it from a copy") from None
         #: Where the log begins, and where the next record goes.
         self.first, self.next = first, last + 1
         if len(self._cache) != self.next - self.first:
             raise LogDamaged(
-                f"log: `{directory}` holds {len(self._cache)} records between offsets {first} and {last}; run "
-                "`millpond check`"
+                f"log: `{directory}` holds {len(self._cache)} records between offsets {first} and {last}; restore it "
+                "from a copy"
             )
         self._schemas: dict[tuple[str, int], pa.Schema] = {}
 
@@ -121,7 +121,7 @@ class Log:
         for offset in range(self.first, self.next):
             content = self._cache.get(offset)
             if content is None:
-                raise LogDamaged(f"log: no record at offset {offset}; run `millpond check`")
+                raise LogDamaged(f"log: no record at offset {offset}; restore it from a copy")
             record = decode(content, offset, self._schemas)
             if isinstance(record, SchemaRecord):
                 self._schemas[record.source, record.version] = record.schema

@@ -97,7 +97,7 @@ def decode(content: bytes, offset: int, schemas: dict[tuple[str, int], pa.Schema
     """
 
     def damaged(what: str) -> LogDamaged:
-        return LogDamaged(f"log: the record at offset {offset} {what}; run `millpond check`", path=f"offset {offset}")
+        return LogDamaged(f"log: the record at offset {offset} {what}; restore it from a copy", path=f"offset {offset}")
 
     if content[:4] != _MAGIC:
         raise damaged(f"begins with {content[:4]!r}; this version reads {_MAGIC!r}")

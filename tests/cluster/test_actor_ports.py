@@ -159,7 +159,7 @@ def test_a_damaged_log_is_refused_and_says_where(make: Any, actors: tuple[list[A
     with pytest.raises(ray.exceptions.RayTaskError) as caught:
         start(handles[:1], again)
     assert isinstance(caught.value.cause, Unavailable)
-    message = "shard 0 of 1 cannot recover: log: the record at offset 3 fails its checksum; run `millpond check`"
+    message = "shard 0 of 1 cannot recover: log: the record at offset 3 fails its checksum; restore it from a copy"
     assert str(caught.value.cause).startswith(message)
     start(handles[:1], spec(LAYOUT, ShardMap.even(16, 1), new_folder(data_dir)))
 
