@@ -123,14 +123,14 @@ def check_logs(directory: Path, n_shards: int, *, logged: bool) -> None:
     found = any(directory.glob("shards/*/log"))
     if found and not logged:
         raise ManifestError(
-            f"data directory: `{directory}` holds logs, and `durability` is `none`, which would begin without what is in "
-            "them; set another, or name another directory"
+            f"data directory: `{directory}` holds logs, and `durability` is `none`, which would begin without what is "
+            "in them; set another, or name another directory"
         )
     wrote = _read_json(path).get("shards") if found and path.exists() else n_shards
     if wrote != n_shards:
         raise ManifestError(
-            f"data directory: `{directory}` holds logs of {wrote} shards, the configuration says {n_shards}; moving slots "
-            "between shards is not possible yet"
+            f"data directory: `{directory}` holds logs of {wrote} shards, the configuration says {n_shards}; moving "
+            "slots between shards is not possible yet"
         )
     if logged:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
