@@ -83,6 +83,8 @@ _AROUND_MS = 20 * 60_000
 #: Window and tile width of the reference view, for the check.
 _WINDOWS_MS = ((_HOUR_MS, 60_000), (_DAY_MS, 1_200_000), (7 * _DAY_MS, 2 * _HOUR_MS))
 _TILES_OF_TWO_EVENTS = 2 * len(_WINDOWS_MS)
+#: Of a user, in the reference load: reads of the store of middle size find so many.
+_EVENTS_A_WEEK = 10
 #: Time goes on so far with a batch while the store is busy: a million events in two days.
 _BUSY_STEP_MS = 30 * 60_000
 _SAMPLE = 32
@@ -471,8 +473,9 @@ class StoreWorkload:
         self._open(_DEDUPED, sizes.middle, deduped=True)
         for name in (small, middle, _DEDUPED):
             store = self._stores[name]
-            with steps.step(f"grow {name}", sizes.growth_events) as advance:
-                rounds = sizes.growth_events // store.entities
+            growth = _EVENTS_A_WEEK * store.entities if name == middle else sizes.growth_events
+            with steps.step(f"grow {name}", growth) as advance:
+                rounds = growth // store.entities
                 users = np.concatenate([store.events.everyone() for _ in range(rounds)])
                 store.apply(users, START_MS - 7 * _DAY_MS, START_MS, advance)
         self._open(_SPARSE, sizes.small)
@@ -512,8 +515,9 @@ class StoreWorkload:
             self._call_actors(steps)
 
     def _ingest(self, steps: Steps) -> None:
-        """Seven days go by in the rounds, with as many events in each store."""
-        first_ms, step_ms = START_MS + _AROUND_MS, 7 * _DAY_MS // ROUNDS
+        """Time goes by in the rounds at the pace of the reference load, with as many events in each store."""
+        step_ms = 7 * _DAY_MS * self._sizes.events // (_EVENTS_A_WEEK * self._sizes.middle)
+        first_ms = START_MS + _AROUND_MS
         with steps.step("ingest", ROUNDS * len(self._stores)) as advance:
             for r in range(ROUNDS):
                 for name in turned(list(self._stores), r):
@@ -531,15 +535,16 @@ class StoreWorkload:
 
     def _read(self, steps: Steps) -> None:
         small, middle, large = self._names
-        kinds = [(middle, 1, False), (middle, 1, True), (_SPARSE, 1, False), (large, 1, False), (small, 1, False)]
-        kinds.append((middle, _BATCH_IDS, False))
-        for name, ids, _ in kinds:
+        idle = [(name, 1, "") for name in (middle, _SPARSE, large, small)] + [(middle, _BATCH_IDS, "")]
+        # The busy store comes last: it grows as long as it is busy.
+        busy = [(middle, 1, " beside"), (middle, 1, " busy")]
+        for name, ids, _ in idle:
             self._time_reads(name, ids, min(self._seconds, 0.5))  # warm
-        with steps.step("read", ROUNDS * len(kinds)) as advance:
-            for r in range(ROUNDS):
-                for name, ids, busy in turned(kinds, r):
-                    took = self._time_reads(name, ids, self._seconds, busy=busy)
-                    what = f"{name} {ids}{' busy' if busy else ''}"
+        with steps.step("read", ROUNDS * (len(idle) + len(busy))) as advance:
+            for r, kinds in [(r, kinds) for kinds in (idle, busy) for r in range(ROUNDS)]:
+                for name, ids, how in turned(kinds, r):
+                    took = self._time_reads(name, ids, self._seconds, busy=how == " busy")
+                    what = f"{name} {ids}{how}"
                     p50, p99 = quantile_us(took, 0.5), quantile_us(took, 0.99)
                     self._note(f"p50 {what}", p50)
                     self._note(f"p99 {what}", p99)

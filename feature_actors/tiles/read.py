@@ -92,7 +92,7 @@ _SPINS = 2_000
 _LOOK_EVERY = 1_024
 #: So many ids are looked up ahead of reading them, in so many steps if there are several.
 _AHEAD = 16
-_STEPS_AHEAD = 12
+_STEPS_AHEAD = 64
 
 
 @inner
@@ -314,6 +314,7 @@ def _look_ahead(
     slots = np.uint64(owners.shape[0])
     steps = 4 if end - start == 1 else _STEPS_AHEAD
     for step in range(steps):
+        under_way = step < 4
         for part in range(parts.shape[0] - 1):
             for i in range(start, end):
                 hi = hashes[parts[part, P_KEY], i, 1]
@@ -333,7 +334,12 @@ def _look_ahead(
                                 tile: Any = np.int64(halves[2 * row + series[s, S_ROW_AT]])
                             else:
                                 tile = tiles[scan, i - start]
-                                tile = next_of(halves, tile) if tile < limit else 0
+                                if tile <= 0 or tile >= limit:
+                                    continue
+                                tile = next_of(halves, tile)
+                                if step > 3 and tile == np.int64(halves[2 * row + series[s, S_ROW_AT]]):
+                                    tile = 0  # round
+                                under_way = True
                             tiles[scan, i - start] = tile
                             prefetch(words, tile)
                     continue
@@ -359,6 +365,8 @@ def _look_ahead(
                             prefetch(words, row + parts[part, P_ROW_WORDS] - 1)
                         break
                     place = place + 1 if place + 1 < places else 0
+        if not under_way:
+            break
 
 
 @kernel
