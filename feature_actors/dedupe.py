@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from millpond.feature_actors.tiles.compiled import inner, kernel, prefetch, views_at
+from millpond.feature_actors.tiles.compiled import inner, kernel, prefetch_to_write, views_at
 
 __all__ = ["CONFLICT", "DUPLICATE", "NEW", "IdFilter"]
 
@@ -58,7 +58,7 @@ def _admit(
             if entries > 0:
                 words, _, _ = views_at(directory[slots[rows[k]], _AT])
                 mixed = (np.uint64(ids[rows[k], 0]) ^ np.uint64(seed)) * np.uint64(0x9E3779B97F4A7C15)
-                prefetch(words, (np.int64(mixed >> np.uint64(20)) & (entries - 1)) * _WORDS)
+                prefetch_to_write(words, (np.int64(mixed >> np.uint64(20)) & (entries - 1)) * _WORDS)
         for k in range(block, end):
             i = rows[k]
             slot = slots[i]

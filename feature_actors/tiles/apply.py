@@ -8,7 +8,7 @@ import numpy as np
 
 from millpond.feature_actors.aggregations import dispatch
 from millpond.feature_actors.aggregations.aggregation import NEVER
-from millpond.feature_actors.tiles.compiled import inner, kernel, prefetch
+from millpond.feature_actors.tiles.compiled import inner, kernel, prefetch_to_write
 from millpond.feature_actors.tiles.memory import M_SLOTS
 from millpond.feature_actors.tiles.program import (
     C_INPUT,
@@ -345,7 +345,7 @@ def apply_events(
             marks[b] = mark_of(words, hashes[i, 0])
             slot_of[b] = table[T_SLOTS_AT] + np.int64(np.uint64(hashes[i, 1]) % slots) * table[T_SLOT_WORDS]
             place = place_of(marks[b], words[slot_of[b] + H_PLACES])
-            prefetch(words, words[slot_of[b] + H_INDEX_AT] + place)
+            prefetch_to_write(words, words[slot_of[b] + H_INDEX_AT] + place)
         for b in range(size):
             # A likely row, by the index alone; whose it is, is looked at when it is here.
             index, places = words[slot_of[b] + H_INDEX_AT], words[slot_of[b] + H_PLACES]
@@ -357,8 +357,8 @@ def apply_events(
                     break
                 if entry >> np.uint64(32) == marks[b]:
                     found[b] = np.int64(entry & np.uint64(NUMBER_MASK))
-                    prefetch(words, found[b])
-                    prefetch(words, found[b] + table[T_ROW_WORDS] - 1)
+                    prefetch_to_write(words, found[b])
+                    prefetch_to_write(words, found[b] + table[T_ROW_WORDS] - 1)
                     break
                 place = place + 1 if place + 1 < places else 0
         for b in range(size):
@@ -371,14 +371,14 @@ def apply_events(
                     if not series[s, S_LIFETIME]:
                         head = np.int64(halves[2 * row + series[s, S_ROW_AT]])
                         if head != 0:
-                            prefetch(words, head)
+                            prefetch_to_write(words, head)
         for b in range(size):
             if found[b] != 0:
                 for s in range(series.shape[0]):
                     if not series[s, S_LIFETIME]:
                         head = np.int64(halves[2 * found[b] + series[s, S_ROW_AT]])
                         if head != 0 and next_of(halves, head) != head:
-                            prefetch(words, next_of(halves, head))
+                            prefetch_to_write(words, next_of(halves, head))
         for b in range(size):
             i = rows[block + b]
             if not has_room(words, table) or not apply_one(
@@ -450,7 +450,7 @@ def reclaim_rows(words: Any, halves: Any, program: Any, cursor: Any, budget: Any
             continue
         index = words[slot + H_INDEX_AT]
         if cursor[1] + _AHEAD < words[slot + H_PLACES]:
-            prefetch(words, words[index + cursor[1] + _AHEAD] & NUMBER_MASK)
+            prefetch_to_write(words, words[index + cursor[1] + _AHEAD] & NUMBER_MASK)
         row = words[index + cursor[1]] & NUMBER_MASK
         if row == 0 or _reclaim_row(words, halves, table, series, slot, row, floor, views_keep):
             cursor[1] += 1
