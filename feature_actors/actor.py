@@ -135,10 +135,9 @@ class FeatureActor:
             return
         self._refuse("is about to replay its log", "recovering", 200)
         log_dir = shard_dir(Path(spec.data_dir), number) / "log"
-        self._recovery = Thread(
+        Thread(
             target=self._recover, args=(layout, log_dir, spec.durability, control, opening.epoch), daemon=True
-        )
-        self._recovery.start()
+        ).start()
 
     def _recover(
         self, layout: Layout, log_dir: Path, durability: Literal["sync", "process"], control: Control, epoch: int
@@ -234,14 +233,6 @@ class FeatureActor:
         while self._code == "recovering" and self._refuses:
             await asyncio.sleep(_READY_POLL_S)
         self._check()
-
-    async def close(self) -> None:
-        """Take no more writes, finish those that wait, and close the log."""
-        self._refuse("is being stopped", "stopping", 1_000)
-        while self._committer is not None:
-            await asyncio.sleep(_READY_POLL_S)
-        if self._durable is not None:
-            self._thread.submit(self._durable.log.close).result()
 
     def read(self, question: WireQuestion) -> WireAnswer:
         self._check()

@@ -1,6 +1,6 @@
 """A shard with its log: what is acknowledged is on disk first, and is there again after whatever happened.
 
-Pure: no Ray, no threads. The actor gathers what waits and calls `write` for all of it.
+Pure: no Ray, no threads. The actor gathers what waits, appends it at once, and commits it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from millpond.feature_actors.layout import Layout
-from millpond.feature_actors.log.log import Log, LogFull
+from millpond.feature_actors.log.log import Log
 from millpond.feature_actors.log.record import Record, SchemaRecord
 from millpond.feature_actors.shard import Prepared, Shard
 
@@ -22,7 +22,7 @@ _PROGRESS_S = 0.1
 
 
 class DurableShard:
-    """A shard that writes what it has prepared to a log before it commits it. `recover` comes before all else."""
+    """A shard whose `Prepared` goes to a log before it is committed. `recover` comes before all else."""
 
     def __init__(self, layout: Layout, shard: Shard, log: Log) -> None:
         self.shard = shard
@@ -41,26 +41,8 @@ class DurableShard:
         progress(self.log.next, self.log.next)
 
     def append(self, prepared: Sequence[Prepared]) -> None:
-        """Write what is new of it to the log and sync, in one transaction. Raises `LogFull`: then `undo` it."""
+        """Write what is new of it to the log and sync, in one transaction. Raises `LogFull`: then the shard has
+        to undo it, and all that was prepared since, which may have been judged by it."""
         records: list[Record] = [p.record for p in prepared if p.record is not None]
         if records:
             self.log.append(records, self._schemas)
-
-    def commit(self, prepared: Sequence[Prepared]) -> None:
-        """Apply what was appended, in that order."""
-        for one in prepared:
-            self.shard.commit(one)
-
-    def undo(self, prepared: Sequence[Prepared]) -> None:
-        """Forget what was not appended, and all that was prepared since, which may have been judged by it."""
-        for one in reversed(prepared):
-            self.shard.undo(one)
-
-    def write(self, prepared: Sequence[Prepared]) -> None:
-        """Append, then commit; or undo and raise `LogFull`."""
-        try:
-            self.append(prepared)
-        except LogFull:
-            self.undo(prepared)
-            raise
-        self.commit(prepared)

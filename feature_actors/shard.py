@@ -168,7 +168,11 @@ class Shard:
         received_ms as in `prepare_admit`. Raises `MemoryFull` before anything is remembered.
         """
         prepared = Prepared(received_ms)
-        self._prepare(prepared, source, batch, arrivals, np.zeros(batch.num_rows, np.bool_))
+        try:
+            self._prepare(prepared, source, batch, arrivals, np.zeros(batch.num_rows, np.bool_))
+        except BaseException:
+            self.undo(prepared)
+            raise
         return prepared
 
     def commit(self, prepared: Prepared) -> None:

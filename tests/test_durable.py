@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from test_engine_vs_oracle import keys_of, plan_of, read
 from worlds import AHEAD_MS_MAX, World, batch, worlds
 
-from millpond.feature_actors import FeatureView
+from millpond.feature_actors import Count, FeatureView, Field, Last, Source, Sum
 from millpond.feature_actors.client import FeatureClient, TimeLimits
 from millpond.feature_actors.clock import ManualClock
 from millpond.feature_actors.durable import DurableShard
-from millpond.feature_actors.layout import Layout
+from millpond.feature_actors.layout import Layout, compile_layout
 from millpond.feature_actors.log.log import Log, LogFull
 from millpond.feature_actors.ports import LocalRead, complete
 from millpond.feature_actors.shard import Prepared, Shard
@@ -72,12 +72,12 @@ class Cluster:
         durable = self.shards[shard]
         if self.full:
             self.full = False
-            durable.undo([prepared])
+            durable.shard.undo(prepared)
             raise LogFull("log: no room")
         self._step("before append")
         durable.append([prepared])
         self._step("after append")
-        durable.commit([prepared])
+        durable.shard.commit(prepared)
         self._step("after commit")
         return prepared.verdicts
 
@@ -141,3 +141,24 @@ def test_after_crashes_at_any_step_and_retries_all_is_as_if_nothing_had_happened
         assert [d.shard.status().entities for d in stormy.shards] == [d.shard.status().entities for d in calm.shards]
     finally:
         shutil.rmtree(folder)
+
+
+def test_events_from_before_a_field_was_added_are_read_with_its_default_or_null(tmp_path: Path) -> None:
+    def declared(**more: Any) -> tuple[Source, FeatureView]:
+        fields = {"id": "string", "user": "int64", "at": "timestamp[ms, UTC]", **more}
+        of = Source("orders", owner="tests", fields=fields, event_id="id", event_time="at")
+        features: dict[str, Any] = {"n": Count()}
+        if more:
+            features |= {"total": Sum("price"), "last": Last("code")}
+        return of, FeatureView("v", owner="tests", source=of, key=["user"], features=features)
+
+    for number, more in enumerate(
+        ({}, {"price": Field("float64", default=2.5), "code": Field("string", optional=True)})
+    ):
+        of, view = declared(**more)
+        cluster = Cluster(compile_layout([], [view]), 1, tmp_path)
+        event = {"id": f"e{number}", "user": 1, "at": number, "price": 10.0, "code": "x"}
+        cluster.send("orders", 10, [{name: event[name] for name in of.fields}])
+        cluster.open()
+    rows = read(cluster.client, plan_of(cluster.client, view), [(1,)])
+    assert (rows.matrix.tolist(), rows.texts) == ([[2.0, 12.5]], {"v.last": ["x"]})

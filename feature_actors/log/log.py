@@ -95,9 +95,11 @@ class Log:
         """
         new: list[Record] = []
         for record in records:
-            if isinstance(record, EventsRecord) and (name := (record.source, record.version)) not in self._schemas:
-                self._schemas[name] = schemas[name]
-                new.append(SchemaRecord(*name, schemas[name]))
+            if isinstance(record, EventsRecord):
+                name = record.source, record.version
+                if self._schemas.get(name) != schemas[name]:
+                    self._schemas[name] = schemas[name]
+                    new.append(SchemaRecord(*name, schemas[name]))
             new.append(record)
         offset = self.next
         try:
