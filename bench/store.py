@@ -41,6 +41,7 @@ from millpond.bench.workload import HISTORY, Advance, Steps, median_of, ratio, r
 from millpond.cluster.config import Config
 from millpond.cluster.embedded import NAMESPACE, EmbeddedCluster, EmbeddedSettings
 from millpond.feature_actors.errors import BadRequest, Unavailable
+from millpond.feature_actors.events import Events as ShardEvents
 from millpond.feature_actors.keys import Hashes, hash_columns
 from millpond.feature_actors.layout import Layout, compile_layout
 from millpond.feature_actors.memory_folder import MemoryFolder
@@ -295,7 +296,9 @@ class Store:
 
     def _apply(self, batch: Batch) -> None:
         if self.deduped:
-            self.shard.ingest(_SOURCE, batch.ids, batch.contents, batch.events, batch.arrivals, START_MS)
+            self.shard.ingest(
+                ShardEvents(_SOURCE, batch.events, batch.ids, batch.contents, True, batch.arrivals, START_MS)
+            )
         else:
             self.shard.apply(_SOURCE, batch.events, batch.arrivals, START_MS)
         self._last = batch
@@ -584,6 +587,7 @@ class StoreWorkload:
         layout, shard_map = layout_of(), ShardMap.even(self._slots, 1)
         spec = ShardSpec(
             cluster_name="bench-store",
+            namespace=NAMESPACE,
             run_id=uuid.uuid4().hex,
             data_dir=str(home / "data"),
             sources=tuple(layout.sources.values()),
@@ -604,7 +608,7 @@ class StoreWorkload:
     async def _load_actor(self, ingest: Any, layout: Layout) -> int:
         events = Events(layout, self._sizes.middle)
         for batch in events.batches(events.everyone(), START_MS, START_MS + _HOUR_MS):
-            await ingest.apply(0, _SOURCE, batch.events, batch.arrivals, START_MS)
+            await ingest.ingest(0, ShardEvents.judged(_SOURCE, batch.events, batch.arrivals, START_MS), ())
         return events.newest_ms
 
     # -- check

@@ -128,6 +128,7 @@ class Cluster:
         start_actors(
             ShardSpec(
                 cluster_name=config.name,
+                namespace=NAMESPACE,
                 run_id=uuid.uuid4().hex,
                 data_dir=str(config.directory),
                 sources=sources,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Awaitable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -19,14 +20,14 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import ray
 
-from millpond.feature_actors.durable import DurableShard
+from millpond.feature_actors.durable import DurableShard, VolatileLog
 from millpond.feature_actors.errors import MillpondError, Unavailable
-from millpond.feature_actors.keys import Hashes
+from millpond.feature_actors.events import Events, Receipt
 from millpond.feature_actors.layout import Layout, compile_layout
 from millpond.feature_actors.log.log import Durability, Log, LogFull
+from millpond.feature_actors.log.record import HomeRecord, LogDamaged
 from millpond.feature_actors.manifest import open_shard, shard_dir
 from millpond.feature_actors.plan import Answer, Question
 from millpond.feature_actors.ports import all_of
@@ -39,15 +40,15 @@ from millpond.feature_actors.wire import (
     QuestionDecoder,
     WireAnswer,
     WireEvents,
-    WireIds,
     WireQuestion,
+    WireReceipt,
     decode_answer,
     decode_events,
-    decode_ids,
+    decode_receipt,
     encode_answer,
     encode_events,
-    encode_ids,
     encode_question,
+    encode_receipt,
 )
 
 __all__ = [
@@ -61,12 +62,18 @@ __all__ = [
 ]
 
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 #: Calls that wait for one shard, from one replica; more are answered 503.
 PENDING_CALLS_MAX = 1_024
 #: How often shards are asked until they read as of one time.
 _READS_MAX = 8
 _READY_POLL_S = 0.01
+#: What is owed for so long is delivered by its home; sooner if someone waits for it; and again after so long.
+_DELIVER_AFTER_S, _DELIVER_SOON_S, _DELIVER_AGAIN_S, _DELIVER_S_MAX = 2.0, 0.2, 0.5, 10.0
+_SETTLE_POLL_S = 0.05
+#: How long an offer waits to be taken.
+OFFER_S_MAX = 60.0
 
 logger = logging.getLogger("millpond.shard")
 
@@ -76,6 +83,7 @@ class ShardSpec:
     """What every shard actor of a cluster is made from."""
 
     cluster_name: str
+    namespace: str
     run_id: str
     data_dir: str
     sources: tuple[Source, ...]
@@ -102,7 +110,7 @@ class FeatureActor:
     """
 
     def __init__(self, spec: ShardSpec, number: int) -> None:
-        self._number, self._of = number, spec.shard_map.n_shards
+        self._spec, self._number, self._of = spec, number, spec.shard_map.n_shards
         layout = self._layout = compile_layout(spec.sources, spec.views)
         self._decoder = QuestionDecoder(layout)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
@@ -121,8 +129,10 @@ class FeatureActor:
         self._durable: DurableShard | None = None
         #: Why it refuses everything, for now or for good; "" if it does not.
         self._refuses, self._code, self._retry_after_ms = "", "", 0
-        self._waiting: list[tuple[Prepared, asyncio.Future[None]]] = []
+        self._waiting: list[tuple[Prepared, asyncio.Future[Receipt]]] = []
         self._committer: asyncio.Task[None] | None = None
+        self._deliverer: asyncio.Task[None] | None = None
+        self._deliver_soon = False
         if spec.durability == "none":
             if opening.again:
                 # It would answer with empty features, as if nobody had ever done anything. Readers of this node go on
@@ -131,6 +141,7 @@ class FeatureActor:
                     "was restarted and its features are gone; start the cluster anew and load the events again"
                 )
             else:
+                self._durable = DurableShard(layout, self._shard, VolatileLog())
                 control.publish(opening.epoch)
             return
         self._refuse("is about to replay its log", "recovering", 200)
@@ -160,6 +171,8 @@ class FeatureActor:
         self._code, self._retry_after_ms, self._refuses = code, retry_after_ms, why
 
     def _check(self) -> None:
+        if self._deliverer is None and not self._refuses:
+            self._deliverer = asyncio.ensure_future(self._deliver_forever())
         if self._refuses:
             retry = f"; retry after {self._retry_after_ms} ms" if self._code == "recovering" else ""
             raise Unavailable(
@@ -170,42 +183,60 @@ class FeatureActor:
 
     # -- writes
 
-    async def admit(self, ids: WireIds) -> bytes:
+    async def ingest(self, events: WireEvents, settled: Sequence[int]) -> WireReceipt:
         self._check()
-        prepared = self._shard.prepare_admit(*decode_ids(ids))
-        await self._written(prepared)
-        return prepared.verdicts.tobytes()
+        self._shard.deliveries.settle(settled)
+        return encode_receipt(await self._written(self._shard.prepare_ingest(decode_events(events, self._layout))))
 
-    async def apply(self, events: WireEvents) -> None:
+    async def offer(self, request: bytes, events: WireEvents, settled: Sequence[int]) -> WireReceipt:
         self._check()
-        await self._written(self._shard.prepare_apply(*decode_events(events, self._layout)))
+        self._shard.deliveries.settle(settled)
+        decoded = decode_events(events, self._layout)
+        return encode_receipt(await self._written(self._shard.prepare_offer(request, decoded, time.monotonic())))
 
-    async def ingest(self, ids: WireIds, events: WireEvents) -> bytes:
+    async def take(self, request: bytes, accepted: bytes, homes: Sequence[tuple[int, int, int]]) -> None:
         self._check()
-        source, hashes, contents, _ = decode_ids(ids)
-        _, *rest = decode_events(events, self._layout)
-        prepared = self._shard.prepare_ingest(source, hashes, contents, *rest)
-        await self._written(prepared)
-        return prepared.verdicts.tobytes()
+        records = [HomeRecord(*home) for home in homes]
+        await self._written(self._shard.prepare_take(request, np.frombuffer(accepted, np.bool_), records))
 
-    async def _written(self, prepared: Prepared) -> None:
+    async def deliver(self, home: tuple[int, int, int], events: WireEvents) -> None:
+        self._check()
+        await self._written(self._shard.prepare_deliver(HomeRecord(*home), decode_events(events, self._layout)))
+
+    async def settle(self, settled: Sequence[int], wait_before: int) -> None:
+        """Return when what is owed of records before an offset has been applied everywhere."""
+        self._check()
+        owed = self._shard.deliveries
+        owed.settle(settled)
+        while any(offset < wait_before for offset in owed.owed):
+            self._deliver_soon = True
+            await asyncio.sleep(_SETTLE_POLL_S)
+            self._check()
+
+    async def _written(self, prepared: Prepared) -> Receipt:
         """Wait until what was prepared is in the log and applied. What has nothing new waits for what came before it,
         by which it may have been judged."""
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
         self._waiting.append((prepared, done))
         if self._committer is None:
             self._committer = asyncio.ensure_future(self._commit_waiting())
-        await done
+        return await done
 
     async def _commit_waiting(self) -> None:
         """Write what waits, group after group, until nothing waits."""
+        durable = self._durable
+        assert durable is not None
         try:
             while self._waiting:
                 group, self._waiting = self._waiting, []
                 prepared = [p for p, _ in group]
+                offsets: list[int | None] = [None] * len(prepared)
                 try:
-                    if self._durable is not None and any(p.record is not None for p in prepared):
-                        await asyncio.get_running_loop().run_in_executor(self._thread, self._durable.append, prepared)
+                    if any(p.record is not None for p in prepared):
+                        settled = self._shard.deliveries.settled(durable.log.next)
+                        offsets = await asyncio.get_running_loop().run_in_executor(
+                            self._thread, durable.append, prepared, settled
+                        )
                 except LogFull as full:
                     group, self._waiting = group + self._waiting, []
                     for p, _ in reversed(group):
@@ -214,17 +245,55 @@ class FeatureActor:
                         if not done.done():  # its caller has not gone
                             done.set_exception(full)
                     continue
-                for p in prepared:
-                    self._shard.commit(p)
-                for _, done in group:
+                now_s = time.monotonic()
+                receipts = [self._shard.commit(p, at, now_s) for p, at in zip(prepared, offsets, strict=True)]
+                for (_, done), receipt in zip(group, receipts, strict=True):
                     if not done.done():
-                        done.set_result(None)
+                        done.set_result(receipt)
         except BaseException:
             # What is on disk, or in the tiles, is not known: a new process finds out.
             logger.exception("shard %d failed while it wrote; its process ends and recovers", self._number)
             os._exit(70)
         finally:
             self._committer = None
+
+    # -- what is owed
+
+    async def _deliver_forever(self) -> None:
+        """Bring to the other shards what they have not had of this one's records; forget offers nobody takes."""
+        while True:
+            await asyncio.sleep(_SETTLE_POLL_S)
+            try:
+                now_s = time.monotonic()
+                self._shard.drop_offers(now_s - OFFER_S_MAX)
+                patience_s = _DELIVER_SOON_S if self._deliver_soon else _DELIVER_AFTER_S
+                self._deliver_soon = False
+                owed = self._shard.deliveries.owed
+                for offset in [o for o, since_s in owed.items() if since_s < now_s - patience_s]:
+                    if offset in owed:
+                        await self._deliver(offset)
+            except (Unavailable, LogDamaged) as error:
+                logger.warning("shard %d cannot deliver yet: %s", self._number, error)
+                await asyncio.sleep(_DELIVER_AGAIN_S)
+
+    async def _deliver(self, offset: int) -> None:
+        assert self._durable is not None
+        home, events, concerned = await asyncio.get_running_loop().run_in_executor(
+            self._thread, self._durable.owed_events, offset
+        )
+        peers = _Calls(find_actors(self._spec.cluster_name, self._of, self._spec.namespace), _DELIVER_S_MAX)
+        calls = {}
+        for shard in np.flatnonzero(concerned.any(axis=1)).tolist():
+            part = events.of_rows(np.flatnonzero(concerned[shard]), events.arrivals[:0])
+            if shard == self._number:
+                calls[shard] = self._deliver_here(home, part)
+            else:
+                calls[shard] = peers.call(shard, "deliver", tuple(home), encode_events(part))
+        await all_of(calls)
+        self._shard.deliveries.settle([offset])
+
+    async def _deliver_here(self, home: HomeRecord, events: Events) -> None:
+        await self._written(self._shard.prepare_deliver(home, events))
 
     # -- the rest
 
@@ -278,7 +347,7 @@ class _Calls:
         self._actors = actors
         self._timeout_s = timeout_s
 
-    def _call(self, shard: int, method: str, *message: Any) -> Coroutine[Any, Any, Any]:
+    def call(self, shard: int, method: str, *message: Any) -> Coroutine[Any, Any, Any]:
         """Start a call and return what waits for its answer.
 
         A message is one argument, a tuple of bytes and numbers: Ray serializes each argument by itself.
@@ -314,33 +383,21 @@ class _Calls:
 class ActorIngest(_Calls):
     """Ingest port to shard actors."""
 
-    def admit(
-        self, shard: int, source: str, ids: Hashes, contents: Ints, received_ms: int
-    ) -> Awaitable[npt.NDArray[np.uint8]]:
-        return self._verdicts(self._call(shard, "admit", encode_ids(source, ids, contents, received_ms)))
+    def ingest(self, shard: int, events: Events, settled: Sequence[int]) -> Awaitable[Receipt]:
+        return _receipt(self.call(shard, "ingest", encode_events(events), settled))
 
-    async def _verdicts(self, answer: Coroutine[Any, Any, bytes]) -> npt.NDArray[np.uint8]:
-        return np.frombuffer(await answer, np.uint8)
+    def offer(self, shard: int, request: bytes, events: Events, settled: Sequence[int]) -> Awaitable[Receipt]:
+        return _receipt(self.call(shard, "offer", request, encode_events(events), settled))
 
-    def apply(
-        self, shard: int, source: str, batch: pa.RecordBatch, arrivals: Ints, received_ms: int
-    ) -> Awaitable[None]:
-        return self._call(shard, "apply", encode_events(source, batch, arrivals, received_ms))
+    def take(self, shard: int, request: bytes, accepted: Bools, homes: Sequence[HomeRecord]) -> Awaitable[None]:
+        return self.call(shard, "take", request, accepted.tobytes(), [tuple(home) for home in homes])
 
-    def ingest(
-        self,
-        shard: int,
-        source: str,
-        ids: Hashes,
-        contents: Ints,
-        batch: pa.RecordBatch,
-        arrivals: Ints,
-        received_ms: int,
-    ) -> Awaitable[npt.NDArray[np.uint8]]:
-        wire_ids = encode_ids(source, ids, contents, received_ms)
-        return self._verdicts(
-            self._call(shard, "ingest", wire_ids, encode_events(source, batch, arrivals, received_ms))
-        )
+    def settle(self, shard: int, settled: Sequence[int], wait_before: int) -> Awaitable[None]:
+        return self.call(shard, "settle", settled, wait_before)
+
+
+async def _receipt(answer: Coroutine[Any, Any, WireReceipt]) -> Receipt:
+    return decode_receipt(await answer)
 
 
 class ActorRead(_Calls):
@@ -374,7 +431,7 @@ class ActorRead(_Calls):
         raise Unavailable("events of the entity arrive faster than it can be read", retry_after_ms=100)
 
     async def _ask(self, shard: int, question: Question) -> Answer:
-        return decode_answer(await self._call(shard, "read", encode_question(question)), question)
+        return decode_answer(await self.call(shard, "read", encode_question(question)), question)
 
     def _together(
         self, question: Question, as_of: Ints, shards: Ints, concerned: dict[int, Ints], answers: dict[int, Answer]
@@ -398,5 +455,5 @@ class ActorRead(_Calls):
 
     async def status(self) -> list[dict[str, Any]]:
         """Return what every shard says of itself."""
-        answers = await all_of({shard: self._call(shard, "status") for shard in range(len(self._actors))})
+        answers = await all_of({shard: self.call(shard, "status") for shard in range(len(self._actors))})
         return list(answers.values())

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import diskcache
-import pyarrow as pa
 from diskcache.core import MODE_RAW
 
 from millpond.feature_actors.errors import Unavailable
-from millpond.feature_actors.log.record import EventsRecord, LogDamaged, Record, SchemaRecord, decode, encode
+from millpond.feature_actors.log.record import (
+    Decoded,
+    LogDamaged,
+    Record,
+    TakeRecord,
+    decode,
+    encode,
+)
+from millpond.feature_actors.log.schemas import Schemas
 
 __all__ = ["Durability", "Log", "LogFull"]
 
@@ -84,51 +92,53 @@ class Log:
                 f"log: `{directory}` holds {len(self._cache)} records between offsets {first} and {last}; restore it "
                 "from a copy"
             )
-        self._schemas: dict[tuple[str, int], pa.Schema] = {}
+        #: Of the records that this process has appended.
+        self.bytes_written = 0
+        self._schemas = Schemas(directory / "schemas")
 
-    def append(self, records: Sequence[Record], schemas: dict[tuple[str, int], pa.Schema]) -> int:
-        """Append records in one transaction and sync it; return the offset of the first.
+    def append(self, records: Sequence[Record], settled: int = 0) -> list[int]:
+        """Append records in one transaction and sync it; return the offset of each. settled as of `Decoded`.
 
-        schemas: of the sources' versions; one that the log does not have yet is written before its first events.
         Raises `LogFull`; nothing has been written then. Any other failure must end the process: what the disk holds is
         not known.
         """
-        new: list[Record] = []
-        for record in records:
-            if isinstance(record, EventsRecord):
-                name = record.source, record.version
-                if self._schemas.get(name) != schemas[name]:
-                    self._schemas[name] = schemas[name]
-                    new.append(SchemaRecord(*name, schemas[name]))
-            new.append(record)
-        offset = self.next
+        offsets = list(range(self.next, self.next + len(records)))
         try:
+            contents = [
+                encode(
+                    record,
+                    at,
+                    settled,
+                    "" if isinstance(record, TakeRecord) else self._schemas.name_of(record.batch.schema),
+                )
+                for record, at in zip(records, offsets, strict=True)
+            ]
             with self._cache.transact():
-                for number, record in enumerate(new):
-                    self._cache.set(offset + number, encode(record, offset + number))
-        except sqlite3.OperationalError as error:
-            for record in new:
-                if isinstance(record, SchemaRecord):
-                    self._schemas.pop((record.source, record.version), None)
-            if "full" in str(error):
+                for at, content in zip(offsets, contents, strict=True):
+                    self._cache.set(at, content)
+        except (sqlite3.OperationalError, OSError) as error:
+            if "full" in str(error) or getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT):
                 raise LogFull(
                     f"log: no room on the disk: {error}; free some, events are taken again then", retry_after_ms=10_000
                 ) from None
             raise
-        self.next += len(new)
-        return offset
+        self.next += len(records)
+        self.bytes_written += sum(map(len, contents))
+        return offsets
 
-    def read(self) -> Iterator[tuple[int, Record]]:
-        """Yield each record and its offset, in order. Raises `LogDamaged`."""
-        for offset in range(self.first, self.next):
-            content = self._cache.get(offset)
-            if content is None:
-                raise LogDamaged(f"log: no record at offset {offset}; restore it from a copy")
-            record = decode(content, offset, self._schemas)
-            if isinstance(record, SchemaRecord):
-                self._schemas[record.source, record.version] = record.schema
-            else:
-                yield offset, record
+    def get(self, offset: int) -> Decoded:
+        """Return the record at an offset. Raises `LogDamaged`."""
+        content = self._cache.get(offset)
+        if content is None:
+            raise LogDamaged(
+                f"log: no record at offset {offset}; run `millpond check` on the stopped cluster's directory"
+            )
+        return decode(content, offset, self._schemas.get)
+
+    def read(self, first: int | None = None) -> Iterator[tuple[int, Decoded]]:
+        """Yield each record from an offset on, in order. Raises `LogDamaged`."""
+        for offset in range(self.first if first is None else max(first, self.first), self.next):
+            yield offset, self.get(offset)
 
     def close(self) -> None:
         self._cache.close()

@@ -27,7 +27,7 @@ def spec(layout: Layout, shard_map: ShardMap, data_dir: Path, durability: str = 
     from millpond.feature_actors.actor import ShardSpec
 
     return ShardSpec(
-        cluster_name=NAME, run_id=uuid.uuid4().hex, data_dir=str(data_dir), sources=tuple(layout.sources.values()),
+        cluster_name=NAME, namespace="millpond", run_id=uuid.uuid4().hex, data_dir=str(data_dir), sources=tuple(layout.sources.values()),
         views=tuple(layout.views.values()), shard_map=shard_map, hash_seed=7, dedupe_horizon_ms=86_400_000,
         memory_dir=str(data_dir), memory_bytes_max=1 << 30, strings_max=1_000, reclaim_margin_ms=660_000,
         durability=durability,
@@ -159,7 +159,7 @@ def test_a_damaged_log_is_refused_and_says_where(make: Any, actors: tuple[list[A
     with pytest.raises(ray.exceptions.RayTaskError) as caught:
         start(handles[:1], again)
     assert isinstance(caught.value.cause, Unavailable)
-    message = "shard 0 of 1 cannot recover: log: the record at offset 3 fails its checksum; restore it from a copy"
+    message = "shard 0 of 1 cannot recover: log: the record at offset 3 fails its checksum; run `millpond"
     assert str(caught.value.cause).startswith(message)
     start(handles[:1], spec(LAYOUT, ShardMap.even(16, 1), new_folder(data_dir)))
 
