@@ -5,6 +5,7 @@ It speaks to ports, so the same client serves N plain shards in a test and N act
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import time
 from collections.abc import Awaitable, Mapping, Sequence
@@ -51,13 +52,13 @@ class TimeLimits:
 
 @dataclass(frozen=True)
 class EventsRequest:
-    """Events that came together: valid rows of one source.
+    """How many events came together, and how.
 
     arrival_is_event_time: a bulk load or replay. idempotency_key: says that two requests are the same, where the events
     have no id.
     """
 
-    batch: pa.RecordBatch
+    rows: int
     arrival_is_event_time: bool = False
     idempotency_key: str | None = None
 
@@ -104,14 +105,16 @@ class FeatureClient:
         idempotency_key: str | None = None,
     ) -> Ack:
         """Bring validated events of a source to every shard that keeps something of them; see `ingest_all`."""
-        request = EventsRequest(batch, arrival_is_event_time, idempotency_key)
-        (outcome,) = await self.ingest_all(source_name, [request])
+        request = EventsRequest(batch.num_rows, arrival_is_event_time, idempotency_key)
+        (outcome,) = await self.ingest_all(source_name, batch, [request])
         if isinstance(outcome, MillpondError):
             raise outcome
         return outcome
 
-    async def ingest_all(self, source_name: str, requests: Sequence[EventsRequest]) -> list[Ack | BadRequest]:
-        """Bring the events of several requests to the shards together, as if one came after the other.
+    async def ingest_all(
+        self, source_name: str, batch: pa.RecordBatch, requests: Sequence[EventsRequest]
+    ) -> list[Ack | BadRequest]:
+        """Bring the events of several requests, one after the other in the batch, to the shards together.
 
         Returns when each shard has applied its part. A request that failed can be sent again: what was applied by then
         is not applied again (events with ids, or an idempotency key), nor is it if the request is not sent again.
@@ -122,31 +125,47 @@ class FeatureClient:
         source = self.layout.source(source_name)
         # 1. Stamp the arrival, once for all shards; judge time and conditions before anything is logged.
         received_ms = self._received_ms()
-        outcomes, good = self._checked(source, requests, received_ms)
-        if not good:
-            return list(outcomes.values())
-        batches = [requests[i].batch for i in good]
-        batch = batches[0] if len(batches) == 1 else pa.concat_batches(batches)
-        arrivals = np.concatenate([self._stamp(source, requests[i], received_ms) for i in good])
+        if refused := self._refused(source, batch, requests, received_ms):
+            return await self._ingest_others(source_name, batch, requests, refused)
+        if batch.num_rows == 0:
+            return [Ack()] * len(requests)
+        arrivals = self._stamps(source, batch, requests, received_ms)
         # 2. Every shard that is the home of an id or has a key logs its part; the homes say what is new.
-        events = self._events(source, batch, [requests[i] for i in good], arrivals, received_ms)
+        events = self._events(source, batch, requests, arrivals, received_ms)
         concerned, unkeyed = self._concerned(source, events)
-        verdicts, receipts, parts, request = await self._offer(events, concerned)
+        verdicts, receipts, parts, offer = await self._offer(events, concerned)
         # 3. The shards of the keys apply what is new.
         accepted = verdicts == NEW
-        await self._take(request, accepted, receipts, parts)
+        await self._take(offer, accepted, receipts, parts)
         # 4. What a duplicate is a duplicate of has to be seen, too.
         await self._wait_for_originals(receipts)
         # 5. Count what was accepted, request by request.
         times: Ints = batch.column(source.event_time).cast(pa.int64()).to_numpy()
         too_late = accepted & self.layout.too_late(source.name, times, arrivals)
         late = accepted & (times < arrivals - self._limits.late_after_ms) & ~too_late
-        masks = (accepted, verdicts == DUPLICATE, verdicts == CONFLICT, late, too_late, accepted & unkeyed)
-        sums = np.cumsum(np.column_stack([np.zeros(6, np.int64), np.array(masks)]), axis=1)
-        ends = np.cumsum([0] + [b.num_rows for b in batches])
-        for i, counts in zip(good, np.diff(sums[:, ends], axis=1).T.tolist(), strict=True):
-            outcomes[i] = Ack(*counts)
-        return list(outcomes.values())
+        masks = [accepted, verdicts == DUPLICATE, verdicts == CONFLICT, late, too_late, accepted & unkeyed]
+        if len(requests) == 1:
+            return [Ack(*(int(np.count_nonzero(mask)) for mask in masks))]
+        sums = np.zeros((len(masks), batch.num_rows + 1), np.int64)
+        np.cumsum(masks, axis=1, out=sums[:, 1:])
+        return [Ack(*counts) for counts in np.diff(sums[:, _ends(requests)], axis=1).T.tolist()]
+
+    async def _ingest_others(
+        self,
+        source_name: str,
+        batch: pa.RecordBatch,
+        requests: Sequence[EventsRequest],
+        refused: dict[int, BadRequest],
+    ) -> list[Ack | BadRequest]:
+        """Go on with those requests that are not refused."""
+        ends = _ends(requests)
+        good = [i for i in range(len(requests)) if i not in refused]
+        outcomes: dict[int, Ack | BadRequest] = dict(refused)
+        if good:
+            rows = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in good])
+            others = await self.ingest_all(source_name, batch.take(pa.array(rows)), [requests[i] for i in good])
+            outcomes |= dict(zip(good, others, strict=True))
+        return [outcomes[i] for i in range(len(requests))]
 
     async def settle(self) -> None:
         """Tell the homes of what was applied everywhere, if that did not travel with other events already."""
@@ -167,20 +186,25 @@ class FeatureClient:
 
     # -- steps of ingest
 
-    def _checked(
-        self, source: Source, requests: Sequence[EventsRequest], received_ms: int
-    ) -> tuple[dict[int, Ack | BadRequest], list[int]]:
-        """Return what is known of the outcomes, in their order, and which requests go on."""
-        outcomes: dict[int, Ack | BadRequest] = {i: Ack() for i in range(len(requests))}
-        for i, request in enumerate(requests):
+    def _refused(
+        self, source: Source, batch: pa.RecordBatch, requests: Sequence[EventsRequest], received_ms: int
+    ) -> dict[int, BadRequest]:
+        """Return which requests have an event that is ahead of its time, or for which a condition fails, and why."""
+        try:
+            self._check_ahead(source, batch, received_ms)
+            self._check_conditions(source, batch)
+            return {}
+        except BadRequest as error:
+            if len(requests) == 1:
+                return {0: error}
+        refused = {}
+        for i, (start, end) in enumerate(itertools.pairwise(_ends(requests))):
             try:
-                self._check_ahead(source, request.batch, received_ms)
-                self._check_conditions(source, request.batch)
+                self._check_ahead(source, batch.slice(start, end - start), received_ms)
+                self._check_conditions(source, batch.slice(start, end - start))
             except BadRequest as error:
-                outcomes[i] = error
-        return outcomes, [
-            i for i, r in enumerate(requests) if r.batch.num_rows > 0 and not isinstance(outcomes[i], BadRequest)
-        ]
+                refused[i] = error
+        return refused
 
     def _check_ahead(self, source: Source, batch: pa.RecordBatch, received_ms: int) -> None:
         """Refuse events that are ahead of the time they came."""
@@ -198,13 +222,17 @@ class FeatureClient:
             ]
             raise BadRequest(problems[0][0], path=problems[0][1], code="event_ahead", problems=tuple(problems))
 
-    def _stamp(self, source: Source, request: EventsRequest, received_ms: int) -> Ints:
+    def _stamps(
+        self, source: Source, batch: pa.RecordBatch, requests: Sequence[EventsRequest], received_ms: int
+    ) -> Ints:
         """Return the arrival stamps, int64 [n]."""
         # Where time stands at the newest stamp, an event arrives when it happens.
-        if request.arrival_is_event_time or self._clock.now_ms() is None:
-            times: Ints = request.batch.column(source.event_time).cast(pa.int64()).to_numpy()
-            return times
-        return np.full(request.batch.num_rows, received_ms, np.int64)
+        on_event_clock = self._clock.now_ms() is None
+        if not on_event_clock and not any(r.arrival_is_event_time for r in requests):
+            return np.full(batch.num_rows, received_ms, np.int64)
+        times: Ints = batch.column(source.event_time).cast(pa.int64()).to_numpy()
+        of_events = [on_event_clock or r.arrival_is_event_time for r in requests]
+        return np.where(np.repeat(of_events, [r.rows for r in requests]), times, received_ms)
 
     def _received_ms(self) -> int:
         """Return when the request came, for the duplicate filter, whatever its events' arrival stamps say:
@@ -237,7 +265,7 @@ class FeatureClient:
         if source.event_id is not None:
             ids, given = hash_columns([batch.column(source.event_id)], n), True
         else:
-            ids = np.concatenate([_ids_of_rows(r.idempotency_key, r.batch.num_rows) for r in requests])
+            ids = np.concatenate([_ids_of_rows(r.idempotency_key, r.rows) for r in requests])
             given = any(r.idempotency_key is not None for r in requests)
         contents = hash_columns(batch.columns, n)[:, 0].view(np.int64) if given else np.zeros(n, np.int64)
         return Events(source.name, batch, ids, contents, given, arrivals, received_ms)
@@ -306,6 +334,11 @@ class FeatureClient:
             for shard, receipt in receipts.items()
             if receipt.wait_before
         })  # fmt: skip
+
+
+def _ends(requests: Sequence[EventsRequest]) -> list[int]:
+    """Return where each request begins in the batch of all, and where the last one ends."""
+    return list(itertools.accumulate((r.rows for r in requests), initial=0))
 
 
 def _ids_of_rows(key: str | None, n: int) -> Hashes:

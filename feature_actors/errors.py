@@ -21,6 +21,7 @@ __all__ = [
     "NotFound",
     "Problem",
     "TooLarge",
+    "TooMany",
     "Unauthorized",
     "Unavailable",
     "UnsupportedMediaType",
@@ -125,6 +126,12 @@ class UnsupportedMediaType(MillpondError):
     """The body is of a type that this call does not read."""
 
     code, status = "unsupported_media_type", 415
+
+
+class TooMany(MillpondError):
+    """More is waiting than a stated limit allows: try again after `retry_after_ms`, or raise the limit."""
+
+    code, status = "too_many", 429
 
 
 class Unavailable(MillpondError):

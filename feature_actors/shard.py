@@ -55,7 +55,6 @@ Ints = npt.NDArray[np.int64]
 
 #: Address space of a memory that only this process has.
 _OWN_MEMORY_BYTES_MAX = 1 << 34
-_NO_ROWS = np.empty(0, np.int64)
 _NO_VERDICTS = np.empty(0, np.uint8)
 _NO_INPUTS, _NO_MASKS = np.empty((0, 0)), np.empty((0, 0), np.bool_)
 
@@ -470,8 +469,11 @@ class Shard:
         events = [(table, slots[rows]) for table, (_, slots, rows) in zip(tables, hashed, strict=True)]
         arrival_ms = int(arrivals.max()) if len(arrivals) else NO_CLOCK
         prepared.promised_words += self._store.promise_room(events, arrival_ms, of_strings)
-        concerned = np.unique(np.concatenate([rows for _, _, rows in hashed])) if fields else _NO_ROWS
-        values = {name: self._values(column, concerned) for name, column in fields.items()}
+        concerned = np.zeros(n, np.bool_)
+        for _, _, rows in hashed:
+            concerned[rows] = True
+        here = np.flatnonzero(concerned)
+        values = {name: self._values(column, here) for name, column in fields.items()}
         return [
             _Route(
                 table, hashes, slots, rows,
