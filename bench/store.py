@@ -40,6 +40,7 @@ from millpond.bench import reference
 from millpond.bench.workload import HISTORY, Advance, Steps, median_of, ratio, run_workload
 from millpond.cluster.config import Config
 from millpond.cluster.embedded import NAMESPACE, EmbeddedCluster, EmbeddedSettings
+from millpond.feature_actors.calls import CallIngest, CallRead
 from millpond.feature_actors.errors import BadRequest, Unavailable
 from millpond.feature_actors.events import Events as ShardEvents
 from millpond.feature_actors.keys import Hashes, hash_columns
@@ -48,6 +49,7 @@ from millpond.feature_actors.memory_folder import MemoryFolder
 from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.feature_actors.ports import ReadPort
 from millpond.feature_actors.reader import MemoryRead
+from millpond.feature_actors.server import ShardSpec
 from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.tiles.memory import Control, Memory
@@ -578,7 +580,7 @@ class StoreWorkload:
 
     def _start_actor(self) -> tuple[ReadPort, ReadPlan, int]:
         """Start an actor that keeps an event of each entity of the store of middle size."""
-        from millpond.feature_actors.actor import ActorIngest, ActorRead, ShardSpec, start_actors
+        from millpond.feature_actors.actor import ActorCalls, start_actors
 
         home, memory = Path(self._home.name), self._folder.path / "actor"
         memory.mkdir(mode=0o700)
@@ -602,8 +604,8 @@ class StoreWorkload:
             durability="none",
         )
         actors = start_actors(spec, NAMESPACE, num_cpus=0.1)
-        newest_ms = asyncio.run(self._load_actor(ActorIngest(actors), layout))
-        return ActorRead(actors, shard_map), plan_of(layout), newest_ms
+        newest_ms = asyncio.run(self._load_actor(CallIngest(ActorCalls(actors)), layout))
+        return CallRead(ActorCalls(actors), shard_map), plan_of(layout), newest_ms
 
     async def _load_actor(self, ingest: Any, layout: Layout) -> int:
         events = Events(layout, self._sizes.middle)

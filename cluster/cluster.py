@@ -30,6 +30,7 @@ from millpond.feature_actors.errors import DeclarationError, Unavailable
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.manifest import Manifest, check_logs, write_json
 from millpond.feature_actors.memory_folder import MemoryFolder
+from millpond.feature_actors.server import ShardSpec
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.tiles.memory import started_ticks
 from millpond.feature_actors.warm import warm_kernels
@@ -119,7 +120,7 @@ class Cluster:
         return self
 
     def _start_shards(self, manifest: Manifest, token: str) -> None:
-        from millpond.feature_actors.actor import ShardSpec, start_actors
+        from millpond.feature_actors.actor import start_actors
 
         config, layout = self.config, self.layout
         self._memory = MemoryFolder(manifest.cluster_id, config.directory, config.memory_dir)

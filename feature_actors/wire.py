@@ -104,7 +104,7 @@ class QuestionDecoder:
 
     def decode(self, wire: WireQuestion) -> Question:
         names, n, hash_bytes, clock, event_clock, as_of = wire
-        program = self._program(names)
+        program = self._program(tuple(names))
         return Question(
             program,
             np.frombuffer(hash_bytes, np.int64).reshape(len(program.keys), n, 2).copy(),

@@ -1,0 +1,330 @@
+"""A shard in a process of its own: recovery, group commit, and what it owes other shards. No Ray.
+
+Everything about the shard happens on one event loop, in a thread of this server's, one thing at a time; but for the
+log, which a second thread writes to, syncs and reads. Writes that wait together travel to the log together: while one
+group is being synced, the next one gathers.
+
+It is called by a method's name (`METHODS`) and what `wire` makes of its arguments: over a Unix socket by who is on the
+same node, and through the Ray actor that holds it by others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from millpond.feature_actors.calls import CallIngest, Calls
+from millpond.feature_actors.durable import DurableShard, VolatileLog
+from millpond.feature_actors.errors import Unavailable
+from millpond.feature_actors.events import Receipt
+from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.log.log import Durability, Log, LogFull
+from millpond.feature_actors.log.record import HomeRecord, LogDamaged
+from millpond.feature_actors.manifest import open_shard, shard_dir
+from millpond.feature_actors.ports import all_of
+from millpond.feature_actors.shard import Prepared, Shard
+from millpond.feature_actors.shard_map import ShardMap
+from millpond.feature_actors.socket_calls import serve_socket, socket_path
+from millpond.feature_actors.source import Source
+from millpond.feature_actors.tiles.memory import Control, Memory
+from millpond.feature_actors.view import FeatureView
+from millpond.feature_actors.wire import QuestionDecoder, decode_events, encode_answer, encode_receipt
+
+__all__ = ["ShardServer", "ShardSpec"]
+
+Bools = npt.NDArray[np.bool_]
+
+#: What is owed for so long is delivered by its home; sooner if someone waits for it.
+_DELIVER_AFTER_S, _DELIVER_SOON_S = 2.0, 0.2
+#: How long a round of deliveries may fail before the next one is tried.
+_DELIVER_AGAIN_S = 0.5
+_TICK_S = 0.05
+#: How long an offer waits to be taken.
+OFFER_S_MAX = 60.0
+
+logger = logging.getLogger("millpond.shard")
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """What every shard of a cluster is made from."""
+
+    cluster_name: str
+    namespace: str
+    run_id: str
+    data_dir: str
+    sources: tuple[Source, ...]
+    views: tuple[FeatureView, ...]
+    shard_map: ShardMap
+    hash_seed: int
+    dedupe_horizon_ms: int
+    memory_dir: str
+    memory_bytes_max: int
+    strings_max: int
+    reclaim_margin_ms: int
+    durability: Durability
+
+
+class ShardServer:
+    """Serve shard `number`, from now until the process ends or `close`.
+
+    peers: how it reaches the other shards.
+    """
+
+    #: What may be called.
+    METHODS = frozenset({"ingest", "offer", "take", "deliver", "settle", "ready", "read", "status", "check"})
+
+    def __init__(self, spec: ShardSpec, number: int, peers: Callable[[], Calls]) -> None:
+        self._spec, self._number, self._of = spec, number, spec.shard_map.n_shards
+        self._layout = compile_layout(spec.sources, spec.views)
+        self._decoder = QuestionDecoder(self._layout)
+        self._peers = peers
+        self._opening = open_shard(Path(spec.data_dir), number, spec.run_id)
+        self._control = Control(Path(spec.memory_dir), number, writable=True)
+        self._shard = Shard(
+            self._layout,
+            spec.shard_map,
+            number,
+            seed=spec.hash_seed,
+            dedupe_horizon_ms=spec.dedupe_horizon_ms,
+            memory=Memory.create(self._control.tiles_path(self._opening.epoch), spec.memory_bytes_max),
+            strings_max=spec.strings_max,
+            reclaim_margin_ms=spec.reclaim_margin_ms,
+        )
+        self._durable: DurableShard | None = None
+        #: Why it refuses everything, for now or for good; "" if it does not.
+        self._refuses, self._code, self._retry_after_ms = "is about to replay its log", "recovering", 200
+        self._progress = (0, 0)
+        self._waiting: list[tuple[Prepared, asyncio.Future[Receipt]]] = []
+        self._committer: asyncio.Task[None] | None = None
+        self._deliver_soon = False
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
+        self._loop = asyncio.new_event_loop()
+        self._life = asyncio.run_coroutine_threadsafe(self._live(), self._loop)
+        Thread(target=self._loop.run_forever, name="shard", daemon=True).start()
+
+    # -- life
+
+    async def _live(self) -> None:
+        """Let callers in, who are told to wait; recover, and let readers in; deliver what is owed, for ever."""
+        path = socket_path(Path(self._spec.memory_dir), self._number)
+        server = await serve_socket(path, self.call)
+        try:
+            try:
+                durable = await self._in_thread(self._recovered)
+            except Exception as error:
+                logger.exception("shard %d cannot recover", self._number)
+                self._refuse(f"cannot recover: {error}")
+                await asyncio.Event().wait()
+                return
+            if durable is not None:
+                self._control.publish(self._opening.epoch)
+                self._durable, self._refuses = durable, ""
+            await self._deliver_forever()
+        finally:
+            server.close()
+            path.unlink(missing_ok=True)
+
+    def _recovered(self) -> DurableShard | None:
+        """Return the shard with its log, replayed. What cannot be recovered is refused, not begun anew."""
+        if self._spec.durability == "none":
+            if self._opening.again:
+                # It would answer with empty features, as if nobody had ever done anything. Readers of this node go on
+                # with the memory that its predecessor left.
+                self._refuse(
+                    "was restarted and its features are gone; start the cluster anew and load the events again"
+                )
+                return None
+            return DurableShard(self._layout, self._shard, VolatileLog())
+        # Opened in the thread that writes to it: SQLite's connections are of a thread.
+        log = Log(shard_dir(Path(self._spec.data_dir), self._number) / "log", self._spec.durability)
+        durable = DurableShard(self._layout, self._shard, log)
+        durable.recover(self._note_progress)
+        return durable
+
+    def _note_progress(self, at: int, end: int) -> None:
+        self._progress = (at, end)
+        self._refuse(f"is replaying its log (offset {at} of {end})", "recovering", 200)
+
+    def close(self) -> None:
+        """Stop serving, at once. What has been acknowledged is in the log."""
+        self._life.cancel()
+        asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.shutdown()
+
+    def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+    # -- calls
+
+    def called(self, method: str, arguments: Sequence[Any]) -> Future[Any]:
+        """Call a method from another thread."""
+        return asyncio.run_coroutine_threadsafe(self.call(method, arguments), self._loop)
+
+    def call(self, method: str, arguments: Sequence[Any]) -> Coroutine[Any, Any, Any]:
+        """Call a method by its name; on the loop of this server."""
+        if method not in self.METHODS:
+            raise Unavailable(f"shard {self._number} of {self._of} has no `{method}`; it is of another version")
+        return getattr(self, method)(*arguments)  # type: ignore[no-any-return]
+
+    def _refuse(self, why: str, code: str = "shard_lost", retry_after_ms: int = 10_000) -> None:
+        self._code, self._retry_after_ms, self._refuses = code, retry_after_ms, why
+
+    def _check(self) -> None:
+        if self._refuses:
+            retry = f"; retry after {self._retry_after_ms} ms" if self._code == "recovering" else ""
+            raise Unavailable(
+                f"shard {self._number} of {self._of} {self._refuses}{retry}",
+                code=self._code,
+                retry_after_ms=self._retry_after_ms,
+            )
+
+    # -- writes
+
+    async def ingest(self, events: Any, settled: Sequence[int]) -> Any:
+        self._check()
+        self._shard.deliveries.settle(settled)
+        return encode_receipt(await self._written(self._shard.prepare_ingest(decode_events(events, self._layout))))
+
+    async def offer(self, request: bytes, events: Any, settled: Sequence[int]) -> Any:
+        self._check()
+        self._shard.deliveries.settle(settled)
+        decoded = decode_events(events, self._layout)
+        return encode_receipt(await self._written(self._shard.prepare_offer(request, decoded, time.monotonic())))
+
+    async def take(self, request: bytes, accepted: bytes, homes: Sequence[Sequence[int]]) -> None:
+        self._check()
+        records = [HomeRecord(*home) for home in homes]
+        await self._written(self._shard.prepare_take(request, np.frombuffer(accepted, np.bool_), records))
+
+    async def deliver(self, home: Sequence[int], events: Any) -> None:
+        self._check()
+        await self._written(self._shard.prepare_deliver(HomeRecord(*home), decode_events(events, self._layout)))
+
+    async def settle(self, settled: Sequence[int], wait_before: int) -> None:
+        """Return when what is owed of records before an offset has been applied everywhere."""
+        self._check()
+        deliveries = self._shard.deliveries
+        deliveries.settle(settled)
+        while any(offset < wait_before for offset in deliveries.owed):
+            self._deliver_soon = True
+            await asyncio.sleep(_TICK_S / 10)
+            self._check()
+
+    async def _written(self, prepared: Prepared) -> Receipt:
+        """Wait until what was prepared is in the log and applied. What has nothing new waits for what came before it,
+        by which it may have been judged."""
+        done: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
+        self._waiting.append((prepared, done))
+        if self._committer is None:
+            self._committer = asyncio.ensure_future(self._commit_waiting())
+        return await done
+
+    async def _commit_waiting(self) -> None:
+        """Write what waits, group after group, until nothing waits."""
+        durable = self._durable
+        assert durable is not None
+        try:
+            while self._waiting:
+                group, self._waiting = self._waiting, []
+                prepared = [p for p, _ in group]
+                offsets: list[int | None] = [None] * len(prepared)
+                try:
+                    if any(p.record is not None for p in prepared):
+                        settled = self._shard.deliveries.settled(durable.log.next)
+                        offsets = await self._in_thread(durable.append, prepared, settled)
+                except LogFull as full:
+                    group, self._waiting = group + self._waiting, []
+                    for p, _ in reversed(group):
+                        self._shard.undo(p)
+                    for _, done in group:
+                        if not done.done():  # its caller has not gone
+                            done.set_exception(full)
+                    continue
+                now_s = time.monotonic()
+                receipts = [self._shard.commit(p, at, now_s) for p, at in zip(prepared, offsets, strict=True)]
+                for (_, done), receipt in zip(group, receipts, strict=True):
+                    if not done.done():
+                        done.set_result(receipt)
+        except Exception:
+            # What is on disk, or in the tiles, is not known: a new process finds out.
+            logger.exception("shard %d failed while it wrote; its process ends and recovers", self._number)
+            os._exit(70)
+        finally:
+            self._committer = None
+
+    # -- what is owed
+
+    async def _deliver_forever(self) -> None:
+        """Bring to the other shards what they have not had of this one's records; forget offers that nobody takes."""
+        while True:
+            await asyncio.sleep(_TICK_S)
+            now_s = time.monotonic()
+            self._shard.drop_offers(now_s - OFFER_S_MAX)
+            patience_s = _DELIVER_SOON_S if self._deliver_soon else _DELIVER_AFTER_S
+            self._deliver_soon = False
+            try:
+                for offset in [o for o, since_s in self._shard.deliveries.owed.items() if since_s < now_s - patience_s]:
+                    if offset in self._shard.deliveries.owed:
+                        await self._deliver(offset)
+            except (Unavailable, LogDamaged) as error:
+                logger.warning("shard %d cannot deliver yet: %s", self._number, error)
+                await asyncio.sleep(_DELIVER_AGAIN_S)
+
+    async def _deliver(self, offset: int) -> None:
+        assert self._durable is not None
+        home, events, concerned = await self._in_thread(self._durable.owed_events, offset)
+        peers = CallIngest(self._peers())
+        started: dict[int, asyncio.Future[Any]] = {}
+        for shard in np.flatnonzero(concerned.any(axis=1)).tolist():
+            part = events.of_rows(np.flatnonzero(concerned[shard]), events.arrivals[:0])
+            if shard == self._number:
+                started[shard] = asyncio.ensure_future(self._written(self._shard.prepare_deliver(home, part)))
+            else:
+                started[shard] = asyncio.ensure_future(peers.deliver(shard, home, part))
+        await all_of(started)
+        self._shard.deliveries.settle([offset])
+
+    # -- the rest
+
+    async def ready(self) -> None:
+        """Return when it has recovered. Raises `Unavailable` if it cannot."""
+        while self._code == "recovering" and self._refuses:
+            await asyncio.sleep(_TICK_S / 10)
+        self._check()
+
+    async def read(self, question: Any) -> Any:
+        self._check()
+        return encode_answer(self._shard.read(self._decoder.decode(question)))
+
+    async def status(self) -> dict[str, Any]:
+        """Return what it holds, or how far its recovery has come."""
+        state = "ready" if not self._refuses else self._code
+        at, end = self._progress
+        about = {"shard": self._number, "state": state, "epoch": self._opening.epoch, "replayed": at, "log_end": end}
+        if self._refuses:
+            return {**about, "why": self._refuses}
+        return {**about, **asdict(self._shard.status())}
+
+    async def check(self) -> list[str]:
+        self._check()
+        return self._shard.check()
+
+
+async def _cancel_all() -> None:
+    others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
