@@ -140,7 +140,7 @@ class FeatureClient:
         # 4. What a duplicate is a duplicate of has to be seen, too.
         await self._wait_for_originals(receipts)
         # 5. Count what was accepted, request by request.
-        times: Ints = batch.column(source.event_time).cast(pa.int64()).to_numpy()
+        times = source.times_ms(batch)
         too_late = accepted & self.layout.too_late(source.name, times, arrivals)
         late = accepted & (times < arrivals - self._limits.late_after_ms) & ~too_late
         masks = [accepted, verdicts == DUPLICATE, verdicts == CONFLICT, late, too_late, accepted & unkeyed]
@@ -208,7 +208,7 @@ class FeatureClient:
 
     def _check_ahead(self, source: Source, batch: pa.RecordBatch, received_ms: int) -> None:
         """Refuse events that are ahead of the time they came."""
-        times: Ints = batch.column(source.event_time).cast(pa.int64()).to_numpy()
+        times = source.times_ms(batch)
         ahead = np.flatnonzero(times > received_ms + self._limits.ahead_ms_max)
         if ahead.size:
             allowed = f"its arrival; allowed is {self._limits.ahead_ms_max} ms"
@@ -230,7 +230,7 @@ class FeatureClient:
         on_event_clock = self._clock.now_ms() is None
         if not on_event_clock and not any(r.arrival_is_event_time for r in requests):
             return np.full(batch.num_rows, received_ms, np.int64)
-        times: Ints = batch.column(source.event_time).cast(pa.int64()).to_numpy()
+        times = source.times_ms(batch)
         of_events = [on_event_clock or r.arrival_is_event_time for r in requests]
         return np.where(np.repeat(of_events, [r.rows for r in requests]), times, received_ms)
 

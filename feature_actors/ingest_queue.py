@@ -1,7 +1,9 @@
 """Requests that wait together travel together: one call of each shard, one sync of its log.
 
-No request waits for company: what comes while nothing is under way leaves at once. What comes meanwhile gathers, and
-leaves together when the way is free, or sooner once it is a large load that may as well be decoded beside.
+What comes while nothing is under way leaves at once. What comes meanwhile gathers, and leaves together when the way is
+free, or sooner once it is a large load that may as well be decoded beside. When the answers of a load have gone out, its
+clients' next requests are on their way: the first of them wait a moment for others, else they would travel alone and all
+others wait for them. So under load two halves take turns, and a single client never waits.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ __all__ = ["IngestQueue", "QueueLimits"]
 _UNDER_WAY_MAX, _LARGE_ROWS = 3, 512
 #: Rows of a load at most, unless one request has more.
 _LOAD_ROWS_MAX = 20_000
+#: How long requests wait for others, if some were answered together just now.
+_GATHER_S = 0.002
 #: What was applied everywhere is told to its homes after so long, if it did not travel with other events.
 _SETTLE_AFTER_S = 0.25
 
@@ -48,6 +52,10 @@ class _Lane:
     waiting: list[_Waiting] = field(default_factory=list)
     waiting_rows: int = 0
     under_way: int = 0
+    #: How many go together at least, for now, and until when.
+    gather: int = 0
+    gather_until_s: float = 0.0
+    gathering: asyncio.TimerHandle | None = None
 
 
 class IngestQueue:
@@ -86,6 +94,14 @@ class IngestQueue:
 
     def _send(self, source: str, lane: _Lane) -> None:
         """Send what waits, if it may go."""
+        if lane.under_way == 0 and 0 < len(lane.waiting) < lane.gather:
+            loop = asyncio.get_running_loop()
+            if loop.time() < lane.gather_until_s:
+                lane.gathering = lane.gathering or loop.call_at(lane.gather_until_s, self._gathered, source, lane)
+                return
+        if lane.gathering is not None:
+            lane.gathering.cancel()
+            lane.gathering = None
         while lane.waiting and (
             lane.under_way == 0 or (lane.under_way < _UNDER_WAY_MAX and lane.waiting_rows >= _LARGE_ROWS)
         ):
@@ -100,12 +116,18 @@ class IngestQueue:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
+    def _gathered(self, source: str, lane: _Lane) -> None:
+        lane.gathering, lane.gather = None, 0
+        self._send(source, lane)
+
     async def _travel(self, source: str, lane: _Lane, load: list[_Waiting]) -> None:
         try:
             outcomes: Sequence[Ack | Exception] = await self._ingest(source, lane.decoder, load)
         except Exception as error:
             outcomes = [error] * len(load)
         lane.under_way -= 1
+        lane.gather = (len(load) + len(lane.waiting)) // 2
+        lane.gather_until_s = asyncio.get_running_loop().time() + _GATHER_S
         for waiting, outcome in zip(load, outcomes, strict=True):
             if waiting.done.done():  # its client has gone
                 continue

@@ -45,6 +45,8 @@ __all__ = ["ShardServer", "ShardSpec"]
 
 Bools = npt.NDArray[np.bool_]
 
+#: A smaller group is synced quicker than another thread is asked to do it.
+_APPEND_HERE_BYTES = 64 << 10
 #: What is owed for so long is delivered by its home; sooner if someone waits for it.
 _DELIVER_AFTER_S, _DELIVER_SOON_S = 2.0, 0.2
 #: How long a round of deliveries may fail before the next one is tried.
@@ -244,7 +246,10 @@ class ShardServer:
                 try:
                     if any(p.record is not None for p in prepared):
                         settled = self._shard.deliveries.settled(durable.log.next)
-                        offsets = await self._in_thread(durable.append, prepared, settled)
+                        if sum(p.record_bytes for p in prepared) < _APPEND_HERE_BYTES:
+                            offsets = durable.append(prepared, settled)
+                        else:
+                            offsets = await self._in_thread(durable.append, prepared, settled)
                 except LogFull as full:
                     group, self._waiting = group + self._waiting, []
                     for p, _ in reversed(group):

@@ -106,6 +106,13 @@ class Prepared:
     promised_words: int = 0
     offer: tuple[bytes, _Offer] | None = None
 
+    @property
+    def record_bytes(self) -> int:
+        """About how large the record is."""
+        if self.record is None:
+            return 0
+        return self.record.rows.nbytes if isinstance(self.record, TakeRecord) else self.record.batch.nbytes
+
 
 @dataclass(frozen=True)
 class ShardStatus:
@@ -437,7 +444,7 @@ class Shard:
         self._store.keep_promise(prepared.promised_words)
 
     def _times(self, source: str, batch: pa.RecordBatch) -> Ints:
-        times: Ints = owned(batch.column(self._layout.source(source).event_time).cast(pa.int64()).to_numpy())
+        times: Ints = owned(self._layout.source(source).times_ms(batch))
         return times
 
     def _routes(

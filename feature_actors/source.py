@@ -11,8 +11,11 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from millpond.feature_actors.errors import DeclarationError, did_you_mean
@@ -153,7 +156,12 @@ class Source:
                 columns.append(pa.repeat(pa.scalar(spec.default, spec.arrow_type), batch.num_rows))
         return pa.RecordBatch.from_arrays(columns, schema=schema)
 
-    @property
+    def times_ms(self, batch: pa.RecordBatch) -> npt.NDArray[np.int64]:
+        """Return the event times of a batch, int64 [n], not to be written to."""
+        times: npt.NDArray[np.int64] = batch.column(self.event_time).view(pa.int64()).to_numpy()
+        return times
+
+    @cached_property
     def schema(self) -> pa.Schema:
         """The Arrow schema of a validated batch; a field that is not optional is not nullable."""
         return pa.schema([pa.field(n, f.arrow_type, nullable=f.optional) for n, f in self.fields.items()])

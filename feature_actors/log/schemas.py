@@ -29,7 +29,7 @@ class Schemas:
     def name_of(self, schema: pa.Schema) -> str:
         """Return the name of a schema, which is on disk then."""
         for known, name in self._names:
-            if known is schema:
+            if known is schema or known.equals(schema):
                 return name
         content = schema.serialize().to_pybytes()
         name = hashlib.sha256(content).hexdigest()[:_DIGITS]
