@@ -1,9 +1,9 @@
 """Requests that wait together travel together: one call of each shard, one sync of its log.
 
 What comes while nothing is under way leaves at once. What comes meanwhile gathers, and leaves together when the way is
-free, or sooner once it is a large load that may as well be decoded beside. When the answers of a load have gone out, its
-clients' next requests are on their way: the first of them wait a moment for others, else they would travel alone and all
-others wait for them. So under load two halves take turns, and a single client never waits.
+free, or sooner once it is a large load that may as well be decoded beside. When the answers of a load have gone out,
+its clients' next requests are on their way: the first of them wait a moment for others, else they would travel alone
+and all others wait for them. So under load two halves take turns, and a single client never waits.
 """
 
 from __future__ import annotations
