@@ -36,6 +36,7 @@ from millpond.feature_actors.tiles.memory import Memory
 from millpond.feature_actors.tiles.read import NO_CLOCK
 from millpond.feature_actors.tiles.store import TileStore
 from millpond.feature_actors.tiles.strings import Strings
+from millpond.feature_actors.tiles.structure import SEQUENCE_ROW_BITS
 from millpond.feature_actors.view import mask_of
 
 __all__ = ["Shard", "ShardStatus"]
@@ -127,6 +128,7 @@ class Shard:
         self._homes = {name: IdFilter(dedupe_horizon_ms, shard_map.n_slots, seed) for name in layout.sources}
         self._filters = [IdFilter(dedupe_horizon_ms, shard_map.n_slots, seed) for _ in layout.tables]
         self._events = {t.name: 0 for t in layout.tables}
+        self._next_offset = 0
         self._reader = MemoryReader(shard_map, [number])
         self._reader.attach(number, self.memory)
 
@@ -175,13 +177,25 @@ class Shard:
             raise
         return prepared
 
-    def commit(self, prepared: Prepared) -> None:
-        """Apply what was prepared, when it is in the log; in the order of the log."""
+    def commit(self, prepared: Prepared, offset: int | None = None) -> None:
+        """Apply what was prepared, when it is in the log at that offset; in the order of the log.
+
+        Rows that have it already, having been loaded from a snapshot, pass it over. Without an offset it is the next.
+        """
+        offset = self._next_offset if offset is None else offset
+        self._next_offset = offset + 1
         if len(prepared.arrivals):
             self._store.hear_of(int(prepared.arrivals.max()), prepared.received_ms)
         for route, rows in prepared.routes:
             self._store.apply(
-                route.table, rows, route.hashes, prepared.times, prepared.arrivals, route.inputs, route.masks
+                route.table,
+                rows,
+                route.hashes,
+                prepared.times,
+                prepared.arrivals,
+                route.inputs,
+                route.masks,
+                offset << SEQUENCE_ROW_BITS,
             )
             self._events[route.table.name] += len(rows)
         self._store.keep_promise(prepared.promised_words)
@@ -192,7 +206,7 @@ class Shard:
             seen.forget(rows, slots, ids)
         self._store.keep_promise(prepared.promised_words)
 
-    def replay(self, record: IdsRecord | EventsRecord) -> None:
+    def replay(self, record: IdsRecord | EventsRecord, offset: int | None = None) -> None:
         """Do again what a record of the log says, as part of recovery: it was judged when it was written.
 
         What is of a source or a table that is not declared any more is passed over.
@@ -217,7 +231,7 @@ class Shard:
                 self._remember(prepared, route, rows, ids)
             prepared.routes.append((route, rows))
         prepared.times, prepared.arrivals = self._times(record.source, batch), owned(record.arrivals)
-        self.commit(prepared)
+        self.commit(prepared, offset)
 
     def admit(self, source: str, ids: Hashes, contents: Ints, received_ms: int) -> npt.NDArray[np.uint8]:
         """Judge event ids at once, without a log; see `prepare_admit`."""
@@ -354,6 +368,8 @@ class Shard:
         """
         assert question.as_of is not None
         answer, program = answer or Answer.empty(question), question.program
+        base = self._next_offset << SEQUENCE_ROW_BITS
+        self._next_offset += 1
         for name, (batch, arrivals) in events.items():
             times, ids, prepared = self._times(name, batch), self._ids(name, batch), Prepared(0)
             for route in self._routes(prepared, name, batch, arrivals):
@@ -368,7 +384,7 @@ class Shard:
                 steps = np.concatenate([rows, ~asked])[order]
                 self._store.join(
                     route.table, program, steps, route.hashes, times, owned(arrivals), route.inputs, route.masks, keys,
-                    question.as_of, answer.values, answer.known,
+                    question.as_of, answer.values, answer.known, base,
                 )  # fmt: skip
         self._reader.read_texts(question, answer)
         return answer

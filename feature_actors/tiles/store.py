@@ -107,9 +107,20 @@ class TileStore:
         words[M_NEWEST_RECEIVED] = max(int(words[M_NEWEST_RECEIVED]), received_ms)
 
     def apply(
-        self, table: Table, rows: Ints, hashes: Ints, times: Ints, arrivals: Ints, inputs: Floats, masks: Bools
+        self,
+        table: Table,
+        rows: Ints,
+        hashes: Ints,
+        times: Ints,
+        arrivals: Ints,
+        inputs: Floats,
+        masks: Bools,
+        base: int,
     ) -> None:
-        """Apply the events `rows` of a batch in that order; shapes as `apply_events`; `promise_room` comes first."""
+        """Apply the events `rows` of a batch in that order; shapes as `apply_events`; `promise_room` comes first.
+
+        base: sequence of event 0 of the batch, see `structure`; what a row has by its own sequence is passed over.
+        """
         memory, program = self.memory, table.program(self._n_slots)
         for first in range(0, len(rows), _CHUNK):
             chunk, start = rows[first : first + _CHUNK], 0
@@ -117,7 +128,7 @@ class TileStore:
             while True:
                 start = apply_events(
                     memory.words, memory.floats, memory.halves, program, chunk, start, hashes, times, arrivals, inputs,
-                    masks,
+                    masks, base,
                 )  # fmt: skip
                 if start == DONE:
                     break
@@ -217,13 +228,14 @@ class TileStore:
         as_of: Ints,
         out: Floats,
         known: Bools,
+        base: int,
     ) -> None:
         """Apply events and read features in the order of `steps`; see `join_features`."""
         memory, start, part = self.memory, 0, plan.tables.index(table)
         while True:
             start = join_features(
                 memory.words, memory.floats, memory.halves, table.program(self._n_slots), steps, start, hashes, times,
-                arrivals, inputs, masks, plan.arrays(self._n_slots), part, asked, as_of, out, known,
+                arrivals, inputs, masks, base, plan.arrays(self._n_slots), part, asked, as_of, out, known,
             )  # fmt: skip
             if start == DONE:
                 return
