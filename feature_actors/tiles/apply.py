@@ -61,7 +61,7 @@ from millpond.feature_actors.tiles.structure import (
     take_out,
 )
 
-__all__ = ["DONE", "apply_events", "apply_one", "has_room", "reclaim_rows"]
+__all__ = ["DONE", "apply_events", "apply_one", "has_room", "new_row", "reclaim_rows"]
 
 #: What `apply_events` returns when it has come to the end.
 DONE = -1
@@ -237,7 +237,7 @@ def _fine_tile(
 
 
 @inner
-def _new_row(
+def new_row(
     words: Any, floats: Any, halves: Any, slot: Any, table: Any, series: Any, columns: Any, lo: Any, hi: Any, mark: Any
 ) -> Any:
     row = take(words, halves, slot + H_POOLS, table[T_ROW_WORDS])
@@ -283,10 +283,10 @@ def apply_one(
     if row == 0 and index_is_full(words, slot):
         if room(words) < table[T_RESERVE_WORDS] + index_words_wanted(words, slot):
             return False
-        grow_index(words, slot)
+        grow_index(words, slot, index_words_wanted(words, slot))
     begin_write(words, slot)
     if row == 0:
-        row = _new_row(words, floats, halves, slot, table, series, columns, lo, hi, mark)
+        row = new_row(words, floats, halves, slot, table, series, columns, lo, hi, mark)
     times = row + ROW_HEADER_WORDS
     now = max(arrival, time, words[times])  # the first `where` is every event
     for s in range(series.shape[0]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,16 @@ import numpy.typing as npt
 
 from millpond.feature_actors.tiles.apply import DONE, apply_events, reclaim_rows
 from millpond.feature_actors.tiles.check import check_table
+from millpond.feature_actors.tiles.image import (
+    ALL_MARKS,
+    LOADED,
+    NO_ROOM,
+    ImageDamaged,
+    Texts,
+    export_rows,
+    import_rows,
+    make_places,
+)
 from millpond.feature_actors.tiles.memory import (
     M_LAYOUT,
     M_LIMIT,
@@ -27,6 +37,7 @@ from millpond.feature_actors.tiles.memory import (
 )
 from millpond.feature_actors.tiles.program import FOR_EVER
 from millpond.feature_actors.tiles.read import NO_CLOCK, join_features
+from millpond.feature_actors.tiles.shape import Fit
 from millpond.feature_actors.tiles.structure import (
     BLOCK_ITEMS_MIN,
     BLOCK_WORDS_MAX,
@@ -58,6 +69,9 @@ RECLAIM_PLACES_MAX = 2_048
 #: A memory that is full is looked through as a whole, but not for every batch that it refuses.
 _RECLAIM_EVERYTHING_EVERY_MS = 10_000
 _RECLAIM_PER_EVENT, _RECLAIM_PER_NEW_ROW = 1 / 16, 4
+
+#: A step of an image ends after so many words or places of an index: a millisecond or so.
+IMAGE_WORDS_MAX, IMAGE_PLACES_MAX = 1 << 15, 1 << 13
 
 
 @dataclass
@@ -240,6 +254,59 @@ class TileStore:
             if start == DONE:
                 return
             self._grow(table)
+
+    # -- images
+
+    def image(self, table: Table) -> Iterator[tuple[int, int, Ints]]:
+        """Yield the rows of a table in steps of bounded size: slot, how many rows that has now, and an image of some of
+        them, see `image`.
+
+        Events may be applied between two steps. What has come to be since the first need not be in any of them.
+        """
+        program = table.program(self._n_slots)
+        out = np.empty(2 * IMAGE_WORDS_MAX, np.int64)
+        for slot in np.flatnonzero(self._headers(table)[:, H_ROWS]).tolist():
+            mark = 0
+            while mark < ALL_MARKS:
+                before, rows = mark, int(self._headers(table)[slot, H_ROWS])
+                size, mark = export_rows(
+                    self.memory.words, self.memory.halves, program, slot, mark, out, IMAGE_WORDS_MAX, IMAGE_PLACES_MAX
+                )
+                if size:
+                    yield slot, rows, out[:size].copy()
+                elif mark == before:
+                    out = np.empty(2 * len(out), np.int64)
+
+    def load(self, table: Table, fit: Fit, slot: int, rows: int, image: Ints, texts: Texts) -> int:
+        """Load an image of some rows of a slot, which are not there yet; return the newest sequence among them.
+
+        rows: how many the slot is going to have. Raises `MemoryFull`, `ImageDamaged`: the store is not to be used then.
+        """
+        program = table.program(self._n_slots)
+        # As full as one that grows is in the middle between two sizes.
+        places = (max(rows, int(self._headers(table)[slot, H_ROWS])) * 3 // 2 + 2 * LINE_WORDS) // LINE_WORDS
+        places *= LINE_WORDS
+        if self._headers(table)[slot, H_PLACES] < places:
+            self._have_room(places)
+            make_places(self.memory.words, program, slot, places)
+        at, newest = 0, -1
+        while True:
+            at, outcome, of_these = import_rows(
+                self.memory.words, self.memory.floats, self.memory.halves, program, fit, slot, image, at, texts
+            )
+            newest = max(newest, int(of_these))
+            if outcome == LOADED:
+                return newest
+            if outcome != NO_ROOM:
+                raise ImageDamaged(slot, at, outcome)
+            # Besides its tiles, a row may need a larger index.
+            more = 2 * int(image[at]) + 2 * int(self._headers(table)[slot, H_PLACES]) + 64
+            self._have_room(table.reserve_words + more)
+
+    def _have_room(self, words: int) -> None:
+        room = int(self.memory.words[M_LIMIT] - self.memory.words[M_USED])
+        if room < words:
+            self.memory.grow(words - room)
 
     # -- reclaim
 

@@ -173,6 +173,12 @@ def place_of(mark: Any, places: Any) -> Any:
 
 
 @inner
+def first_mark_of(place: Any, places: Any) -> Any:
+    """Return the lowest mark that is placed there, or behind it if there is none."""
+    return ((np.int64(place) << 32) + places - 1) // places
+
+
+@inner
 def find(words: Any, slot: Any, lo: Any, hi: Any, mark: Any, limit: Any, row_words: Any) -> Any:
     """Return the address of an entity's row, or 0.
 
@@ -209,10 +215,9 @@ def index_words_wanted(words: Any, slot: Any) -> Any:
 
 
 @inner
-def grow_index(words: Any, slot: Any) -> None:
-    """Move the index of a slot to a larger one; readers go on with the old one until it is there."""
+def grow_index(words: Any, slot: Any, places: Any) -> None:
+    """Move the index of a slot to a larger one of whole lines; readers go on with the old one until it is there."""
     old, old_places = words[slot + H_INDEX_AT], words[slot + H_PLACES]
-    places = index_words_wanted(words, slot)
     new = allocate(words, places)
     words[new : new + places] = 0
     for p in range(old_places):
