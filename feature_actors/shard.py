@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -80,6 +81,17 @@ class Prepared:
     promised_words: int = 0
 
 
+class ShardParts(NamedTuple):
+    """What a shard consists of: for its image. filters by table; events applied by table."""
+
+    layout: Layout
+    store: TileStore
+    strings: Strings
+    homes: dict[str, IdFilter]
+    filters: list[IdFilter]
+    events: dict[str, int]
+
+
 @dataclass(frozen=True)
 class ShardStatus:
     """What a shard holds: events applied and entities kept by table, tiles, bytes allocated for tiles and filters,
@@ -128,7 +140,8 @@ class Shard:
         self._homes = {name: IdFilter(dedupe_horizon_ms, shard_map.n_slots, seed) for name in layout.sources}
         self._filters = [IdFilter(dedupe_horizon_ms, shard_map.n_slots, seed) for _ in layout.tables]
         self._events = {t.name: 0 for t in layout.tables}
-        self._next_offset = 0
+        #: Where in the log the next record will be that is committed without saying so.
+        self.next_offset = 0
         self._reader = MemoryReader(shard_map, [number])
         self._reader.attach(number, self.memory)
 
@@ -182,8 +195,8 @@ class Shard:
 
         Rows that have it already, having been loaded from a snapshot, pass it over. Without an offset it is the next.
         """
-        offset = self._next_offset if offset is None else offset
-        self._next_offset = offset + 1
+        offset = self.next_offset if offset is None else offset
+        self.next_offset = offset + 1
         if len(prepared.arrivals):
             self._store.hear_of(int(prepared.arrivals.max()), prepared.received_ms)
         for route, rows in prepared.routes:
@@ -368,8 +381,8 @@ class Shard:
         """
         assert question.as_of is not None
         answer, program = answer or Answer.empty(question), question.program
-        base = self._next_offset << SEQUENCE_ROW_BITS
-        self._next_offset += 1
+        base = self.next_offset << SEQUENCE_ROW_BITS
+        self.next_offset += 1
         for name, (batch, arrivals) in events.items():
             times, ids, prepared = self._times(name, batch), self._ids(name, batch), Prepared(0)
             for route in self._routes(prepared, name, batch, arrivals):
@@ -390,6 +403,10 @@ class Shard:
         return answer
 
     # -- what it holds
+
+    @property
+    def parts(self) -> ShardParts:
+        return ShardParts(self._layout, self._store, self._strings, self._homes, self._filters, self._events)
 
     def status(self) -> ShardStatus:
         tables, store = self._layout.tables, self._store

@@ -113,12 +113,17 @@ class TileStore:
         """The newest arrival stamp that the shard has heard of, `NO_CLOCK` before the first."""
         return int(self.memory.words[M_NEWEST_ARRIVAL])
 
+    @property
+    def newest_received_ms(self) -> int:
+        """When the newest request was received that the shard has heard of, `NO_CLOCK` before the first."""
+        return int(self.memory.words[M_NEWEST_RECEIVED])
+
     def hear_of(self, arrival_ms: int, received_ms: int) -> None:
         """Move time on, before events with that arrival stamp are applied: what they push out of sight is only ever
         missing from reads as of later."""
         words = self.memory.words
         words[M_NEWEST_ARRIVAL] = max(self.newest_arrival_ms, arrival_ms)
-        words[M_NEWEST_RECEIVED] = max(int(words[M_NEWEST_RECEIVED]), received_ms)
+        words[M_NEWEST_RECEIVED] = max(self.newest_received_ms, received_ms)
 
     def apply(
         self,
