@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,7 @@ from millpond.feature_actors.tiles.memory import Memory
 from millpond.feature_actors.tiles.read import NO_CLOCK
 from millpond.feature_actors.tiles.store import TileStore
 from millpond.feature_actors.tiles.strings import Strings
+from millpond.feature_actors.tiles.structure import SEQUENCE_ROW_BITS
 from millpond.feature_actors.view import mask_of
 
 __all__ = ["Shard", "ShardStatus"]
@@ -114,6 +115,16 @@ class Prepared:
         return self.record.rows.nbytes if isinstance(self.record, TakeRecord) else self.record.batch.nbytes
 
 
+class ShardParts(NamedTuple):
+    """What a shard consists of, for its image; homes: of ids, by source; events applied by table."""
+
+    layout: Layout
+    store: TileStore
+    strings: Strings
+    homes: dict[str, IdFilter]
+    events: dict[str, int]
+
+
 @dataclass(frozen=True)
 class ShardStatus:
     """What a shard holds: events applied and entities kept by table, tiles, bytes allocated for tiles and filters,
@@ -164,9 +175,9 @@ class Shard:
         self._homes = {name: IdFilter(dedupe_horizon_ms, shard_map.n_slots, seed) for name in layout.sources}
         self.deliveries = Deliveries()
         self._offers: dict[bytes, _Offer] = {}
-        #: Where the next record goes, if it is in no log.
-        self._next = 0
         self._events = {t.name: 0 for t in layout.tables}
+        #: Where the next record goes that is committed without saying so.
+        self.next_offset = 0
         self._reader = MemoryReader(shard_map, [number])
         self._reader.attach(number, self.memory)
 
@@ -259,16 +270,16 @@ class Shard:
         if prepared.record is None:
             offset = -1
         else:
-            offset = self._next if offset is None else offset
-            self._next = offset + 1
+            offset = self.next_offset if offset is None else offset
+            self.next_offset = offset + 1
         if isinstance(prepared.record, OfferRecord) and (prepared.verdicts == NEW).any():
             self.deliveries.owe(offset, since_s)
         duplicates = bool((prepared.verdicts == DUPLICATE).any())
         receipt = Receipt(
             prepared.verdicts,
             offset,
-            self.deliveries.settled(self._next),
-            self._next if duplicates and self.deliveries.owed else 0,
+            self.deliveries.settled(self.next_offset),
+            self.next_offset if duplicates and self.deliveries.owed else 0,
             prepared.offer is not None,
         )
         if prepared.offer is not None:
@@ -317,8 +328,8 @@ class Shard:
         """Apply those routes of events that are of this shard, whatever their ids; shapes as of `Events`."""
         prepared = Prepared(received_ms)
         self._route(prepared, Events.judged(source, batch, arrivals, received_ms), np.arange(batch.num_rows))
-        self._apply(prepared, self._next)
-        self._next += 1
+        self._apply(prepared, self.next_offset)
+        self.next_offset += 1
 
     def admit(self, source: str, ids: Hashes, contents: Ints, received_ms: int) -> npt.NDArray[np.uint8]:
         """Judge event ids whose home is here and remember the new ones; return their verdicts, uint8 [n]."""
@@ -341,7 +352,7 @@ class Shard:
     def replay_offer(self, record: OfferRecord, offset: int) -> None:
         """Remember the ids of an offer that were new here, and owe them."""
         self.remember(record)
-        self._next = offset + 1
+        self.next_offset = offset + 1
         if record.source in self._layout.sources and (record.routes & 1).any():
             self.deliveries.owe(offset)
 
@@ -374,7 +385,7 @@ class Shard:
         prepared = Prepared(record.received_ms)
         events = Events.judged(record.source, batch, record.arrivals, record.received_ms)
         self._route(prepared, events, np.arange(len(routes)))
-        self._next = offset + 1
+        self.next_offset = offset + 1
         bits = {key: np.uint32(2 << number) for number, key in enumerate(record.tables)}
         prepared.routes = [
             (route, np.flatnonzero(routes & bits.get(route.table.key, np.uint32(0)))) for route, _ in prepared.routes
@@ -436,9 +447,10 @@ class Shard:
     def _apply(self, prepared: Prepared, offset: int) -> None:
         if len(prepared.arrivals):
             self._store.hear_of(int(prepared.arrivals.max()), prepared.received_ms)
+        base = offset << SEQUENCE_ROW_BITS
         for route, rows in prepared.routes:
             self._store.apply(
-                route.table, rows, route.hashes, prepared.times, prepared.arrivals, route.inputs, route.masks
+                route.table, rows, route.hashes, prepared.times, prepared.arrivals, route.inputs, route.masks, base
             )
             self._events[route.table.name] += len(rows)
         self._store.keep_promise(prepared.promised_words)
@@ -523,6 +535,8 @@ class Shard:
         """
         assert question.as_of is not None
         answer, program = answer or Answer.empty(question), question.program
+        base = self.next_offset << SEQUENCE_ROW_BITS
+        self.next_offset += 1
         for name, (batch, arrivals) in events.items():
             times, prepared = self._times(name, batch), Prepared(0)
             for route in self._routes(prepared, name, batch, arrivals):
@@ -536,12 +550,16 @@ class Shard:
                 steps = np.concatenate([rows, ~asked])[order]
                 self._store.join(
                     route.table, program, steps, route.hashes, times, owned(arrivals), route.inputs, route.masks, keys,
-                    question.as_of, answer.values, answer.known,
+                    question.as_of, answer.values, answer.known, base,
                 )  # fmt: skip
         self._reader.read_texts(question, answer)
         return answer
 
     # -- what it holds
+
+    @property
+    def parts(self) -> ShardParts:
+        return ShardParts(self._layout, self._store, self._strings, self._homes, self._events)
 
     def status(self) -> ShardStatus:
         tables, store = self._layout.tables, self._store
