@@ -17,7 +17,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,16 @@ from millpond.feature_actors.decode import Decoder
 from millpond.feature_actors.errors import BadRequest, Unavailable
 from millpond.models.definition import Definition
 
-__all__ = ["KINDS", "EventBodies", "EventsWorkload", "Kind", "figures_of", "run_events_bench"]
+__all__ = [
+    "KINDS",
+    "EventBodies",
+    "EventsWorkload",
+    "Kind",
+    "arrow_body",
+    "figures_of",
+    "json_bodies",
+    "run_events_bench",
+]
 
 SEED = 0
 ROUNDS = 3
@@ -116,12 +125,20 @@ MEANINGS = {
 class EventBodies:
     """Bodies of events of the reference load's kind, as many as are asked for, no event id twice.
 
-    Users, items and times are drawn uniformly, times from the last 7 days before `now_ms`. Amounts are whole numbers, so
-    that sums are exact.
+    Users, items and times are drawn uniformly, times from the span before `now_ms`. Amounts are whole numbers, so that
+    sums are exact.
     """
 
-    def __init__(self, seed: int, now_ms: int, *, users: int = reference.USERS, items: int = ITEMS) -> None:
-        self._seed, self._now_ms = seed, now_ms
+    def __init__(
+        self,
+        seed: int,
+        now_ms: int,
+        *,
+        users: int = reference.USERS,
+        items: int = ITEMS,
+        span_ms: int = reference.SPAN_MS,
+    ) -> None:
+        self._seed, self._now_ms, self._span_ms = seed, now_ms, span_ms
         self.users, self.items = users, items
         self._draw = np.random.default_rng(seed)
         self._item_names = pa.array([f"item-{i}" for i in range(items)])
@@ -134,7 +151,7 @@ class EventBodies:
         numbers = pa.array(np.arange(self.count, self.count + n)).cast(pa.string())
         self.count += n
         item = draw.integers(0, self.items, n)
-        times = self._now_ms - draw.integers(reference.GAP_MS, reference.SPAN_MS, n)
+        times = self._now_ms - draw.integers(reference.GAP_MS, self._span_ms, n)
         return pa.table(
             {
                 "event_id": pc.binary_join_element_wise(f"{self._seed}", numbers, "-"),
@@ -151,7 +168,11 @@ class EventBodies:
         bodies: list[bytes] = []
         size = 0
         for n in self._parts(kind, events):
-            made = [arrow_body(self.table(n))] if kind.content_type == ARROW_STREAM else json_bodies(self.table(n), kind)
+            made = (
+                [arrow_body(self.table(n))]
+                if kind.content_type == ARROW_STREAM
+                else json_bodies(self.table(n), kind.events)
+            )
             bodies += made
             size += sum(map(len, made))
             if size > _BODY_BYTES_MAX:
@@ -173,7 +194,7 @@ def arrow_body(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
 
 
-def json_bodies(table: pa.Table, kind: Kind) -> list[bytes]:
+def json_bodies(table: pa.Table, events: int) -> list[bytes]:
     """Return events as JSON, so many in an array, or each as an object. Column by column: 2 M events/s."""
     parts: list[Any] = []
     for name in table.column_names:
@@ -184,14 +205,16 @@ def json_bodies(table: pa.Table, kind: Kind) -> list[bytes]:
         text = column if quote else column.cast(pa.string())
         parts += [("," if parts else "{") + f'"{name}":{quote}', text, *([quote] if quote else [])]
     objects = pc.binary_join_element_wise(*parts, "}", "")
-    if kind.events == 1:
+    if events == 1:
         return [text.encode() for text in objects.to_pylist()]
-    offsets = pa.array(np.arange(0, len(objects) + 1, kind.events, np.int32))
+    offsets = pa.array(range(0, len(objects) + 1, events), pa.int32())
     arrays = pc.binary_join(pa.ListArray.from_arrays(offsets, objects), ",")
     return [b"[%s]" % text.encode() for text in arrays.to_pylist()]
 
 
-def figures_of(outcomes: Mapping[str, list[Outcome]], cpu_of: Mapping[str, list[tuple[float, float]]]) -> dict[str, Any]:
+def figures_of(
+    outcomes: Mapping[str, list[Outcome]], cpu_of: Mapping[str, list[tuple[float, float]]]
+) -> dict[str, Any]:
     """Return medians of the rounds. cpu_of: per kind and round, processor seconds of the replica and of the shards."""
     figures: dict[str, Any] = {}
     for kind in KINDS:
@@ -340,7 +363,9 @@ class EventsWorkload:
                 }
                 begun = time.perf_counter()
                 ack = writer.post(_PATH, msgspec.json.encode(event))
-                score = ack and reader.post("/v1/score/pair_account", b'{"user_id":%d,"item_id":"%s"}' % (user, item.encode()))
+                score = ack and reader.post(
+                    "/v1/score/pair_account", b'{"user_id":%d,"item_id":"%s"}' % (user, item.encode())
+                )
                 took = time.perf_counter() - begun
                 with lock:
                     if not score or ack["accepted"] != 1:
@@ -439,5 +464,7 @@ def run_events_bench(
     """
     if quick and record:
         raise BadRequest("bench events: figures of a --quick run are not recorded; leave one of the two out")
-    workload = EventsWorkload(config, min(seconds, 1.0), rounds=1, pairs=400) if quick else EventsWorkload(config, seconds)
+    workload = (
+        EventsWorkload(config, min(seconds, 1.0), rounds=1, pairs=400) if quick else EventsWorkload(config, seconds)
+    )
     return run_workload(workload, as_json=as_json, record_to=HISTORY if record else None)

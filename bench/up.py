@@ -28,12 +28,15 @@ from millpond.feature_actors.memory_folder import MemoryFolder
 
 __all__ = ["KINDS", "Up", "Victim", "kind_of", "until"]
 
-#: What is killed; all of "cluster" at once, by which `millpond up` itself dies too.
+#: What is killed; all of "cluster" at once, `millpond up` itself among them. A "worker" is any other of the raylet's:
+#: Serve's controller, its proxy of last resort, one that waits for work.
 KINDS = ("shard", "events_replica", "score_replica", "haproxy_manager", "haproxy", "worker", "raylet", "cluster")
 #: After these nothing is restarted by the cluster itself.
 NEEDS_NEW_START = frozenset({"raylet", "cluster"})
-#: Workers of the raylet that are not started again, because nobody misses them.
-_UNMISSED = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+#: Two agents share the raylet's fate: one kind of death is enough.
+_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+#: A worker that is not started again, because nobody misses it.
+_UNMISSED = "ray::IDLE"
 
 _START_S_MAX = 180.0
 _STOP_S_MAX = 90.0
@@ -72,6 +75,8 @@ def kind_of(title: str, program: str, cluster_name: str) -> str | None:
     """
     if program in ("raylet", "haproxy"):
         return program
+    if title.startswith(_AGENTS):
+        return None
     for start, kind in (
         ("ray::FeatureActor", "shard"),
         (f"ray::ServeReplica:{cluster_name}-events:", "events_replica"),
@@ -90,7 +95,7 @@ class Up:
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self._folder = config, folder
         self._errors = (folder / "up-errors.txt").open("a+")
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self.url = ""
         self.starts = 0
 
@@ -100,24 +105,17 @@ class Up:
         """Start it and return when requests are answered. Raises `Unavailable` with what it said if it ends."""
         settings = [f"--{f.name.replace('_', '-')}={getattr(self.config, f.name)}" for f in fields(Config)]
         self._reap()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "millpond.cluster.cli", "up", str(accounts.__file__), *settings],
-            cwd=self._folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._errors, text=True,
-            start_new_session=True,
-        )  # fmt: skip
-        assert self._process.stdout is not None
-        os.set_blocking(self._process.stdout.fileno(), False)
-        said = ""
+        output = self._folder / "up-output.txt"
+        with output.open("w") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "millpond.cluster.cli", "up", str(accounts.__file__), *settings],
+                cwd=self._folder, stdin=subprocess.DEVNULL, stdout=file, stderr=self._errors, start_new_session=True,
+            )  # fmt: skip
 
         def serving() -> re.Match[str] | None:
-            nonlocal said
-            assert self._process is not None
-            assert self._process.stdout is not None
-            with contextlib.suppress(TypeError):  # nothing to read now
-                said += self._process.stdout.read() or ""
-            if self._process.poll() is not None:
-                raise Unavailable(f"`millpond up` ended with status {self._process.returncode}: {self.errors()}")
-            return re.search(r"^serving (http://\S+) ", said, re.MULTILINE)
+            if self.ended:
+                raise Unavailable(f"`millpond up` ended before it served: {self.errors()}")
+            return re.search(r"^serving (http://\S+) ", output.read_text(), re.MULTILINE)
 
         self.url = until(serving, "`millpond up` to serve", _START_S_MAX)[1]
         self.starts += 1
@@ -157,8 +155,6 @@ class Up:
     def _reap(self) -> None:
         if self._process is not None:
             self._process.wait(_STOP_S_MAX)
-            if self._process.stdout is not None:
-                self._process.stdout.close()
 
     # -- its processes
 

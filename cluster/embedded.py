@@ -6,6 +6,7 @@ Promises:
 - After `stop`, and after Ctrl-C or SIGTERM inside `with` or `wait`, no process, socket, temporary file
   or shared memory of the cluster is left. After SIGKILL Ray and HAProxy end by themselves in a few s, but
   for two agents of Ray; the next `start` in the same run directory ends these and clears the files away.
+- When a process of Ray has died that nothing restarts, `wait` raises; the logs stay until the next `start`.
 - Only processes that belong to this cluster are ever signalled, each by its id.
 
 Does not deploy anything: that is `serve.run` after `start`. One cluster per process at a time: Ray allows
@@ -136,14 +137,15 @@ class EmbeddedCluster:
     def stop(self) -> None:
         """Drain and end the applications, then Ray, then whatever is left. Harmless when not started."""
         with _signals_deferred():
-            orderly = "ray" in sys.modules and self.shelter is not None
+            broken = False
             try:
-                # Without its raylet, Ray ends this process in the middle of a shutdown.
-                orderly = orderly and self._dead_process_of_ray() is None
-                if orderly:
-                    self._stop_ray()
+                if "ray" in sys.modules and self.shelter is not None:
+                    # Without its raylet, Ray ends this process in the middle of a shutdown.
+                    broken = self._dead_process_of_ray() is not None
+                    if not broken:
+                        self._stop_ray()
             finally:
-                self._clear_away(patience_s=5 if orderly else 0.2)
+                self._clear_away(broken)
 
     def wait(self) -> int:
         """Block until SIGINT or SIGTERM and return its number. Main thread only; a `stop` should follow.
@@ -333,11 +335,13 @@ class EmbeddedCluster:
         finally:
             ray.shutdown()  # also ends what an interrupted `ray.init` has started
 
-    def _clear_away(self, patience_s: float) -> None:
+    def _clear_away(self, broken: bool) -> None:
+        """End what is left, and take the files away; those of a `broken` cluster stay for who asks why."""
         if self.shelter is not None:
-            _end_processes_of(self.shelter, patience_s)
-            shutil.rmtree(self.shelter, ignore_errors=True)
-            self._record.unlink(missing_ok=True)
+            _end_processes_of(self.shelter, patience_s=0.2 if broken else 5)
+            if not broken:
+                shutil.rmtree(self.shelter, ignore_errors=True)
+                self._record.unlink(missing_ok=True)
             self.shelter = None
         for name, value in self._environment_before.items():
             if value is None:
