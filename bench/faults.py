@@ -96,13 +96,17 @@ MEANINGS = {
 
 
 def schedule(kills: int, draw: random.Random) -> list[str]:
-    """Return which kind is killed, one after the other: the whole cluster at last, every kind as often as any other
-    but for what is left over; that goes to kinds from which the cluster recovers by itself."""
+    """Return which kind is killed, one after the other, the whole cluster at last.
+
+    Each kind up to ten times, the rest goes to kinds from which the cluster recovers by itself. Of fewer kills than
+    there are kinds, one is of a shard and one of the raylet.
+    """
     if kills < 1:
         raise BadRequest(f"bench faults: {kills} kills; there is one at least, of the whole cluster")
     if kills < len(KINDS):
-        others = [kind for kind in KINDS if kind not in ("shard", "cluster")]
-        order = ["shard", *draw.sample(others, len(others))][: kills - 1]
+        first = ["shard", "raylet"]
+        others = [kind for kind in KINDS if kind not in (*first, "cluster")]
+        order = [*first, *draw.sample(others, len(others))][: kills - 1]
     else:
         each = min(KILLS_OF_EACH_MIN, kills // len(KINDS))
         cheap = [kind for kind in KINDS if kind not in NEEDS_NEW_START]
