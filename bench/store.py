@@ -602,6 +602,12 @@ class StoreWorkload:
             strings_max=0,
             reclaim_margin_ms=_HOUR_MS,
             durability="none",
+            cluster_id="bench",
+            history_uri=None,
+            history_part_bytes=1 << 30,
+            snapshot_bytes=1 << 30,
+            disk_free_bytes_min=0,
+            queue_bytes_max=1 << 30,
         )
         actors = start_actors(spec, NAMESPACE, num_cpus=0.1)
         newest_ms = asyncio.run(self._load_actor(CallIngest(ActorCalls(actors)), layout))

@@ -142,6 +142,12 @@ class Cluster:
                 strings_max=config.strings_max,
                 reclaim_margin_ms=config.ahead_ms_max + _CLOCKS_APART_MS_MAX,
                 durability=config.durability,
+                cluster_id=manifest.cluster_id,
+                history_uri=self._history_uri(),
+                history_part_bytes=config.history_part_mb << 20,
+                snapshot_bytes=config.snapshot_mb << 20,
+                disk_free_bytes_min=config.disk_free_mb_min << 20,
+                queue_bytes_max=config.queue_mb_max << 20,
             ),
             NAMESPACE,
             num_cpus=0.1,
@@ -164,6 +170,11 @@ class Cluster:
             requests_ongoing_max=config.requests_ongoing_max,
             requests_queued_max=config.requests_queued_max,
         )
+
+    def _history_uri(self) -> str | None:
+        """Return where the history goes, a folder of this cluster alone."""
+        history = self.config.history
+        return {"off": None, "auto": str(self.config.directory / "history")}.get(history, history)
 
     def _run_apps(self, definitions: tuple[Definition, ...], *, events: bool) -> None:
         """Run the score app with the models of `definitions`, and the events app beside it if asked."""

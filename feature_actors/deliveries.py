@@ -56,6 +56,10 @@ class Deliveries:
             if len(had) > 64:  # now and then, not for every record
                 self._had[home.shard] = {offset for offset in had if offset >= home.settled}
 
+    def have_all(self, homes: Iterable[HomeRecord]) -> None:
+        for home in homes:
+            self.have(home)
+
     def have_not(self, home: HomeRecord) -> None:
         """Take back that it has been applied."""
         self._had.get(home.shard, set()).discard(home.offset)

@@ -25,12 +25,20 @@ import numpy as np
 import numpy.typing as npt
 
 from millpond.feature_actors.calls import CallIngest, Calls
-from millpond.feature_actors.durable import DurableShard, VolatileLog
-from millpond.feature_actors.errors import Unavailable
+from millpond.feature_actors.durable import DurableShard, ShardFolder, VolatileLog
+from millpond.feature_actors.errors import TooMany, Unavailable
 from millpond.feature_actors.events import Receipt
 from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.log.history import HistoryDamaged, delete_expired
 from millpond.feature_actors.log.log import Durability, Log, LogFull
 from millpond.feature_actors.log.record import HomeRecord, LogDamaged
+from millpond.feature_actors.log.snapshot import (
+    SnapshotDamaged,
+    SnapshotWriter,
+    begin_of,
+    newest_snapshots,
+    remove_old_snapshots,
+)
 from millpond.feature_actors.manifest import open_shard, shard_dir
 from millpond.feature_actors.ports import all_of
 from millpond.feature_actors.shard import Prepared, Shard
@@ -52,6 +60,7 @@ _DELIVER_AFTER_S, _DELIVER_SOON_S = 2.0, 0.2
 #: How long a round of deliveries may fail before the next one is tried.
 _DELIVER_AGAIN_S = 0.5
 _TICK_S = 0.05
+_HOUSE_S, _HOUSE_AGAIN_S = 0.25, 5.0
 #: How long an offer waits to be taken.
 OFFER_S_MAX = 60.0
 
@@ -76,6 +85,12 @@ class ShardSpec:
     strings_max: int
     reclaim_margin_ms: int
     durability: Durability
+    cluster_id: str
+    history_uri: str | None
+    history_part_bytes: int
+    snapshot_bytes: int
+    disk_free_bytes_min: int
+    queue_bytes_max: int
 
 
 class ShardServer:
@@ -85,7 +100,7 @@ class ShardServer:
     """
 
     #: What may be called.
-    METHODS = frozenset({"ingest", "offer", "take", "deliver", "settle", "ready", "read", "status", "check"})
+    METHODS = frozenset({"ingest", "offer", "take", "deliver", "settle", "ready", "read", "status", "check", "drain"})
 
     def __init__(self, spec: ShardSpec, number: int, peers: Callable[[], Calls]) -> None:
         self._spec, self._number, self._of = spec, number, spec.shard_map.n_shards
@@ -109,9 +124,15 @@ class ShardServer:
         self._refuses, self._code, self._retry_after_ms = "is about to replay its log", "recovering", 200
         self._progress = (0, 0)
         self._waiting: list[tuple[Prepared, asyncio.Future[Receipt]]] = []
+        self._waiting_bytes = 0
         self._committer: asyncio.Task[None] | None = None
         self._deliver_soon = False
+        #: Bytes of the log since the last snapshot was begun, and since the last part of the history.
+        self._bytes_since_snapshot = self._bytes_since_history = 0
+        self._last_snapshot: dict[str, Any] = {}
+        self._housekeeping = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
+        self._house = ThreadPoolExecutor(1, thread_name_prefix="house")
         self._loop = asyncio.new_event_loop()
         self._life = asyncio.run_coroutine_threadsafe(self._live(), self._loop)
         Thread(target=self._loop.run_forever, name="shard", daemon=True).start()
@@ -133,7 +154,7 @@ class ShardServer:
             if durable is not None:
                 self._control.publish(self._opening.epoch)
                 self._durable, self._refuses = durable, ""
-            await self._deliver_forever()
+            await asyncio.gather(self._deliver_forever(), self._keep_house())
         finally:
             server.close()
             path.unlink(missing_ok=True)
@@ -149,10 +170,16 @@ class ShardServer:
                 )
                 return None
             return DurableShard(self._layout, self._shard, VolatileLog())
-        # Opened in the thread that writes to it: SQLite's connections are of a thread.
-        log = Log(shard_dir(Path(self._spec.data_dir), self._number) / "log", self._spec.durability)
-        durable = DurableShard(self._layout, self._shard, log)
+        spec = self._spec
+        durability: Any = spec.durability
+        folder = ShardFolder(
+            shard_dir(Path(spec.data_dir), self._number), spec.cluster_id, self._opening.epoch, spec.history_uri
+        )
+        log = Log(folder.log, durability, spec.disk_free_bytes_min)
+        durable = DurableShard(self._layout, self._shard, log, folder)
         durable.recover(self._note_progress)
+        if durable.history is not None:
+            self._bytes_since_history = log.bytes_from(durable.history.done_to)
         return durable
 
     def _note_progress(self, at: int, end: int) -> None:
@@ -165,6 +192,7 @@ class ShardServer:
         asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.shutdown()
+        self._house.shutdown()
 
     def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
@@ -197,11 +225,13 @@ class ShardServer:
 
     async def ingest(self, events: Any, settled: Sequence[int]) -> Any:
         self._check()
+        self._check_queue()
         self._shard.deliveries.settle(settled)
         return encode_receipt(await self._written(self._shard.prepare_ingest(decode_events(events, self._layout))))
 
     async def offer(self, request: bytes, events: Any, settled: Sequence[int]) -> Any:
         self._check()
+        self._check_queue()
         self._shard.deliveries.settle(settled)
         decoded = decode_events(events, self._layout)
         return encode_receipt(await self._written(self._shard.prepare_offer(request, decoded, time.monotonic())))
@@ -230,9 +260,20 @@ class ShardServer:
         by which it may have been judged."""
         done: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
         self._waiting.append((prepared, done))
+        self._waiting_bytes += prepared.record_bytes
         if self._committer is None:
             self._committer = asyncio.ensure_future(self._commit_waiting())
         return await done
+
+    def _check_queue(self) -> None:
+        """Refuse more events when too many wait for the log. What is owed or was offered already is not held up."""
+        if self._waiting_bytes > self._spec.queue_bytes_max:
+            raise TooMany(
+                f"shard {self._number} of {self._of}: {self._waiting_bytes} bytes of events wait for its log; allowed "
+                f"are {self._spec.queue_bytes_max}; send again later, or raise `queue_mb_max`",
+                code="queue_full",
+                retry_after_ms=1_000,
+            )
 
     async def _commit_waiting(self) -> None:
         """Write what waits, group after group, until nothing waits."""
@@ -240,24 +281,28 @@ class ShardServer:
         assert durable is not None
         try:
             while self._waiting:
-                group, self._waiting = self._waiting, []
+                group, self._waiting, self._waiting_bytes = self._waiting, [], 0
                 prepared = [p for p, _ in group]
+                size = sum(p.record_bytes for p in prepared)
                 offsets: list[int | None] = [None] * len(prepared)
                 try:
                     if any(p.record is not None for p in prepared):
                         settled = self._shard.deliveries.settled(durable.log.next)
-                        if sum(p.record_bytes for p in prepared) < _APPEND_HERE_BYTES:
+                        if size < _APPEND_HERE_BYTES:
                             offsets = durable.append(prepared, settled)
                         else:
                             offsets = await self._in_thread(durable.append, prepared, settled)
                 except LogFull as full:
                     group, self._waiting = group + self._waiting, []
+                    self._waiting_bytes = 0
                     for p, _ in reversed(group):
-                        self._shard.undo(p)
+                        durable.undo(p)
                     for _, done in group:
                         if not done.done():  # its caller has not gone
                             done.set_exception(full)
                     continue
+                self._bytes_since_snapshot += size
+                self._bytes_since_history += size
                 now_s = time.monotonic()
                 receipts = [self._shard.commit(p, at, now_s) for p, at in zip(prepared, offsets, strict=True)]
                 for (_, done), receipt in zip(group, receipts, strict=True):
@@ -302,6 +347,95 @@ class ShardServer:
         await all_of(started)
         self._shard.deliveries.settle([offset])
 
+    # -- snapshots, history, truncation
+
+    async def _keep_house(self) -> None:
+        """Take a snapshot when the log has grown by so much, write history, and truncate what is not needed."""
+        assert self._durable is not None
+        if not isinstance(self._durable.log, Log):
+            return
+        while True:
+            await asyncio.sleep(_HOUSE_S)
+            try:
+                async with self._housekeeping:
+                    if self._bytes_since_history >= self._spec.history_part_bytes:
+                        await self._write_history(self._durable)
+                    if self._bytes_since_snapshot >= self._spec.snapshot_bytes:
+                        await self._take_snapshot(self._durable)
+            except (Unavailable, LogDamaged, HistoryDamaged, SnapshotDamaged) as error:
+                logger.warning("shard %d: %s", self._number, error)
+                await asyncio.sleep(_HOUSE_AGAIN_S)
+
+    async def _write_history(self, durable: DurableShard) -> None:
+        assert durable.history is not None
+        if self._spec.history_uri is not None:
+            begun, end = time.monotonic(), self._shard.next_offset
+            self._bytes_since_history = 0
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._house, durable.write_history, end)
+                if (newest_ms := self._shard.status().newest_arrival_ms) is not None:
+                    await asyncio.get_running_loop().run_in_executor(
+                        self._house, delete_expired, self._spec.history_uri, self._spec.sources, newest_ms
+                    )
+            except BaseException:
+                self._bytes_since_history = self._spec.history_part_bytes
+                raise
+            logger.info("shard %d: history up to %d in %.1f s", self._number, end, time.monotonic() - begun)
+
+    async def _take_snapshot(self, durable: DurableShard) -> None:
+        """Take a snapshot while events go on, step by step; then truncate the log."""
+        begun, undone, before = time.monotonic(), durable.undone, self._bytes_since_snapshot
+        loop, self._bytes_since_snapshot = asyncio.get_running_loop(), 0
+        begin, longest_s = self._shard.next_offset, 0.0
+        writer = SnapshotWriter(shard_dir(Path(self._spec.data_dir), self._number) / "snapshots")
+        try:
+            chunks = durable.snapshot_chunks()
+            while True:
+                step_s = time.perf_counter()
+                chunk = next(chunks, None)
+                longest_s = max(longest_s, time.perf_counter() - step_s)
+                if chunk is None:
+                    break
+                await loop.run_in_executor(self._house, writer.write, chunk)
+            # What had been prepared by the last step is to be in the log before the snapshot gets its name: it may have
+            # ids of it.
+            await self._written(Prepared(0))
+            if durable.undone != undone:
+                raise Unavailable("a snapshot is begun again: something in it was not written to the log")
+            path = await loop.run_in_executor(self._house, writer.finish)
+        except BaseException:
+            self._bytes_since_snapshot += before
+            await loop.run_in_executor(self._house, writer.abandon)
+            raise
+        self._last_snapshot = {
+            "snapshot_offset": begin,
+            "snapshot_s": round(time.monotonic() - begun, 3),
+            "snapshot_step_ms": round(longest_s * 1000, 3),
+            "snapshot_bytes": path.stat().st_size,
+        }
+        await loop.run_in_executor(self._house, remove_old_snapshots, path.parent)
+        await self._truncate(durable)
+
+    async def _truncate(self, durable: DurableShard) -> None:
+        assert isinstance(durable.log, Log)
+        before = await asyncio.get_running_loop().run_in_executor(self._house, durable.truncatable)
+        while await self._in_thread(durable.log.truncate, before):
+            await asyncio.sleep(0.001)
+
+    async def drain(self) -> None:
+        """Take nothing more, finish what is under way, and take a snapshot: a start after it replays nothing."""
+        durable = self._durable
+        if durable is None:
+            return
+        self._refuse("is stopping", "stopping", 5_000)
+        if not isinstance(durable.log, Log):
+            return
+        async with self._housekeeping:
+            await self._written(Prepared(0))
+            kept = newest_snapshots(shard_dir(Path(self._spec.data_dir), self._number) / "snapshots")
+            if not kept or begin_of(kept[0]) < self._shard.next_offset:
+                await self._take_snapshot(durable)
+
     # -- the rest
 
     async def ready(self) -> None:
@@ -318,10 +452,20 @@ class ShardServer:
         """Return what it holds, or how far its recovery has come."""
         state = "ready" if not self._refuses else self._code
         at, end = self._progress
-        about = {"shard": self._number, "state": state, "epoch": self._opening.epoch, "replayed": at, "log_end": end}
+        about = {
+            "shard": self._number,
+            "state": state,
+            "epoch": self._opening.epoch,
+            "replayed": at,
+            "log_end": max(end, self._shard.next_offset),
+        }
         if self._refuses:
             return {**about, "why": self._refuses}
-        return {**about, **asdict(self._shard.status())}
+        log = self._durable.log if self._durable is not None else None
+        first = log.first if isinstance(log, Log) else 0
+        done_to = self._durable.history.done_to if self._durable is not None and self._durable.history else 0
+        status = asdict(self._shard.status())
+        return {**about, **status, "log_first": first, "history_to": done_to, **self._last_snapshot}
 
     async def check(self) -> list[str]:
         self._check()

@@ -345,8 +345,7 @@ class Shard:
         What is of a source or a table that is not declared any more is passed over.
         """
         self.remember(record)
-        for home in record.homes:
-            self.deliveries.have(home)
+        self.deliveries.have_all(record.homes)
         self._replay(record, offset, record.routes)
 
     def replay_offer(self, record: OfferRecord, offset: int) -> None:
@@ -358,8 +357,7 @@ class Shard:
 
     def replay_take(self, record: TakeRecord, offer: OfferRecord, offset: int) -> None:
         """Apply what was taken of an offer."""
-        for home in record.homes:
-            self.deliveries.have(home)
+        self.deliveries.have_all(record.homes)
         taken = np.zeros(len(offer.routes), np.uint32)
         taken[record.rows] = offer.routes[record.rows] & ~np.uint32(1)
         self._replay(offer, offset, taken)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +19,13 @@ from worlds import AHEAD_MS_MAX, batch
 
 from millpond.feature_actors.client import FeatureClient, TimeLimits
 from millpond.feature_actors.clock import ManualClock
-from millpond.feature_actors.durable import DurableShard
+from millpond.feature_actors.durable import DurableShard, ShardFolder
 from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.events import Events, Receipt
 from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.log.log import Log, LogFull
 from millpond.feature_actors.log.record import EventsRecord, HomeRecord, OfferRecord
+from millpond.feature_actors.log.snapshot import Chunk, SnapshotWriter, remove_old_snapshots
 from millpond.feature_actors.ports import LocalRead, complete
 from millpond.feature_actors.shard import Prepared, Shard
 from millpond.feature_actors.shard_map import ShardMap
@@ -53,8 +54,14 @@ class Fault:
 class DurableCluster:
     """An ingest port, and a client over it. `fault` says how the next write fails; `full` that the disk is."""
 
-    def __init__(self, layout: Layout, n_shards: int, folder: Path, n_slots: int = 16) -> None:
+    def __init__(
+        self, layout: Layout, n_shards: int, folder: Path, n_slots: int = 16, *, history: bool = False
+    ) -> None:
         self.layout, self.folder = layout, folder
+        self._history = str(folder / "history") if history else None
+        self._epochs = itertools.count(1)
+        self._snapshots: dict[int, tuple[Iterator[Chunk], SnapshotWriter, int]] = {}
+        self._logged: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self.shard_map = ShardMap.even(n_slots, n_shards)
         self.clock = ManualClock(0)
         self.fault: Fault | None = None
@@ -67,7 +74,9 @@ class DurableCluster:
 
     def _opened(self, number: int, folder: Path) -> DurableShard:
         shard = Shard(self.layout, self.shard_map, number, reclaim_margin_ms=AHEAD_MS_MAX + 60_000)
-        durable = DurableShard(self.layout, shard, Log(folder / "log", "process"))
+        of = ShardFolder(folder, "tests", next(self._epochs), self._history)
+        folder.mkdir(parents=True, exist_ok=True)
+        durable = DurableShard(self.layout, shard, Log(of.log, "process"), of)
         durable.folder = folder  # type: ignore[attr-defined]
         durable.recover()
         return durable
@@ -86,6 +95,7 @@ class DurableCluster:
         shutil.copytree(old, new, ignore=shutil.ignore_patterns("*-shm"))
         if wal_bytes_max is not None:
             os.truncate(new / "log" / _WAL, wal_bytes_max)
+        self._snapshots.pop(number, None)
         self.shards[number] = self._opened(number, new)
         self._connect()
 
@@ -147,7 +157,7 @@ class DurableCluster:
         durable = self.shards[number]
         if self.full:
             self.full = False
-            durable.shard.undo(prepared)
+            durable.undo(prepared)
             raise LogFull("log: no room")
         self._step("before append", number)
         settled = durable.shard.deliveries.settled(durable.log.next)
@@ -172,13 +182,49 @@ class DurableCluster:
             for offset in list(durable.shard.deliveries.owed):
                 complete(self.deliver(shard, offset))
 
+    def snapshot_steps(self, number: int, steps: int) -> None:
+        """Go on with the snapshot of a shard, or begin one; when it is whole, remove old ones and truncate the log."""
+        durable = self.shards[number]
+        if number not in self._snapshots:
+            directory = durable.folder / "snapshots"  # type: ignore[attr-defined]
+            self._snapshots[number] = durable.snapshot_chunks(), SnapshotWriter(directory), durable.undone
+        chunks, writer, undone = self._snapshots[number]
+        for _ in range(steps):
+            chunk = next(chunks, None)
+            if chunk is not None:
+                writer.write(chunk)
+                continue
+            del self._snapshots[number]
+            if durable.undone != undone:
+                writer.abandon()
+                return
+            path = writer.finish()
+            remove_old_snapshots(path.parent)
+            self.truncate(number)
+            return
+
+    def truncate(self, number: int) -> None:
+        self._note(number)
+        log = self.shards[number].log
+        assert isinstance(log, Log)
+        before = self.shards[number].truncatable()
+        while log.truncate(before):
+            pass
+
+    def write_history(self, number: int) -> None:
+        self.shards[number].write_history(self.shards[number].shard.next_offset)
+
+    def _note(self, number: int) -> None:
+        """Note which events are in the log of their home: later it may have been truncated."""
+        log = self.shards[number].log
+        assert isinstance(log, Log)
+        for offset, (record, _) in log.read():
+            if isinstance(record, EventsRecord | OfferRecord):
+                rows = np.flatnonzero(record.routes & 1)
+                self._logged[number, offset] = record.batch.take(rows).to_pylist()
+
     def logged(self, field: str) -> list[Any]:
-        """Return a field of every event that is in the log of its home."""
-        found = []
-        for durable in self.shards:
-            assert isinstance(durable.log, Log)
-            for _, (record, _) in durable.log.read():
-                if isinstance(record, EventsRecord | OfferRecord):
-                    rows = np.flatnonzero(record.routes & 1).tolist()
-                    found += [record.batch.column(field)[row].as_py() for row in rows]
-        return found
+        """Return a field of every event that is or was in the log of its home."""
+        for number in range(len(self.shards)):
+            self._note(number)
+        return [event[field] for events in self._logged.values() for event in events]

@@ -58,6 +58,8 @@ def test_one_shard_after_crashes_at_any_step_and_retries_is_as_if_nothing_had_ha
             # Without event ids a request that is sent again is counted again where it had got into the log.
             faults = ["restart", *STEPS, "full"] if has_ids(world.views, name) else ["restart"]
             failed = False
+            if data.draw(st.booleans()):
+                stormy.snapshot_steps(0, data.draw(st.sampled_from([1, 3, 1_000])))
             for fault in data.draw(st.lists(st.sampled_from(faults), min_size=1, max_size=3)):
                 failed = failed or fault in STEPS
                 if fault == "restart":
@@ -122,7 +124,8 @@ def test_on_any_shards_every_event_is_in_the_end_in_every_table_or_never_was(dat
     """The client sends again, or gives up; shards, ingress or all of them end at any step of any write."""
     draw = data.draw
     with folder() as path:
-        cluster = DurableCluster(compile_layout([], [BY_USER, BY_SHOP]), draw(st.sampled_from([1, 2, 3])), path)
+        n_shards = draw(st.sampled_from([1, 2, 3]))
+        cluster = DurableCluster(compile_layout([], [BY_USER, BY_SHOP]), n_shards, path, history=draw(st.booleans()))
         sent: dict[str, dict[str, Any]] = {}
         acknowledged: set[str] = set()
         for number in range(draw(st.integers(1, 8))):
@@ -161,6 +164,12 @@ def test_on_any_shards_every_event_is_in_the_end_in_every_table_or_never_was(dat
                     cluster.fault, cluster.full = None, False
             if draw(st.booleans()):
                 cluster.deliver_owed()
+            for _ in range(draw(st.integers(0, 3))):
+                shard = draw(st.integers(0, n_shards - 1))
+                if cluster._history is not None and draw(st.booleans()):
+                    cluster.write_history(shard)
+                else:
+                    cluster.snapshot_steps(shard, draw(st.sampled_from([1, 5, 1_000])))
         if draw(st.booleans()):
             cluster.restart_all()
         cluster.deliver_owed()

@@ -42,12 +42,14 @@ class Servers:
         """Start a new cluster in a new directory."""
         home = self._folder / f"{next(self._numbers)}"
         (home / "memory").mkdir(parents=True)
+        defaults = {"history_part_bytes": 1 << 30, "snapshot_bytes": 1 << 30, "queue_bytes_max": 1 << 30}
+        options = {**defaults, "disk_free_bytes_min": 0, "history_uri": None, **options}
         self.spec = ShardSpec(
             cluster_name="served", namespace="none", run_id=uuid.uuid4().hex, data_dir=str(home),
             sources=tuple(layout.sources.values()), views=tuple(layout.views.values()),
             shard_map=ShardMap.even(N_SLOTS, n_shards), hash_seed=7, dedupe_horizon_ms=86_400_000,
             memory_dir=str(home / "memory"), memory_bytes_max=1 << 28, strings_max=1_000, reclaim_margin_ms=660_000,
-            durability=durability, **options,
+            durability=durability, cluster_id="served", **options,
         )  # fmt: skip
         self.restart()
 

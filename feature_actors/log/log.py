@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -33,6 +34,8 @@ _NEVER_A_FILE = 1 << 40
 #: A record spans many pages: with large ones an append takes half the processor time.
 _PAGE_BYTES = 32_768
 _CACHE_PAGES = 256
+#: What one step of a truncation deletes: some milliseconds.
+_TRUNCATE_RECORDS, _TRUNCATE_BYTES = 64, 1 << 20
 #: A checkpoint holds up the append that starts it: small ones, often.
 _CHECKPOINT_PAGES = 128
 
@@ -75,13 +78,17 @@ def _make_pages_large(path: Path) -> None:
 
 
 class Log:
-    """Open the log in `directory`, or make it. One process, and one thread of it, writes to a log.
+    """Open the log in `directory`, or make it. One process writes to a log, one append or truncation at a time.
 
+    free_bytes_min: with less left on the disk nothing is appended.
     Raises `LogDamaged` if what is there is no log, or its offsets have gaps.
     """
 
-    def __init__(self, directory: Path, durability: Literal["sync", "process"] = "sync") -> None:
+    def __init__(
+        self, directory: Path, durability: Literal["sync", "process"] = "sync", free_bytes_min: int = 0
+    ) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._directory, self._free_bytes_min = directory, free_bytes_min
         try:
             _make_pages_large(directory / "cache.db")
             self._cache = diskcache.Cache(
@@ -120,6 +127,7 @@ class Log:
         not known.
         """
         offsets = list(range(self.next, self.next + len(records)))
+        self._check_room()
         try:
             contents = [
                 encode(
@@ -143,6 +151,16 @@ class Log:
         self.bytes_written += sum(map(len, contents))
         return offsets
 
+    def _check_room(self) -> None:
+        if self._free_bytes_min:
+            disk = os.statvfs(self._directory)
+            if (free := disk.f_bavail * disk.f_frsize) < self._free_bytes_min:
+                raise LogFull(
+                    f"log: {free >> 20} MB are left on the disk; events are taken with at least "
+                    f"{self._free_bytes_min >> 20} MB (setting `disk_free_mb_min`); free some",
+                    retry_after_ms=10_000,
+                )
+
     def get(self, offset: int) -> Decoded:
         """Return the record at an offset. Raises `LogDamaged`."""
         content = self._cache.get(offset)
@@ -156,6 +174,25 @@ class Log:
         """Yield each record from an offset on, in order. Raises `LogDamaged`."""
         for offset in range(self.first if first is None else max(first, self.first), self.next):
             yield offset, self.get(offset)
+
+    def bytes_from(self, offset: int) -> int:
+        """Return how many bytes the records from an offset on have."""
+        ((size,),) = self._cache._sql("SELECT COALESCE(SUM(LENGTH(value)), 0) FROM Cache WHERE key >= ?", (offset,))
+        return int(size)
+
+    def truncate(self, before: int) -> bool:
+        """Delete some of the records before an offset, so few that an append that waits for it does not wait long.
+
+        The last record always stays: it says where the next one goes. Returns whether there are more.
+        """
+        end, size, offset = min(before, self.next - 1), 0, self.first
+        with self._cache.transact():
+            while offset < end and offset - self.first < _TRUNCATE_RECORDS and size < _TRUNCATE_BYTES:
+                size += len(self._cache.get(offset, default=b""))
+                del self._cache[offset]
+                offset += 1
+        self.first = offset
+        return offset < end
 
     def close(self) -> None:
         self._cache.close()

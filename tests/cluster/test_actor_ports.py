@@ -30,7 +30,8 @@ def spec(layout: Layout, shard_map: ShardMap, data_dir: Path, durability: str = 
         run_id=uuid.uuid4().hex, data_dir=str(data_dir), sources=tuple(layout.sources.values()),
         views=tuple(layout.views.values()), shard_map=shard_map, hash_seed=7, dedupe_horizon_ms=86_400_000,
         memory_dir=str(data_dir), memory_bytes_max=1 << 30, strings_max=1_000, reclaim_margin_ms=660_000,
-        durability=durability,
+        durability=durability, cluster_id="ports", history_uri=None, history_part_bytes=1 << 30, snapshot_bytes=1 << 30,
+        disk_free_bytes_min=0, queue_bytes_max=1 << 30,
     )  # fmt: skip
 
 
