@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -26,12 +27,15 @@ from millpond.deployments.serving import (
 )
 from millpond.feature_actors.client import TimeLimits
 from millpond.feature_actors.decode import BodyLimits
-from millpond.feature_actors.errors import DeclarationError, Unavailable
+from millpond.feature_actors.errors import DeclarationError, MillpondError, Unavailable
+from millpond.feature_actors.ingest_queue import QueueLimits
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.manifest import Manifest, check_logs, write_json
 from millpond.feature_actors.memory_folder import MemoryFolder
+from millpond.feature_actors.ports import all_of
 from millpond.feature_actors.server import ShardSpec
 from millpond.feature_actors.shard_map import ShardMap
+from millpond.feature_actors.socket_calls import SocketCalls
 from millpond.feature_actors.tiles.memory import started_ticks
 from millpond.feature_actors.warm import warm_kernels
 from millpond.models.definition import Definition, load_models
@@ -161,6 +165,7 @@ class Cluster:
             memory_dir=str(self._memory.path),
             clock=config.clock,
             times=TimeLimits(config.late_after_ms, config.ahead_ms_max),
+            queue=QueueLimits(config.queue_events_max, config.queue_mb_max << 20),
             bodies=BodyLimits(body_bytes_max=config.event_body_bytes_max, rows_max=config.event_rows_max),
             scores=ScoreLimits(config.score_body_bytes_max, config.score_ids_max),
             shard_timeout_s=config.shard_timeout_s,
@@ -210,6 +215,9 @@ class Cluster:
         self._embedded.wait()
 
     def stop(self) -> None:
+        """Drain: the shards finish what is under way and take a snapshot, so that a start after it replays nothing;
+        then everything ends."""
+        self._drain_shards()
         self._embedded.stop()
         if self._memory is not None:
             self._memory.remove()
@@ -217,6 +225,24 @@ class Cluster:
         if self._state_written:  # else it may be of another cluster, on whose directory this one did not start
             self._state_file.unlink(missing_ok=True)
             self._state_written = False
+
+    def _drain_shards(self) -> None:
+        if self.spec is None or self._memory is None:
+            return
+        calls = SocketCalls(self._memory.path, self.spec.shard_map.n_shards, timeout_s=self.config.drain_timeout_s)
+
+        async def drain() -> None:
+            started = {shard: calls.call(shard, "drain") for shard in range(calls.n_shards)}
+            try:
+                await all_of(started)
+            finally:
+                await calls.close()
+
+        try:
+            asyncio.run(drain())
+        except MillpondError as error:  # what was acknowledged is in the log all the same
+            logger.warning("stopping without a snapshot: %s", error)
+        self.spec = None
 
     def __enter__(self) -> Cluster:
         return self.start()

@@ -73,6 +73,7 @@ class Config:
     shard_timeout_s: float = _setting(30.0, "longest wait for one call of a shard", 0.01, 3_600)
     body_timeout_s: float = _setting(30.0, "how long the body of a request may take to arrive", 0.01, 3_600)
     draining_period_s: float = _setting(2.0, "how long a replica that is replaced still answers", 0, 3_600)
+    drain_timeout_s: float = _setting(60.0, "how long a stop waits for the shards' last snapshots", 0.01, 3_600)
     object_store_mb: int = _setting(100, "shared memory for large calls between processes", 80, 10**6)
 
     @property

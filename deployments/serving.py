@@ -21,6 +21,7 @@ from millpond.feature_actors.client import FeatureClient, TimeLimits
 from millpond.feature_actors.clock import ClockKind, EventClock, WallClock
 from millpond.feature_actors.decode import BodyLimits
 from millpond.feature_actors.errors import Unavailable
+from millpond.feature_actors.ingest_queue import QueueLimits
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.ports import ReadPort
 from millpond.feature_actors.reader import MemoryRead
@@ -59,6 +60,7 @@ class ServingSpec:
     clock: ClockKind
     times: TimeLimits
     bodies: BodyLimits
+    queue: QueueLimits
     scores: ScoreLimits
     shard_timeout_s: float
     body_timeout_s: float
@@ -119,7 +121,7 @@ class EventsReplica:
 
     def __init__(self, spec: ServingSpec) -> None:
         client, _ = _connect(spec)
-        self._app = EventsApp(client, spec.bodies)
+        self._app = EventsApp(client, spec.bodies, spec.queue)
         self._app.body_timeout_s = spec.body_timeout_s
 
     def __serve_build_asgi_app__(self) -> EventsApp:

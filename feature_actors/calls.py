@@ -129,8 +129,12 @@ class CallRead:
         return whole
 
     async def status(self) -> list[dict[str, Any]]:
-        """Return what every shard says of itself, also one that is still recovering. Raises `Unavailable` if one does
-        not answer."""
+        """Return what every shard says of itself, also one that is still recovering, or cannot be reached."""
         started = {shard: self._calls.call(shard, "status") for shard in range(self._calls.n_shards)}
-        answers: dict[int, dict[str, Any]] = await all_of(started)
-        return list(answers.values())
+        answers: list[dict[str, Any]] = []
+        for shard, answer in started.items():
+            try:
+                answers.append(await answer)
+            except Unavailable as error:
+                answers.append({"shard": shard, "state": "unreachable", "why": error.message})
+        return answers

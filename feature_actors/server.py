@@ -26,14 +26,13 @@ import numpy.typing as npt
 
 from millpond.feature_actors.calls import CallIngest, Calls
 from millpond.feature_actors.durable import DurableShard, ShardFolder, VolatileLog
-from millpond.feature_actors.errors import TooMany, Unavailable
+from millpond.feature_actors.errors import MillpondError, TooMany, Unavailable
 from millpond.feature_actors.events import Receipt
 from millpond.feature_actors.layout import compile_layout
-from millpond.feature_actors.log.history import HistoryDamaged, delete_expired
+from millpond.feature_actors.log.history import delete_expired
 from millpond.feature_actors.log.log import Durability, Log, LogFull
-from millpond.feature_actors.log.record import HomeRecord, LogDamaged
+from millpond.feature_actors.log.record import HomeRecord
 from millpond.feature_actors.log.snapshot import (
-    SnapshotDamaged,
     SnapshotWriter,
     begin_of,
     newest_snapshots,
@@ -151,9 +150,11 @@ class ShardServer:
                 self._refuse(f"cannot recover: {error}")
                 await asyncio.Event().wait()
                 return
-            if durable is not None:
-                self._control.publish(self._opening.epoch)
-                self._durable, self._refuses = durable, ""
+            if durable is None:
+                await asyncio.Event().wait()
+                return
+            self._control.publish(self._opening.epoch)
+            self._durable, self._refuses = durable, ""
             await asyncio.gather(self._deliver_forever(), self._keep_house())
         finally:
             server.close()
@@ -329,8 +330,11 @@ class ShardServer:
                 for offset in [o for o, since_s in self._shard.deliveries.owed.items() if since_s < now_s - patience_s]:
                     if offset in self._shard.deliveries.owed:
                         await self._deliver(offset)
-            except (Unavailable, LogDamaged) as error:
+            except MillpondError as error:
                 logger.warning("shard %d cannot deliver yet: %s", self._number, error)
+                await asyncio.sleep(_DELIVER_AGAIN_S)
+            except Exception:
+                logger.exception("shard %d cannot deliver", self._number)
                 await asyncio.sleep(_DELIVER_AGAIN_S)
 
     async def _deliver(self, offset: int) -> None:
@@ -362,8 +366,11 @@ class ShardServer:
                         await self._write_history(self._durable)
                     if self._bytes_since_snapshot >= self._spec.snapshot_bytes:
                         await self._take_snapshot(self._durable)
-            except (Unavailable, LogDamaged, HistoryDamaged, SnapshotDamaged) as error:
+            except MillpondError as error:  # a full disk, a history that cannot be reached: events go on
                 logger.warning("shard %d: %s", self._number, error)
+                await asyncio.sleep(_HOUSE_AGAIN_S)
+            except Exception:
+                logger.exception("shard %d cannot keep house", self._number)
                 await asyncio.sleep(_HOUSE_AGAIN_S)
 
     async def _write_history(self, durable: DurableShard) -> None:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import shutil
 import sqlite3
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from port_contract import LAYOUT, N_SLOTS, NOW, Cluster, PortContract, Run, by_book, by_user, order
+from port_contract import LAYOUT, N_SLOTS, NOW, Cluster, PortContract, Run, by_book, by_user, order, orders
 
+from millpond.feature_actors import Count, FeatureView, Sum
 from millpond.feature_actors.calls import CallIngest, CallRead
+from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.clock import ManualClock
-from millpond.feature_actors.errors import AsOfInPast, Unavailable
-from millpond.feature_actors.layout import Layout
+from millpond.feature_actors.errors import AsOfInPast, TooMany, Unavailable
+from millpond.feature_actors.layout import Layout, compile_layout
 from millpond.feature_actors.plan import Answer, Question, ReadPlan
 from millpond.feature_actors.ports import IngestPort, ReadPort
 from millpond.feature_actors.server import ShardServer, ShardSpec
@@ -260,3 +264,123 @@ def test_a_read_that_time_runs_away_from_is_given_up(runner: asyncio.Runner) -> 
     with pytest.raises(Unavailable, match="faster than it can be read") as caught:
         asked_of([list(range(NOW, NOW + 1_000, 2)), list(range(NOW + 1, NOW + 1_000, 2))], runner)
     assert caught.value.retry_after_ms == 100
+
+
+# -- snapshots, history, truncation, drain
+
+
+def status_of(servers: Servers) -> list[dict[str, Any]]:
+    return [s.called("status", []).result(30) for s in servers.servers]
+
+
+def until(condition: Any, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_after_a_drain_a_start_replays_nothing_and_all_is_there(servers: Servers) -> None:
+    cluster = servers.cluster(2)
+    cluster.ingest(*(order(user=u, book=f"b{u}") for u in range(200)))
+    users = [{"user": u, "book": f"b{u}"} for u in range(200)]
+    before = cluster.read([by_user, by_book], *users)
+    for server in servers.servers:
+        server.called("drain", []).result(30)
+    with pytest.raises(Unavailable, match="is stopping"):
+        cluster.ingest(order())
+    replayed: list[int] = []
+    servers.restart()
+    servers.ready()
+    for number, s in enumerate(status_of(servers)):
+        assert (s["state"], s["log_end"] > 0, s["replayed"]) == ("ready", True, s["log_end"])
+        snapshots = Path(servers.spec.data_dir) / "shards" / f"{number:03d}" / "snapshots"
+        replayed += [s["log_end"] - int(path.name[:20]) for path in snapshots.iterdir()]
+    assert replayed == [0, 0]
+    after = cluster.read([by_user, by_book], *users)
+    assert (after.matrix.tobytes(), after.unknown) == (before.matrix.tobytes(), before.unknown)
+
+
+def test_snapshots_are_taken_and_the_log_is_truncated_while_events_go_on(servers: Servers) -> None:
+    cluster = servers.cluster(2, snapshot_bytes=30_000)
+    n = 0
+    while min(s["log_first"] for s in status_of(servers)) == 0:
+        assert n < 50_000
+        cluster.ingest(*(order(user=u % 50, book=f"b{u % 7}", price=1.0) for u in range(100)))
+        n += 100
+    users = [{"user": u} for u in range(50)]
+    counts = cluster.read([by_user], *users).matrix[:, 0]
+    assert counts.sum() == n
+    servers.restart()
+    servers.ready()
+    assert cluster.read([by_user], *users).matrix[:, 0].tolist() == counts.tolist()
+    shards = Path(servers.spec.data_dir) / "shards"
+    assert {len(list((shard / "snapshots").iterdir())) for shard in shards.glob("0*")} == {2}
+
+
+@pytest.mark.parametrize("broken", ["damaged", "cut", "deleted"])
+def test_without_the_newest_snapshot_an_older_one_and_more_of_the_log_do(broken: str, servers: Servers) -> None:
+    cluster = servers.cluster(1)
+    snapshots = Path(servers.spec.data_dir) / "shards" / "000" / "snapshots"
+    for n in range(3):
+        cluster.ingest(*(order(user=u) for u in range(30)))
+        servers.servers[0].called("drain", []).result(30)
+        servers.restart()
+        servers.ready()
+        assert len(list(snapshots.iterdir())) == min(n + 1, 2)
+    newest = max(snapshots.iterdir())
+    if broken == "deleted":
+        newest.unlink()
+    else:
+        content = newest.read_bytes()
+        cut, at = content[: len(content) // 2], len(content) // 2
+        newest.write_bytes(cut if broken == "cut" else content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    servers.restart()
+    servers.ready()
+    assert cluster.read([by_user], *({"user": u} for u in range(30))).matrix[:, 0].tolist() == [3.0] * 30
+
+
+def test_a_feature_that_is_added_is_computed_from_the_history_and_the_log(servers: Servers, tmp_path: Path) -> None:
+    """The log begins later, and the snapshots know nothing of the feature."""
+    cluster = servers.cluster(
+        1, history_uri=str(tmp_path / "history"), history_part_bytes=20_000, snapshot_bytes=20_000
+    )
+    n = 0
+    while status_of(servers)[0]["log_first"] == 0:
+        assert n < 50_000
+        cluster.ingest(*(order(user=u % 10, price=2.0) for u in range(100)))
+        n += 100
+    more = FeatureView("more", owner="ml", source=orders, key=["user"], features={"total": Sum("price"), "n": Count()})
+    servers.spec = dataclasses.replace(servers.spec, views=(*servers.spec.views, more))
+    servers.restart()
+    servers.ready()
+    layout = compile_layout([orders], servers.spec.views)
+    plan = ReadPlan(layout, list(more), "test")
+    read = CallRead(servers, ShardMap.even(N_SLOTS, 1))
+    client = FeatureClient(layout, ShardMap.even(N_SLOTS, 1), CallIngest(servers), read, ManualClock(NOW))
+    rows = servers.runner.run(client.read(plan, {"user": list(range(10))}, 10))
+    assert rows.matrix.tolist() == [[2.0 * n / 10, n / 10]] * 10
+
+
+def test_with_too_little_room_left_on_the_disk_events_are_refused_and_reads_go_on(servers: Servers) -> None:
+    cluster = servers.cluster(1)
+    cluster.ingest(order(user=5))
+    servers.spec = dataclasses.replace(servers.spec, disk_free_bytes_min=1 << 60)
+    servers.restart()
+    servers.ready()
+    first = order(user=5)
+    with pytest.raises(Unavailable, match="MB are left on the disk; events are taken with at least") as caught:
+        cluster.ingest(first)
+    assert (caught.value.code, caught.value.retry_after_ms) == ("log_full", 10_000)
+    assert cluster.read([by_user], {"user": 5}).matrix[0, 0] == 1.0
+    servers.spec = dataclasses.replace(servers.spec, disk_free_bytes_min=0)
+    servers.restart()
+    servers.ready()
+    assert cluster.ingest(first).accepted == 1
+
+
+def test_more_than_may_wait_for_the_log_is_refused(servers: Servers) -> None:
+    cluster = servers.cluster(1, queue_bytes_max=-1)
+    with pytest.raises(TooMany, match="bytes of events wait for its log") as caught:
+        cluster.ingest(order())
+    assert (caught.value.status, caught.value.code) == (429, "queue_full")
