@@ -137,7 +137,7 @@ def check_history(base_uri: str, shard: int, until_offset: int | None = None) ->
     for path in folder.files(recursive=True):
         named_part = part_of(path) if path.endswith(".parquet") and path not in known else None
         if named_part is not None and named_part.shard == shard and named_part.from_offset < end:
-            problems.append(f"`{path}` is of no part; remove it")
+            problems.append(f"`{path}` is of no part, nothing reads it")
     return problems
 
 
