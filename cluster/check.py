@@ -18,7 +18,7 @@ from typing import Any
 from millpond.cluster.config import Config
 from millpond.feature_actors.check import CannotCheck, DirectoryCheck
 from millpond.feature_actors.layout import Layout, compile_layout
-from millpond.feature_actors.mend import Mended, mend
+from millpond.feature_actors.mend import Mended, mend, mend_schemas
 from millpond.feature_actors.replays import ReplayOptions, check_replays
 from millpond.models.definition import Definition
 
@@ -113,7 +113,10 @@ def check_directory(
         assert copy is not None
         _make_copy(directory, copy.absolute())
         with _directory_check(directory, config, layout) as check:
+            done = mend_schemas(check, layout)
+        with _directory_check(directory, config, layout) as check:
             mended = mend(check, layout)
+        mended.done[:0] = done
         report = _checked(directory, config, layout)
         report.mended, report.copy = mended, str(copy.absolute())
         return report

@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
 import numpy as np
+import pyarrow as pa
 
 from millpond.feature_actors.errors import MillpondError
 from millpond.feature_actors.keys import KEY_HASH_VERSION
+from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.log.folder import Folder
 from millpond.feature_actors.log.history_reader import check_history
 from millpond.feature_actors.log.part import Part, parts_of
@@ -46,6 +48,8 @@ from millpond.feature_actors.log.snapshot import (
 )
 from millpond.feature_actors.log.stopped import StoppedLog, read_write_ahead
 from millpond.feature_actors.manifest import FORMAT_VERSION, Manifest, shard_dir
+from millpond.feature_actors.routes import shards_of_keys
+from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.tiles.structure import ROW_SEQUENCE, SEQUENCE_ROW_BITS
 
 __all__ = ["CannotCheck", "DirectoryCheck", "Problem", "ShardCheck"]
@@ -282,6 +286,7 @@ class DirectoryCheck:
         self._check_snapshots(shard)
         self._check_history(shard)
         self._check_epoch(shard)
+        self._check_begin(shard)
 
     def _check_schemas(self, shard: ShardCheck) -> None:
         schemas = Schemas(shard.path / "log" / "schemas")
@@ -426,6 +431,23 @@ class DirectoryCheck:
         """Return the parts of the history that a shard has. Raises `HistoryUnavailable`."""
         return parts_of(Folder(self.history_uri), shard.number) if self.history_uri is not None else []
 
+    def begins(self, shard: ShardCheck) -> bool:
+        """Return whether a shard can be recovered without a snapshot."""
+        if shard.log.first == 0:
+            return True
+        try:
+            parts = self.parts(shard)
+        except MillpondError:
+            return False
+        return bool(parts) and parts[-1].to_offset >= shard.log.first
+
+    def _check_begin(self, shard: ShardCheck) -> None:
+        if not shard.snapshots and not self.begins(shard):
+            self.found(
+                f"begins at offset {shard.log.first}, and what was before is in no snapshot that can be read, nor in a "
+                "history", _RESTORE, shard.path / "log" / "cache.db", shard.number
+            )  # fmt: skip
+
     def _check_epoch(self, shard: ShardCheck) -> None:
         path = shard.path / "epoch.json"
         content = _json(path) or {}
@@ -483,6 +505,35 @@ def known_ends(shard: ShardCheck) -> dict[int, int]:
         for home, settled in deliveries["settled"]:
             ends[home] = max(ends.get(home, 0), settled)
     return ends
+
+
+def never_had(
+    check: DirectoryCheck, shard: ShardCheck, home: ShardCheck, layout: Layout
+) -> Iterator[tuple[int, OfferRecord]]:
+    """Yield records of another home that are settled there, and that a shard has had nothing of, though some of their
+    events are its own: their offsets there, and those events."""
+    assert check.manifest is not None
+    had: set[int] = set()
+    settled = 0
+    for snapshot in shard.snapshots:
+        deliveries = snapshot.header.state["deliveries"]
+        for number, offsets in deliveries["had"]:
+            had.update(offsets if number == home.number else ())
+        settled = max([settled, *(at for number, at in deliveries["settled"] if number == home.number)])
+    for _, record in intact(shard):
+        had.update(of.offset for of in homes_of(record) if of.shard == home.number)
+    shard_map = ShardMap.even(check.manifest.n_slots, check.n_shards)
+    for offset, record in intact(home, settled):
+        if offset >= home.settled:  # it is owed still, and will be delivered
+            return
+        if not isinstance(record, OfferRecord) or offset in had or record.source not in layout.sources:
+            continue
+        batch = layout.source(record.source).upgraded(record.batch)
+        concerned, _ = shards_of_keys(layout, shard_map, record.source, batch)
+        rows = np.flatnonzero(concerned[shard.number] & (record.routes & 1).astype(bool))
+        if len(rows):
+            events = record.batch.take(pa.array(rows))
+            yield offset, replace(record, arrivals=record.arrivals[rows], routes=record.routes[rows], batch=events)
 
 
 def _json(path: Path) -> dict[str, Any] | None:

@@ -14,10 +14,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import msgspec
-import numpy as np
 import pyarrow as pa
 
-from millpond.feature_actors.check import DirectoryCheck, ShardCheck, homes_of, intact
+from millpond.feature_actors.check import DirectoryCheck, ShardCheck, homes_of, intact, never_had
 from millpond.feature_actors.errors import MillpondError
 from millpond.feature_actors.keys import hash_columns
 from millpond.feature_actors.layout import Layout
@@ -35,10 +34,9 @@ from millpond.feature_actors.log.record import (
 )
 from millpond.feature_actors.log.schemas import Schemas, write_synced
 from millpond.feature_actors.manifest import write_json
-from millpond.feature_actors.routes import shards_of_keys
 from millpond.feature_actors.shard_map import ShardMap
 
-__all__ = ["Lost", "Mended", "mend"]
+__all__ = ["Lost", "Mended", "mend", "mend_schemas"]
 
 
 @dataclass
@@ -82,19 +80,15 @@ class Mended:
 
 
 def mend(check: DirectoryCheck, layout: Layout | None) -> Mended:
-    """Mend what can be of what `check` has found, shard by shard.
+    """Mend what can be of what `check` has found, shard by shard, after `mend_schemas`.
 
-    1. schemas come back from another shard, or from the definitions
-    2. the log is written anew, with what is lost listed
-    3. damaged snapshots are moved away, history.json and epoch.json written anew
-
+    The log is written anew, with what is lost listed; damaged snapshots are moved away, if something else can do;
+    history.json and epoch.json are written anew of what else is there.
     layout: of the definitions, None if there are none; it tells keys, ids and views.
     """
     mended = Mended()
     for shard in check.shards:
-        _mend_schemas(check, shard, layout, mended)
-    for shard in check.shards:
-        if not shard.snapshots and not _begins(check, shard):
+        if not shard.snapshots and not check.begins(shard):
             if shard.damaged_snapshots or shard.log_damaged or shard.bad:
                 mended.left.append(
                     f"shard {shard.number}: no snapshot of it can be read, and what was before its log is in no "
@@ -112,45 +106,30 @@ def mend(check: DirectoryCheck, layout: Layout | None) -> Mended:
     return mended
 
 
-def _begins(check: DirectoryCheck, shard: ShardCheck) -> bool:
-    """Return whether a shard can be recovered without a snapshot."""
-    if shard.log.first == 0:
-        return True
-    if check.history_uri is None:
-        return False
-    try:
-        parts = check.parts(shard)
-    except MillpondError:
-        return False
-    return bool(parts) and parts[-1].to_offset >= shard.log.first
-
-
 # -- schemas
 
 
-def _mend_schemas(check: DirectoryCheck, shard: ShardCheck, layout: Layout | None, mended: Mended) -> None:
-    """Put schemas that are damaged or missing back in their place: their names say whether it is they."""
-    folder = shard.path / "log" / "schemas"
-    for path in shard.damaged_schemas:
-        path.rename(path.with_name(f"{path.name}.damaged"))
-    wanted = {path.stem for path in shard.damaged_schemas} | set(_schemas_named(shard))
-    for name in sorted(wanted):
-        content = _schema(check, name, layout)
-        if content is not None:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_synced(folder / f"{name}.arrow", content)
-            mended.done.append(f"`{check.name(folder / f'{name}.arrow')}` is there again: it was known from elsewhere")
-        elif name in {path.stem for path in shard.damaged_schemas}:
-            mended.done.append(
-                f"`{check.name(folder / f'{name}.arrow')}` is moved away, to the same name with `.damaged` added"
-            )
-    for offset in sorted(shard.bad):
-        try:
-            decode(_content(shard, offset), offset, Schemas(folder).get)
-        except LogDamaged:
-            continue
-        if "schema" in shard.bad[offset]:
-            del shard.bad[offset]
+def mend_schemas(check: DirectoryCheck, layout: Layout | None) -> list[str]:
+    """Put schemas that are damaged or missing back in their place, from another shard or the definitions: their names
+    say whether it is they. What cannot be had is moved away. Returns what was done.
+
+    Whatever the records are is known anew then: check again.
+    """
+    done = []
+    for shard in check.shards:
+        folder = shard.path / "log" / "schemas"
+        damaged = {path.stem for path in shard.damaged_schemas}
+        for name in sorted(damaged | set(_schemas_named(shard))):
+            path = folder / f"{name}.arrow"
+            content = _schema(check, name, layout)
+            if name in damaged:
+                path.rename(path.with_name(f"{path.name}.damaged"))
+                done.append(f"`{check.name(path)}` is moved away, to the same name with `.damaged` added")
+            if content is not None:
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                write_synced(path, content)
+                done.append(f"`{check.name(path)}` is there again: it was known from elsewhere")
+    return done
 
 
 def _schemas_named(shard: ShardCheck) -> Iterator[str]:
@@ -361,29 +340,11 @@ def _learn_what_was_applied(
     candidates = [one for one in lost.values() if not one.in_snapshot]
     if not candidates:
         return
-    had: set[int] = set()
-    settled = 0
-    for snapshot in shard.snapshots:
-        deliveries = snapshot.header.state["deliveries"]
-        for number, offsets in deliveries["had"]:
-            had.update(offsets if number == home.number else ())
-        settled = max([settled, *(at for number, at in deliveries["settled"] if number == home.number)])
-    for _, record in intact(shard):
-        had.update(of.offset for of in homes_of(record) if of.shard == home.number)
-    shard_map = ShardMap.even(check.manifest.n_slots, check.n_shards)
     one, where = candidates[0], f"the log of shard {home.number}"
     if len(candidates) > 1:
         where += " (applied by this record or by another that is lost)"
-    for offset, record in intact(home, settled):
-        if not isinstance(record, OfferRecord) or offset in had or record.source not in layout.sources:
-            continue
-        if offset >= home.settled:  # it is owed still, and will be delivered
-            return
-        batch = layout.source(record.source).upgraded(record.batch)
-        concerned, _ = shards_of_keys(layout, shard_map, record.source, batch)
-        rows = np.flatnonzero(concerned[shard.number] & (record.routes & 1).astype(bool))
-        if len(rows):
-            _note(check, one, record.source, record.batch.take(pa.array(rows)), where)
+    for _, record in never_had(check, shard, home, layout):
+        _note(check, one, record.source, record.batch, where)
 
 
 def _note(check: DirectoryCheck, one: Lost, source: str, batch: pa.RecordBatch, where: str) -> None:

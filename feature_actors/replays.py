@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from millpond.feature_actors.check import DirectoryCheck, ShardCheck, Snapshot
+from millpond.feature_actors.check import DirectoryCheck, ShardCheck, Snapshot, never_had
 from millpond.feature_actors.durable import DurableShard, ShardFolder
 from millpond.feature_actors.errors import MillpondError
 from millpond.feature_actors.image import shard_chunks
@@ -53,6 +53,7 @@ def check_replays(check: DirectoryCheck, layout: Layout, options: ReplayOptions)
     has it, from an older snapshot. Where nothing else is left it is said to be left out.
     """
     for shard in check.shards:
+        _check_had(check, layout, shard)
         if not shard.snapshots:
             if shard.records:
                 check.left_out.append(f"shard {shard.number}: snapshots against a replay: it has no snapshot")
@@ -78,6 +79,19 @@ def check_replays(check: DirectoryCheck, layout: Layout, options: ReplayOptions)
                 newest.path,
                 shard.number,
             )
+
+
+def _check_had(check: DirectoryCheck, layout: Layout, shard: ShardCheck) -> None:
+    """Hold what other shards say is applied everywhere against what a shard has had."""
+    if check.manifest is None or shard.bad or shard.log_damaged or shard.lost:
+        return
+    for home in check.shards:
+        lacking = [] if home is shard else [offset for offset, _ in never_had(check, shard, home, layout)]
+        if lacking:
+            check.found(
+                f"it has had nothing of the records at {_some(lacking)} of shard {home.number}, which are applied "
+                "everywhere: what did that is lost", "restore both shards from one copy", shard=shard.number
+            )  # fmt: skip
 
 
 def _cannot_replay(check: DirectoryCheck, shard: ShardCheck, newest: Snapshot) -> str:

@@ -1,4 +1,4 @@
-"""Data directories of stopped clusters, for the tests of `millpond check`: made without Ray, with all that one holds."""
+"""Directories of stopped clusters, for the tests of `millpond check`: made without Ray, with all that is in it."""
 
 from __future__ import annotations
 

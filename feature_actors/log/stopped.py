@@ -108,7 +108,7 @@ class StoppedLog(Log):
         for (line,) in execute(f"PRAGMA integrity_check({_INTEGRITY_LINES_MAX})"):
             problems += [str(text) for text in str(line).splitlines() if text != "ok" and not text.startswith("***")]
         empty = scratch / "empty"
-        Log(empty, "sync").close()
+        Log(empty, "process").close()
         with closing(sqlite3.connect(empty / "cache.db")) as other:
             for what, query in (
                 ("tables, indexes and triggers", "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY 1, 2"),
