@@ -215,6 +215,8 @@ class Shard:
             bits = self._bits(prepared, events.n, new)
             if bits.any():
                 kept = np.flatnonzero(bits)
+                if len(kept) * 4 > events.n * 3:  # a few rows that are nobody's here are cheaper than to take them out
+                    kept = np.arange(events.n)
                 prepared.record = OfferRecord(*self._fields(prepared, events, bits, kept))
                 if (bits > 1).any():
                     home = self.shard_map.shards_of(events.ids)
