@@ -125,11 +125,11 @@ class Strike:
     shard: int | None
     at: float
     recovered_at: float
-    title: str = ""
+    actor: str = ""
 
     @property
     def what(self) -> str:
-        return self.title.partition(" ")[0] if self.kind == "worker" else self.kind
+        return self.actor if self.kind == "worker" else self.kind
 
     @property
     def recovery_s(self) -> float:
@@ -267,6 +267,8 @@ class FaultsWorkload:
         self._readers: list[ReadProber] = []
         self.strikes: list[Strike] = []
         self._settled_at = 0.0
+        #: What is waited for just now, for the message if it does not come.
+        self._missing = ""
         self._wrong: list[str] = []
         self._figures: dict[str, Any] = {
             "durability": config.durability,
@@ -328,7 +330,9 @@ class FaultsWorkload:
                 try:
                     strike = self._strike(kind, burst)
                 except MillpondError as error:
-                    raise Unavailable(f"kill {number + 1}, of {kind}: {error}; {self._up.errors()}") from None
+                    raise Unavailable(
+                        f"kill {number + 1}, of {kind}: {error}; missing: {self._missing}; {self._up.errors()}"
+                    ) from None
                 self.strikes.append(strike)
                 what = strike.what if strike.shard is None else f"{strike.what} {strike.shard}"
                 advance(1, f"{what} {strike.recovery_s:.2f} s")
@@ -356,7 +360,7 @@ class FaultsWorkload:
         self._settled_at = time.monotonic()
         concerned = [log for log in self._logs if victim.shard in (None, log.shard)]
         ends = [end for log in concerned if (end := log.good_since(at, _IN_A_ROW)) is not None]
-        return Strike(kind, victim.shard, at, max(ends, default=self._settled_at), victim.title)
+        return Strike(kind, victim.shard, at, max(ends, default=self._settled_at), victim.actor)
 
     def _choose(self, kind: str) -> Victim:
         if kind == "cluster":
@@ -372,15 +376,14 @@ class FaultsWorkload:
                 f"`millpond up` goes on when a `{victim.title[:40]}` is killed: it ended: {self._up.errors()}"
             )
             self._up.start()
-        if not self._served_since(at) or self._traffic.acked < self._traffic.sent:
+        self._missing = "writes and scores of every shard"
+        if not self._served_since(at):
             return False
-        if victim.kind in NEEDS_NEW_START or not victim.missed:
-            return True
-        alike = (victim.kind, victim.shard, victim.title if victim.kind == "worker" else "")
-        return any(
-            v.pid != victim.pid and (v.kind, v.shard, v.title if v.kind == "worker" else "") == alike
-            for v in self._up.victims()
-        )
+        self._missing = f"{self._traffic.sent - self._traffic.acked} events to be acknowledged"
+        if self._traffic.acked < self._traffic.sent:
+            return False
+        self._missing = f"another process in the place of {victim}"
+        return victim.kind in NEEDS_NEW_START or not victim.missed or any(map(victim.replaced_by, self._up.victims()))
 
     # -- check
 

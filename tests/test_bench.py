@@ -49,7 +49,7 @@ from millpond.bench.store import (
     run_store_bench,
     turned,
 )
-from millpond.bench.up import KINDS, NEEDS_NEW_START, kind_of
+from millpond.bench.up import KINDS, NEEDS_NEW_START, Victim, kind_of
 from millpond.bench.workload import Steps, record, run_workload
 from millpond.cluster.config import Config
 from millpond.feature_actors.decode import Decoder
@@ -675,6 +675,19 @@ def test_processes_are_told_apart_by_their_titles() -> None:
         ("python -m millpond.cluster.cli up raylet", "python3.11", None),
     ):
         assert kind_of(title, program, "dev") == kind
+
+
+def test_a_process_is_replaced_by_another_of_its_kind_shard_and_actor_whatever_it_is_doing() -> None:
+    controller = Victim(1, "worker", "ray::ServeController")
+    assert controller.replaced_by(Victim(2, "worker", "ray::ServeController.listen_for_change   "))
+    assert not controller.replaced_by(controller)
+    assert not controller.replaced_by(Victim(2, "worker", "ray::ProxyActor"))
+    shard = Victim(1, "shard", "ray::FeatureActor.apply", 0)
+    assert shard.replaced_by(Victim(2, "shard", "ray::FeatureActor", 0))
+    assert not shard.replaced_by(Victim(2, "shard", "ray::FeatureActor", 1))
+    assert controller.missed
+    assert shard.missed
+    assert not Victim(1, "worker", "ray::IDLE").missed
 
 
 def _log(*goods: bool, kind: str = "write", shard: int = 0) -> Log:
