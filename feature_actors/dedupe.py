@@ -8,6 +8,7 @@ another content is a conflict: it is not applied and it is counted.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ _ENTRIES_AT_FIRST = 16
 # Columns of the directory: address of a slot's entries, how many there are, how many are used.
 _AT, _ENTRIES, _USED = range(3)
 _AHEAD = 16
+#: A step of an image looks at so many entries: about a millisecond.
+_IMAGE_ENTRIES_MAX = 1 << 15
 
 
 @inner
@@ -102,6 +105,22 @@ def _forget(directory: Any, seed: Any, rows: Any, slots: Any, ids: Any) -> None:
             words[at + _RECEIVED] = _FORGOTTEN
 
 
+@kernel
+def _load(directory: Any, seed: Any, slot: Any, image: Any) -> None:
+    """Put entries into a slot that has room for them; an id that is there already stays as it is."""
+    words, _, _ = views_at(directory[slot, _AT])
+    for k in range(image.shape[0]):
+        if image[k, _RECEIVED] <= _FORGOTTEN:
+            continue
+        at = _place(directory[slot, _AT], directory[slot, _ENTRIES], seed, image[k, _LO], image[k, _HI])
+        if words[at + _RECEIVED] == _EMPTY:
+            directory[slot, _USED] += 1
+        elif words[at + _RECEIVED] != _FORGOTTEN:
+            continue
+        for w in range(_WORDS):
+            words[at + w] = image[k, w]
+
+
 class IdFilter:
     """Event ids that the slots have seen within the horizon; the seed is the cluster's, as of its tiles."""
 
@@ -134,17 +153,48 @@ class IdFilter:
             )
             if start == len(rows):
                 return
-            self._make_room(int(slots[rows[start]]), oldest)
+            self._make_room(int(slots[rows[start]]), oldest, 1)
 
     def forget(self, rows: Ints, slots: Ints, ids: Ints) -> None:
         """Take back that ids `rows` were admitted as new: they are new when they come again."""
         _forget(self._directory, self._seed, rows, slots, ids)
 
-    def _make_room(self, slot: int, oldest: int) -> None:
+    @property
+    def newest_ms(self) -> int:
+        """When the newest request was received that it has seen."""
+        return self._newest_ms
+
+    def image(self) -> Iterator[tuple[int, Ints]]:
+        """Yield what is remembered in steps of bounded size: a slot and some of its entries, int64 [k, 4] (two halves
+        of the id's hash, when it was received, hash of the content).
+
+        Ids may be admitted between two steps. Those that were there before the first, and are within the horizon, are
+        in one of them; of those that come meanwhile some are.
+        """
+        for slot in list(self._entries):
+            # Where the slot is rebuilt meanwhile, this is what it was until then; what comes later is not asked for.
+            entries = self._entries[slot]
+            for start in range(0, len(entries), _IMAGE_ENTRIES_MAX):
+                some = entries[start : start + _IMAGE_ENTRIES_MAX]
+                oldest = max(self._newest_ms - self._horizon_ms, _FORGOTTEN + 1)
+                if len(kept := some[some[:, _RECEIVED] >= oldest]):
+                    yield slot, kept
+
+    def load(self, slot: int, image: Ints, newest_ms: int) -> None:
+        """Remember entries of an image as well; an id that is there already stays as it is.
+
+        newest_ms: when the newest request was received of which the filter had heard.
+        """
+        self._newest_ms = max(self._newest_ms, newest_ms)
+        if (self._directory[slot, _USED] + len(image)) * 3 >= self._directory[slot, _ENTRIES] * 2:
+            self._make_room(slot, self._newest_ms - self._horizon_ms, len(image))
+        _load(self._directory, self._seed, slot, image)
+
+    def _make_room(self, slot: int, oldest: int, more: int) -> None:
         old = self._entries.get(slot)
         kept = 0 if old is None else int(np.count_nonzero(old[:, _RECEIVED] >= max(oldest, _FORGOTTEN + 1)))
         size = _ENTRIES_AT_FIRST
-        while size < kept * 2 + 2:
+        while size < (kept + more) * 2:
             size *= 2
         new: Ints = np.zeros((size, _WORDS), np.int64)
         new[:, _RECEIVED] = _EMPTY

@@ -234,6 +234,12 @@ class Layout:
                 too_late &= times // width_ms < (arrivals - keep_ms) // width_ms
         return too_late
 
+    def kept_in(self, feature: Feature) -> tuple[Series, int, int]:
+        """Return the series that a feature is read from, its number in the table, and how long the feature needs its
+        tiles kept, in ms."""
+        series, number = _series_of(self.table_of(feature.view), feature)
+        return series, number, _spot(series.where, feature.kept)[1]
+
     def plan_program(self, features: Sequence[Feature]) -> PlanProgram:
         """Compile the reading of `features`, in the order of the matrix's columns; none of them is derived."""
         first = np.cumsum([0, *(f.kept.width for f in features)]).tolist()

@@ -6,13 +6,18 @@ would compile the same, at the same time.
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 
 from millpond.feature_actors.aggregations import Count, Last, Sum
 from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.clock import EventClock
+from millpond.feature_actors.image import load_shard, shard_chunks
 from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.log.snapshot import write_snapshot
 from millpond.feature_actors.plan import ReadPlan
 from millpond.feature_actors.ports import LocalIngest, LocalRead, complete
 from millpond.feature_actors.shard import Shard
@@ -51,3 +56,6 @@ def warm_kernels() -> None:
     as_of = np.full(n, n * 60_000, np.int64)
     question = plan.question({"n": batch["n"], "id": batch["id"]}, n, None, as_of)
     Shard(layout, shard_map, 0).join(question, {"warm": (batch, as_of)})
+    with tempfile.TemporaryDirectory(prefix="millpond-warm-") as folder:
+        path = write_snapshot(Path(folder), shard_chunks(shard, cluster_id="warm", epoch=0, begin=0))
+        load_shard(Shard(layout, shard_map, 0), path, cluster_id="warm")

@@ -5,9 +5,11 @@ from __future__ import annotations
 from itertools import groupby
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from millpond.feature_actors import dedupe
 from millpond.feature_actors.dedupe import CONFLICT, DUPLICATE, NEW, IdFilter
 
 HORIZON = 100
@@ -125,3 +127,51 @@ def test_a_slot_knows_nothing_of_another_and_grows_by_itself() -> None:
     alone = seen.allocated_bytes
     assert admit(seen, [7, 7, 7], [7, 7, 7], [0, 0, 0], [1, 2, 1]) == [NEW, DUPLICATE, DUPLICATE]
     assert seen.allocated_bytes - alone < alone / 50
+
+
+# -- images
+
+
+@given(
+    events=EVENTS,
+    first=st.integers(0, 250),
+    steps=st.lists(st.integers(0, 20), min_size=1, max_size=20),
+    seeds=st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)),
+    later=st.sampled_from((0, HORIZON - 8, HORIZON - 1, HORIZON, HORIZON + 1)),
+)
+def test_a_filter_loaded_from_an_image_and_told_the_rest_gives_the_same_verdicts(
+    events: list[tuple[int, int, int, int]], first: int, steps: list[int], seeds: tuple[int, int], later: int
+) -> None:
+    """The image is taken step by step while ids come; those that have come since its first step come again."""
+    numbers, slots, contents = ([e[k] for e in events] for k in range(3))
+    stamps = np.cumsum([abs(e[3]) for e in events]).tolist()
+    live, loaded = IdFilter(HORIZON, 3, seeds[0]), IdFilter(HORIZON, 3, seeds[1])
+    first = at = min(first, len(events))
+    admit(live, numbers[:first], contents[:first], stamps[:first], slots[:first])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dedupe, "_IMAGE_ENTRIES_MAX", 5)
+        image = live.image()
+        for number in range(1_000):
+            if (step := next(image, None)) is None:
+                break
+            loaded.load(*step, live.newest_ms)
+            loaded.load(*step, live.newest_ms)  # which changes nothing
+            end = at + steps[number % len(steps)]
+            admit(live, numbers[at:end], contents[at:end], stamps[at:end], slots[at:end])
+            at = min(end, len(events))
+    admit(loaded, numbers[first:at], contents[first:at], stamps[first:at], slots[first:at])
+    now = stamps[at - 1] if at else 0
+    ids, of_slots = list(range(31)) * 3, [slot for slot in range(3) for _ in range(31)]
+    asked = [admit(one, ids, [0] * 93, [now + later] * 93, of_slots) for one in (live, loaded)]
+    assert asked[0] == asked[1]
+    assert loaded.allocated_bytes <= 4 * live.allocated_bytes
+
+
+def test_an_image_has_nothing_of_what_was_taken_back_or_is_too_old() -> None:
+    seen = IdFilter(HORIZON, 1)
+    admit(seen, [1, 2], [0, 0], [0, 50])
+    ids, slots = ids_of([3, 4]), np.zeros(2, np.int64)
+    seen.admit(np.arange(2), slots, ids, slots, HORIZON + 20, np.zeros(2, np.uint8))
+    seen.forget(np.array([1]), slots, ids)
+    ((slot, image),) = seen.image()
+    assert (slot, sorted(image[:, 1].tolist())) == (0, [2, 3])

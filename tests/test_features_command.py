@@ -179,7 +179,7 @@ def test_not_to_a_terminal_the_tables_are_plain_and_whole(file: Path, capsys: py
     assert "large orders[user] where (price > 1000) owner fraud" in lines
     assert "tiles of 12h: 16 bytes, 61 at most where (price > 50)" in lines
     assert any(line.endswith("of index; shared with spend") for line in lines)
-    assert "one entity 54 bytes" in lines  # lifetime only
+    assert "one entity 62 bytes" in lines  # lifetime only
 
 
 @pytest.mark.parametrize("width", [80, 100, 160])

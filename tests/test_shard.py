@@ -227,7 +227,7 @@ def test_entities_whose_places_collide_are_told_apart(users: list[int], seed: in
     # All low halves alike: every key falls on one place of the index.
     hashes = np.array([(5, u) for u in users], np.int64).reshape(-1, 2)
     n, nows = len(users), np.full(len(users), NOW)
-    store.apply(layout.tables[0], np.arange(n), hashes, nows, nows, np.empty((0, n)), np.ones((1, n), np.bool_))
+    store.apply(layout.tables[0], np.arange(n), hashes, nows, nows, np.empty((0, n)), np.ones((1, n), np.bool_), 0)
     assert store.entities(layout.tables[0]) == len(set(users))
     assert store.check() == []
     reader = MemoryReader(ShardMap.even(1, 1), [0])

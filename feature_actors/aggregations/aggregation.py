@@ -62,6 +62,8 @@ class Part:
     takes_field: ClassVar[bool] = True
     #: Words of memory; for a part with a size `n`, of each of its n items.
     words: ClassVar[int]
+    #: Which of those words are values of the field as they came, NaN for none; those of strings are addresses.
+    value_words: ClassVar[tuple[int, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         _check_is_ours(cls)

@@ -11,7 +11,7 @@ from millpond.feature_actors.aggregations.aggregation import AFTER_ALL, Aggregat
 class Oldest(Part):
     """Time and value of the oldest event that has one."""
 
-    words = 2
+    words, value_words = 2, (1,)
 
     @staticmethod
     def init(p: Any, f: Any, at: Any, n: Any) -> None:

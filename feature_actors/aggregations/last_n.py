@@ -15,7 +15,7 @@ LAST_N_MAX = 64
 class Recent(Part):
     """Times and values of the n newest events that have one, the newest first."""
 
-    words = 2
+    words, value_words = 2, (1,)
 
     @staticmethod
     def init(p: Any, f: Any, at: Any, n: Any) -> None:

@@ -42,6 +42,7 @@ from millpond.feature_actors.tiles.structure import (
     H_ROWS,
     NUMBER_MASK,
     ROW_HEADER_WORDS,
+    ROW_SEQUENCE,
     TILE_HEADER_WORDS,
     begin_write,
     end_write,
@@ -60,7 +61,7 @@ from millpond.feature_actors.tiles.structure import (
     take_out,
 )
 
-__all__ = ["DONE", "apply_events", "apply_one", "has_room", "reclaim_rows"]
+__all__ = ["DONE", "apply_events", "apply_one", "has_room", "new_row", "reclaim_rows"]
 
 #: What `apply_events` returns when it has come to the end.
 DONE = -1
@@ -236,12 +237,13 @@ def _fine_tile(
 
 
 @inner
-def _new_row(
+def new_row(
     words: Any, floats: Any, halves: Any, slot: Any, table: Any, series: Any, columns: Any, lo: Any, hi: Any, mark: Any
 ) -> Any:
     row = take(words, halves, slot + H_POOLS, table[T_ROW_WORDS])
     words[row] = lo
     words[row + 1] = hi
+    words[row + ROW_SEQUENCE] = -1
     times = row + ROW_HEADER_WORDS
     for w in range(table[T_WHERES]):
         words[times + w] = NEVER
@@ -268,18 +270,23 @@ def has_room(words: Any, table: Any) -> Any:
 @inner
 def apply_one(
     words: Any, floats: Any, halves: Any, table: Any, series: Any, columns: Any, slot: Any, row: Any, mark: Any,
-    lo: Any, hi: Any, time: Any, arrival: Any, inputs: Any, masks: Any, i: Any,
+    lo: Any, hi: Any, time: Any, arrival: Any, inputs: Any, masks: Any, i: Any, sequence: Any,
 ) -> Any:  # fmt: skip
-    """Apply event i to its row, or to a new one if `row` is 0; return False, and change nothing, without room."""
+    """Apply event i to its row, or to a new one if `row` is 0; return False, and change nothing, without room.
+
+    A row that has been brought as far as `sequence` has the event already.
+    """
     if row == 0:
         row = find(words, slot, lo, hi, mark, _NO_LIMIT, table[T_ROW_WORDS])
+    if row != 0 and words[row + ROW_SEQUENCE] >= sequence:
+        return True
     if row == 0 and index_is_full(words, slot):
         if room(words) < table[T_RESERVE_WORDS] + index_words_wanted(words, slot):
             return False
-        grow_index(words, slot)
+        grow_index(words, slot, index_words_wanted(words, slot))
     begin_write(words, slot)
     if row == 0:
-        row = _new_row(words, floats, halves, slot, table, series, columns, lo, hi, mark)
+        row = new_row(words, floats, halves, slot, table, series, columns, lo, hi, mark)
     times = row + ROW_HEADER_WORDS
     now = max(arrival, time, words[times])  # the first `where` is every event
     for s in range(series.shape[0]):
@@ -318,6 +325,7 @@ def apply_one(
     for w in range(masks.shape[0]):
         if masks[w, i]:
             words[times + w] = max(words[times + w], time)
+    words[row + ROW_SEQUENCE] = sequence
     end_write(words, slot)
     return True
 
@@ -325,13 +333,14 @@ def apply_one(
 @kernel
 def apply_events(
     words: Any, floats: Any, halves: Any, program: Any, rows: Any, start: Any, hashes: Any, times: Any, arrivals: Any,
-    inputs: Any, masks: Any,
+    inputs: Any, masks: Any, base: Any,
 ) -> Any:  # fmt: skip
-    """Apply the events `rows[start:]` of a batch, in that order.
+    """Apply the events `rows[start:]` of a batch, in that order, which ascends.
 
     program: a `TableProgram`; hashes int64 [n, 2]; times, arrivals int64 [n]; inputs float64 [fields, n], NaN for
-    null; masks bool [wheres, n]. Returns `DONE`, or the place in `rows` of the first event for which the memory has no
-    room; that event is not begun, so the caller lets the memory grow and goes on from there.
+    null; masks bool [wheres, n]; base: sequence of event 0, so that of event i is base + i. Returns `DONE`, or the
+    place in `rows` of the first event for which the memory has no room; that event is not begun, so the caller lets
+    the memory grow and goes on from there.
     """
     table, series, columns = program
     slots = np.uint64(words[M_SLOTS])
@@ -383,7 +392,7 @@ def apply_events(
             i = rows[block + b]
             if not has_room(words, table) or not apply_one(
                 words, floats, halves, table, series, columns, slot_of[b], found[b], marks[b], hashes[i, 0],
-                hashes[i, 1], times[i], arrivals[i], inputs, masks, i,
+                hashes[i, 1], times[i], arrivals[i], inputs, masks, i, base + i,
             ):  # fmt: skip
                 return block + b
     return DONE

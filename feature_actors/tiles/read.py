@@ -452,7 +452,8 @@ def read_rows(
 @kernel
 def join_features(
     words: Any, floats: Any, halves: Any, table_program: Any, steps: Any, start: Any, hashes: Any, times: Any,
-    arrivals: Any, inputs: Any, masks: Any, program: Any, part: Any, asked: Any, as_of: Any, out: Any, known: Any,
+    arrivals: Any, inputs: Any, masks: Any, base: Any, program: Any, part: Any, asked: Any, as_of: Any, out: Any,
+    known: Any,
 ) -> Any:  # fmt: skip
     """Apply events and read features in one order: the point-in-time join of one table.
 
@@ -471,7 +472,7 @@ def join_features(
         if i >= 0:
             if not has_room(words, table) or not apply_one(
                 words, floats, halves, table, series, columns, slot, 0, mark, lo, hi, times[i], arrivals[i], inputs,
-                masks, i,
+                masks, i, base + i,
             ):  # fmt: skip
                 return k
         else:

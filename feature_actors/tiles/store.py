@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,16 @@ import numpy.typing as npt
 
 from millpond.feature_actors.tiles.apply import DONE, apply_events, reclaim_rows
 from millpond.feature_actors.tiles.check import check_table
+from millpond.feature_actors.tiles.image import (
+    ALL_MARKS,
+    LOADED,
+    NO_ROOM,
+    ImageDamaged,
+    Texts,
+    export_rows,
+    import_rows,
+    make_places,
+)
 from millpond.feature_actors.tiles.memory import (
     M_LAYOUT,
     M_LIMIT,
@@ -27,6 +37,7 @@ from millpond.feature_actors.tiles.memory import (
 )
 from millpond.feature_actors.tiles.program import FOR_EVER
 from millpond.feature_actors.tiles.read import NO_CLOCK, join_features
+from millpond.feature_actors.tiles.shape import Fit
 from millpond.feature_actors.tiles.structure import (
     BLOCK_ITEMS_MIN,
     BLOCK_WORDS_MAX,
@@ -58,6 +69,9 @@ RECLAIM_PLACES_MAX = 2_048
 #: A memory that is full is looked through as a whole, but not for every batch that it refuses.
 _RECLAIM_EVERYTHING_EVERY_MS = 10_000
 _RECLAIM_PER_EVENT, _RECLAIM_PER_NEW_ROW = 1 / 16, 4
+
+#: A step of an image ends after so many words or places of an index: a millisecond or so.
+IMAGE_WORDS_MAX, IMAGE_PLACES_MAX = 1 << 15, 1 << 13
 
 
 @dataclass
@@ -99,17 +113,33 @@ class TileStore:
         """The newest arrival stamp that the shard has heard of, `NO_CLOCK` before the first."""
         return int(self.memory.words[M_NEWEST_ARRIVAL])
 
+    @property
+    def newest_received_ms(self) -> int:
+        """When the newest request was received that the shard has heard of, `NO_CLOCK` before the first."""
+        return int(self.memory.words[M_NEWEST_RECEIVED])
+
     def hear_of(self, arrival_ms: int, received_ms: int) -> None:
         """Move time on, before events with that arrival stamp are applied: what they push out of sight is only ever
         missing from reads as of later."""
         words = self.memory.words
         words[M_NEWEST_ARRIVAL] = max(self.newest_arrival_ms, arrival_ms)
-        words[M_NEWEST_RECEIVED] = max(int(words[M_NEWEST_RECEIVED]), received_ms)
+        words[M_NEWEST_RECEIVED] = max(self.newest_received_ms, received_ms)
 
     def apply(
-        self, table: Table, rows: Ints, hashes: Ints, times: Ints, arrivals: Ints, inputs: Floats, masks: Bools
+        self,
+        table: Table,
+        rows: Ints,
+        hashes: Ints,
+        times: Ints,
+        arrivals: Ints,
+        inputs: Floats,
+        masks: Bools,
+        base: int,
     ) -> None:
-        """Apply the events `rows` of a batch in that order; shapes as `apply_events`; `promise_room` comes first."""
+        """Apply the events `rows` of a batch in that order; shapes as `apply_events`; `promise_room` comes first.
+
+        base: sequence of event 0 of the batch, see `structure`; what a row has by its own sequence is passed over.
+        """
         memory, program = self.memory, table.program(self._n_slots)
         for first in range(0, len(rows), _CHUNK):
             chunk, start = rows[first : first + _CHUNK], 0
@@ -117,7 +147,7 @@ class TileStore:
             while True:
                 start = apply_events(
                     memory.words, memory.floats, memory.halves, program, chunk, start, hashes, times, arrivals, inputs,
-                    masks,
+                    masks, base,
                 )  # fmt: skip
                 if start == DONE:
                     break
@@ -217,17 +247,71 @@ class TileStore:
         as_of: Ints,
         out: Floats,
         known: Bools,
+        base: int,
     ) -> None:
         """Apply events and read features in the order of `steps`; see `join_features`."""
         memory, start, part = self.memory, 0, plan.tables.index(table)
         while True:
             start = join_features(
                 memory.words, memory.floats, memory.halves, table.program(self._n_slots), steps, start, hashes, times,
-                arrivals, inputs, masks, plan.arrays(self._n_slots), part, asked, as_of, out, known,
+                arrivals, inputs, masks, base, plan.arrays(self._n_slots), part, asked, as_of, out, known,
             )  # fmt: skip
             if start == DONE:
                 return
             self._grow(table)
+
+    # -- images
+
+    def image(self, table: Table) -> Iterator[tuple[int, int, Ints]]:
+        """Yield the rows of a table in steps of bounded size: slot, how many rows that has now, and an image of some of
+        them, see `image`.
+
+        Events may be applied between two steps. What has come to be since the first need not be in any of them.
+        """
+        program = table.program(self._n_slots)
+        out = np.empty(2 * IMAGE_WORDS_MAX, np.int64)
+        for slot in np.flatnonzero(self._headers(table)[:, H_ROWS]).tolist():
+            mark = 0
+            while mark < ALL_MARKS:
+                before, rows = mark, int(self._headers(table)[slot, H_ROWS])
+                size, mark = export_rows(
+                    self.memory.words, self.memory.halves, program, slot, mark, out, IMAGE_WORDS_MAX, IMAGE_PLACES_MAX
+                )
+                if size:
+                    yield slot, rows, out[:size].copy()
+                elif mark == before:
+                    out = np.empty(2 * len(out), np.int64)
+
+    def load(self, table: Table, fit: Fit, slot: int, rows: int, image: Ints, texts: Texts) -> int:
+        """Load an image of some rows of a slot, which are not there yet; return the newest sequence among them.
+
+        rows: how many the slot is going to have. Raises `MemoryFull`, `ImageDamaged`: the store is not to be used then.
+        """
+        program = table.program(self._n_slots)
+        # As full as one that grows is in the middle between two sizes.
+        places = (max(rows, int(self._headers(table)[slot, H_ROWS])) * 3 // 2 + 2 * LINE_WORDS) // LINE_WORDS
+        places *= LINE_WORDS
+        if self._headers(table)[slot, H_PLACES] < places:
+            self._have_room(places)
+            make_places(self.memory.words, program, slot, places)
+        at, newest = 0, -1
+        while True:
+            at, outcome, of_these = import_rows(
+                self.memory.words, self.memory.floats, self.memory.halves, program, fit, slot, image, at, texts
+            )
+            newest = max(newest, int(of_these))
+            if outcome == LOADED:
+                return newest
+            if outcome != NO_ROOM:
+                raise ImageDamaged(slot, at, outcome)
+            # Besides its tiles, a row may need a larger index.
+            more = 2 * int(image[at]) + 2 * int(self._headers(table)[slot, H_PLACES]) + 64
+            self._have_room(table.reserve_words + more)
+
+    def _have_room(self, words: int) -> None:
+        room = int(self.memory.words[M_LIMIT] - self.memory.words[M_USED])
+        if room < words:
+            self.memory.grow(words - room)
 
     # -- reclaim
 

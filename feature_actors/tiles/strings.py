@@ -6,6 +6,8 @@ None.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -16,6 +18,8 @@ from millpond.feature_actors.tiles.structure import LINE_WORDS
 
 __all__ = ["ONE_OF_TOO_MANY", "StringReader", "Strings"]
 
+#: A step of an image of all strings has so many at most, of so many characters but for the last: about a millisecond.
+IMAGE_STRINGS_MAX, IMAGE_CHARACTERS_MAX = 4_096, 1 << 20
 #: In place of the address of a string for which there was no room; no string lies in a memory's header.
 ONE_OF_TOO_MANY = 1.0
 
@@ -27,6 +31,7 @@ class Strings:
         self._memory = memory
         self._max = strings_max
         self._addresses: dict[str, float] = {}
+        self._in_order: list[str] = []
         #: How often a string was one of too many.
         self.refused = 0
 
@@ -63,7 +68,25 @@ class Strings:
             words[at] = len(content)
             words[at + 1 : at + length] = np.frombuffer(content.ljust((length - 1) * WORD_BYTES, b"\0"), np.int64)
             self._addresses[text] = float(at)
+            self._in_order.append(text)
             at += length
+
+    def image(self) -> Iterator[tuple[npt.NDArray[np.float64], list[str]]]:
+        """Yield addresses, float64 [n], and strings in steps of bounded size, all of them up to the last step."""
+        start, size = 0, 0
+        while start < len(self._in_order):
+            texts = []
+            for text in self._in_order[start : start + IMAGE_STRINGS_MAX]:
+                texts.append(text)
+                size += len(text)
+                if size >= IMAGE_CHARACTERS_MAX:
+                    break
+            start, size = start + len(texts), 0
+            yield np.array([self._addresses[text] for text in texts], np.float64), texts
+
+    def load(self, texts: Sequence[str]) -> npt.NDArray[np.float64]:
+        """Keep the strings of an image; return the address of each now, float64 [n]. Raises `MemoryFull`."""
+        return self.addresses(pa.array(texts, pa.string()))
 
 
 class StringReader:

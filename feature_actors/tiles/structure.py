@@ -3,15 +3,21 @@
     memory   header, then per table and slot a slot header, then blocks in the order in which they were needed
     slot     sequence number, index, number of rows, a pool of rows and a pool of tiles per series
     index    open addressing with linear probing; an entry is 32 bits of the key's hash and the row's address
-    row      hash of the key (2 words), newest event time per `where`, heads of rings of tiles (half a word each),
-             lifetime partials
+    row      hash of the key (2 words), sequence of the last event applied, newest event time per `where`, heads of
+             rings of tiles (half a word each), lifetime partials
     tile     number (32 bits) and address of the next one (32 bits); for exact series the head of the tile's own ring
              of fine tiles, one per millisecond; the partial
 
 The tiles of a row and series form a ring in ascending time whose head is the newest: the head's next is the oldest.
 Only tiles with events exist. A tile's number is stored modulo 2**32, and read relative to the row's newest event.
 Addresses are words of the memory and never change while the thing lives: growing copies an index now and then, never
-rows or tiles. There is one writer. What it writes to a slot it writes between two steps of the slot's sequence number,
+rows or tiles.
+
+The sequence of an event is its place in the log: the record's offset and the event's row in the record. A row says up
+to where it has been brought, so an event that is applied again, after a snapshot was loaded, changes nothing that it
+already changed.
+
+There is one writer. What it writes to a slot it writes between two steps of the slot's sequence number,
 odd in between, so that readers can tell that they have read across a write.
 """
 
@@ -31,9 +37,12 @@ H_SEQUENCE, H_INDEX_AT, H_PLACES, H_ROWS, H_POOLS = range(5)
 POOL_FREE, POOL_NEXT, POOL_END, POOL_ITEMS, POOL_FREED = range(5)
 POOL_WORDS = 5
 
-#: Words of a row before its times, of a tile and of an exact tile before the partial.
-ROW_HEADER_WORDS = 2
+#: Words of a row before its times, and which of them is its sequence; of a tile, and of an exact one, before the
+#: partial.
+ROW_HEADER_WORDS, ROW_SEQUENCE = 3, 2
 TILE_HEADER_WORDS, EXACT_TILE_HEADER_WORDS = 1, 2
+#: Bits of a sequence that are the event's row in its record; those above are the record's offset.
+SEQUENCE_ROW_BITS = 24
 
 #: A pool takes blocks of an eighth of what it has, up to so many words.
 BLOCK_WORDS_MAX = 4_096
@@ -164,6 +173,12 @@ def place_of(mark: Any, places: Any) -> Any:
 
 
 @inner
+def first_mark_of(place: Any, places: Any) -> Any:
+    """Return the lowest mark that is placed there, or behind it if there is none."""
+    return ((np.int64(place) << 32) + places - 1) // places
+
+
+@inner
 def find(words: Any, slot: Any, lo: Any, hi: Any, mark: Any, limit: Any, row_words: Any) -> Any:
     """Return the address of an entity's row, or 0.
 
@@ -200,10 +215,9 @@ def index_words_wanted(words: Any, slot: Any) -> Any:
 
 
 @inner
-def grow_index(words: Any, slot: Any) -> None:
-    """Move the index of a slot to a larger one; readers go on with the old one until it is there."""
+def grow_index(words: Any, slot: Any, places: Any) -> None:
+    """Move the index of a slot to a larger one of whole lines; readers go on with the old one until it is there."""
     old, old_places = words[slot + H_INDEX_AT], words[slot + H_PLACES]
-    places = index_words_wanted(words, slot)
     new = allocate(words, places)
     words[new : new + places] = 0
     for p in range(old_places):
