@@ -40,7 +40,7 @@ from millpond.bench.accounts import activity
 from millpond.bench.events import EventBodies, arrow_body, json_bodies
 from millpond.bench.ledger import Floats, Ints, Ledger, differences, read_accounts
 from millpond.bench.load import quantile
-from millpond.bench.probes import Log, ReadProber, WriteProber, available_share, ids_on
+from millpond.bench.probes import Log, ReadProber, WriteProber, available_share, failures_within, ids_on
 from millpond.bench.retry import Connection, send_until_answered
 from millpond.bench.up import KINDS, NEEDS_NEW_START, Up, Victim, until
 from millpond.bench.workload import HISTORY, Steps, run_workload
@@ -87,6 +87,7 @@ MEANINGS = {
     "availability_scores": "",
     "availability_without_restarts": "the same, but for the recoveries that take a new start of the cluster",
     "availability_other_shards": "the same of the other shards while one recovers",
+    "other_shards_failures": "what came of probes of the other shards instead, and how often",
     "probes": "writes and scores of one shard each",
     "starts": "of `millpond up`",
     "durability": "",
@@ -468,6 +469,7 @@ class FaultsWorkload:
             "probes": sum(len(log.probes) for log in self._logs),
             "starts": self._up.starts,
             **availability_figures(self._logs, self.strikes, self._settled_at),
+            "other_shards_failures": dict(other_shards_failures(self._logs, self.strikes).most_common(_SHOWN_MAX)),
         }
         return {name: figures[name] for name in MEANINGS if name in figures}
 
@@ -495,6 +497,16 @@ def recovery_figures(recoveries: Mapping[str, list[float]]) -> dict[str, Any]:
         "recovery_p50_s_by_kind": {k: round(quantile(of_kind, 0.5), 2) for k, of_kind in sorted(recoveries.items())},
         "recovery_max_s_by_kind": {k: round(max(of_kind), 2) for k, of_kind in sorted(recoveries.items())},
     }
+
+
+def other_shards_failures(logs: list[Log], strikes: list[Strike]) -> Counter[str]:
+    """Return what came of the probes of other shards that failed while one recovered."""
+    found = Counter[str]()
+    for strike in strikes:
+        if strike.shard is not None:
+            others = [log for log in logs if log.shard != strike.shard]
+            found += failures_within(others, [(strike.at, strike.recovered_at)])
+    return found
 
 
 def availability_figures(logs: list[Log], strikes: list[Strike], end: float) -> dict[str, float]:

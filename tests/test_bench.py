@@ -27,7 +27,7 @@ import pytest
 from millpond.bench import accounts, events, faults, reference, workload
 from millpond.bench.events import KINDS as EVENT_KINDS
 from millpond.bench.events import EventBodies
-from millpond.bench.faults import Strike, availability_figures, recovery_figures, schedule
+from millpond.bench.faults import Strike, availability_figures, other_shards_failures, recovery_figures, schedule
 from millpond.bench.ledger import Ledger, differences
 from millpond.bench.load import Load, LoadFailed, Outcome, content_length, drive, quantile, requests_of, run_load
 from millpond.bench.noop import ANSWER, BareApp, NoopApp
@@ -723,6 +723,8 @@ def test_other_shards_are_judged_while_one_recovers_and_restarts_of_all_stand_ap
     assert figures["availability_without_restarts"] == pytest.approx(1 - 3 / 28, abs=1e-5)
     assert "availability_other_shards" not in availability_figures([mine, other], strikes[1:], 20.0)
     assert availability_figures([mine], [], 20.0) == {}
+    other.probes[3] = Probe(3.0, 3.5, False, "503 not running")
+    assert other_shards_failures([mine, other], strikes) == {"503 not running": 1}
 
 
 def test_recoveries_are_counted_by_kind() -> None:
