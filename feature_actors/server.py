@@ -59,6 +59,8 @@ _DELIVER_AFTER_S, _DELIVER_SOON_S = 2.0, 0.2
 #: How long a round of deliveries may fail before the next one is tried.
 _DELIVER_AGAIN_S = 0.5
 _TICK_S = 0.05
+#: How long a duplicate waits until all shards have what it is a duplicate of.
+_SETTLE_S_MAX = 5.0
 _HOUSE_S, _HOUSE_AGAIN_S = 0.25, 5.0
 #: How long an offer waits to be taken.
 OFFER_S_MAX = 60.0
@@ -249,9 +251,16 @@ class ShardServer:
     async def settle(self, settled: Sequence[int], wait_before: int) -> None:
         """Return when what is owed of records before an offset has been applied everywhere."""
         self._check()
-        deliveries = self._shard.deliveries
+        deliveries, until_s = self._shard.deliveries, time.monotonic() + _SETTLE_S_MAX
         deliveries.settle(settled)
         while any(offset < wait_before for offset in deliveries.owed):
+            if time.monotonic() > until_s:
+                raise Unavailable(
+                    f"shard {self._number} of {self._of} has had these events before, other shards do not have them "
+                    "yet; send them again later",
+                    code="unsettled",
+                    retry_after_ms=1_000,
+                )
             self._deliver_soon = True
             await asyncio.sleep(_TICK_S / 10)
             self._check()
