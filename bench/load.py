@@ -18,14 +18,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
 __all__ = ["Load", "LoadFailed", "Outcome", "content_length", "drive", "quantile", "requests_of", "run_load"]
 
 _RECEIVE_BYTES = 256 * 1024
+_BOTH = select.EPOLLIN | select.EPOLLOUT
 #: A process that starts and connections that are opened take no longer.
 _STARTUP_S = 20.0
 
@@ -38,6 +38,7 @@ class Load(msgspec.Struct, frozen=True):
     """What to send, and for how long.
 
     bodies: sent one after the other, over and over, whichever connection is free.
+    once: each body is sent once, and the run ends when they are over, if not before.
     texts: how often each text stands in a good answer's body; an answer of another status than 200 is
         never good.
     warm_seconds: under load before anything is counted.
@@ -56,6 +57,8 @@ class Load(msgspec.Struct, frozen=True):
     answer_seconds_max: float = 30.0
     answers_max: int = 5_000_000
     failures_max: int = 100
+    content_type: str = "application/json"
+    once: bool = False
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -106,8 +109,20 @@ def requests_of(load: Load) -> list[bytes]:
     <BLANKLINE>
     {}
     """
-    head = f"POST {load.path} HTTP/1.1\r\nhost: {load.host}:{load.port}\r\ncontent-type: application/json\r\n"
-    return [f"{head}content-length: {len(body)}\r\n\r\n".encode() + body for body in load.bodies]
+    return [head + body for head, body in zip(_heads(load), load.bodies, strict=True)]
+
+
+def _heads(load: Load) -> Iterator[bytes]:
+    head = f"POST {load.path} HTTP/1.1\r\nhost: {load.host}:{load.port}\r\ncontent-type: {load.content_type}\r\n"
+    for body in load.bodies:
+        yield f"{head}content-length: {len(body)}\r\n\r\n".encode()
+
+
+def _source_of(load: Load) -> Iterator[bytes]:
+    """Yield the requests to send: without end, or each once."""
+    if load.once:  # joined when it is sent: the bodies of a bulk load do not fit in memory twice
+        return (head + body for head, body in zip(_heads(load), load.bodies, strict=True))
+    return itertools.cycle(requests_of(load))
 
 
 def content_length(head: bytes) -> int:
@@ -130,19 +145,37 @@ def content_length(head: bytes) -> int:
 class _Connection:
     """One connection, on which one request is under way."""
 
-    __slots__ = ("parts", "sent_ns", "socket", "wanted")
+    __slots__ = ("parts", "sent_ns", "socket", "unsent", "wanted")
 
     def __init__(self, host: str, port: int) -> None:
         self.socket = socket.create_connection((host, port), timeout=10)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.setblocking(False)
         self.sent_ns = 0
+        self.unsent = memoryview(b"")
         self.parts = b""
         self.wanted = -1
+
+    def send(self, request: bytes | memoryview) -> bool:
+        """Send what the socket takes, and keep the rest; return whether that was all.
+
+        Waiting for a large body to go out would leave the answers on other connections lying.
+        """
+        try:
+            sent = self.socket.send(request)
+        except BlockingIOError:
+            sent = 0
+        except ConnectionError:  # closed meanwhile: the next `receive` finds that
+            sent = len(request)
+        self.unsent = memoryview(request)[sent:]
+        return not self.unsent
 
     def receive(self) -> bytes | None:
         """Take what has come; return the answer when it is whole, b"" if the other side closed."""
         try:
             data = self.socket.recv(_RECEIVE_BYTES)
+        except BlockingIOError:
+            return None
         except ConnectionError:  # closed with our request unread
             return b""
         if not data:
@@ -167,9 +200,9 @@ def drive(load: Load) -> Outcome:
 
     1. Open the connections; send one request on each.
     2. Whenever an answer is whole: judge it, note its latency, send the next request.
-    3. At the end of the time send nothing more, and wait for what is under way.
+    3. At the end of the time, or of the bodies, send nothing more, and wait for what is under way.
     """
-    texts, requests = list(load.texts), itertools.cycle(requests_of(load))
+    texts, requests = list(load.texts), _source_of(load)
     clock = time.perf_counter_ns
     latencies: list[int] = []
     checked = failed = 0
@@ -184,17 +217,25 @@ def drive(load: Load) -> Outcome:
             poll.register(opened.socket, select.EPOLLIN)
         begin_ns = clock() + int(load.warm_seconds * 1e9)
         end_ns = begin_ns + int(load.seconds * 1e9)
-        for connection in connections.values():
+        for number, connection in list(connections.items()):
+            if (request := next(requests, None)) is None:
+                connections.pop(number).socket.close()
+                continue
             connection.sent_ns = clock()
-            connection.socket.sendall(next(requests))
+            if not connection.send(request):
+                poll.modify(number, _BOTH)
         while connections:
             ready = poll.poll(load.answer_seconds_max)
             if not ready:
                 failed += 1
                 first_failure = first_failure or f"no answer within {load.answer_seconds_max:g} s"
                 break
-            for number, _ in ready:
+            for number, event in ready:
                 connection = connections[number]
+                if event & select.EPOLLOUT and connection.send(connection.unsent):
+                    poll.modify(number, select.EPOLLIN)
+                if event == select.EPOLLOUT:
+                    continue
                 answer = connection.receive()
                 if answer is None:
                     continue
@@ -206,14 +247,16 @@ def drive(load: Load) -> Outcome:
                     first_failure = first_failure or why
                 elif begin_ns <= now_ns < end_ns:
                     latencies.append(now_ns - connection.sent_ns)
-                if answer == b"" or now_ns >= end_ns or checked >= load.answers_max or failed >= load.failures_max:
+                over = answer == b"" or now_ns >= end_ns or checked >= load.answers_max or failed >= load.failures_max
+                over = over or bool(connection.unsent)  # answered before it was read to its end
+                if over or (request := next(requests, None)) is None:
                     del connections[number]
                     poll.unregister(number)
                     connection.socket.close()
                     continue
                 connection.sent_ns = clock()
-                with suppress(ConnectionError):  # closed meanwhile: the next `receive` finds that
-                    connection.socket.sendall(next(requests))
+                if not connection.send(request):
+                    poll.modify(number, _BOTH)
         ended_ns = min(clock(), end_ns)
     except OSError as error:
         raise LoadFailed(f"load of {load.path}: {error!r}") from error

@@ -40,13 +40,16 @@ from millpond.bench import reference
 from millpond.bench.workload import HISTORY, Advance, Steps, median_of, ratio, run_workload
 from millpond.cluster.config import Config
 from millpond.cluster.embedded import NAMESPACE, EmbeddedCluster, EmbeddedSettings
+from millpond.feature_actors.calls import CallIngest, CallRead
 from millpond.feature_actors.errors import BadRequest, Unavailable
+from millpond.feature_actors.events import Events as ShardEvents
 from millpond.feature_actors.keys import Hashes, hash_columns
 from millpond.feature_actors.layout import Layout, compile_layout
 from millpond.feature_actors.memory_folder import MemoryFolder
 from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.feature_actors.ports import ReadPort
 from millpond.feature_actors.reader import MemoryRead
+from millpond.feature_actors.server import ShardSpec
 from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.tiles.memory import Control, Memory
@@ -295,7 +298,9 @@ class Store:
 
     def _apply(self, batch: Batch) -> None:
         if self.deduped:
-            self.shard.ingest(_SOURCE, batch.ids, batch.contents, batch.events, batch.arrivals, START_MS)
+            self.shard.ingest(
+                ShardEvents(_SOURCE, batch.events, batch.ids, batch.contents, True, batch.arrivals, START_MS)
+            )
         else:
             self.shard.apply(_SOURCE, batch.events, batch.arrivals, START_MS)
         self._last = batch
@@ -575,7 +580,7 @@ class StoreWorkload:
 
     def _start_actor(self) -> tuple[ReadPort, ReadPlan, int]:
         """Start an actor that keeps an event of each entity of the store of middle size."""
-        from millpond.feature_actors.actor import ActorIngest, ActorRead, ShardSpec, start_actors
+        from millpond.feature_actors.actor import ActorCalls, start_actors
 
         home, memory = Path(self._home.name), self._folder.path / "actor"
         memory.mkdir(mode=0o700)
@@ -584,6 +589,7 @@ class StoreWorkload:
         layout, shard_map = layout_of(), ShardMap.even(self._slots, 1)
         spec = ShardSpec(
             cluster_name="bench-store",
+            namespace=NAMESPACE,
             run_id=uuid.uuid4().hex,
             data_dir=str(home / "data"),
             sources=tuple(layout.sources.values()),
@@ -596,15 +602,21 @@ class StoreWorkload:
             strings_max=0,
             reclaim_margin_ms=_HOUR_MS,
             durability="none",
+            cluster_id="bench",
+            history_uri=None,
+            history_part_bytes=1 << 30,
+            snapshot_bytes=1 << 30,
+            disk_free_bytes_min=0,
+            queue_bytes_max=1 << 30,
         )
         actors = start_actors(spec, NAMESPACE, num_cpus=0.1)
-        newest_ms = asyncio.run(self._load_actor(ActorIngest(actors), layout))
-        return ActorRead(actors, shard_map), plan_of(layout), newest_ms
+        newest_ms = asyncio.run(self._load_actor(CallIngest(ActorCalls(actors)), layout))
+        return CallRead(ActorCalls(actors), shard_map), plan_of(layout), newest_ms
 
     async def _load_actor(self, ingest: Any, layout: Layout) -> int:
         events = Events(layout, self._sizes.middle)
         for batch in events.batches(events.everyone(), START_MS, START_MS + _HOUR_MS):
-            await ingest.apply(0, _SOURCE, batch.events, batch.arrivals, START_MS)
+            await ingest.ingest(0, ShardEvents.judged(_SOURCE, batch.events, batch.arrivals, START_MS), ())
         return events.newest_ms
 
     # -- check

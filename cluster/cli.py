@@ -68,11 +68,14 @@ def _parser() -> argparse.ArgumentParser:
     command("down", _down, "Stop the running cluster cleanly.")
     command("config", _config, "Print every setting and where its value came from.")
     bench = command("bench", _bench, "Measure; the figures stand in the README under Measured.")
-    bench.add_argument("scenario", choices=["score", "store"])
+    bench.add_argument("scenario", choices=["score", "store", "events", "faults"])
     bench.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     bench.add_argument("--seconds", type=float, default=5.0, help="length of each measurement")
     bench.add_argument("--record", action="store_true", help="add a line to bench/history.jsonl")
-    bench.add_argument("--quick", action="store_true", help="store: tiny, to see that it works; figures of other names")
+    bench.add_argument("--quick", action="store_true", help="store, events: tiny, to see that it works")
+    bench.add_argument("--kills", type=int, default=100, help="faults: how many processes are killed")
+    bench.add_argument("--events", type=int, default=1_000_000, help="faults: how many events are sent meanwhile")
+    bench.add_argument("--seed", type=int, help="faults: of the order of kills and of the events (default: any)")
     bench.add_argument("--no-ray", action="store_true", help="store: leave out what needs Ray, the reads by actor call")
     return parser
 
@@ -168,6 +171,23 @@ def _bench(options: argparse.Namespace, config: Config, origins: dict[str, str])
             seconds=options.seconds,
             quick=options.quick,
             ray=not options.no_ray,
+            record=options.record,
+        )
+    if options.scenario == "events":
+        from millpond.bench.events import run_events_bench
+
+        return run_events_bench(
+            config, as_json=options.json, seconds=options.seconds, quick=options.quick, record=options.record
+        )
+    if options.scenario == "faults":
+        from millpond.bench.faults import run_faults_bench
+
+        return run_faults_bench(
+            config,
+            as_json=options.json,
+            kills=options.kills,
+            events=options.events,
+            seed=options.seed,
             record=options.record,
         )
     from millpond.bench.score import run_score_bench

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -26,11 +27,15 @@ from millpond.deployments.serving import (
 )
 from millpond.feature_actors.client import TimeLimits
 from millpond.feature_actors.decode import BodyLimits
-from millpond.feature_actors.errors import DeclarationError, Unavailable
+from millpond.feature_actors.errors import DeclarationError, MillpondError, Unavailable
+from millpond.feature_actors.ingest_queue import QueueLimits
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.manifest import Manifest, check_logs, write_json
 from millpond.feature_actors.memory_folder import MemoryFolder
+from millpond.feature_actors.ports import all_of
+from millpond.feature_actors.server import ShardSpec
 from millpond.feature_actors.shard_map import ShardMap
+from millpond.feature_actors.socket_calls import SocketCalls
 from millpond.feature_actors.tiles.memory import started_ticks
 from millpond.feature_actors.warm import warm_kernels
 from millpond.models.definition import Definition, load_models
@@ -119,7 +124,7 @@ class Cluster:
         return self
 
     def _start_shards(self, manifest: Manifest, token: str) -> None:
-        from millpond.feature_actors.actor import ShardSpec, start_actors
+        from millpond.feature_actors.actor import start_actors
 
         config, layout = self.config, self.layout
         self._memory = MemoryFolder(manifest.cluster_id, config.directory, config.memory_dir)
@@ -128,6 +133,7 @@ class Cluster:
         start_actors(
             ShardSpec(
                 cluster_name=config.name,
+                namespace=NAMESPACE,
                 run_id=uuid.uuid4().hex,
                 data_dir=str(config.directory),
                 sources=sources,
@@ -140,6 +146,12 @@ class Cluster:
                 strings_max=config.strings_max,
                 reclaim_margin_ms=config.ahead_ms_max + _CLOCKS_APART_MS_MAX,
                 durability=config.durability,
+                cluster_id=manifest.cluster_id,
+                history_uri=self._history_uri(),
+                history_part_bytes=config.history_part_mb << 20,
+                snapshot_bytes=config.snapshot_mb << 20,
+                disk_free_bytes_min=config.disk_free_mb_min << 20,
+                queue_bytes_max=config.queue_mb_max << 20,
             ),
             NAMESPACE,
             num_cpus=0.1,
@@ -153,6 +165,7 @@ class Cluster:
             memory_dir=str(self._memory.path),
             clock=config.clock,
             times=TimeLimits(config.late_after_ms, config.ahead_ms_max),
+            queue=QueueLimits(config.queue_events_max, config.queue_mb_max << 20),
             bodies=BodyLimits(body_bytes_max=config.event_body_bytes_max, rows_max=config.event_rows_max),
             scores=ScoreLimits(config.score_body_bytes_max, config.score_ids_max),
             shard_timeout_s=config.shard_timeout_s,
@@ -162,6 +175,11 @@ class Cluster:
             requests_ongoing_max=config.requests_ongoing_max,
             requests_queued_max=config.requests_queued_max,
         )
+
+    def _history_uri(self) -> str | None:
+        """Return where the history goes, a folder of this cluster alone."""
+        history = self.config.history
+        return {"off": None, "auto": str(self.config.directory / "history")}.get(history, history)
 
     def _run_apps(self, definitions: tuple[Definition, ...], *, events: bool) -> None:
         """Run the score app with the models of `definitions`, and the events app beside it if asked."""
@@ -197,6 +215,9 @@ class Cluster:
         self._embedded.wait()
 
     def stop(self) -> None:
+        """Drain: the shards finish what is under way and take a snapshot, so that a start after it replays nothing;
+        then everything ends."""
+        self._drain_shards()
         self._embedded.stop()
         if self._memory is not None:
             self._memory.remove()
@@ -204,6 +225,24 @@ class Cluster:
         if self._state_written:  # else it may be of another cluster, on whose directory this one did not start
             self._state_file.unlink(missing_ok=True)
             self._state_written = False
+
+    def _drain_shards(self) -> None:
+        if self.spec is None or self._memory is None:
+            return
+        calls = SocketCalls(self._memory.path, self.spec.shard_map.n_shards, timeout_s=self.config.drain_timeout_s)
+
+        async def drain() -> None:
+            started = {shard: calls.call(shard, "drain") for shard in range(calls.n_shards)}
+            try:
+                await all_of(started)
+            finally:
+                await calls.close()
+
+        try:
+            asyncio.run(drain())
+        except MillpondError as error:  # what was acknowledged is in the log all the same
+            logger.warning("stopping without a snapshot: %s", error)
+        self.spec = None
 
     def __enter__(self) -> Cluster:
         return self.start()

@@ -49,6 +49,13 @@ class Config:
     durability: Literal["sync", "process", "none"] = _setting(
         "sync", "what acknowledged events survive: the loss of power, the end of any process, or nothing"
     )
+    snapshot_mb: int = _setting(256, "a shard takes a snapshot when its log has grown by so much", 1, 10**6)
+    history: str = _setting("auto", "where closed parts of the log are kept as Parquet: `auto` is in data_dir, `off`, "
+                            "or a URI of `pyarrow.fs`, of this cluster alone")  # fmt: skip
+    history_part_mb: int = _setting(1_024, "so much of a shard's log makes a part of the history", 1, 10**6)
+    disk_free_mb_min: int = _setting(256, "with less left on the disk of data_dir no events are taken", 0, 10**9)
+    queue_mb_max: int = _setting(256, "events that may wait for a shard's log, or in a replica; more is 429", 1, 10**6)
+    queue_events_max: int = _setting(2_000_000, "events that may wait in a replica of the events app", 1, 10**9)
     memory_dir: str = _setting("auto", "where features are kept: `auto` is /dev/shm, or data_dir if that is small")
     memory_mb_max: int = _setting(16_384, "most memory that the tiles of one shard take", 1, 32_768)
     strings_max: int = _setting(1_000_000, "distinct strings that a shard keeps for features", 0, 10**8)
@@ -58,7 +65,7 @@ class Config:
     ahead_max: str = _setting("10m", "an event further ahead of its arrival is refused")
     dedupe_horizon: str = _setting("24h", "how long an event id is remembered after it was received")
     event_body_bytes_max: int = _setting(16 * 2**20, "largest body of events", 1_024, 2**31)
-    event_rows_max: int = _setting(1_000_000, "most events in a body", 1, 10**8)
+    event_rows_max: int = _setting(1_000_000, "most events in a body", 1, 16_000_000)
     score_body_bytes_max: int = _setting(4 * 2**20, "largest body of ids", 1_024, 2**31)
     score_ids_max: int = _setting(10_000, "most ids in a score request", 1, 10**7)
     requests_ongoing_max: int = _setting(256, "requests that a replica works on at once", 1, 10**6)
@@ -66,6 +73,7 @@ class Config:
     shard_timeout_s: float = _setting(30.0, "longest wait for one call of a shard", 0.01, 3_600)
     body_timeout_s: float = _setting(30.0, "how long the body of a request may take to arrive", 0.01, 3_600)
     draining_period_s: float = _setting(2.0, "how long a replica that is replaced still answers", 0, 3_600)
+    drain_timeout_s: float = _setting(60.0, "how long a stop waits for the shards' last snapshots", 0.01, 3_600)
     object_store_mb: int = _setting(100, "shared memory for large calls between processes", 80, 10**6)
 
     @property

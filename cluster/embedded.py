@@ -6,6 +6,7 @@ Promises:
 - After `stop`, and after Ctrl-C or SIGTERM inside `with` or `wait`, no process, socket, temporary file
   or shared memory of the cluster is left. After SIGKILL Ray and HAProxy end by themselves in a few s, but
   for two agents of Ray; the next `start` in the same run directory ends these and clears the files away.
+- When a process of Ray has died that nothing restarts, `wait` raises; the logs stay until the next `start`.
 - Only processes that belong to this cluster are ever signalled, each by its id.
 
 Does not deploy anything: that is `serve.run` after `start`. One cluster per process at a time: Ray allows
@@ -136,20 +137,33 @@ class EmbeddedCluster:
     def stop(self) -> None:
         """Drain and end the applications, then Ray, then whatever is left. Harmless when not started."""
         with _signals_deferred():
+            broken = False
             try:
                 if "ray" in sys.modules and self.shelter is not None:
-                    self._stop_ray()
+                    # Without its raylet, Ray ends this process in the middle of a shutdown.
+                    broken = self._dead_process_of_ray() is not None
+                    if not broken:
+                        self._stop_ray()
             finally:
-                self._clear_away()
+                self._clear_away(broken)
 
     def wait(self) -> int:
-        """Block until SIGINT or SIGTERM and return its number. Main thread only; a `stop` should follow."""
+        """Block until SIGINT or SIGTERM and return its number. Main thread only; a `stop` should follow.
+
+        Raises `Unavailable` if a process of Ray has ended that nothing restarts: the cluster would stay as it is,
+        half alive.
+        """
         arrived: list[int] = []
         before = {s: signal.signal(s, lambda number, _: arrived.append(number)) for s in _END_SIGNALS}
         try:
             while not arrived:
                 # Not signal.pause(): a signal between the test and the pause would be slept over.
                 time.sleep(0.2)
+                if (ended := self._dead_process_of_ray()) is not None:
+                    raise Unavailable(
+                        f"embedded cluster: Ray's `{ended}` has ended, and only a new start brings it back; start the "
+                        "cluster again"
+                    )
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -298,6 +312,14 @@ class EmbeddedCluster:
             logging_config={"log_level": self.settings.log_level, "enable_access_log": False},
         )
 
+    def _dead_process_of_ray(self) -> str | None:
+        """Return the name of a process of Ray that has ended and that nothing restarts, or None."""
+        from ray._private import worker
+
+        node: Any = worker._global_node
+        dead = [name for name, _ in node.dead_processes()] if node is not None else []
+        return next((name for name in ("gcs_server", "raylet") if name in dead), None)
+
     # -- steps of `stop` --
 
     def _stop_ray(self) -> None:
@@ -313,11 +335,13 @@ class EmbeddedCluster:
         finally:
             ray.shutdown()  # also ends what an interrupted `ray.init` has started
 
-    def _clear_away(self) -> None:
+    def _clear_away(self, broken: bool) -> None:
+        """End what is left, and take the files away; those of a `broken` cluster stay for who asks why."""
         if self.shelter is not None:
-            _end_processes_of(self.shelter, patience_s=5)
-            shutil.rmtree(self.shelter, ignore_errors=True)
-            self._record.unlink(missing_ok=True)
+            _end_processes_of(self.shelter, patience_s=0.2 if broken else 5)
+            if not broken:
+                shutil.rmtree(self.shelter, ignore_errors=True)
+                self._record.unlink(missing_ok=True)
             self.shelter = None
         for name, value in self._environment_before.items():
             if value is None:

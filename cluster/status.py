@@ -35,11 +35,15 @@ def print_status(status: dict[str, Any]) -> None:
     console = Console()
     console.print(f"cluster [bold]{status['name']}[/bold] at {status['url']} (process {status['pid']})")
     shards = Table(
-        "shard", "slots", "tiles", "tile memory", "id memory", "strings", title="Shards", title_justify="left"
+        "shard", "state", "slots", "tiles", "tile memory", "id memory", "strings", title="Shards", title_justify="left"
     )
     for s in status["shards"]:
+        if s["state"] != "ready":
+            shards.add_row(str(s["shard"]), s["state"], s["why"], "", "", "", "")
+            continue
         shards.add_row(
             str(s["shard"]),
+            s["state"],
             str(s["slots"]),
             f"{s['tiles']:,}",
             _megabytes(s["tile_bytes"]),
@@ -47,10 +51,17 @@ def print_status(status: dict[str, Any]) -> None:
             f"{s['strings']:,}" + (f" ({s['strings_refused']:,} refused)" if s["strings_refused"] else ""),
         )
     console.print(shards)
+    ready = [s for s in status["shards"] if s["state"] == "ready"]
+    logs = Table("shard", "epoch", "log", "snapshot at", "history to", "owed", title="Logs", title_justify="left")
+    for s in ready:
+        taken = f"{s['snapshot_offset']:,} ({s['snapshot_s']:.1f} s)" if "snapshot_offset" in s else ""
+        log = f"{s['log_first']:,} to {s['log_end']:,}"
+        logs.add_row(str(s["shard"]), str(s["epoch"]), log, taken, f"{s['history_to']:,}", f"{s['owed']:,}")
+    console.print(logs)
     tables = Table("source [key]", "events", "entities", title="Features", title_justify="left")
-    for name in status["shards"][0]["entities"] if status["shards"] else ():
-        events = sum(s["events"][name] for s in status["shards"])
-        entities = sum(s["entities"][name] for s in status["shards"])
+    for name in ready[0]["entities"] if ready else ():
+        events = sum(s["events"][name] for s in ready)
+        entities = sum(s["entities"][name] for s in ready)
         tables.add_row(name.replace("[", r"\["), f"{events:,}", f"{entities:,}")
     console.print(tables)
     models = Table("model", "version", "owner", title="Models", title_justify="left")

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import re
 
-from millpond.deployments.http import App, Request, Response, Route, json_response
-from millpond.feature_actors.client import FeatureClient
+import msgspec
+
+from millpond.deployments.http import App, Request, Response, Route
+from millpond.feature_actors.client import EventsRequest, FeatureClient
 from millpond.feature_actors.decode import BodyLimits, Decoder
 from millpond.feature_actors.errors import BadRequest
+from millpond.feature_actors.ingest_queue import IngestQueue, QueueLimits
+from millpond.feature_actors.source import Source
 
 __all__ = ["EventsApp"]
+
+#: Visible ASCII, as the header's draft has it; quotation marks around it are part of it.
+_KEY = re.compile(r"[!-~]{1,255}")
+_encode_ack = msgspec.json.Encoder().encode
 
 
 class EventsApp(App):
@@ -19,23 +27,25 @@ class EventsApp(App):
     comes when every shard concerned has applied it, so whoever scores after it sees it.
     """
 
-    def __init__(self, client: FeatureClient, limits: BodyLimits) -> None:
+    def __init__(self, client: FeatureClient, limits: BodyLimits, queue: QueueLimits | None = None) -> None:
         super().__init__([Route("POST", "/v1/events/", self.post_events)])
-        self._client = client
         self._limits = limits
-        layout = client.layout
+        self._layout = layout = client.layout
         self._decoders = {
             name: Decoder(source, limits, {k for t in layout.tables_of(name) for k in t.key})
             for name, source in layout.sources.items()
         }
+        self._queue = IngestQueue(client, self._decoders, queue or QueueLimits())
 
     async def post_events(self, request: Request) -> Response:
-        source = self._client.layout.source(request.name)
+        source = self._layout.source(request.name)
         arrival_is_event_time = _arrival(request)
+        key = _idempotency_key(request, source)
         body = await request.body(self._limits.body_bytes_max)
-        batch = self._decoders[source.name].decode(body, request.header(b"content-type"))
-        ack = await self._client.ingest(source.name, batch, arrival_is_event_time=arrival_is_event_time)
-        return json_response(asdict(ack))
+        parsed = self._decoders[source.name].parse(body, request.header(b"content-type"))
+        events = EventsRequest(parsed.rows, arrival_is_event_time, key)
+        ack = await self._queue.ingest(source.name, parsed, events)
+        return Response(200, _encode_ack(ack))
 
 
 def _arrival(request: Request) -> bool:
@@ -45,3 +55,16 @@ def _arrival(request: Request) -> bool:
     if value not in ("now", "event"):
         raise BadRequest(f"query: `arrival` is now or event, got {value!r}", path="?arrival")
     return value == "event"
+
+
+def _idempotency_key(request: Request, source: Source) -> str | None:
+    """Return the `Idempotency-Key`, by which a request of events without ids is known when it is sent again."""
+    key = request.header(b"idempotency-key")
+    if key is None or source.event_id is not None:
+        return None
+    if not _KEY.fullmatch(key):
+        raise BadRequest(
+            f"header Idempotency-Key: got {key[:80]!r}; allowed are 1 to 255 visible ASCII characters",
+            path="Idempotency-Key",
+        )
+    return key

@@ -20,6 +20,7 @@ from millpond.feature_actors.errors import (
     NotFound,
     TooLarge,
     Unauthorized,
+    Unavailable,
     UnsupportedMediaType,
     did_you_mean,
 )
@@ -162,6 +163,12 @@ class ScoreApp(App):
 
     async def get_readyz(self, request: Request) -> Response:
         shards = await self._status()
+        if waiting := [shard for shard in shards if shard.get("state", "ready") != "ready"]:
+            progress = ", ".join(f"shard {s['shard']} {s.get('why', s['state'])}" for s in waiting)
+            code = waiting[0]["state"]
+            raise Unavailable(
+                f"{len(waiting)} of {len(shards)} shards are not ready: {progress}", code=code, retry_after_ms=200
+            )
         return json_response({"status": "ready", "shards": len(shards), "models": sorted(self._models)})
 
     async def get_status(self, request: Request) -> Response:

@@ -16,10 +16,12 @@ from typing import Any
 
 from millpond.deployments.events import EventsApp
 from millpond.deployments.score import ScoreApp, ScoreLimits
+from millpond.feature_actors.calls import CallIngest, CallRead
 from millpond.feature_actors.client import FeatureClient, TimeLimits
 from millpond.feature_actors.clock import ClockKind, EventClock, WallClock
 from millpond.feature_actors.decode import BodyLimits
 from millpond.feature_actors.errors import Unavailable
+from millpond.feature_actors.ingest_queue import QueueLimits
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.ports import ReadPort
 from millpond.feature_actors.reader import MemoryRead
@@ -58,6 +60,7 @@ class ServingSpec:
     clock: ClockKind
     times: TimeLimits
     bodies: BodyLimits
+    queue: QueueLimits
     scores: ScoreLimits
     shard_timeout_s: float
     body_timeout_s: float
@@ -75,19 +78,20 @@ def app_names(cluster_name: str) -> tuple[str, str]:
 def _connect(spec: ServingSpec) -> tuple[FeatureClient, Any]:
     """Return a client over the cluster's shards, and the port that asks them how they are."""
     stay_on_loopback()
-    from millpond.feature_actors.actor import ActorIngest, ActorRead, find_actors
+    from millpond.feature_actors.actor import NearestCalls, find_actors
 
     actors = find_actors(spec.cluster_name, spec.shard_map.n_shards, spec.namespace)
-    calls = ActorRead(actors, spec.shard_map, spec.shard_timeout_s)
+    calls = NearestCalls(Path(spec.memory_dir), actors, spec.shard_timeout_s)
+    reads = CallRead(calls, spec.shard_map)
     client = FeatureClient(
         compile_layout(spec.sources, spec.views),
         spec.shard_map,
-        ActorIngest(actors, spec.shard_timeout_s),
-        _memory_or(calls, spec),
+        CallIngest(calls),
+        _memory_or(reads, spec),
         WallClock() if spec.clock == "wall" else EventClock(),
         spec.times,
     )
-    return client, calls
+    return client, reads
 
 
 def _memory_or(calls: ReadPort, spec: ServingSpec) -> ReadPort:
@@ -117,7 +121,7 @@ class EventsReplica:
 
     def __init__(self, spec: ServingSpec) -> None:
         client, _ = _connect(spec)
-        self._app = EventsApp(client, spec.bodies)
+        self._app = EventsApp(client, spec.bodies, spec.queue)
         self._app.body_timeout_s = spec.body_timeout_s
 
     def __serve_build_asgi_app__(self) -> EventsApp:

@@ -5,10 +5,12 @@ It speaks to ports, so the same client serves N plain shards in a test and N act
 
 from __future__ import annotations
 
+import itertools
+import secrets
 import time
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,21 +19,24 @@ import pyarrow.compute as pc
 
 from millpond.feature_actors.clock import Clock
 from millpond.feature_actors.dedupe import CONFLICT, DUPLICATE, NEW
-from millpond.feature_actors.errors import BadRequest, Problem
-from millpond.feature_actors.keys import hash_columns
+from millpond.feature_actors.errors import BadRequest, MillpondError, Problem
+from millpond.feature_actors.events import ELSEWHERE, Events, Receipt
+from millpond.feature_actors.keys import Hashes, hash_columns
 from millpond.feature_actors.layout import Layout
+from millpond.feature_actors.log.record import HomeRecord
 from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.feature_actors.ports import IngestPort, ReadPort, all_of
-from millpond.feature_actors.shard import key_validity
+from millpond.feature_actors.routes import shards_of_keys
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.source import Source
 from millpond.feature_actors.view import mask_of
 
-__all__ = ["Ack", "FeatureClient", "TimeLimits"]
+__all__ = ["Ack", "EventsRequest", "FeatureClient", "TimeLimits"]
 
-T = TypeVar("T")
-K = TypeVar("K")
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+_NO_ROWS = np.empty(0, np.int64)
 
 _PROBLEMS_MAX = 10
 
@@ -43,6 +48,19 @@ class TimeLimits:
 
     late_after_ms: int = 3_600_000
     ahead_ms_max: int = 600_000
+
+
+@dataclass(frozen=True)
+class EventsRequest:
+    """How many events came together, and how.
+
+    arrival_is_event_time: a bulk load or replay. idempotency_key: says that two requests are the same, where the events
+    have no id.
+    """
+
+    rows: int
+    arrival_is_event_time: bool = False
+    idempotency_key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,42 +93,84 @@ class FeatureClient:
         self._read = read
         self._clock = clock
         self._limits = limits
+        #: Records of the shards that have been applied everywhere, which the shards have not been told yet.
+        self._settled: dict[int, list[int]] = {}
 
-    async def ingest(self, source_name: str, batch: pa.RecordBatch, *, arrival_is_event_time: bool = False) -> Ack:
-        """Bring validated events of a source to every shard that keeps something of them.
+    async def ingest(
+        self,
+        source_name: str,
+        batch: pa.RecordBatch,
+        *,
+        arrival_is_event_time: bool = False,
+        idempotency_key: str | None = None,
+    ) -> Ack:
+        """Bring validated events of a source to every shard that keeps something of them; see `ingest_all`."""
+        request = EventsRequest(batch.num_rows, arrival_is_event_time, idempotency_key)
+        (outcome,) = await self.ingest_all(source_name, batch, [request])
+        if isinstance(outcome, MillpondError):
+            raise outcome
+        return outcome
 
-        Returns when each of them has applied its part. A request that failed can be repeated:
-        what was applied by then is not applied again (sources with an `event_id`).
+    async def ingest_all(
+        self, source_name: str, batch: pa.RecordBatch, requests: Sequence[EventsRequest]
+    ) -> list[Ack | BadRequest]:
+        """Bring the events of several requests, one after the other in the batch, to the shards together.
 
-        Raises `BadRequest` if an event is ahead of its arrival; `Unavailable` if a shard is.
+        Returns when each shard has applied its part. A request that failed can be sent again: what was applied by then
+        is not applied again (events with ids, or an idempotency key), nor is it if the request is not sent again.
+
+        Returns per request what became of it: `BadRequest` if an event is ahead of its arrival, or a condition fails.
+        Raises `Unavailable` if a shard is; then of all that one cannot say.
         """
         source = self.layout.source(source_name)
-        # 1. Stamp the arrival, once for all shards; judge time before anything is applied.
+        # 1. Stamp the arrival, once for all shards; judge time and conditions before anything is logged.
         received_ms = self._received_ms()
-        arrivals = self._stamp(source, batch, received_ms, arrival_is_event_time)
-        self._check_conditions(source, batch)
-        # 2. The home of each event id says what is new; where all have one home, it applies its part at once.
-        verdicts, done = await self._admit(source, batch, arrivals, received_ms)
-        # 3. Everything but conflicts goes on: a duplicate may come from a request that failed halfway.
-        if (conflicts := verdicts == CONFLICT).any():
-            kept = np.flatnonzero(~conflicts)
-            batch, arrivals = batch.take(pa.array(kept)), arrivals[kept]
-        # 4. Every other shard that owns one of the keys applies its part.
-        unkeyed = await self._apply(source, batch, arrivals, received_ms, done)
-        # 5. Count what was accepted.
-        new = verdicts[~conflicts] == NEW
-        times: Ints = batch.column(source.event_time).cast(pa.int64()).to_numpy()
-        times, arrivals = times[new], arrivals[new]
-        too_late = self.layout.too_late(source.name, times, arrivals)
-        late = (times < arrivals - self._limits.late_after_ms) & ~too_late
-        return Ack(
-            accepted=int(new.sum()),
-            duplicates=int((verdicts == DUPLICATE).sum()),
-            conflicts=int(conflicts.sum()),
-            late=int(late.sum()),
-            too_late=int(too_late.sum()),
-            unkeyed=int(unkeyed[new].sum()),
-        )
+        if refused := self._refused(source, batch, requests, received_ms):
+            return await self._ingest_others(source_name, batch, requests, refused)
+        if batch.num_rows == 0:
+            return [Ack()] * len(requests)
+        arrivals = self._stamps(source, batch, requests, received_ms)
+        # 2. Every shard that is the home of an id or has a key logs its part; the homes say what is new.
+        events = self._events(source, batch, requests, arrivals, received_ms)
+        concerned, unkeyed = self._concerned(source, events)
+        verdicts, receipts, parts, offer = await self._offer(events, concerned)
+        # 3. The shards of the keys apply what is new.
+        accepted = verdicts == NEW
+        await self._take(offer, accepted, receipts, parts)
+        # 4. What a duplicate is a duplicate of has to be seen, too.
+        await self._wait_for_originals(receipts)
+        # 5. Count what was accepted, request by request.
+        times = source.times_ms(batch)
+        too_late = accepted & self.layout.too_late(source.name, times, arrivals)
+        late = accepted & (times < arrivals - self._limits.late_after_ms) & ~too_late
+        masks = [accepted, verdicts == DUPLICATE, verdicts == CONFLICT, late, too_late, accepted & unkeyed]
+        if len(requests) == 1:
+            return [Ack(*(int(np.count_nonzero(mask)) for mask in masks))]
+        sums = np.zeros((len(masks), batch.num_rows + 1), np.int64)
+        np.cumsum(masks, axis=1, out=sums[:, 1:])
+        return [Ack(*counts) for counts in np.diff(sums[:, _ends(requests)], axis=1).T.tolist()]
+
+    async def _ingest_others(
+        self,
+        source_name: str,
+        batch: pa.RecordBatch,
+        requests: Sequence[EventsRequest],
+        refused: dict[int, BadRequest],
+    ) -> list[Ack | BadRequest]:
+        """Go on with those requests that are not refused."""
+        ends = _ends(requests)
+        good = [i for i in range(len(requests)) if i not in refused]
+        outcomes: dict[int, Ack | BadRequest] = dict(refused)
+        if good:
+            rows = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in good])
+            others = await self.ingest_all(source_name, batch.take(pa.array(rows)), [requests[i] for i in good])
+            outcomes |= dict(zip(good, others, strict=True))
+        return [outcomes[i] for i in range(len(requests))]
+
+    async def settle(self) -> None:
+        """Tell the homes of what was applied everywhere, if that did not travel with other events already."""
+        unsaid, self._settled = self._settled, {}
+        await all_of({shard: self._ingest.settle(shard, offsets, 0) for shard, offsets in unsaid.items()})
 
     async def read(
         self, plan: ReadPlan, keys: Mapping[str, Sequence[Any]], n: int, as_of_ms: int | None = None
@@ -126,9 +186,29 @@ class FeatureClient:
 
     # -- steps of ingest
 
-    def _stamp(self, source: Source, batch: pa.RecordBatch, received_ms: int, arrival_is_event_time: bool) -> Ints:
-        """Return the arrival stamps, int64 [n]; refuse events that are ahead of the time they came."""
-        times: Ints = batch.column(source.event_time).cast(pa.int64()).to_numpy()
+    def _refused(
+        self, source: Source, batch: pa.RecordBatch, requests: Sequence[EventsRequest], received_ms: int
+    ) -> dict[int, BadRequest]:
+        """Return which requests have an event that is ahead of its time, or for which a condition fails, and why."""
+        try:
+            self._check_ahead(source, batch, received_ms)
+            self._check_conditions(source, batch)
+            return {}
+        except BadRequest as error:
+            if len(requests) == 1:
+                return {0: error}
+        refused = {}
+        for i, (start, end) in enumerate(itertools.pairwise(_ends(requests))):
+            try:
+                self._check_ahead(source, batch.slice(start, end - start), received_ms)
+                self._check_conditions(source, batch.slice(start, end - start))
+            except BadRequest as error:
+                refused[i] = error
+        return refused
+
+    def _check_ahead(self, source: Source, batch: pa.RecordBatch, received_ms: int) -> None:
+        """Refuse events that are ahead of the time they came."""
+        times = source.times_ms(batch)
         ahead = np.flatnonzero(times > received_ms + self._limits.ahead_ms_max)
         if ahead.size:
             allowed = f"its arrival; allowed is {self._limits.ahead_ms_max} ms"
@@ -141,10 +221,18 @@ class FeatureClient:
                 for i in ahead[:_PROBLEMS_MAX].tolist()
             ]
             raise BadRequest(problems[0][0], path=problems[0][1], code="event_ahead", problems=tuple(problems))
+
+    def _stamps(
+        self, source: Source, batch: pa.RecordBatch, requests: Sequence[EventsRequest], received_ms: int
+    ) -> Ints:
+        """Return the arrival stamps, int64 [n]."""
         # Where time stands at the newest stamp, an event arrives when it happens.
-        if arrival_is_event_time or self._clock.now_ms() is None:
-            return times
-        return np.full(len(times), received_ms, np.int64)
+        on_event_clock = self._clock.now_ms() is None
+        if not on_event_clock and not any(r.arrival_is_event_time for r in requests):
+            return np.full(batch.num_rows, received_ms, np.int64)
+        times = source.times_ms(batch)
+        of_events = [on_event_clock or r.arrival_is_event_time for r in requests]
+        return np.where(np.repeat(of_events, [r.rows for r in requests]), times, received_ms)
 
     def _received_ms(self) -> int:
         """Return when the request came, for the duplicate filter, whatever its events' arrival stamps say:
@@ -165,63 +253,99 @@ class FeatureClient:
                     code="invalid_events",
                 ) from None
 
-    async def _admit(
-        self, source: Source, batch: pa.RecordBatch, arrivals: Ints, received_ms: int
-    ) -> tuple[npt.NDArray[np.uint8], int | None]:
-        """Return a verdict per event, uint8 [n], and the shard that has applied its part already, if any.
+    def _events(
+        self,
+        source: Source,
+        batch: pa.RecordBatch,
+        requests: Sequence[EventsRequest],
+        arrivals: Ints,
+        received_ms: int,
+    ) -> Events:
+        n = batch.num_rows
+        if source.event_id is not None:
+            ids, given = hash_columns([batch.column(source.event_id)], n), True
+        else:
+            ids = np.concatenate([_ids_of_rows(r.idempotency_key, r.rows) for r in requests])
+            given = any(r.idempotency_key is not None for r in requests)
+        contents = hash_columns(batch.columns, n)[:, 0].view(np.int64) if given else np.zeros(n, np.int64)
+        return Events(source.name, batch, ids, contents, given, arrivals, received_ms)
 
-        Only a home of the whole batch may apply at once: otherwise the events of an entity would be
-        applied in another order on another number of shards.
+    def _concerned(self, source: Source, events: Events) -> tuple[Bools, Bools]:
+        """Return which shards have a part of which events, bool [shards, n], as home or by a key, and which events lack
+        a key, bool [n]."""
+        concerned, unkeyed = shards_of_keys(self.layout, self._map, source.name, events.batch)
+        concerned[self._map.shards_of(events.ids), np.arange(events.n)] = True
+        return concerned, unkeyed
+
+    async def _offer(
+        self, events: Events, concerned: Bools
+    ) -> tuple[npt.NDArray[np.uint8], dict[int, Receipt], dict[int, Ints | None], bytes]:
+        """Send each shard its part; return the homes' verdicts, uint8 [n], the receipts, which rows each shard got
+        (None for all), and the name of the offer.
+
+        Where one shard has a part of everything and no other of anything, it applies it at once.
         """
-        n = batch.num_rows
-        if source.event_id is None or n == 0:
-            return np.full(n, NEW, np.uint8), None
-        ids = hash_columns([batch.column(source.event_id)], n)
-        contents = hash_columns(batch.columns, n)[:, 0].view(np.int64)
-        homes = self._map.rows_by_shard(ids)
-        if len(homes) == 1:
-            home = homes[0][0]
-            return await self._ingest.ingest(home, source.name, ids, contents, batch, arrivals, received_ms), home
-        verdicts = np.full(n, NEW, np.uint8)
-        answers = await all_of(
-            {s: self._ingest.admit(s, source.name, ids[rows], contents[rows], received_ms) for s, rows in homes}
-        )
-        for shard, rows in homes:
-            verdicts[rows] = answers[shard]
-        return verdicts, None
-
-    async def _apply(
-        self, source: Source, batch: pa.RecordBatch, arrivals: Ints, received_ms: int, done: int | None
-    ) -> npt.NDArray[np.bool_]:
-        """Send each shard but `done` the events of its keys; return which events lack a key, bool [n]."""
-        n = batch.num_rows
-        unkeyed = np.zeros(n, np.bool_)
-        wanted = np.zeros((self._map.n_shards, n), np.bool_)
-        for table in self.layout.tables_of(source.name):
-            keys = [batch.column(name) for name in table.key]
-            valid = key_validity(keys, n)
-            unkeyed |= ~valid
-            rows = np.flatnonzero(valid)
-            wanted[self._map.shards_of(hash_columns(keys, n))[rows], rows] = True
+        n = events.n
+        counts = np.count_nonzero(concerned, axis=1).tolist()
+        shards = [shard for shard, count in enumerate(counts) if count]
         # Where time is the newest stamp, every shard has to hear of it, else it would stand still on
         # the shards that do not get the newest event and a read would depend on the number of shards.
-        clock = arrivals.max(keepdims=True) if self._clock.now_ms() is None and n > 0 else arrivals[:0]
-        started: dict[int, Awaitable[None]] = {}
-        for shard, mask in enumerate(wanted):
-            count = int(np.count_nonzero(mask))
-            if shard == done:
-                continue
-            if count * 2 > n:  # a shard passes over what is not its own, quicker than it is cut out here
-                started[shard] = self._ingest.apply(shard, source.name, batch, arrivals, received_ms)
-            elif count:
-                rows = np.flatnonzero(mask)
-                stamps = np.concatenate([arrivals[rows], clock])
-                part = batch.take(pa.array(rows))
-                started[shard] = self._ingest.apply(shard, source.name, part, stamps, received_ms)
-            elif len(clock):
-                started[shard] = self._ingest.apply(shard, source.name, batch.slice(0, 0), clock, received_ms)
-        await all_of(started)
-        return unkeyed
+        clock = events.arrivals.max(keepdims=True) if self._clock.now_ms() is None else events.arrivals[:0]
+        hear = [] if len(clock) == 0 else [shard for shard, count in enumerate(counts) if not count]
+        started: dict[int, Awaitable[Receipt]] = {
+            shard: self._ingest.ingest(shard, events.of_rows(_NO_ROWS, clock), ()) for shard in hear
+        }
+        parts: dict[int, Ints | None] = {}
+        request = secrets.token_bytes(16)
+        for shard in shards:
+            # A shard passes over what is not its own, quicker than it is cut out here.
+            parts[shard] = None if counts[shard] * 2 > n else np.flatnonzero(concerned[shard])
+            part = events if parts[shard] is None else events.of_rows(np.flatnonzero(concerned[shard]), clock)
+            settled = self._settled.pop(shard, ())
+            if len(shards) == 1:
+                started[shard] = self._ingest.ingest(shard, part, settled)
+            else:
+                started[shard] = self._ingest.offer(shard, request, part, settled)
+        receipts = await all_of(started)
+        verdicts = np.full(n, ELSEWHERE, np.uint8)
+        for shard, rows in parts.items():
+            judged = receipts[shard].verdicts
+            here = np.flatnonzero(judged != ELSEWHERE)
+            verdicts[here if rows is None else rows[here]] = judged[here]
+        return verdicts, {shard: receipts[shard] for shard in shards}, parts, request
+
+    async def _take(
+        self, request: bytes, accepted: Bools, receipts: Mapping[int, Receipt], parts: Mapping[int, Ints | None]
+    ) -> None:
+        homes = [HomeRecord(shard, r.offset, r.settled) for shard, r in receipts.items() if r.offset >= 0]
+        takes: dict[int, Awaitable[None]] = {}
+        for shard, receipt in receipts.items():
+            if receipt.waits:
+                rows = parts[shard]
+                takes[shard] = self._ingest.take(shard, request, accepted if rows is None else accepted[rows], homes)
+        await all_of(takes)
+        if len(receipts) > 1:
+            for home in homes:
+                self._settled.setdefault(home.shard, []).append(home.offset)
+
+    async def _wait_for_originals(self, receipts: Mapping[int, Receipt]) -> None:
+        await all_of({
+            shard: self._ingest.settle(shard, self._settled.pop(shard, ()), receipt.wait_before)
+            for shard, receipt in receipts.items()
+            if receipt.wait_before
+        })  # fmt: skip
+
+
+def _ends(requests: Sequence[EventsRequest]) -> list[int]:
+    """Return where each request begins in the batch of all, and where the last one ends."""
+    return list(itertools.accumulate((r.rows for r in requests), initial=0))
+
+
+def _ids_of_rows(key: str | None, n: int) -> Hashes:
+    """Return ids for the rows of a request: the same for the same key, else ones that no other request has."""
+    if key is None:
+        return hash_columns([pa.repeat(pa.scalar(secrets.randbits(63), pa.int64()), n), pa.array(range(n))], n)
+    return hash_columns([pa.repeat(pa.scalar(key), n), pa.array(range(n))], n)
 
 
 def _first_failing(where: pc.Expression, batch: pa.RecordBatch) -> int:

@@ -21,10 +21,11 @@ import math
 import re
 import struct
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import msgspec
 import numpy as np
@@ -34,7 +35,7 @@ import pyarrow.compute as pc
 from millpond.feature_actors.errors import BadRequest, Problem, TooLarge, UnsupportedMediaType, did_you_mean
 from millpond.feature_actors.source import Field, Source
 
-__all__ = ["CONTENT_TYPES", "TIME_MAX_MS", "TIME_MIN_MS", "BodyLimits", "Decoder"]
+__all__ = ["CONTENT_TYPES", "TIME_MAX_MS", "TIME_MIN_MS", "BodyLimits", "Decoder", "Parsed"]
 
 #: Content type to body form.
 CONTENT_TYPES = {
@@ -66,6 +67,9 @@ _ARROW_ENDS = (b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0")
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 _FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 
+#: So many JSON events are made columns at once; fewer wait for others.
+_FEW_ROWS = 64
+
 #: Rows that the slow path holds at a time.
 _CHUNK_ROWS = 1_000
 
@@ -87,6 +91,16 @@ class BodyLimits:
     arrow_bytes_max: int = 64 * 1024 * 1024
     batches_max: int = 1_000
     problems_max: int = 10
+
+
+class Parsed(NamedTuple):
+    """A body that was decoded: its events as structures, or as a batch already."""
+
+    body: bytes
+    form: str
+    rows: int
+    events: list[Any] | None
+    batch: pa.RecordBatch | None
 
 
 class Decoder:
@@ -141,22 +155,54 @@ class Decoder:
         Raises `UnsupportedMediaType`; `TooLarge` with the limit; `BadRequest` with code
         `invalid_events`, whose path is that of the first bad value and whose `problems` are the first ten.
         """
+        parsed = self.parse(body, content_type)
+        return parsed.batch if parsed.batch is not None else self._batch_of(parsed)
+
+    def parse(self, body: bytes, content_type: str | None) -> Parsed:
+        """Decode one body as far as pays alone: a few JSON events are made columns together with others, by `join`.
+
+        Raises as `decode`, but for what `join` says of it.
+        """
         form = self._form(content_type)
         if len(body) > self.limits.body_bytes_max:
             self._too_large("body_bytes_max", f"{len(body)} bytes")
         if not body:
             raise self._invalid([(f"{self._body}: empty; allowed are events, or `[]`", "$")])
         if form == "arrow":
-            return self._decode_arrow(body)
+            batch = self._decode_arrow(body)
+            return Parsed(body, form, batch.num_rows, None, batch)
         try:
             events: Any = self._json.decode(body) if form == "json" else self._ndjson.decode_lines(body)
-            if not isinstance(events, list):
-                events = [events]
-            self._check_rows(len(events))
-            return self._from_events(events)
+        except _MISFITS as error:
+            raise self._invalid(self._json_problems(body, form, str(error))) from None
+        if not isinstance(events, list):
+            events = [events]
+        self._check_rows(len(events))
+        parsed = Parsed(body, form, len(events), events, None)
+        return parsed if len(events) < _FEW_ROWS else parsed._replace(batch=self._batch_of(parsed))
+
+    def join(self, parsed: Sequence[Parsed]) -> tuple[pa.RecordBatch, dict[int, BadRequest]]:
+        """Return the events of all bodies as one batch, but for those that are refused, and why those are."""
+        if all(p.batch is None for p in parsed):
+            with suppress(*_MISFITS):
+                return self._from_events([event for p in parsed for event in p.events or ()]), {}
+        batches, refused = [], {}
+        for i, p in enumerate(parsed):
+            try:
+                batches.append(self._batch_of(p) if p.batch is None else p.batch)
+            except BadRequest as error:
+                refused[i] = error
+        if len(batches) == 1:
+            return batches[0], refused
+        return pa.concat_batches(batches) if batches else pa.RecordBatch.from_pylist([], self._schema), refused
+
+    def _batch_of(self, parsed: Parsed) -> pa.RecordBatch:
+        assert parsed.events is not None
+        try:
+            return self._from_events(parsed.events)
         except _MISFITS as error:
             reason = str(error)
-        raise self._invalid(self._json_problems(body, form, reason))
+        raise self._invalid(self._json_problems(parsed.body, parsed.form, reason))
 
     def from_table(self, table: pa.Table) -> pa.RecordBatch:
         """Return a table's rows as `source.schema`, checked and filled as those of an Arrow body are.

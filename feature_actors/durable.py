@@ -1,48 +1,344 @@
-"""A shard with its log: what is acknowledged is on disk first, and is there again after whatever happened.
+"""A shard with its log, snapshots and history: what is acknowledged is on disk first, and is there again after whatever
+happened.
 
-Pure: no Ray, no threads. The actor gathers what waits, appends it at once, and commits it.
+Pure: no Ray, no threads. `server` gathers what waits, appends it at once, and commits it; and it decides when a
+snapshot is taken, a part of the history written, and the log truncated. The steps of each are here.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from millpond.feature_actors.events import Events
+from millpond.feature_actors.image import SnapshotLacks, load_shard, shard_chunks
 from millpond.feature_actors.layout import Layout
+from millpond.feature_actors.log.history import History
+from millpond.feature_actors.log.history_reader import read_history
 from millpond.feature_actors.log.log import Log
-from millpond.feature_actors.log.record import Record, SchemaRecord
+from millpond.feature_actors.log.record import (
+    Decoded,
+    EventsRecord,
+    HomeRecord,
+    LogDamaged,
+    OfferRecord,
+    Record,
+    TakeRecord,
+)
+from millpond.feature_actors.log.snapshot import (
+    Chunk,
+    ShardHeader,
+    SnapshotDamaged,
+    begin_of,
+    newest_snapshots,
+    read_snapshot,
+)
+from millpond.feature_actors.routes import shards_of_keys
 from millpond.feature_actors.shard import Prepared, Shard
 
-__all__ = ["DurableShard"]
+__all__ = ["DurableShard", "RecordLog", "ShardFolder", "VolatileLog", "applied_records"]
 
 #: Called with the offset that was replayed and the one where the log ends.
 Progress = Callable[[int, int], None]
+Bools = npt.NDArray[np.bool_]
 
 _PROGRESS_S = 0.1
+
+logger = logging.getLogger("millpond.shard")
+
+
+class RecordLog(Protocol):
+    """Where records go: `log.Log`, or a `VolatileLog`."""
+
+    next: int
+
+    def append(self, records: Sequence[Record], settled: int = 0) -> list[int]: ...
+
+    def get(self, offset: int) -> Decoded: ...
+
+
+class VolatileLog:
+    """A log in memory, for `durability = "none"`: keeps what is owed, for as long as it is."""
+
+    def __init__(self) -> None:
+        self.next = 0
+        self._kept: dict[int, OfferRecord] = {}
+
+    def append(self, records: Sequence[Record], settled: int = 0) -> list[int]:
+        offsets = list(range(self.next, self.next + len(records)))
+        self.next += len(records)
+        for old in [offset for offset in self._kept if offset < settled]:
+            del self._kept[old]
+        self._kept |= {at: r for at, r in zip(offsets, records, strict=True) if isinstance(r, OfferRecord)}
+        return offsets
+
+    def get(self, offset: int) -> Decoded:
+        return Decoded(self._kept[offset], 0)
+
+
+class ShardFolder:
+    """Where a shard keeps what it has acknowledged: `log/`, `snapshots/`, and its part of the cluster's history.
+
+    history_uri: base of the history, None for none. epoch: how often the shard was opened.
+    """
+
+    def __init__(self, path: Path, cluster_id: str, epoch: int, history_uri: str | None) -> None:
+        self.path, self.cluster_id, self.epoch, self.history_uri = path, cluster_id, epoch, history_uri
+        self.log = path / "log"
+        self.snapshots = path / "snapshots"
 
 
 class DurableShard:
     """A shard whose `Prepared` goes to a log before it is committed. `recover` comes before all else."""
 
-    def __init__(self, layout: Layout, shard: Shard, log: Log) -> None:
+    def __init__(self, layout: Layout, shard: Shard, log: RecordLog, folder: ShardFolder | None = None) -> None:
         self.shard = shard
         self.log = log
-        self._schemas = {(s.name, s.version): s.schema for s in layout.sources.values()}
+        self._layout = layout
+        self._folder = folder
+        self.history: History | None = None
+        if folder is not None:
+            self.history = History(folder.history_uri, shard.number, folder.path, folder.epoch)
+        #: How often something that was prepared was undone: a snapshot that was begun before is not to be finished.
+        self.undone = 0
+        #: The log from here on is needed to finish the part of the history after the last.
+        self._history_keeps = 0
+
+    # -- recovery
 
     def recover(self, progress: Progress = lambda at, end: None) -> None:
-        """Replay the log into the shard, which is empty. Raises `LogDamaged`, `MemoryFull`."""
+        """Bring the shard, which is empty, to where it was: by the newest usable snapshot, and the log after it.
+
+        A damaged snapshot is passed over for an older one, with a warning. Without any, or when features have been
+        added since, everything is replayed: the history, then the log. Raises `LogDamaged` if that is not possible, and
+        what the snapshots and the history raise; `MemoryFull`.
+        """
+        log = self.log
+        assert isinstance(log, Log)
+        offers: dict[int, OfferRecord] = {}
+        state, begin = self._load_snapshot(log)
+        if state is not None:
+            self.shard.deliveries.load(state["deliveries"])
+        if begin is None:
+            self._replay_log(log, log.first, self._replay_history(log), offers, progress)
+        else:
+            assert state is not None
+            for offset in state["offers"]:
+                record = log.get(offset).record
+                assert isinstance(record, OfferRecord)
+                offers[offset] = record
+            self._replay_log(log, begin, begin, offers, progress)
+        self.shard.next_offset = log.next
+
+    def _load_snapshot(self, log: Log) -> tuple[dict[str, Any] | None, int | None]:
+        """Load the newest usable snapshot; return its state and begin.
+
+        (state, None) if it lacks features, so that all has to be replayed; (None, None) if there is none.
+        """
+        folder = self._folder
+        if folder is None:
+            return None, None
+        paths = newest_snapshots(folder.snapshots)
+        for path in paths:
+            if not log.first <= begin_of(path) <= log.next:
+                raise LogDamaged(
+                    f"log: it goes from offset {log.first} to {log.next}, and the snapshot `{path}` was taken at "
+                    f"{begin_of(path)}; restore both from one copy"
+                )
+            try:
+                loaded = load_shard(self.shard, path, cluster_id=folder.cluster_id)
+                if loaded.newest_offset >= log.next:
+                    raise LogDamaged(
+                        f"log: it ends at offset {log.next}, and the snapshot `{path}` has events of "
+                        f"{loaded.newest_offset}; restore both from one copy"
+                    )
+                return loaded.state, loaded.begin
+            except SnapshotDamaged as error:
+                logger.warning("shard %d: %s", self.shard.number, error)
+            except SnapshotLacks as error:
+                logger.warning("shard %d replays everything: %s", self.shard.number, error)
+                return snapshot_state(path), None
+        if paths and self._complete_from is None:
+            raise LogDamaged(
+                f"log: it begins at offset {log.first}, and no snapshot in `{folder.snapshots}` can be read; run "
+                "`millpond check` on the stopped cluster's directory"
+            )
+        return None, None
+
+    @property
+    def _complete_from(self) -> int | None:
+        """Where a replay of everything begins: 0, or None if what was before the log is nowhere."""
+        assert isinstance(self.log, Log)
+        if self.log.first == 0:
+            return 0
+        has_history = self._folder is not None and self._folder.history_uri is not None
+        return 0 if has_history and self.history is not None and self.history.done_to >= self.log.first else None
+
+    def _replay_history(self, log: Log) -> int:
+        """Replay what is in the history; return the offset from which the log goes on."""
+        if self._complete_from is None:
+            raise LogDamaged(
+                f"log: it begins at offset {log.first}, and what was before it is in no snapshot that can be used, nor "
+                "in a history; take out the features that were added, or restore it from a copy"
+            )
+        if log.first == 0:
+            return 0
+        assert self._folder is not None
+        assert self._folder.history_uri is not None
+        assert self.history is not None
+        end = self.history.done_to
+        for offset, record in read_history(self._folder.history_uri, self.shard.number, 0, end):
+            self.shard.replay_events(record, offset)
+        return end
+
+    def _replay_log(
+        self, log: Log, begin: int, apply_from: int, offers: dict[int, OfferRecord], progress: Progress
+    ) -> None:
+        """Replay the log from `begin` on. What is before `apply_from` has been applied: it only says what is offered,
+        owed and had. offers: those that are open at `begin`."""
         told = time.monotonic()
-        for offset, record in self.log.read():
-            if not isinstance(record, SchemaRecord):
-                self.shard.replay(record)
+        for offset, (record, settled) in log.read(begin):
+            if isinstance(record, OfferRecord):
+                self.shard.replay_offer(record, offset)
+                if (record.routes > 1).any():
+                    offers[offset] = record
+            elif offset < apply_from:
+                self.shard.deliveries.have_all(record.homes)
+                if isinstance(record, TakeRecord):
+                    offers.pop(record.offer, None)
+            elif isinstance(record, EventsRecord):
+                self.shard.replay_events(record, offset)
+            elif (offer := offers.pop(record.offer, None)) is not None:
+                self.shard.replay_take(record, offer, offset)
+            else:
+                raise LogDamaged(
+                    f"log: the record at offset {offset} takes an offer at {record.offer}, which is not there; run "
+                    "`millpond check` on the stopped cluster's directory",
+                    path=f"offset {offset}",
+                )
+            self.shard.deliveries.settle_before(settled)
             if time.monotonic() - told > _PROGRESS_S:
                 told = time.monotonic()
-                progress(offset, self.log.next)
-        progress(self.log.next, self.log.next)
+                progress(offset, log.next)
+        progress(log.next, log.next)
 
-    def append(self, prepared: Sequence[Prepared]) -> None:
-        """Write what is new of it to the log and sync, in one transaction. Raises `LogFull`: then the shard has
-        to undo it, and all that was prepared since, which may have been judged by it."""
+    # -- writes
+
+    def append(self, prepared: Sequence[Prepared], settled: int) -> list[int | None]:
+        """Write what is new of it to the log and sync, in one transaction; return the offset of each.
+
+        settled: of the shard's deliveries. Raises `LogFull`: then the shard has to undo it, and all that was prepared
+        since, which may have been judged by it.
+        """
         records: list[Record] = [p.record for p in prepared if p.record is not None]
-        if records:
-            self.log.append(records, self._schemas)
+        offsets = iter(self.log.append(records, settled) if records else [])
+        return [None if p.record is None else next(offsets) for p in prepared]
+
+    def undo(self, prepared: Prepared) -> None:
+        self.undone += 1
+        self.shard.undo(prepared)
+
+    def owed_events(self, offset: int) -> tuple[HomeRecord, Events, Bools]:
+        """Return a record that is owed, its events, and which shards keep something of which, bool [shards, n]."""
+        record = self.log.get(offset).record
+        assert isinstance(record, OfferRecord)
+        home = HomeRecord(self.shard.number, offset, self.shard.deliveries.settled(self.log.next))
+        rows = np.flatnonzero(record.routes & 1)
+        declared = self._layout.source(record.source)
+        batch = declared.upgraded(record.batch)
+        everything = Events.judged(record.source, batch, record.arrivals, record.received_ms)
+        events = everything.of_rows(rows, record.arrivals[:0])
+        concerned, _ = shards_of_keys(self._layout, self.shard.shard_map, record.source, events.batch)
+        return home, events, concerned
+
+    # -- snapshots, history, truncation
+
+    def snapshot_chunks(self) -> Iterator[Chunk]:
+        """Yield the chunks of a snapshot, each a short step between two commits; see `image.shard_chunks`."""
+        assert self._folder is not None
+        state = {"deliveries": self.shard.deliveries.state(), "offers": self.shard.offers}
+        return shard_chunks(
+            self.shard,
+            cluster_id=self._folder.cluster_id,
+            epoch=self._folder.epoch,
+            begin=self.shard.next_offset,
+            state=state,
+        )
+
+    def write_history(self, to_offset: int) -> None:
+        """Write the log up to an offset as a part of the history. Raises `HistoryUnavailable`: try again later.
+
+        What it reads and writes is settled, so it may run in a thread of its own.
+        """
+        assert self.history is not None
+        assert isinstance(self.log, Log)
+        open_offers: dict[int, OfferRecord] = {}
+        first = min(self.history.done_to, self._history_keeps) if self._history_keeps else self.log.first
+        end = self.history.planned_to or to_offset
+        self.history.write_part(end, applied_records(self.log, first, end, open_offers))
+        newest_ms = max((offer.received_ms for offer in open_offers.values()), default=0)
+        recent = [at for at, offer in open_offers.items() if offer.received_ms > newest_ms - _OFFER_LASTS_MS]
+        self._history_keeps = min([self.history.done_to, *recent])
+
+    def truncatable(self) -> int:
+        """Return the offset before which the log is needed by nothing any more."""
+        log, folder = self.log, self._folder
+        assert isinstance(log, Log)
+        assert folder is not None
+        kept = newest_snapshots(folder.snapshots)[:2]
+        if len(kept) < 2:
+            return log.first
+        needs = [self._history_keeps if self._folder and self._folder.history_uri else log.next]
+        for path in kept:
+            state = snapshot_state(path)
+            needs += [begin_of(path), *state["offers"], *state["deliveries"]["owed"]]
+        return min(*needs, *self.shard.offers, *self.shard.deliveries.owed, log.next)
+
+
+#: An offer is taken sooner, or never: the server forgets it after a minute.
+_OFFER_LASTS_MS = 600_000
+
+
+def snapshot_state(path: Path) -> dict[str, Any]:
+    """Return what a snapshot has of the shard's deliveries and offers. Raises `SnapshotDamaged`."""
+    header = next(iter(read_snapshot(path, (ShardHeader,)))).header
+    assert isinstance(header, ShardHeader)
+    return header.state
+
+
+def applied_records(
+    log: Log, first: int, end: int, open_offers: dict[int, OfferRecord]
+) -> Iterator[tuple[int, EventsRecord]]:
+    """Yield what the log says was new at its home here, and what was applied here, each at the offset of its record.
+
+    open_offers: those of which nothing was taken yet; emptied and filled on the way.
+    """
+    for offset, (record, _) in log.read(first):
+        if offset >= end:
+            return
+        if isinstance(record, EventsRecord):
+            yield offset, record
+        elif isinstance(record, OfferRecord):
+            if (record.routes > 1).any():
+                open_offers[offset] = record
+            new = np.flatnonzero(record.routes & 1)
+            if len(new):
+                yield offset, _events_of(record, new, np.ones(len(new), np.uint32))
+        elif (offer := open_offers.pop(record.offer, None)) is not None:
+            routes = offer.routes[record.rows] & ~np.uint32(1)
+            if (applied := np.flatnonzero(routes)).size:
+                yield offset, _events_of(offer, record.rows[applied], routes[applied])
+
+
+def _events_of(record: OfferRecord, rows: npt.NDArray[np.int64], routes: npt.NDArray[np.uint32]) -> EventsRecord:
+    batch = record.batch if len(rows) == record.batch.num_rows else record.batch.take(pa.array(rows))
+    return EventsRecord(
+        record.source, record.version, record.received_ms, record.tables, record.arrivals[rows], routes, batch
+    )

@@ -21,10 +21,13 @@ __all__ = [
     "NotFound",
     "Problem",
     "TooLarge",
+    "TooMany",
     "Unauthorized",
     "Unavailable",
     "UnsupportedMediaType",
     "did_you_mean",
+    "error_from_wire",
+    "error_to_wire",
 ]
 
 #: One bad value: (message, path).
@@ -127,10 +130,45 @@ class UnsupportedMediaType(MillpondError):
     code, status = "unsupported_media_type", 415
 
 
+class TooMany(MillpondError):
+    """More is waiting than a stated limit allows: try again after `retry_after_ms`, or raise the limit."""
+
+    code, status = "too_many", 429
+
+
 class Unavailable(MillpondError):
     """Nothing is wrong with the request: try again after `retry_after_ms`."""
 
     code, status = "unavailable", 503
+
+
+def error_to_wire(error: MillpondError) -> list[Any]:
+    """Return an error as names, texts and numbers."""
+    kind = next(c.__name__ for c in type(error).__mro__ if c.__name__ in _kinds())
+    return [
+        kind,
+        error.message,
+        error.path,
+        error.code,
+        [list(p) for p in error.problems],
+        error.retry_after_ms,
+        error.status,
+    ]
+
+
+def error_from_wire(wire: list[Any]) -> MillpondError:
+    """Return the error again: of its class, or of the nearest that this process knows, with its code and status."""
+    kind, message, path, code, problems, retry_after_ms, status = wire
+    of = _kinds().get(kind, MillpondError)
+    error = _rebuild(of, message, path, code, tuple((m, p) for m, p in problems), retry_after_ms)
+    error.status = status
+    return error
+
+
+def _kinds() -> dict[str, type[MillpondError]]:
+    """Return the classes of this module by name; subclasses elsewhere keep their code."""
+    ours: list[type[MillpondError]] = [MillpondError, *MillpondError.__subclasses__()]
+    return {c.__name__: c for c in ours if c.__module__ == __name__}
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -68,7 +68,7 @@ def shard_chunks(
     The caller makes sure of one thing: what had been *prepared* by the last step is in the log, and synced, before the
     snapshot gets its name; the image may have its ids. If any of that is undone, the snapshot is to be abandoned.
     """
-    layout, store, strings, homes, filters, events = shard.parts
+    layout, store, strings, homes, events = shard.parts
     yield Chunk(
         ShardHeader(
             cluster_id=cluster_id,
@@ -90,10 +90,7 @@ def shard_chunks(
             yield Chunk(Rows(table.number, slot, rows), image)
     for source, seen in homes.items():
         for slot, entries in seen.image():
-            yield Chunk(Ids(source, None, slot, seen.newest_ms), entries.reshape(-1))
-    for table, seen in zip(layout.tables, filters, strict=True):
-        for slot, entries in seen.image():
-            yield Chunk(Ids(table.source.name, table.key, slot, seen.newest_ms), entries.reshape(-1))
+            yield Chunk(Ids(source, slot, seen.newest_ms), entries.reshape(-1))
     # The last, because rows that have been taken may name strings that are new.
     for addresses, texts in strings.image():
         yield encode_strings(addresses, texts)
@@ -208,9 +205,6 @@ def _load(shard: Shard, header: ShardHeader, fits: list[tuple[Table, Fit] | None
     if len(words) % _ID_WORDS:
         raise ValueError(f"{len(words)} words are no ids")
     seen = parts.homes.get(of.source)
-    if of.key is not None:
-        keys = [(table.source.name, table.key) for table in parts.layout.tables]
-        seen = parts.filters[keys.index((of.source, of.key))] if (of.source, of.key) in keys else None
     if seen is not None:
         seen.load(of.slot, words.reshape(-1, _ID_WORDS), of.newest_ms)
     return -1

@@ -12,9 +12,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-from millpond.feature_actors.keys import Hashes
+from millpond.feature_actors.events import Events, Receipt
+from millpond.feature_actors.log.record import HomeRecord
 from millpond.feature_actors.plan import Answer, Question
 from millpond.feature_actors.reader import MemoryReader
 from millpond.feature_actors.shard import Shard
@@ -23,30 +23,23 @@ __all__ = ["IngestPort", "LocalIngest", "LocalRead", "ReadPort", "all_of", "comp
 
 T = TypeVar("T")
 K = TypeVar("K")
-Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 
 class IngestPort(Protocol):
-    """Writes to shards, by their number; see `Shard.admit`, `Shard.apply` and `Shard.ingest`."""
+    """Writes to shards, by their number; see the methods of `Shard` of the same names.
 
-    def admit(
-        self, shard: int, source: str, ids: Hashes, contents: Ints, received_ms: int
-    ) -> Awaitable[npt.NDArray[np.uint8]]: ...
+    settled: offsets of the shard's records of which the caller knows that they have been applied everywhere.
+    """
 
-    def apply(
-        self, shard: int, source: str, batch: pa.RecordBatch, arrivals: Ints, received_ms: int
-    ) -> Awaitable[None]: ...
+    def ingest(self, shard: int, events: Events, settled: Sequence[int]) -> Awaitable[Receipt]: ...
 
-    def ingest(
-        self,
-        shard: int,
-        source: str,
-        ids: Hashes,
-        contents: Ints,
-        batch: pa.RecordBatch,
-        arrivals: Ints,
-        received_ms: int,
-    ) -> Awaitable[npt.NDArray[np.uint8]]: ...
+    def offer(self, shard: int, request: bytes, events: Events, settled: Sequence[int]) -> Awaitable[Receipt]: ...
+
+    def take(self, shard: int, request: bytes, accepted: Bools, homes: Sequence[HomeRecord]) -> Awaitable[None]: ...
+
+    def settle(self, shard: int, settled: Sequence[int], wait_before: int) -> Awaitable[None]:
+        """Return when all that the shard owes of records before an offset has been applied everywhere."""
 
 
 class ReadPort(Protocol):
@@ -72,28 +65,21 @@ class LocalIngest:
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = shards
 
-    def admit(
-        self, shard: int, source: str, ids: Hashes, contents: Ints, received_ms: int
-    ) -> Awaitable[npt.NDArray[np.uint8]]:
-        return _Done(self._shards[shard].admit(source, ids, contents, received_ms))
+    def ingest(self, shard: int, events: Events, settled: Sequence[int]) -> Awaitable[Receipt]:
+        self._shards[shard].deliveries.settle(settled)
+        return _Done(self._shards[shard].ingest(events))
 
-    def apply(
-        self, shard: int, source: str, batch: pa.RecordBatch, arrivals: Ints, received_ms: int
-    ) -> Awaitable[None]:
-        self._shards[shard].apply(source, batch, arrivals, received_ms)
+    def offer(self, shard: int, request: bytes, events: Events, settled: Sequence[int]) -> Awaitable[Receipt]:
+        self._shards[shard].deliveries.settle(settled)
+        return _Done(self._shards[shard].offer(request, events))
+
+    def take(self, shard: int, request: bytes, accepted: Bools, homes: Sequence[HomeRecord]) -> Awaitable[None]:
+        self._shards[shard].take(request, accepted, homes)
         return _Done(None)
 
-    def ingest(
-        self,
-        shard: int,
-        source: str,
-        ids: Hashes,
-        contents: Ints,
-        batch: pa.RecordBatch,
-        arrivals: Ints,
-        received_ms: int,
-    ) -> Awaitable[npt.NDArray[np.uint8]]:
-        return _Done(self._shards[shard].ingest(source, ids, contents, batch, arrivals, received_ms))
+    def settle(self, shard: int, settled: Sequence[int], wait_before: int) -> Awaitable[None]:
+        self._shards[shard].deliveries.settle(settled)
+        return _Done(None)
 
 
 class LocalRead:

@@ -3,35 +3,44 @@
 No Ray, no threads, no clock: time comes with the events and with the reads. The actor in `actor`
 holds one of these; so does a unit test, and a training set.
 
-An event passes a shard in two steps, each safe to repeat:
+A shard is the home of the event ids that fall into its slots, and keeps the tiles of the keys that do. What it is asked
+to do with events:
 
-    admit   at the event id's home slot: new, duplicate, or conflict (same id, other content)
-    apply   at the slot of each view's entity key: dropped if this slot has it, else into the tiles
+    ingest    it is the home of all of them, and no other shard has a key of them: judge ids, log, apply
+    offer     several shards have a part: judge the ids at home here, log, keep what has a key here waiting
+    take      the homes have judged: apply what is new of an offer
+    deliver   apply the part of a record of another home that never got here by a take
 
-so a request that failed halfway can be sent again: what was applied is a duplicate there, and what
-was not is applied.
+The home of an id says new, duplicate or conflict (same id, other content), and owes what is new until it has been
+applied everywhere, see `deliveries`. So a request that failed halfway can be sent again, or not: in the end it is in
+every table or in none.
 
-Each step is made in three: `prepare` judges and remembers, in memory of the process; then what is new goes into the log
-(see `durable`); then `commit` applies it to the tiles, which readers see. So nothing is seen that is not in the log.
+Each of the four is made in three: `prepare` judges and remembers, in memory of the process; then what is new goes into
+the log (see `durable`); then `commit` applies it to the tiles, which readers see. So nothing is seen that is not in the
+log.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from millpond.feature_actors.dedupe import CONFLICT, NEW, IdFilter
+from millpond.feature_actors.dedupe import DUPLICATE, NEW, IdFilter
+from millpond.feature_actors.deliveries import Deliveries
+from millpond.feature_actors.errors import Unavailable
+from millpond.feature_actors.events import ELSEWHERE, Events, Receipt
 from millpond.feature_actors.keys import Hashes, hash_columns, owned, slots_of
 from millpond.feature_actors.layout import Layout, Table
-from millpond.feature_actors.log.record import EventsRecord, IdsRecord
+from millpond.feature_actors.log.record import EventsRecord, HomeRecord, OfferRecord, TakeRecord
 from millpond.feature_actors.plan import Answer, Question
 from millpond.feature_actors.reader import MemoryReader
+from millpond.feature_actors.routes import key_validity
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.tiles.memory import Memory
 from millpond.feature_actors.tiles.read import NO_CLOCK
@@ -47,7 +56,7 @@ Ints = npt.NDArray[np.int64]
 
 #: Address space of a memory that only this process has.
 _OWN_MEMORY_BYTES_MAX = 1 << 34
-_NO_ROWS = np.empty(0, np.int64)
+_NO_VERDICTS = np.empty(0, np.uint8)
 _NO_INPUTS, _NO_MASKS = np.empty((0, 0)), np.empty((0, 0), np.bool_)
 
 
@@ -65,30 +74,56 @@ class _Route:
 
 
 @dataclass(slots=True)
+class _Offer:
+    """Events that wait to be taken: what is to be applied of them, and what has been logged of them.
+
+    home int64 [n]: the shard that each event's id is at home at. kept int64 [k]: which of the events are in the record.
+    since_s: when it was made, as its caller measures time. offset: of its record, -1 until that is in the log.
+    """
+
+    prepared: Prepared
+    home: Ints
+    kept: Ints
+    since_s: float
+    offset: int = -1
+
+
+@dataclass(slots=True)
 class Prepared:
     """What a shard has judged and remembered of a request, and will apply when it is in the log.
 
-    record: for the log, None if there is nothing new. verdicts uint8 [n]: of event ids whose home is here.
+    record: for the log, None if there is nothing new. verdicts uint8 [n], as of `Receipt`. routes: what goes to each
+    table, and which rows. heard: arrival stamps that move time, None for all: those of what is in the log, so that a
+    replay hears the same. remembered: ids that were new. homes: of whose records it applies the part of this shard.
     """
 
     received_ms: int
-    record: EventsRecord | IdsRecord | None = None
-    verdicts: npt.NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
+    record: EventsRecord | OfferRecord | TakeRecord | None = None
+    verdicts: npt.NDArray[np.uint8] = field(default_factory=lambda: _NO_VERDICTS)
     routes: list[tuple[_Route, Ints]] = field(default_factory=list)
     times: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     arrivals: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    heard: Ints | None = None
     remembered: list[tuple[IdFilter, Ints, Ints, Ints]] = field(default_factory=list)
+    homes: tuple[HomeRecord, ...] = ()
     promised_words: int = 0
+    offer: tuple[bytes, _Offer] | None = None
+
+    @property
+    def record_bytes(self) -> int:
+        """About how large the record is."""
+        if self.record is None:
+            return 0
+        return self.record.rows.nbytes if isinstance(self.record, TakeRecord) else self.record.batch.nbytes
 
 
 class ShardParts(NamedTuple):
-    """What a shard consists of: for its image. filters by table; events applied by table."""
+    """What a shard consists of, for its image; homes: of ids, by source; events applied by table."""
 
     layout: Layout
     store: TileStore
     strings: Strings
     homes: dict[str, IdFilter]
-    filters: list[IdFilter]
     events: dict[str, int]
 
 
@@ -107,6 +142,8 @@ class ShardStatus:
     strings: int
     strings_refused: int
     newest_arrival_ms: int | None
+    offers: int
+    owed: int
 
 
 class Shard:
@@ -138,187 +175,305 @@ class Shard:
         self._store = TileStore(layout, shard_map.n_slots, self.memory, seed, reclaim_margin_ms)
         self._strings = Strings(self.memory, strings_max)
         self._homes = {name: IdFilter(dedupe_horizon_ms, shard_map.n_slots, seed) for name in layout.sources}
-        self._filters = [IdFilter(dedupe_horizon_ms, shard_map.n_slots, seed) for _ in layout.tables]
+        self.deliveries = Deliveries()
+        self._offers: dict[bytes, _Offer] = {}
         self._events = {t.name: 0 for t in layout.tables}
-        #: Where in the log the next record will be that is committed without saying so.
+        #: Where the next record goes that is committed without saying so.
         self.next_offset = 0
         self._reader = MemoryReader(shard_map, [number])
         self._reader.attach(number, self.memory)
 
     # -- events: prepare, log, commit
 
-    def prepare_admit(self, source: str, ids: Hashes, contents: Ints, received_ms: int) -> Prepared:
-        """Judge event ids whose home is here; `verdicts` uint8 [n] of `NEW`, `DUPLICATE`, `CONFLICT`.
+    def prepare_ingest(self, events: Events) -> Prepared:
+        """Judge events whose home is here, all of them, and prepare to apply what is new.
 
-        ids uint64 [n, 2]: hashes of the event ids; contents int64 [n]: hashes of the whole events;
-        received_ms: when the request came, by which ids are remembered.
+        Raises `MemoryFull` or `DedupeFull` before anything is remembered, as all that prepares.
         """
-        prepared = Prepared(received_ms)
-        new = self._judge(prepared, source, owned(ids), owned(contents))
-        if len(new):
-            prepared.record = IdsRecord(source, received_ms, ids[new], contents[new])
-        return prepared
-
-    def prepare_ingest(
-        self, source: str, ids: Hashes, contents: Ints, batch: pa.RecordBatch, arrivals: Ints, received_ms: int
-    ) -> Prepared:
-        """Judge events whose home is here, all of them, and prepare to apply what is no conflict: both in one."""
-        prepared = Prepared(received_ms)
+        prepared = Prepared(events.received_ms)
         try:
-            home = np.zeros(len(ids), np.bool_)
-            home[self._judge(prepared, source, owned(ids), owned(contents))] = True
-            if (conflicts := prepared.verdicts == CONFLICT).any():
-                kept = np.flatnonzero(~conflicts)
-                batch, arrivals, home = batch.take(pa.array(kept)), arrivals[kept], home[kept]
-            self._prepare(prepared, source, batch, arrivals, home)
+            new = self._judge(prepared, events)
+            self._route(prepared, events, new)
+            bits = self._bits(prepared, events.n, new)
+            if bits.any():
+                prepared.record = EventsRecord(*self._fields(prepared, events, bits, np.flatnonzero(bits)))
         except BaseException:
             self.undo(prepared)
             raise
         return prepared
 
-    def prepare_apply(self, source: str, batch: pa.RecordBatch, arrivals: Ints, received_ms: int) -> Prepared:
-        """Prepare to apply those routes of the events that are of this shard, in the order of the batch.
+    def prepare_offer(self, request: bytes, events: Events, since_s: float = 0.0) -> Prepared:
+        """Judge the events whose home is here, and prepare to keep waiting what has a key here.
 
-        batch: of the source's schema; arrivals int64 [n], or one more, which only moves the clock;
-        received_ms as in `prepare_admit`. Raises `MemoryFull` before anything is remembered.
+        request: by which `prepare_take` names it.
         """
-        prepared = Prepared(received_ms)
+        prepared = Prepared(events.received_ms)
         try:
-            self._prepare(prepared, source, batch, arrivals, np.zeros(batch.num_rows, np.bool_))
+            new = self._judge(prepared, events)
+            likely = np.flatnonzero((prepared.verdicts == NEW) | (prepared.verdicts == ELSEWHERE))
+            self._route(prepared, events, likely)
+            bits = self._bits(prepared, events.n, new)
+            if bits.any():
+                kept = np.flatnonzero(bits)
+                prepared.record = OfferRecord(*self._fields(prepared, events, bits, kept))
+                if (bits > 1).any():
+                    home = self.shard_map.shards_of(events.ids)
+                    prepared.offer = request, _Offer(prepared, home, kept, since_s)
         except BaseException:
             self.undo(prepared)
             raise
         return prepared
 
-    def commit(self, prepared: Prepared, offset: int | None = None) -> None:
-        """Apply what was prepared, when it is in the log at that offset; in the order of the log.
+    def prepare_take(self, request: bytes, accepted: npt.NDArray[np.bool_], homes: Sequence[HomeRecord]) -> Prepared:
+        """Prepare to apply what is accepted of an offer, bool [n]; homes: the records of all that is.
 
-        Rows that have it already, having been loaded from a snapshot, pass it over. Without an offset it is the next.
+        What of it has been delivered by its home meanwhile is passed over. Raises `Unavailable` if there is no such
+        offer (any more): then the homes deliver it.
         """
-        offset = self.next_offset if offset is None else offset
-        self.next_offset = offset + 1
-        if len(prepared.arrivals):
-            self._store.hear_of(int(prepared.arrivals.max()), prepared.received_ms)
-        for route, rows in prepared.routes:
-            self._store.apply(
-                route.table,
-                rows,
-                route.hashes,
-                prepared.times,
-                prepared.arrivals,
-                route.inputs,
-                route.masks,
-                offset << SEQUENCE_ROW_BITS,
+        offer = self._offers.pop(request, None)
+        if offer is None:
+            raise Unavailable(
+                f"shard {self.number} of {self.shard_map.n_shards} has no such offer any more; send the events again",
+                code="offer_lost",
+                retry_after_ms=1_000,
             )
-            self._events[route.table.name] += len(rows)
-        self._store.keep_promise(prepared.promised_words)
+        if had := [home.shard for home in homes if self.deliveries.has_had(home)]:
+            accepted = accepted & ~np.isin(offer.home, had)
+        prepared = offer.prepared
+        prepared.routes = [(route, rows[accepted[rows]]) for route, rows in prepared.routes]
+        self._have(prepared, homes)
+        rows = np.flatnonzero(accepted[offer.kept])
+        prepared.record = TakeRecord(offer.offset, rows, prepared.homes)
+        prepared.offer, prepared.remembered, prepared.verdicts = None, [], _NO_VERDICTS
+        return prepared
+
+    def prepare_deliver(self, home: HomeRecord, events: Events) -> Prepared:
+        """Prepare to apply this shard's part of a record of its home, unless it has had it."""
+        prepared = Prepared(events.received_ms)
+        if self.deliveries.has_had(home):
+            return prepared
+        self._have(prepared, [home])
+        try:
+            everything = np.arange(events.n)
+            self._route(prepared, events, everything)
+            bits = self._bits(prepared, events.n, everything[:0])
+            prepared.record = record = EventsRecord(*self._fields(prepared, events, bits, np.flatnonzero(bits)))
+            record.homes = prepared.homes
+        except BaseException:
+            self.undo(prepared)
+            raise
+        return prepared
+
+    def commit(self, prepared: Prepared, offset: int | None = None, since_s: float = 0.0) -> Receipt:
+        """Apply what was prepared, when it is in the log at an offset; in the order of the log.
+
+        offset: None if there is no log, or nothing new. since_s: now, as the caller measures time.
+        """
+        if prepared.record is None:
+            offset = -1
+        else:
+            offset = self.next_offset if offset is None else offset
+            self.next_offset = offset + 1
+        if isinstance(prepared.record, OfferRecord) and (prepared.verdicts == NEW).any():
+            self.deliveries.owe(offset, since_s)
+        duplicates = bool((prepared.verdicts == DUPLICATE).any())
+        receipt = Receipt(
+            prepared.verdicts,
+            offset,
+            self.deliveries.settled(self.next_offset),
+            self.next_offset if duplicates and self.deliveries.owed else 0,
+            prepared.offer is not None,
+        )
+        if prepared.offer is not None:
+            request, offer = prepared.offer
+            offer.offset = offset
+            self._offers[request] = offer
+        else:
+            self._apply(prepared, offset)
+        return receipt
 
     def undo(self, prepared: Prepared) -> None:
         """Forget what was prepared: it did not get into the log."""
         for seen, rows, slots, ids in prepared.remembered:
             seen.forget(rows, slots, ids)
+        for home in prepared.homes:
+            self.deliveries.have_not(home)
         self._store.keep_promise(prepared.promised_words)
 
-    def replay(self, record: IdsRecord | EventsRecord, offset: int | None = None) -> None:
-        """Do again what a record of the log says, as part of recovery: it was judged when it was written.
+    def drop_offers(self, before_s: float) -> int:
+        """Forget offers that were made before a time and not taken; return how many. Their homes deliver them."""
+        old = [request for request, offer in self._offers.items() if offer.since_s < before_s]
+        for request in old:
+            self._store.keep_promise(self._offers.pop(request).prepared.promised_words)
+        return len(old)
+
+    @property
+    def offers(self) -> list[int]:
+        """Offsets of the offers that wait to be taken."""
+        return [offer.offset for offer in self._offers.values()]
+
+    # -- the same at once, without a log
+
+    def ingest(self, events: Events) -> Receipt:
+        return self.commit(self.prepare_ingest(events))
+
+    def offer(self, request: bytes, events: Events) -> Receipt:
+        return self.commit(self.prepare_offer(request, events))
+
+    def take(self, request: bytes, accepted: npt.NDArray[np.bool_], homes: Sequence[HomeRecord]) -> Receipt:
+        return self.commit(self.prepare_take(request, accepted, homes))
+
+    def deliver(self, home: HomeRecord, events: Events) -> Receipt:
+        return self.commit(self.prepare_deliver(home, events))
+
+    def apply(self, source: str, batch: pa.RecordBatch, arrivals: Ints, received_ms: int) -> None:
+        """Apply those routes of events that are of this shard, whatever their ids; shapes as of `Events`."""
+        prepared = Prepared(received_ms)
+        self._route(prepared, Events.judged(source, batch, arrivals, received_ms), np.arange(batch.num_rows))
+        prepared.heard = None
+        self._apply(prepared, self.next_offset)
+        self.next_offset += 1
+
+    def admit(self, source: str, ids: Hashes, contents: Ints, received_ms: int) -> npt.NDArray[np.uint8]:
+        """Judge event ids whose home is here and remember the new ones; return their verdicts, uint8 [n]."""
+        prepared = Prepared(received_ms)
+        self._judge_ids(prepared, source, ids, contents, np.arange(len(ids)))
+        return prepared.verdicts
+
+    # -- replay: doing again what a record of the log says. It was judged when it was written.
+
+    def replay_events(self, record: EventsRecord, offset: int) -> None:
+        """Apply what a record says, and remember the ids that were new here.
 
         What is of a source or a table that is not declared any more is passed over.
         """
+        self.remember(record)
+        self.deliveries.have_all(record.homes)
+        self._replay(record, offset, record.routes)
+
+    def replay_offer(self, record: OfferRecord, offset: int) -> None:
+        """Remember the ids of an offer that were new here, and owe them."""
+        self.remember(record)
+        self.next_offset = offset + 1
+        if record.source in self._layout.sources and (record.routes & 1).any():
+            self.deliveries.owe(offset)
+
+    def replay_take(self, record: TakeRecord, offer: OfferRecord, offset: int) -> None:
+        """Apply what was taken of an offer."""
+        self.deliveries.have_all(record.homes)
+        taken = np.zeros(len(offer.routes), np.uint32)
+        taken[record.rows] = offer.routes[record.rows] & ~np.uint32(1)
+        self._replay(offer, offset, taken)
+
+    def remember(self, record: EventsRecord | OfferRecord) -> None:
+        """Remember the ids of a record that were new here."""
+        home = np.flatnonzero(record.routes & 1)
+        declared = self._layout.sources.get(record.source)
+        if declared is None or len(home) == 0 or (declared.event_id is None and record.ids is None):
+            return
+        batch = declared.upgraded(record.batch)
+        ids = record.ids
+        if declared.event_id is not None:
+            ids = hash_columns([batch.column(declared.event_id)], batch.num_rows)
+        contents = hash_columns(batch.columns, batch.num_rows)[:, 0].view(np.int64)
+        assert ids is not None
+        self._judge_ids(Prepared(record.received_ms), record.source, owned(ids), contents, home)
+
+    def _replay(self, record: EventsRecord | OfferRecord, offset: int, routes: npt.NDArray[np.uint32]) -> None:
         if record.source not in self._layout.sources:
             return
-        if isinstance(record, IdsRecord):
-            self._judge(Prepared(record.received_ms), record.source, owned(record.ids), owned(record.contents))
-            return
-        declared = self._layout.source(record.source)
-        batch = declared.upgraded(record.batch)
-        n, prepared = batch.num_rows, Prepared(record.received_ms)
-        ids = self._ids(record.source, batch)
-        home = np.flatnonzero(record.routes & 1)
-        if ids is not None and len(home):
-            contents = hash_columns(batch.columns, n)[:, 0].view(np.int64)
-            self._judge(prepared, record.source, ids[home], contents[home])
+        batch = self._layout.source(record.source).upgraded(record.batch)
+        prepared = Prepared(record.received_ms)
+        events = Events.judged(record.source, batch, record.arrivals, record.received_ms)
+        self._route(prepared, events, np.arange(len(routes)))
+        prepared.heard = None
+        self.next_offset = offset + 1
         bits = {key: np.uint32(2 << number) for number, key in enumerate(record.tables)}
-        for route in self._routes(prepared, record.source, batch, record.arrivals):
-            rows = np.flatnonzero(record.routes & bits.get(route.table.key, np.uint32(0)))
-            if ids is not None and len(rows):
-                self._remember(prepared, route, rows, ids)
-            prepared.routes.append((route, rows))
-        prepared.times, prepared.arrivals = self._times(record.source, batch), owned(record.arrivals)
-        self.commit(prepared, offset)
+        prepared.routes = [
+            (route, np.flatnonzero(routes & bits.get(route.table.key, np.uint32(0)))) for route, _ in prepared.routes
+        ]
+        self._apply(prepared, offset)
 
-    def admit(self, source: str, ids: Hashes, contents: Ints, received_ms: int) -> npt.NDArray[np.uint8]:
-        """Judge event ids at once, without a log; see `prepare_admit`."""
-        return self.prepare_admit(source, ids, contents, received_ms).verdicts
+    # -- steps of prepare and commit
 
-    def ingest(
-        self, source: str, ids: Hashes, contents: Ints, batch: pa.RecordBatch, arrivals: Ints, received_ms: int
-    ) -> npt.NDArray[np.uint8]:
-        """Judge and apply events at once, without a log; see `prepare_ingest`."""
-        prepared = self.prepare_ingest(source, ids, contents, batch, arrivals, received_ms)
-        self.commit(prepared)
-        return prepared.verdicts
+    def _judge(self, prepared: Prepared, events: Events) -> Ints:
+        """Judge the ids at home here into `prepared.verdicts`, and remember them; return the rows that are new."""
+        mine = np.flatnonzero(self._owned[slots_of(events.ids, self.shard_map.n_slots)])
+        if events.ids_given:
+            return self._judge_ids(prepared, events.source, owned(events.ids), owned(events.contents), mine)
+        # Chosen for this very request, they cannot come again.
+        prepared.verdicts = np.full(events.n, ELSEWHERE, np.uint8)
+        prepared.verdicts[mine] = NEW
+        return mine
 
-    def apply(self, source: str, batch: pa.RecordBatch, arrivals: Ints, received_ms: int) -> None:
-        """Apply events at once, without a log; see `prepare_apply`."""
-        self.commit(self.prepare_apply(source, batch, arrivals, received_ms))
-
-    # -- steps of prepare
-
-    def _judge(self, prepared: Prepared, source: str, ids: Hashes, contents: Ints) -> Ints:
-        """Judge event ids into `prepared.verdicts` and remember the new ones; return their rows."""
-        prepared.verdicts = np.zeros(len(ids), np.uint8)
+    def _judge_ids(self, prepared: Prepared, source: str, ids: Hashes, contents: Ints, rows: Ints) -> Ints:
+        prepared.verdicts = np.full(len(ids), ELSEWHERE, np.uint8)
         slots, seen = slots_of(ids, self.shard_map.n_slots), self._homes[source]
-        mine = np.flatnonzero(self._owned[slots])
-        seen.admit(mine, slots, ids.view(np.int64), contents, prepared.received_ms, prepared.verdicts)
-        new: Ints = mine[prepared.verdicts[mine] == NEW]
+        seen.admit(rows, slots, ids.view(np.int64), contents, prepared.received_ms, prepared.verdicts)
+        new: Ints = rows[prepared.verdicts[rows] == NEW]
         prepared.remembered.append((seen, new, slots, ids.view(np.int64)))
         return new
 
-    def _prepare(
-        self, prepared: Prepared, source: str, batch: pa.RecordBatch, arrivals: Ints, home: npt.NDArray[np.bool_]
-    ) -> None:
-        """Add to `prepared` what is to be applied, and the record of it; home bool [n]: events that are new here."""
-        n = batch.num_rows
-        bits = home.astype(np.uint32)
-        tables = []
-        ids = self._ids(source, batch)
-        for number, route in enumerate(self._routes(prepared, source, batch, arrivals)):
-            rows = route.rows if ids is None else self._remember(prepared, route, route.rows, ids)
+    def _route(self, prepared: Prepared, events: Events, rows: Ints) -> None:
+        """Find which of the events `rows` go to which table here, and have room for them."""
+        chosen = np.zeros(events.n, np.bool_)
+        chosen[rows] = True
+        prepared.heard = events.arrivals[events.n :]
+        prepared.times, prepared.arrivals = self._times(events.source, events.batch), owned(events.arrivals)
+        for route in self._routes(prepared, events.source, events.batch, events.arrivals, chosen):
+            prepared.routes.append((route, route.rows))
+
+    def _bits(self, prepared: Prepared, n: int, home: Ints) -> npt.NDArray[np.uint32]:
+        """Return the routes of n events as a record has them; home: those that are new here."""
+        bits = np.zeros(n, np.uint32)
+        bits[home] = 1
+        for number, (_, rows) in enumerate(prepared.routes):
             bits[rows] |= np.uint32(2 << number)
-            tables.append(route.table.key)
-            prepared.routes.append((route, rows))
-        prepared.times, prepared.arrivals = self._times(source, batch), owned(arrivals)
-        if bits.any():
-            kept, stamps = np.flatnonzero(bits), prepared.arrivals[:n]
-            if len(kept) < n:
-                batch, stamps, bits = batch.take(pa.array(kept)), stamps[kept], bits[kept]
-            prepared.record = EventsRecord(
-                source, self._layout.source(source).version, prepared.received_ms, tuple(tables), stamps, bits, batch
+        return bits
+
+    def _fields(self, prepared: Prepared, events: Events, bits: npt.NDArray[np.uint32], kept: Ints) -> Any:
+        """Return what records of events have in common, of the events `kept`."""
+        batch, stamps, clock = events.batch, prepared.arrivals[: events.n], prepared.arrivals[events.n :]
+        if len(kept) < events.n:
+            batch, stamps, bits = batch.take(pa.array(kept)), stamps[kept], bits[kept]
+        source = self._layout.source(events.source)
+        ids = events.ids[kept] if events.ids_given and source.event_id is None else None
+        tables = tuple(route.table.key for route, _ in prepared.routes)
+        prepared.heard = np.concatenate([stamps, clock])
+        return source.name, source.version, prepared.received_ms, tables, stamps, bits, batch, ids
+
+    def _have(self, prepared: Prepared, homes: Sequence[HomeRecord]) -> None:
+        """Take down whose records these are. What it had before is not taken back by `undo`."""
+        prepared.homes = tuple(home for home in homes if not self.deliveries.has_had(home))
+        for home in prepared.homes:
+            self.deliveries.have(home)
+
+    def _apply(self, prepared: Prepared, offset: int) -> None:
+        heard = prepared.heard if prepared.heard is not None else prepared.arrivals
+        if len(heard):
+            self._store.hear_of(int(heard.max()), prepared.received_ms)
+        base = offset << SEQUENCE_ROW_BITS
+        for route, rows in prepared.routes:
+            self._store.apply(
+                route.table, rows, route.hashes, prepared.times, prepared.arrivals, route.inputs, route.masks, base
             )
-
-    def _remember(self, prepared: Prepared, route: _Route, rows: Ints, ids: Hashes) -> Ints:
-        """Remember the events of a route; return those rows that its slots have not seen."""
-        if len(rows) == 0:
-            return rows
-        route_ids = (ids + route.hashes[:, ::-1].view(np.uint64)).view(np.int64)
-        verdicts = np.zeros(len(ids), np.uint8)
-        seen = self._filters[route.table.number]
-        no_contents = np.zeros(len(ids), np.int64)
-        seen.admit(rows, route.slots, route_ids, no_contents, prepared.received_ms, verdicts)
-        new: Ints = rows[verdicts[rows] == NEW]
-        prepared.remembered.append((seen, new, route.slots, route_ids))
-        return new
-
-    def _ids(self, source: str, batch: pa.RecordBatch) -> Hashes | None:
-        event_id = self._layout.source(source).event_id
-        return hash_columns([batch.column(event_id)], batch.num_rows) if event_id and batch.num_rows else None
+            self._events[route.table.name] += len(rows)
+        self._store.keep_promise(prepared.promised_words)
 
     def _times(self, source: str, batch: pa.RecordBatch) -> Ints:
-        times: Ints = owned(batch.column(self._layout.source(source).event_time).cast(pa.int64()).to_numpy())
+        times: Ints = owned(self._layout.source(source).times_ms(batch))
         return times
 
-    def _routes(self, prepared: Prepared, source: str, batch: pa.RecordBatch, arrivals: Ints) -> list[_Route]:
-        """Return what of a batch goes to this shard's slots of the tables of its source, and make room for it.
+    def _routes(
+        self,
+        prepared: Prepared,
+        source: str,
+        batch: pa.RecordBatch,
+        arrivals: Ints,
+        chosen: npt.NDArray[np.bool_] | None = None,
+    ) -> list[_Route]:
+        """Return what of a batch, or of its `chosen` rows, goes to this shard's slots of the tables of its source, and
+        make room for it.
 
         What an event can make fail is here, before the filters, which take an event for applied once they have seen it.
         """
@@ -329,7 +484,8 @@ class Shard:
             keys = [batch.column(name) for name in table.key]
             hashes = hash_columns(keys, n)
             slots = slots_of(hashes, self.shard_map.n_slots)
-            rows = np.flatnonzero(key_validity(keys, n) & self._owned[slots])
+            mine = key_validity(keys, n) & self._owned[slots]
+            rows = np.flatnonzero(mine if chosen is None else mine & chosen)
             hashed.append((hashes.view(np.int64), slots, rows))
         fields = {name: batch.column(name) for t, (*_, rows) in zip(tables, hashed, strict=True) if len(rows)
                   for name in t.inputs}  # fmt: skip
@@ -337,8 +493,11 @@ class Shard:
         events = [(table, slots[rows]) for table, (_, slots, rows) in zip(tables, hashed, strict=True)]
         arrival_ms = int(arrivals.max()) if len(arrivals) else NO_CLOCK
         prepared.promised_words += self._store.promise_room(events, arrival_ms, of_strings)
-        concerned = np.unique(np.concatenate([rows for _, _, rows in hashed])) if fields else _NO_ROWS
-        values = {name: self._values(column, concerned) for name, column in fields.items()}
+        concerned = np.zeros(n, np.bool_)
+        for _, _, rows in hashed:
+            concerned[rows] = True
+        here = np.flatnonzero(concerned)
+        values = {name: self._values(column, here) for name, column in fields.items()}
         return [
             _Route(
                 table, hashes, slots, rows,
@@ -384,10 +543,9 @@ class Shard:
         base = self.next_offset << SEQUENCE_ROW_BITS
         self.next_offset += 1
         for name, (batch, arrivals) in events.items():
-            times, ids, prepared = self._times(name, batch), self._ids(name, batch), Prepared(0)
+            times, prepared = self._times(name, batch), Prepared(0)
             for route in self._routes(prepared, name, batch, arrivals):
-                # Received at one moment: every id counts once.
-                rows = route.rows if ids is None else self._remember(prepared, route, route.rows, ids)
+                rows = route.rows
                 if route.table not in program.tables:
                     continue
                 keys = question.hashes[program.keys.index(route.table.key)]
@@ -406,7 +564,7 @@ class Shard:
 
     @property
     def parts(self) -> ShardParts:
-        return ShardParts(self._layout, self._store, self._strings, self._homes, self._filters, self._events)
+        return ShardParts(self._layout, self._store, self._strings, self._homes, self._events)
 
     def status(self) -> ShardStatus:
         tables, store = self._layout.tables, self._store
@@ -418,10 +576,12 @@ class Shard:
             entities={t.name: store.entities(t) for t in tables},
             tiles=sum(store.tiles(t) for t in tables),
             tile_bytes=self.memory.allocated_bytes,
-            filter_bytes=sum(f.allocated_bytes for f in [*self._homes.values(), *self._filters]),
+            filter_bytes=sum(f.allocated_bytes for f in self._homes.values()),
             strings=len(self._strings),
             strings_refused=self._strings.refused,
             newest_arrival_ms=None if newest_ms == NO_CLOCK else newest_ms,
+            offers=len(self._offers),
+            owed=len(self.deliveries.owed),
         )
 
     def reclaim(self) -> int:
@@ -431,15 +591,6 @@ class Shard:
     def check(self) -> list[str]:
         """Return what is wrong with the state: an empty list if every invariant holds."""
         return self._store.check()
-
-
-def key_validity(keys: Sequence[pa.Array], n: int) -> npt.NDArray[np.bool_]:
-    """Return which of n rows have all their key fields, bool [n]."""
-    valid = np.ones(n, np.bool_)
-    for key in keys:
-        if key.null_count:
-            valid &= key.is_valid().to_numpy(zero_copy_only=False)
-    return valid
 
 
 def _masks(table: Table, batch: pa.RecordBatch) -> npt.NDArray[np.bool_]:

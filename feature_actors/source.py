@@ -11,13 +11,20 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from millpond.feature_actors.errors import DeclarationError, did_you_mean
+from millpond.feature_actors.windows import parse_length_ms
 
 __all__ = ["Field", "Source", "check_name", "check_owner"]
+
+#: History is deleted by whole days.
+RETENTION_MIN_MS = 86_400_000
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 
@@ -77,6 +84,7 @@ class Source:
     fields: name to Arrow type name, or to a `Field` where more is to be said.
     event_id: the field that tells two events apart (the duplicate check); without it every row counts.
     event_time: the field that says when it happened; int64 milliseconds since the epoch, UTC.
+    retention: how long its history is kept, by arrival stamp, such as "365d"; None for ever.
 
     Raises `DeclarationError` that names the source and the field if anything does not fit.
     """
@@ -88,12 +96,18 @@ class Source:
     event_id: str | None = None
     about: str = ""
     version: int = 1
+    retention: str | None = None
 
     def __post_init__(self) -> None:
         check_name("source", self.name)
         check_owner("source", self.name, self.owner)
         if type(self.version) is not int or self.version < 1:
             raise DeclarationError(f"source `{self.name}`: version is a whole number from 1 on, got {self.version!r}")
+        if self.retention is not None and (parse_length_ms(self.retention) or 0) < RETENTION_MIN_MS:
+            raise DeclarationError(
+                f"source `{self.name}`: retention is a length of a day or more such as `365d`, or None for ever, got "
+                f"{self.retention!r}"
+            )
         if not isinstance(self.fields, Mapping):
             raise DeclarationError(
                 f"source `{self.name}`: fields is a mapping of name to type such as "
@@ -153,7 +167,17 @@ class Source:
                 columns.append(pa.repeat(pa.scalar(spec.default, spec.arrow_type), batch.num_rows))
         return pa.RecordBatch.from_arrays(columns, schema=schema)
 
+    def times_ms(self, batch: pa.RecordBatch) -> npt.NDArray[np.int64]:
+        """Return the event times of a batch, int64 [n], not to be written to."""
+        times: npt.NDArray[np.int64] = batch.column(self.event_time).view(pa.int64()).to_numpy()
+        return times
+
     @property
+    def retention_ms(self) -> int | None:
+        """How long the history is kept, None for ever."""
+        return parse_length_ms(self.retention)
+
+    @cached_property
     def schema(self) -> pa.Schema:
         """The Arrow schema of a validated batch; a field that is not optional is not nullable."""
         return pa.schema([pa.field(n, f.arrow_type, nullable=f.optional) for n, f in self.fields.items()])

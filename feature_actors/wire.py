@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from millpond.feature_actors.errors import Unavailable
-from millpond.feature_actors.keys import Hashes
+from millpond.feature_actors.events import Events, Receipt
 from millpond.feature_actors.layout import Layout, PlanProgram
 from millpond.feature_actors.plan import Answer, Question
 from millpond.feature_actors.view import Feature
@@ -23,24 +23,24 @@ __all__ = [
     "QuestionDecoder",
     "WireAnswer",
     "WireEvents",
-    "WireIds",
     "WireQuestion",
+    "WireReceipt",
     "decode_answer",
     "decode_events",
-    "decode_ids",
+    "decode_receipt",
     "encode_answer",
     "encode_events",
-    "encode_ids",
     "encode_question",
+    "encode_receipt",
 ]
 
 Ints = npt.NDArray[np.int64]
 
-#: Source, hashes of the event ids and of the contents, when they were received.
-WireIds = tuple[str, bytes, bytes, int]
-#: Source, a record batch without its schema, arrival stamps (one number if they are all the same),
-#: how many, when they were received.
-WireEvents = tuple[str, bytes, Any, int, int]
+#: Source, a record batch without its schema, hashes of the event ids, whether they were given, hashes of the contents,
+#: arrival stamps (one number if they are all the same), how many, when they were received.
+WireEvents = tuple[str, bytes, bytes, bool, bytes, Any, int, int]
+#: As `Receipt`.
+WireReceipt = tuple[bytes, int, int, int, bool]
 #: Names of the features; n; hashes of their keys; clock, one number for all ids or bytes; whether time is the newest
 #: arrival stamp; as-of, as the clock, None for a live read.
 WireQuestion = tuple[tuple[str, ...], int, bytes, Any, bool, Any]
@@ -48,30 +48,40 @@ WireQuestion = tuple[tuple[str, ...], int, bytes, Any, bool, Any]
 WireAnswer = tuple[bytes, bytes, bytes, dict[int, list[str | None]]]
 
 
-def encode_ids(source: str, ids: Hashes, contents: Ints, received_ms: int) -> WireIds:
-    return source, ids.tobytes(), contents.tobytes(), received_ms
-
-
-def decode_ids(wire: WireIds) -> tuple[str, Hashes, Ints, int]:
-    source, ids, contents, received_ms = wire
-    # Copies, here and below: what frombuffer gives is read-only, and kernels are compiled for writable arrays.
+def encode_events(events: Events) -> WireEvents:
     return (
+        events.source,
+        events.batch.serialize().to_pybytes(),
+        events.ids.tobytes(),
+        events.ids_given,
+        events.contents.tobytes() if events.ids_given else b"",
+        _encode_times(events.arrivals),
+        len(events.arrivals),
+        events.received_ms,
+    )
+
+
+def decode_events(wire: WireEvents, layout: Layout) -> Events:
+    source, batch, ids, given, contents, arrivals, n, received_ms = wire
+    decoded = pa.ipc.read_record_batch(pa.py_buffer(batch), layout.source(source).schema)
+    # Copies, here and below: what frombuffer gives is read-only, and kernels are compiled for writable arrays.
+    return Events(
         source,
+        decoded,
         np.frombuffer(ids, np.uint64).reshape(-1, 2).copy(),
-        np.frombuffer(contents, np.int64).copy(),
+        np.frombuffer(contents, np.int64).copy() if given else np.zeros(decoded.num_rows, np.int64),
+        given,
+        _decode_times(arrivals, n),
         received_ms,
     )
 
 
-def encode_events(source: str, batch: pa.RecordBatch, arrivals: Ints, received_ms: int) -> WireEvents:
-    return source, batch.serialize().to_pybytes(), _encode_times(arrivals), len(arrivals), received_ms
+def encode_receipt(receipt: Receipt) -> WireReceipt:
+    return receipt.verdicts.tobytes(), *receipt[1:]
 
 
-def decode_events(wire: WireEvents, layout: Layout) -> tuple[str, pa.RecordBatch, Ints, int]:
-    source, batch, arrivals, n, received_ms = wire
-    schema = layout.source(source).schema
-    stamps = _decode_times(arrivals, n)
-    return source, pa.ipc.read_record_batch(pa.py_buffer(batch), schema), stamps, received_ms
+def decode_receipt(wire: WireReceipt) -> Receipt:
+    return Receipt(np.frombuffer(wire[0], np.uint8), *wire[1:])
 
 
 def encode_question(question: Question) -> WireQuestion:
@@ -94,7 +104,7 @@ class QuestionDecoder:
 
     def decode(self, wire: WireQuestion) -> Question:
         names, n, hash_bytes, clock, event_clock, as_of = wire
-        program = self._program(names)
+        program = self._program(tuple(names))
         return Question(
             program,
             np.frombuffer(hash_bytes, np.int64).reshape(len(program.keys), n, 2).copy(),

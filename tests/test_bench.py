@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +24,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from millpond.bench import reference, workload
+from millpond.bench import accounts, events, faults, reference, workload
+from millpond.bench.events import KINDS as EVENT_KINDS
+from millpond.bench.events import EventBodies
+from millpond.bench.faults import Strike, availability_figures, recovery_figures, schedule
+from millpond.bench.ledger import Ledger, differences
 from millpond.bench.load import Load, LoadFailed, Outcome, content_length, drive, quantile, requests_of, run_load
 from millpond.bench.noop import ANSWER, BareApp, NoopApp
+from millpond.bench.probes import Log, Probe, available_share, ids_on
 from millpond.bench.processes import cpu_seconds
+from millpond.bench.retry import Connection, Refused, send_until_answered
 from millpond.bench.score import MEANINGS, Measurement, bodies, figures_of, turns
 from millpond.bench.store import (
     FULL,
@@ -42,11 +49,15 @@ from millpond.bench.store import (
     run_store_bench,
     turned,
 )
+from millpond.bench.up import KINDS, NEEDS_NEW_START, kind_of
 from millpond.bench.workload import Steps, record, run_workload
 from millpond.cluster.config import Config
+from millpond.feature_actors.decode import Decoder
 from millpond.feature_actors.errors import BadRequest
+from millpond.feature_actors.keys import hash_columns
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.plan import FeatureRows
+from millpond.feature_actors.shard_map import ShardMap
 from millpond.models import Features
 from millpond.models.definition import Definition, load_models
 
@@ -517,3 +528,264 @@ def test_events_of_the_store_are_seeded_and_spread_over_the_time() -> None:
 def test_in_each_round_another_comes_first() -> None:
     assert [turned(["a", "b", "c"], r)[0] for r in range(4)] == ["a", "b", "c", "a"]
     assert sorted(turned(["a", "b", "c"], 2)) == ["a", "b", "c"]
+
+
+# -- bodies that are sent once
+
+
+def test_load_sends_each_body_once_and_ends_when_they_are_over() -> None:
+    sent = [b'{"user_id":%d}' % n for n in range(40)]
+    with server(_http(ANSWER)) as (port, asked):
+        load = _load(port, seconds=10.0, warm_seconds=0.0, bodies=sent, once=True, content_type="x/y")
+        outcome = drive(load)
+    assert (outcome.checked, outcome.answers, outcome.failed) == (40, 40, 0)
+    assert sorted(asked) == sorted(requests_of(load))
+    assert all(b"content-type: x/y\r\n" in request for request in asked)
+    assert outcome.seconds < 5
+
+
+def test_load_with_fewer_bodies_than_connections_sends_what_there_is() -> None:
+    with server(_http(ANSWER)) as (port, asked):
+        assert drive(_load(port, seconds=10.0, bodies=[b"{}"], once=True)).checked == 1
+    assert len(asked) == 1
+
+
+def test_load_sends_bodies_larger_than_any_buffer() -> None:
+    large = [bytes([n]) * 12_000_000 for n in b"abcd"]
+    with server(_http(ANSWER)) as (port, asked):
+        outcome = drive(_load(port, seconds=10.0, warm_seconds=0.0, bodies=large, once=True, connections=2))
+    assert (outcome.checked, outcome.failed) == (4, 0)
+    assert sorted(request.partition(b"\r\n\r\n")[2] for request in asked) == large
+
+
+# -- the events bench
+
+
+def test_bodies_of_events_hold_the_same_events_in_every_form_and_no_id_twice() -> None:
+    made, again = EventBodies(5, NOW_MS, users=50, items=7), EventBodies(5, NOW_MS, users=50, items=7)
+    decode = Decoder(accounts.activity, key_fields=("user_id", "item_id")).decode
+    ids: list[str] = []
+    for kind in EVENT_KINDS:
+        bodies = made.bodies(kind, 20_000)
+        assert bodies == again.bodies(kind, 20_000)
+        rows = [decode(body, kind.content_type) for body in bodies]
+        assert {batch.num_rows for batch in rows} == {kind.events}
+        assert sum(batch.num_rows for batch in rows) == 20_000
+        ids += [name for batch in rows for name in batch["event_id"].to_pylist()]
+    assert len(set(ids)) == len(ids) == made.count == 60_000
+    table = made.table(1_000)
+    (as_json,), as_arrow = events.json_bodies(table, 1_000), events.arrow_body(table)
+    assert decode(as_json, "application/json") == decode(as_arrow, EVENT_KINDS[0].content_type)
+    times = table["event_time"].cast(pa.int64()).to_numpy()
+    assert NOW_MS - reference.SPAN_MS <= times.min() <= times.max() <= NOW_MS - reference.GAP_MS
+
+
+def test_bodies_of_events_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "_BODY_BYTES_MAX", 2_000_000)
+    for kind in EVENT_KINDS:
+        assert 2_000_000 < sum(map(len, EventBodies(0, NOW_MS).bodies(kind, 10**9))) < 4_000_000
+
+
+def test_accounts_are_of_two_keys_of_one_source_and_count_for_ever() -> None:
+    definition = Definition.read(Path(accounts.__file__))
+    declared = definition.declared()
+    assert [s.name for s in declared.sources] == ["activity"]
+    assert {v.name: v.key for v in declared.views} == {
+        "user_activity": ["user_id"], "user_account": ["user_id"], "item_activity": ["item_id"],
+    }  # fmt: skip
+    loaded = load_models([definition], compile_layout(declared.sources, declared.views))
+    assert set(loaded) == {"user_account", "item_account", "pair_account"}
+    for model in loaded.values():
+        assert all(f.kept.window is None and f.kept.ttl is None for f in model.model.features)
+
+
+def test_events_figures_are_medians_of_the_rounds() -> None:
+    figures = events.figures_of(
+        {
+            "arrow_10000": [_outcome(10, 80.0), _outcome(40, 20.0), _outcome(30, 30.0)],
+            "json_1000": [_outcome(100, 9.0)] * 3,
+            "single_32": [_outcome(2_000, 8.0), _outcome(4_000, 6.0), _outcome(9_000, 4.0)],
+        },
+        {"arrow_10000": [(0.3, 0.6)] * 3, "json_1000": [(0.2, 0.4)] * 3, "single_32": [(0.4, 0.8)] * 3},
+    )
+    assert figures["arrow_10000_events_per_s"] == 300_000
+    assert figures["json_1000_events_per_s"] == 100_000
+    assert (figures["single_32_requests_per_s"], figures["single_32_p99_ms"]) == (4_000, 6.0)
+    assert (figures["arrow_10000_replica_cpu_us"], figures["arrow_10000_shards_cpu_us"]) == (1.0, 2.0)
+    assert set(figures) | {"stale_reads", "write_read_pairs"} <= set(events.MEANINGS)
+
+
+# -- the faults bench: kills, retries, and what is counted
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("kills", [1, 2, 5, len(KINDS), 50, 100, 130])
+def test_schedule_kills_every_kind_often_enough_and_the_whole_cluster_at_last(kills: int, seed: int) -> None:
+    order = schedule(kills, random.Random(seed))
+    of_each = Counter(order)
+    assert len(order) == kills
+    assert order[-1] == "cluster"
+    assert set(order) <= set(KINDS)
+    assert order == schedule(kills, random.Random(seed))
+    if kills >= 100:
+        assert min(of_each[kind] for kind in KINDS) == 10
+        assert all(of_each[kind] == 10 for kind in NEEDS_NEW_START)
+    elif kills >= len(KINDS):
+        assert min(of_each[kind] for kind in KINDS) >= kills // len(KINDS)
+    elif kills >= 3:
+        assert {"shard", "raylet", "cluster"} <= set(order)
+
+
+def test_schedule_is_another_for_another_seed_and_refuses_no_kills() -> None:
+    assert schedule(100, random.Random(1)) != schedule(100, random.Random(2))
+    with pytest.raises(BadRequest, match="0 kills; there is one at least"):
+        schedule(0, random.Random(1))
+
+
+def test_ledger_keeps_an_account_of_each_user_and_item() -> None:
+    ledger = Ledger(3, 2)
+    ledger.acknowledge(np.array([0, 2, 2]), np.array([1, 1, 0]), np.array([5.0, 7.0, 9.0]))
+    ledger.acknowledge(np.array([2]), np.array([1]), np.array([1.0]))
+    assert ledger.events == 4
+    assert ledger.users.tolist() == [[1, 5], [0, 0], [3, 17]]
+    assert ledger.items.tolist() == [[1, 9], [3, 13]]
+
+
+def test_what_one_account_lacks_and_another_has_too_much_does_not_cancel_out() -> None:
+    expected = np.array([[3, 30.0], [3, 30.0], [2, 9.0], [0, 0.0]])
+    assert differences(expected, expected.copy()) == []
+    found = np.array([[2, 20.0], [4, 40.0], [2, 10.0], [1, 1.0]])
+    wrong = differences(expected, found)
+    assert [(d.account, d.lost, d.double) for d in wrong] == [(0, 1, 0), (1, 0, 1), (2, 1, 1), (3, 0, 1)]
+    assert (wrong[0].expected, wrong[0].found) == ((3, 30), (2, 20))
+
+
+def test_processes_are_told_apart_by_their_titles() -> None:
+    for title, program, kind in (
+        ("ray::FeatureActor", "python3.11", "shard"),
+        ("ray::FeatureActor.apply", "python3.11", "shard"),
+        ("ray::ServeReplica:dev-events:Events", "python3.11", "events_replica"),
+        ("ray::ServeReplica:dev-score:Score", "python3.11", "score_replica"),
+        ("ray::HAProxyManager", "python3.11", "haproxy_manager"),
+        ("/x/haproxy -db -f /tmp/y", "haproxy", "haproxy"),
+        ("ray::ServeController", "python3.11", "worker"),
+        ("ray::IDLE", "python3.11", "worker"),
+        ("/x/raylet --raylet_socket_name=/tmp/y", "raylet", "raylet"),
+        ("ray::RuntimeEnvAgent", "python3.11", None),
+        ("python -m millpond.cluster.cli up raylet", "python3.11", None),
+    ):
+        assert kind_of(title, program, "dev") == kind
+
+
+def _log(*goods: bool, kind: str = "write", shard: int = 0) -> Log:
+    """A probe each second, which takes half a second."""
+    return Log(kind, shard, [Probe(float(i), i + 0.5, good) for i, good in enumerate(goods)])
+
+
+def test_keys_are_served_again_from_the_first_good_probe_after_the_last_bad_one() -> None:
+    log = _log(True, True, False, True, False, True, True, True)
+    assert log.good_since(0.5, 3) == 5.5
+    assert log.good_since(0.5, 4) is None
+    assert log.good_since(5.0, 2) == 6.5  # only what began after it
+    assert _log(True, True, True).good_since(0.5, 2) == 1.5
+    assert _log().good_since(0.0, 1) is None
+
+
+def test_availability_counts_time_and_not_requests() -> None:
+    hangs = Log("write", 0, [Probe(0, 0.1, True), Probe(1, 8, False), Probe(9, 9.1, True), Probe(10, 10.1, True)])
+    assert available_share([hangs], [(0, 10)]) == pytest.approx(0.2)
+    assert available_share([hangs, _log(*[True] * 11, shard=1)], [(0, 10)]) == pytest.approx(0.6)
+    assert available_share([hangs], [(0, 2), (8.5, 9.5)]) == pytest.approx(1.5 / 3)
+    assert available_share([], [(0, 10)]) is None
+
+
+def test_other_shards_are_judged_while_one_recovers_and_restarts_of_all_stand_apart() -> None:
+    goods = [t not in (2, 3) for t in range(21)]
+    mine, other = _log(*goods), _log(*(t not in (3, 12) for t in range(21)), kind="score", shard=1)
+    strikes = [Strike("shard", 0, 2.0, 4.0), Strike("cluster", None, 10.0, 14.0)]
+    figures = availability_figures([mine, other], strikes, 20.0)
+    assert figures["availability_other_shards"] == 0.5
+    assert figures["availability"] == pytest.approx(1 - 4 / 36, abs=1e-5)
+    assert figures["availability_writes"] == pytest.approx(1 - 2 / 18, abs=1e-5)
+    assert figures["availability_without_restarts"] == pytest.approx(1 - 3 / 28, abs=1e-5)
+    assert "availability_other_shards" not in availability_figures([mine, other], strikes[1:], 20.0)
+    assert availability_figures([mine], [], 20.0) == {}
+
+
+def test_recoveries_are_counted_by_kind() -> None:
+    figures = recovery_figures({"shard": [1.0, 3.0, 2.0], "cluster": [18.0]})
+    assert (figures["kills"], figures["kills_by_kind"]) == (4, {"cluster": 1, "shard": 3})
+    assert (figures["recovery_p50_s"], figures["recovery_max_s"]) == (2.0, 18.0)
+    assert figures["recovery_p50_s_by_kind"] == {"cluster": 18.0, "shard": 2.0}
+    assert set(figures) <= set(faults.MEANINGS)
+
+
+def test_ids_lie_on_the_shard_that_they_were_asked_for() -> None:
+    shard_map = ShardMap.even(16, 2)
+    on = [set(next_few(ids_on(shard_map, shard, iter(range(1_000))), 50)) for shard in range(2)]
+    assert not on[0] & on[1]
+    names = next_few(ids_on(shard_map, 1, (f"probe-{n}" for n in range(1_000))), 50)
+    hashes = hash_columns([pa.array(names)], len(names))
+    assert set(shard_map.shards_of(hashes).tolist()) == {1}
+
+
+def next_few(values: Iterator[Any], n: int) -> list[Any]:
+    return [next(values) for _ in range(n)]
+
+
+@contextmanager
+def scripted(*answers: bytes | None) -> Iterator[tuple[int, list[bytes]]]:
+    """Answer one request after the other, each on a connection of its own; None closes without an answer."""
+    asked: list[bytes] = []
+
+    def serve() -> None:
+        for answer in answers:
+            connection, _ = listener.accept()
+            with connection:
+                data = b""
+                while b"\r\n\r\n" not in data or len(data) < _end(data):
+                    data += connection.recv(65_536)
+                asked.append(data)
+                if answer is not None:
+                    connection.sendall(answer.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield listener.getsockname()[1], asked
+        thread.join(10)
+
+
+def test_a_body_is_sent_until_it_is_answered_and_the_causes_are_counted() -> None:
+    busy = _http(b"{}", "503 Service Unavailable").replace(b"Content", b"Retry-After: 0\r\nContent", 1)
+    good = _http(b'{"accepted":1}')
+    causes = Counter[str]()
+    with scripted(busy, None, _http(b"{}", "500 Broken"), busy, good) as (port, asked):
+        connection = Connection(lambda: f"http://127.0.0.1:{port}", 5.0)
+        answer = send_until_answered(connection, "/v1/events/x", b"[1]", "x/y", causes, threading.Event())
+    assert answer is not None
+    assert answer.json == {"accepted": 1}
+    assert causes == {"503": 2, "closed": 1, "500": 1}
+    assert len(asked) == 5
+    assert {request.partition(b"\r\n\r\n")[2] for request in asked} == {b"[1]"}
+
+
+def test_a_body_that_is_wrong_is_not_sent_again_and_nothing_is_when_all_is_over() -> None:
+    with scripted(_http(b'{"error":{}}', "400 Bad Request")) as (port, _):
+        connection = Connection(lambda: f"http://127.0.0.1:{port}", 5.0)
+        with pytest.raises(Refused, match=r"/x: 400"):
+            send_until_answered(connection, "/x", b"", "x/y", Counter(), threading.Event())
+    over = threading.Event()
+    over.set()
+    assert send_until_answered(connection, "/x", b"", "x/y", Counter(), over) is None
+
+
+def test_benches_report_the_figures_that_the_bars_are_about() -> None:
+    assert {
+        "arrow_10000_events_per_s", "json_1000_events_per_s", "single_32_requests_per_s", "single_32_p99_ms",
+        "stale_reads", "write_read_pairs",
+    } <= set(events.MEANINGS)  # fmt: skip
+    assert {
+        "kills", "kills_by_kind", "acked_events", "retries", "lost_events", "double_counted_events", "recovery_p50_s",
+        "recovery_max_s", "availability", "availability_other_shards",
+    } <= set(faults.MEANINGS)  # fmt: skip

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
@@ -18,7 +17,6 @@ from port_contract import (
     LAYOUT,
     N_SLOTS,
     NOW,
-    VIEWS,
     Cluster,
     PortContract,
     Run,
@@ -34,7 +32,7 @@ from worlds import cluster as worlds_cluster
 from millpond.feature_actors import Count, FeatureView, errors
 from millpond.feature_actors.client import Ack, FeatureClient
 from millpond.feature_actors.clock import EventClock, ManualClock, WallClock
-from millpond.feature_actors.errors import BadRequest, MillpondError, NotFound, Unavailable
+from millpond.feature_actors.errors import BadRequest, MillpondError, NotFound
 from millpond.feature_actors.layout import Layout, compile_layout
 from millpond.feature_actors.plan import ReadPlan
 from millpond.feature_actors.ports import IngestPort, LocalIngest, LocalRead, ReadPort, complete
@@ -96,42 +94,6 @@ def test_an_unknown_source_is_refused() -> None:
     batch = pa.RecordBatch.from_pylist([order()], schema=orders.schema)
     with pytest.raises(NotFound, match="^no source `order`; known: `orders`; did you mean `orders`\\?$"):
         complete(client.ingest("order", batch))
-
-
-# -- failures on the way
-
-
-class FailsAt(LocalIngest):
-    """A shard that is down: the first `apply` to shard 0 fails, before or after it was applied."""
-
-    after = False
-    failed = False
-
-    def apply(self, shard: int, *rest: Any) -> Any:
-        if shard == 0 and not self.failed:
-            self.failed = True
-            if self.after:
-                super().apply(shard, *rest)
-            return _raises()
-        return super().apply(shard, *rest)
-
-
-async def _raises() -> None:
-    raise Unavailable("shard 0 of 3 is away", retry_after_ms=5)
-
-
-@pytest.mark.parametrize("after", [False, True])
-def test_a_request_that_failed_halfway_can_be_sent_again(after: bool) -> None:
-    cluster = local(3, ManualClock(NOW), type("Fails", (FailsAt,), {"after": after}))
-    events = [order(user=u, book=f"b{u % 3}", price=1.0) for u in range(40)]
-    with pytest.raises(Unavailable, match="shard 0 of 3 is away"):
-        cluster.ingest(*events)
-    ack = cluster.ingest(*events)
-    assert ack.accepted + ack.duplicates == 40
-    whole = local(1, ManualClock(NOW))
-    whole.ingest(*events)
-    ids = [{"user": e["user"], "book": e["book"]} for e in events]
-    np.testing.assert_array_equal(cluster.read(VIEWS, *ids).matrix, whole.read(VIEWS, *ids).matrix)
 
 
 @pytest.mark.parametrize("n_shards", [1, 3])

@@ -105,6 +105,13 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "version 0": (lambda: a_source(version=0), "source `sales`: version is a whole number from 1 on, got 0"),
     "version a bool": (lambda: a_source(version=True), "source `sales`: version is a whole number from 1 on, got True"),
+    **{
+        f"retention {given!r}": (
+            lambda given=given: a_source(retention=given),  # type: ignore[misc]
+            "source `sales`: retention is a length of a day or more such as `365d`, or None for ever, got " + repr(given),
+        )
+        for given in ("23h", "0d", "1 year", "", 86_400_000, 1.5)
+    },
     "field name": (lambda: a_source(fields={"Id": "string"}), f"source `sales`: field 'Id': {NAME}"),
     "field type": (
         lambda: a_source(fields={**FIELDS, "id": "strin"}),

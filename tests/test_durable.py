@@ -4,91 +4,32 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Awaitable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from durable_cluster import STEPS, Crash, DurableCluster, Fault
 from hypothesis import given
 from hypothesis import strategies as st
 from test_engine_vs_oracle import keys_of, plan_of, read
-from worlds import AHEAD_MS_MAX, World, batch, worlds
+from worlds import World, worlds
 
-from millpond.feature_actors import Count, FeatureView, Field, Last, Source, Sum
-from millpond.feature_actors.client import FeatureClient, TimeLimits
-from millpond.feature_actors.clock import ManualClock
-from millpond.feature_actors.durable import DurableShard
-from millpond.feature_actors.layout import Layout, compile_layout
-from millpond.feature_actors.log.log import Log, LogFull
-from millpond.feature_actors.ports import LocalRead, complete
-from millpond.feature_actors.shard import Prepared, Shard
-from millpond.feature_actors.shard_map import ShardMap
-
-#: Where a crash can come: before the log is written, after it but before the tiles, after both but before the ack.
-STEPS = ("before append", "after append", "after commit")
+from millpond.feature_actors import Count, FeatureView, Field, Last, Max, Source, Sum
+from millpond.feature_actors.client import Ack, FeatureClient
+from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.log.log import LogFull
 
 
-class Crash(Exception):
-    """The process of a shard ends here."""
-
-
-class Cluster:
-    """Durable shards in this process, in folders; `crash` and `full` say at which step the next write fails."""
-
-    def __init__(self, layout: Layout, n_shards: int, folder: Path, n_slots: int = 16) -> None:
-        self.layout, self.folder = layout, folder
-        self.shard_map = ShardMap.even(n_slots, n_shards)
-        self.clock = ManualClock(0)
-        self.crash: str | None = None
-        self.full = False
-        self.open()
-
-    def open(self) -> None:
-        """Start every shard anew from its log; what was in memory is gone, and nothing was closed."""
-        self.shards = []
-        for number in range(self.shard_map.n_shards):
-            log = Log(self.folder / str(number), "process")
-            shard = Shard(self.layout, self.shard_map, number, reclaim_margin_ms=AHEAD_MS_MAX + 60_000)
-            self.shards.append(DurableShard(self.layout, shard, log))
-            self.shards[-1].recover()
-        plain = [d.shard for d in self.shards]
-        self.client = FeatureClient(
-            self.layout, self.shard_map, self, LocalRead(plain), self.clock, TimeLimits(ahead_ms_max=AHEAD_MS_MAX)
-        )
-
-    # -- the ingest port
-
-    def admit(self, shard: int, *request: Any) -> Awaitable[Any]:
-        return self._write(shard, self.shards[shard].shard.prepare_admit(*request))
-
-    def apply(self, shard: int, *request: Any) -> Awaitable[Any]:
-        return self._write(shard, self.shards[shard].shard.prepare_apply(*request))
-
-    def ingest(self, shard: int, *request: Any) -> Awaitable[Any]:
-        return self._write(shard, self.shards[shard].shard.prepare_ingest(*request))
-
-    async def _write(self, shard: int, prepared: Prepared) -> Any:
-        durable = self.shards[shard]
-        if self.full:
-            self.full = False
-            durable.shard.undo(prepared)
-            raise LogFull("log: no room")
-        self._step("before append")
-        durable.append([prepared])
-        self._step("after append")
-        durable.shard.commit(prepared)
-        self._step("after commit")
-        return prepared.verdicts
-
-    def _step(self, name: str) -> None:
-        if self.crash == name:
-            self.crash = None
-            raise Crash(name)
-
-    def send(self, name: str, now_ms: int, events: Sequence[dict[str, Any]]) -> Any:
-        self.clock.ms = now_ms
-        return complete(self.client.ingest(name, batch(self.client.layout.source(name), list(events))))
+@contextmanager
+def folder() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp())
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
 
 
 def everything(client: FeatureClient, world: World) -> list[Any]:
@@ -105,42 +46,162 @@ def has_ids(views: Sequence[FeatureView], name: str) -> bool:
 
 
 @given(world=worlds(events_max=60), data=st.data())
-def test_after_crashes_at_any_step_and_retries_all_is_as_if_nothing_had_happened(
+def test_one_shard_after_crashes_at_any_step_and_retries_is_as_if_nothing_had_happened(
     world: World, data: st.DataObject
 ) -> None:
-    n_shards = data.draw(st.sampled_from([1, 1, 3]))
-    folder = Path(tempfile.mkdtemp())
-    try:
-        calm = Cluster(world.layout, n_shards, folder / "calm")
-        stormy = Cluster(world.layout, n_shards, folder / "stormy")
+    """Bit for bit: one shard applies in the order in which it was sent."""
+    with folder() as path:
+        calm = DurableCluster(world.layout, 1, path / "calm")
+        stormy = DurableCluster(world.layout, 1, path / "stormy")
         for name, now_ms, events in world.batches:
             want = calm.send(name, now_ms, events)
             # Without event ids a request that is sent again is counted again where it had got into the log.
             faults = ["restart", *STEPS, "full"] if has_ids(world.views, name) else ["restart"]
             failed = False
+            if data.draw(st.booleans()):
+                stormy.snapshot_steps(0, data.draw(st.sampled_from([1, 3, 1_000])))
             for fault in data.draw(st.lists(st.sampled_from(faults), min_size=1, max_size=3)):
-                failed = failed or fault in STEPS or (fault == "full" and n_shards > 1)
+                failed = failed or fault in STEPS
                 if fault == "restart":
-                    stormy.open()
+                    stormy.restart_all()
                 elif fault == "full":
                     stormy.full = True
                     with pytest.raises(LogFull):
                         stormy.send(name, now_ms, events)
-                elif fault:
-                    stormy.crash = fault
-                    with pytest.raises(Crash):
+                else:
+                    stormy.fault = Fault(fault, torn=data.draw(st.integers(1, 5_000)))
+                    with suppress(Crash):  # nothing new is not appended, and so not torn
                         stormy.send(name, now_ms, events)
-                    stormy.open()
+                    stormy.fault = None
             got = stormy.send(name, now_ms, events)
             if not failed:  # else what had got into the log is counted as a duplicate
                 assert got == want
-        stormy.open()
+        stormy.restart_all()
         stormy.clock.ms = calm.clock.ms
         assert everything(stormy.client, world) == everything(calm.client, world)
-        assert [d.shard.check() for d in stormy.shards] == [[]] * n_shards
-        assert [d.shard.status().entities for d in stormy.shards] == [d.shard.status().entities for d in calm.shards]
-    finally:
-        shutil.rmtree(folder)
+        assert stormy.shards[0].shard.check() == []
+        assert stormy.shards[0].shard.status().entities == calm.shards[0].shard.status().entities
+
+
+PAYMENTS = Source(
+    "payments",
+    owner="tests",
+    fields={
+        "id": "string",
+        "at": "timestamp[ms, UTC]",
+        "user": Field("int64", optional=True),
+        "shop": Field("string", optional=True),
+        "cents": "int64",
+    },
+    event_id="id",
+    event_time="at",
+)
+SUMS = {"n": Count(), "sum": Sum("cents"), "max": Max("cents")}  # exact, in whatever order
+BY_USER = FeatureView("by_user", owner="tests", source=PAYMENTS, key=["user"], features=SUMS)
+BY_SHOP = FeatureView("by_shop", owner="tests", source=PAYMENTS, key=["shop"], features=SUMS)
+USERS, SHOPS = [*range(6), None], ["a", "b", "ü", None]
+
+
+def totals(cluster: DurableCluster) -> list[Any]:
+    """Return n, sum and max of every user and shop."""
+    users = read(cluster.client, plan_of(cluster.client, BY_USER), [(u,) for u in USERS if u is not None])
+    shops = read(cluster.client, plan_of(cluster.client, BY_SHOP), [(s,) for s in SHOPS if s is not None])
+    return [np.nan_to_num(rows.matrix).tolist() for rows in (users, shops)]
+
+
+def totals_of(events: Sequence[dict[str, Any]]) -> list[Any]:
+    """Return the same by plain Python, of events that are all there once."""
+
+    def of(key: str, value: Any) -> list[float]:
+        cents = [e["cents"] for e in events if e[key] == value]
+        return [len(cents), sum(cents), max(cents, default=0)]
+
+    return [[of("user", u) for u in USERS if u is not None], [of("shop", s) for s in SHOPS if s is not None]]
+
+
+@given(data=st.data())
+def test_on_any_shards_every_event_is_in_the_end_in_every_table_or_never_was(data: st.DataObject) -> None:
+    """The client sends again, or gives up; shards, ingress or all of them end at any step of any write."""
+    draw = data.draw
+    with folder() as path:
+        n_shards = draw(st.sampled_from([1, 2, 3]))
+        cluster = DurableCluster(compile_layout([], [BY_USER, BY_SHOP]), n_shards, path, history=draw(st.booleans()))
+        sent: dict[str, dict[str, Any]] = {}
+        acknowledged: set[str] = set()
+        for number in range(draw(st.integers(1, 8))):
+            events = [
+                {
+                    "id": f"{number}-{row}",
+                    "at": number,
+                    "user": draw(st.sampled_from(USERS)),
+                    "shop": draw(st.sampled_from(SHOPS)),
+                    "cents": draw(st.integers(1, 1_000)),
+                }
+                for row in range(draw(st.sampled_from([1, 1, 2, 12])))
+            ]
+            if sent and draw(st.booleans()):
+                events.append(draw(st.sampled_from(list(sent.values()))))
+            sent |= {e["id"]: e for e in events}
+            for _ in range(draw(st.integers(1, 3))):
+                if draw(st.booleans()):
+                    who = draw(st.sampled_from(["shard", "ingress", "all"]))
+                    torn = draw(st.integers(1, 20_000))
+                    cluster.fault = Fault(draw(st.sampled_from(STEPS)), who, draw(st.integers(0, 6)), torn)
+                cluster.full = draw(st.sampled_from([False, False, False, True]))
+                try:
+                    ack = cluster.send("payments", number + 1, events)
+                except (Crash, LogFull):
+                    if draw(st.booleans()):
+                        break  # the client gives up, and nobody sends it again
+                else:
+                    assert (ack.accepted + ack.duplicates, ack.conflicts) == (len(events), 0)
+                    acknowledged |= {e["id"] for e in events}
+                    # All that is acknowledged is seen at once.
+                    seen = np.array(totals(cluster)[0])[:, 0]
+                    assert (seen >= np.array(totals_of([sent[i] for i in acknowledged])[0])[:, 0]).all()
+                    break
+                finally:
+                    cluster.fault, cluster.full = None, False
+            if draw(st.booleans()):
+                cluster.deliver_owed()
+            for _ in range(draw(st.integers(0, 3))):
+                shard = draw(st.integers(0, n_shards - 1))
+                if cluster._history is not None and draw(st.booleans()):
+                    cluster.write_history(shard)
+                else:
+                    cluster.snapshot_steps(shard, draw(st.sampled_from([1, 5, 1_000])))
+        if draw(st.booleans()):
+            cluster.restart_all()
+        cluster.deliver_owed()
+        logged = cluster.logged("id")
+        assert len(set(logged)) == len(logged)
+        assert acknowledged <= set(logged)
+        assert totals(cluster) == totals_of([sent[i] for i in logged])
+        cluster.restart_all()
+        cluster.deliver_owed()
+        assert totals(cluster) == totals_of([sent[i] for i in logged])
+        assert [d.shard.check() for d in cluster.shards] == [[]] * len(cluster.shards)
+
+
+def test_without_event_ids_an_idempotency_key_makes_two_requests_one(tmp_path: Path) -> None:
+    source = Source("visits", owner="tests", fields={"at": "timestamp[ms, UTC]", "user": "int64"}, event_time="at")
+    view = FeatureView("by_user", owner="tests", source=source, key=["user"], features={"n": Count()})
+    cluster = DurableCluster(compile_layout([], [view]), 3, tmp_path)
+    events = [{"at": 5, "user": user % 4} for user in range(20)]
+
+    def counts() -> list[float]:
+        return read(cluster.client, plan_of(cluster.client, view), [(u,) for u in range(4)]).matrix[:, 0].tolist()
+
+    assert cluster.send("visits", 9, events, key="one") == Ack(accepted=20)
+    cluster.restart_all()
+    assert cluster.send("visits", 9, events, key="one") == Ack(duplicates=20)
+    assert cluster.send("visits", 9, [*events[:19], {"at": 6, "user": 0}], key="one") == Ack(duplicates=19, conflicts=1)
+    assert counts() == [5, 5, 5, 5]
+    assert cluster.send("visits", 9, events, key="two") == Ack(accepted=20)
+    assert cluster.send("visits", 9, events) == Ack(accepted=20)
+    cluster.restart_all()
+    cluster.deliver_owed()
+    assert counts() == [15, 15, 15, 15]
 
 
 def test_events_from_before_a_field_was_added_are_read_with_its_default_or_null(tmp_path: Path) -> None:
@@ -156,9 +217,9 @@ def test_events_from_before_a_field_was_added_are_read_with_its_default_or_null(
         ({}, {"price": Field("float64", default=2.5), "code": Field("string", optional=True)})
     ):
         of, view = declared(**more)
-        cluster = Cluster(compile_layout([], [view]), 1, tmp_path)
+        cluster = DurableCluster(compile_layout([], [view]), 1, tmp_path)
         event = {"id": f"e{number}", "user": 1, "at": number, "price": 10.0, "code": "x"}
         cluster.send("orders", 10, [{name: event[name] for name in of.fields}])
-        cluster.open()
+    cluster.restart_all()
     rows = read(cluster.client, plan_of(cluster.client, view), [(1,)])
     assert (rows.matrix.tolist(), rows.texts) == ([[2.0, 12.5]], {"v.last": ["x"]})

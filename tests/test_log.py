@@ -13,10 +13,18 @@ import pyarrow as pa
 import pytest
 
 from millpond.feature_actors.log.log import Log, LogFull
-from millpond.feature_actors.log.record import EventsRecord, IdsRecord, LogDamaged, Record, decode, encode
+from millpond.feature_actors.log.record import (
+    EventsRecord,
+    HomeRecord,
+    LogDamaged,
+    OfferRecord,
+    Record,
+    TakeRecord,
+    decode,
+    encode,
+)
 
 SCHEMA = pa.schema([("user", pa.int64()), ("code", pa.string())])
-SCHEMAS = {("orders", 1): SCHEMA}
 
 
 def events(n: int, first: int = 0) -> EventsRecord:
@@ -26,8 +34,14 @@ def events(n: int, first: int = 0) -> EventsRecord:
     return EventsRecord("orders", 1, 1_700_000_000_123, (("user",), ("user", "code")), np.arange(n) - 5, routes, batch)
 
 
-def ids(n: int) -> IdsRecord:
-    return IdsRecord("orders", -1, np.arange(2 * n, dtype=np.uint64).reshape(n, 2) << np.uint64(60), np.arange(n) - 1)
+def offer(n: int) -> OfferRecord:
+    of = events(n)
+    ids = np.arange(2 * n, dtype=np.uint64).reshape(n, 2) << np.uint64(60)
+    return OfferRecord("visits", 2, -1, (), of.arrivals, of.routes, of.batch, ids)
+
+
+def take(n: int) -> TakeRecord:
+    return TakeRecord(0, np.arange(n) * 3, (HomeRecord(0, 5, 4), HomeRecord(7, 2**40, 0)))
 
 
 def same(one: Any, other: Any) -> bool:
@@ -41,7 +55,7 @@ def same(one: Any, other: Any) -> bool:
 def filled(folder: Path, records: Sequence[Record]) -> Log:
     log = Log(folder, "process")
     for record in records:
-        log.append([record], SCHEMAS)
+        log.append([record])
     return log
 
 
@@ -57,26 +71,53 @@ def rewrite(folder: Path, key: int, change: Any) -> None:
 def test_records_come_back_as_they_were_written(n: int, tmp_path: Path) -> None:
     log = Log(tmp_path)
     assert (log.first, log.next, list(log.read())) == (0, 0, [])
-    written: list[Record] = [events(n), ids(n), events(n, 9)]
-    assert log.append(written[:2], SCHEMAS) == 0
-    assert log.append(written[2:], SCHEMAS) == 3  # after the schema, which was written once
+    delivered = events(n, 9)
+    delivered.homes = (HomeRecord(3, 4, 1),)
+    written: list[Record] = [events(n), offer(n), take(n), delivered]
+    assert log.append(written[:2]) == [0, 1]
+    assert log.append(written[2:], settled=2) == [2, 3]
     log.close()
     again = Log(tmp_path)
     read = list(again.read())
-    assert [offset for offset, _ in read] == [1, 2, 3]
-    assert all(same(one, other) for one, (_, other) in zip(written, read, strict=True))
-    assert again.append([events(2)], SCHEMAS) == 4
+    assert [(offset, settled) for offset, (_, settled) in read] == [(0, 0), (1, 0), (2, 2), (3, 2)]
+    assert all(same(one, other) for one, (_, (other, _)) in zip(written, read, strict=True))
+    assert [offset for offset, _ in again.read(2)] == [2, 3]
+    assert again.append([events(2)]) == [4]
+
+
+def test_numbers_are_read_where_they_lie(tmp_path: Path) -> None:
+    log = filled(tmp_path, [offer(5)])
+    record = log.get(0).record
+    assert isinstance(record, OfferRecord)
+    assert record.ids is not None
+    assert all(a.flags.aligned and not a.flags.owndata for a in (record.arrivals, record.routes, record.ids))
+
+
+def test_a_record_can_be_read_without_those_before_it(tmp_path: Path) -> None:
+    filled(tmp_path, [events(3), events(4)]).close()
+    assert same(Log(tmp_path).get(1).record, events(4))
+
+
+def test_a_schema_that_is_not_what_its_name_says_is_refused(tmp_path: Path) -> None:
+    filled(tmp_path, [events(3)]).close()
+    (schema,) = (tmp_path / "schemas").iterdir()
+    schema.write_bytes(b"x" + schema.read_bytes()[1:])
+    with pytest.raises(LogDamaged, match=r"^log: the schema `.*\.arrow` cannot be read: it is not what its name says"):
+        list(Log(tmp_path).read())
+    schema.unlink()
+    with pytest.raises(LogDamaged, match=r"cannot be read: \[Errno 2\]"):
+        list(Log(tmp_path).read())
 
 
 def test_what_was_appended_is_there_without_a_close(tmp_path: Path) -> None:
-    log = filled(tmp_path, [events(3), ids(2)])
-    assert [offset for offset, _ in Log(tmp_path).read()] == [1, 2]
+    log = filled(tmp_path, [events(3), take(2)])
+    assert [offset for offset, _ in Log(tmp_path).read()] == [0, 1]
     log.close()
 
 
 @pytest.mark.parametrize("at", [0, 3, 4, 8, 15, 16, 21, 60, -1])
 def test_a_changed_byte_anywhere_is_refused_and_the_offset_named(at: int, tmp_path: Path) -> None:
-    filled(tmp_path, [events(5), ids(4), events(5)]).close()
+    filled(tmp_path, [take(1), events(5), offer(4), events(5)]).close()
 
     def flip(value: bytes) -> bytes:
         changed = bytearray(value)
@@ -85,20 +126,20 @@ def test_a_changed_byte_anywhere_is_refused_and_the_offset_named(at: int, tmp_pa
 
     rewrite(tmp_path, 2, flip)
     read = Log(tmp_path).read()
-    assert next(read)[0] == 1
+    assert [next(read)[0], next(read)[0]] == [0, 1]
     with pytest.raises(LogDamaged, match=r"^log: the record at offset 2 (fails its checksum|begins with b'.*'; this)"):
         next(read)
 
 
 def test_a_record_in_another_place_is_refused(tmp_path: Path) -> None:
-    filled(tmp_path, [ids(1), ids(2)]).close()
-    rewrite(tmp_path, 1, lambda _: encode(ids(2), 7))
+    filled(tmp_path, [take(1), take(2)]).close()
+    rewrite(tmp_path, 1, lambda _: encode(take(2), 7, 0, ""))
     with pytest.raises(LogDamaged, match="the record at offset 1 says that it is at offset 7"):
         list(Log(tmp_path).read())
 
 
 def test_a_gap_is_refused_when_the_log_is_opened(tmp_path: Path) -> None:
-    filled(tmp_path, [ids(1), ids(2), ids(3)]).close()
+    filled(tmp_path, [take(1), take(2), take(3)]).close()
     with sqlite3.connect(tmp_path / "cache.db") as database:
         database.execute("DELETE FROM Cache WHERE key = 1")
     database.close()
@@ -111,7 +152,7 @@ def test_nothing_is_ever_unpickled(tmp_path: Path) -> None:
         def __reduce__(self) -> Any:
             return (exec, ("raise SystemExit('unpickled')",))
 
-    filled(tmp_path, [ids(1)]).close()
+    filled(tmp_path, [take(1)]).close()
     with sqlite3.connect(tmp_path / "cache.db") as database:
         database.execute("UPDATE Cache SET mode = 4, value = ?", (pickle.dumps(Bomb()),))
     database.close()
@@ -125,21 +166,21 @@ def test_nothing_is_ever_unpickled(tmp_path: Path) -> None:
 
 
 def test_a_later_format_and_garbage_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(LogDamaged, match="begins with b'MPL2'; this version reads b'MPL1'"):
-        decode(b"MPL2" + encode(ids(1), 0)[4:], 0, {})
+    with pytest.raises(LogDamaged, match="begins with b'MPL3'; this version reads b'MPL2'"):
+        decode(b"MPL3" + encode(take(1), 0, 0, "")[4:], 0, lambda name: SCHEMA)
     (tmp_path / "cache.db").write_bytes(b"this is no database" * 100)
     with pytest.raises(LogDamaged, match="cannot be opened"):
         Log(tmp_path)
 
 
 def test_on_a_full_disk_nothing_is_written_and_all_is_as_before(tmp_path: Path) -> None:
-    log = filled(tmp_path, [ids(3)])
+    log = filled(tmp_path, [take(3)])
     pages = log._cache._sql("PRAGMA page_count").fetchone()[0]
     log._cache._sql(f"PRAGMA max_page_count = {pages + 2}")
     with pytest.raises(LogFull, match="no room on the disk"):
-        log.append([ids(2), events(20_000)], SCHEMAS)
+        log.append([take(2), events(20_000)])
     assert log.next == 1
     assert [offset for offset, _ in log.read()] == [0]
     log._cache._sql(f"PRAGMA max_page_count = {2**30}")
-    assert log.append([events(20_000)], SCHEMAS) == 1
-    assert [type(record) for _, record in log.read()] == [IdsRecord, EventsRecord]
+    assert log.append([events(20_000)]) == [1]
+    assert [type(record) for _, (record, _) in log.read()] == [TakeRecord, EventsRecord]

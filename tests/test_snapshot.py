@@ -50,8 +50,8 @@ def chunks(n: int = 5) -> list[Chunk]:
     return [
         Chunk(SHARD),
         *(Chunk(Rows(0, slot, 0), words[: 40 * slot]) for slot in range(n)),
-        Chunk(Ids("first", None, 1, -(2**63)), words[:8]),
-        Chunk(Ids("first", ("user", "code"), 0, 0), np.zeros(4_000, np.int64)),
+        Chunk(Ids("first", 1, -(2**63)), words[:8]),
+        Chunk(Ids("first", 0, 0), np.zeros(4_000, np.int64)),
         encode_strings(np.arange(6.0), texts),
         encode_strings(np.empty(0), []),
     ]

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sqlite3
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
 import diskcache
-import pyarrow as pa
 from diskcache.core import MODE_RAW
 
 from millpond.feature_actors.errors import Unavailable
-from millpond.feature_actors.log.record import EventsRecord, LogDamaged, Record, SchemaRecord, decode, encode
+from millpond.feature_actors.log.record import (
+    Decoded,
+    LogDamaged,
+    Record,
+    TakeRecord,
+    decode,
+    encode,
+)
+from millpond.feature_actors.log.schemas import Schemas
 
 __all__ = ["Durability", "Log", "LogFull"]
 
@@ -21,6 +31,13 @@ Durability = Literal["sync", "process", "none"]
 
 _SYNCHRONOUS = {"sync": 2, "process": 0}  # SQLite's FULL and OFF
 _NEVER_A_FILE = 1 << 40
+#: A record spans many pages: with large ones an append takes half the processor time.
+_PAGE_BYTES = 32_768
+_CACHE_PAGES = 256
+#: What one step of a truncation deletes: some milliseconds.
+_TRUNCATE_RECORDS, _TRUNCATE_BYTES = 64, 1 << 20
+#: A checkpoint holds up the append that starts it: small ones, often.
+_CHECKPOINT_PAGES = 128
 
 
 class LogFull(Unavailable):
@@ -52,15 +69,28 @@ class _RawDisk(diskcache.Disk):  # type: ignore[misc]
         return bytes(value)
 
 
-class Log:
-    """Open the log in `directory`, or make it. One process, and one thread of it, writes to a log.
+def _make_pages_large(path: Path) -> None:
+    """Make an empty database; once it is there, the size of its pages is fixed."""
+    if not path.exists():
+        with closing(sqlite3.connect(path, isolation_level=None)) as database:
+            database.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
+            database.execute("VACUUM")
 
+
+class Log:
+    """Open the log in `directory`, or make it. One process writes to a log, one append or truncation at a time.
+
+    free_bytes_min: with less left on the disk nothing is appended.
     Raises `LogDamaged` if what is there is no log, or its offsets have gaps.
     """
 
-    def __init__(self, directory: Path, durability: Literal["sync", "process"] = "sync") -> None:
+    def __init__(
+        self, directory: Path, durability: Literal["sync", "process"] = "sync", free_bytes_min: int = 0
+    ) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._directory, self._free_bytes_min = directory, free_bytes_min
         try:
+            _make_pages_large(directory / "cache.db")
             self._cache = diskcache.Cache(
                 str(directory),
                 disk=_RawDisk,
@@ -70,6 +100,8 @@ class Log:
                 statistics=0,
                 size_limit=1 << 62,
                 sqlite_auto_vacuum=0,
+                sqlite_cache_size=_CACHE_PAGES,
+                sqlite_wal_autocheckpoint=_CHECKPOINT_PAGES,
                 sqlite_synchronous=_SYNCHRONOUS[durability],
                 disk_min_file_size=_NEVER_A_FILE,
             )
@@ -84,51 +116,83 @@ class Log:
                 f"log: `{directory}` holds {len(self._cache)} records between offsets {first} and {last}; restore it "
                 "from a copy"
             )
-        self._schemas: dict[tuple[str, int], pa.Schema] = {}
+        #: Of the records that this process has appended.
+        self.bytes_written = 0
+        self._schemas = Schemas(directory / "schemas")
 
-    def append(self, records: Sequence[Record], schemas: dict[tuple[str, int], pa.Schema]) -> int:
-        """Append records in one transaction and sync it; return the offset of the first.
+    def append(self, records: Sequence[Record], settled: int = 0) -> list[int]:
+        """Append records in one transaction and sync it; return the offset of each. settled as of `Decoded`.
 
-        schemas: of the sources' versions; one that the log does not have yet is written before its first events.
         Raises `LogFull`; nothing has been written then. Any other failure must end the process: what the disk holds is
         not known.
         """
-        new: list[Record] = []
-        for record in records:
-            if isinstance(record, EventsRecord):
-                name = record.source, record.version
-                if self._schemas.get(name) != schemas[name]:
-                    self._schemas[name] = schemas[name]
-                    new.append(SchemaRecord(*name, schemas[name]))
-            new.append(record)
-        offset = self.next
+        offsets = list(range(self.next, self.next + len(records)))
+        self._check_room()
         try:
+            contents = [
+                encode(
+                    record,
+                    at,
+                    settled,
+                    "" if isinstance(record, TakeRecord) else self._schemas.name_of(record.batch.schema),
+                )
+                for record, at in zip(records, offsets, strict=True)
+            ]
             with self._cache.transact():
-                for number, record in enumerate(new):
-                    self._cache.set(offset + number, encode(record, offset + number))
-        except sqlite3.OperationalError as error:
-            for record in new:
-                if isinstance(record, SchemaRecord):
-                    self._schemas.pop((record.source, record.version), None)
-            if "full" in str(error):
+                for at, content in zip(offsets, contents, strict=True):
+                    self._cache.set(at, content)
+        except (sqlite3.OperationalError, OSError) as error:
+            if "full" in str(error) or getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT):
                 raise LogFull(
                     f"log: no room on the disk: {error}; free some, events are taken again then", retry_after_ms=10_000
                 ) from None
             raise
-        self.next += len(new)
-        return offset
+        self.next += len(records)
+        self.bytes_written += sum(map(len, contents))
+        return offsets
 
-    def read(self) -> Iterator[tuple[int, Record]]:
-        """Yield each record and its offset, in order. Raises `LogDamaged`."""
-        for offset in range(self.first, self.next):
-            content = self._cache.get(offset)
-            if content is None:
-                raise LogDamaged(f"log: no record at offset {offset}; restore it from a copy")
-            record = decode(content, offset, self._schemas)
-            if isinstance(record, SchemaRecord):
-                self._schemas[record.source, record.version] = record.schema
-            else:
-                yield offset, record
+    def _check_room(self) -> None:
+        if self._free_bytes_min:
+            disk = os.statvfs(self._directory)
+            if (free := disk.f_bavail * disk.f_frsize) < self._free_bytes_min:
+                raise LogFull(
+                    f"log: {free >> 20} MB are left on the disk; events are taken with at least "
+                    f"{self._free_bytes_min >> 20} MB (setting `disk_free_mb_min`); free some",
+                    retry_after_ms=10_000,
+                )
+
+    def get(self, offset: int) -> Decoded:
+        """Return the record at an offset. Raises `LogDamaged`."""
+        content = self._cache.get(offset)
+        if content is None:
+            raise LogDamaged(
+                f"log: no record at offset {offset}; run `millpond check` on the stopped cluster's directory"
+            )
+        return decode(content, offset, self._schemas.get)
+
+    def read(self, first: int | None = None) -> Iterator[tuple[int, Decoded]]:
+        """Yield each record from an offset on, in order. Raises `LogDamaged`."""
+        for offset in range(self.first if first is None else max(first, self.first), self.next):
+            yield offset, self.get(offset)
+
+    def bytes_from(self, offset: int) -> int:
+        """Return how many bytes the records from an offset on have."""
+        ((size,),) = self._cache._sql("SELECT COALESCE(SUM(LENGTH(value)), 0) FROM Cache WHERE key >= ?", (offset,))
+        return int(size)
+
+    def truncate(self, before: int) -> bool:
+        """Delete some of the records before an offset, so few that an append that waits for it does not wait long.
+
+        The last record always stays: it says where the next one goes. Returns whether there are more.
+        """
+        end, size, offset = min(before, self.next - 1), 0, self.first
+        with self._cache.transact():
+            while offset < end and offset - self.first < _TRUNCATE_RECORDS and size < _TRUNCATE_BYTES:
+                size += len(self._cache.get(offset, default=b""))
+                del self._cache[offset]
+                offset += 1
+        self.first = offset
+        return offset < end
 
     def close(self) -> None:
         self._cache.close()

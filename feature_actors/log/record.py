@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -13,11 +14,22 @@ import pyarrow as pa
 
 from millpond.feature_actors.errors import MillpondError
 
-__all__ = ["EventsRecord", "IdsRecord", "LogDamaged", "Record", "SchemaRecord", "decode", "encode"]
+__all__ = [
+    "MAGIC",
+    "Decoded",
+    "EventsRecord",
+    "HomeRecord",
+    "LogDamaged",
+    "OfferRecord",
+    "Record",
+    "TakeRecord",
+    "decode",
+    "encode",
+]
 
 Ints = npt.NDArray[np.int64]
 
-_MAGIC = b"MPL1"
+MAGIC = b"MPL2"
 _FIXED_BYTES = 20
 
 
@@ -27,19 +39,21 @@ class LogDamaged(MillpondError):
     code, status = "log_damaged", 500
 
 
-@dataclass(slots=True)
-class SchemaRecord:
-    """The schema of a version of a source."""
+class HomeRecord(NamedTuple):
+    """A record at the home of its events: which shard that is, the record's offset there, and the offset before which
+    all of that home's records have been applied everywhere."""
 
-    source: str
-    version: int
-    schema: pa.Schema
+    shard: int
+    offset: int
+    settled: int
 
 
 @dataclass(slots=True)
 class EventsRecord:
     """Events that were applied: arrivals int64 [n]; routes uint32 [n], bit 0 for "new at its home", bit 1 + t for
-    "applied to table t" of `tables`, which are keys."""
+    "applied to table t" of `tables`, which are keys. ids uint64 [n, 2]: hashes by which events are told apart, if they
+    have no id of their own. homes: whose records these events are, if their home delivered them.
+    """
 
     source: str
     version: int
@@ -48,92 +62,129 @@ class EventsRecord:
     arrivals: Ints
     routes: npt.NDArray[np.uint32]
     batch: pa.RecordBatch
+    ids: npt.NDArray[np.uint64] | None = None
+    homes: tuple[HomeRecord, ...] = ()
 
 
 @dataclass(slots=True)
-class IdsRecord:
-    """Event ids that were new at their home: ids uint64 [n, 2] and hashes of the contents int64 [n]."""
+class OfferRecord:
+    """Events of which several shards have a part: as `EventsRecord`, but bit 1 + t says that the key of table t is
+    here, and the event is to be applied when it is taken."""
 
     source: str
+    version: int
     received_ms: int
-    ids: npt.NDArray[np.uint64]
-    contents: Ints
+    tables: tuple[tuple[str, ...], ...]
+    arrivals: Ints
+    routes: npt.NDArray[np.uint32]
+    batch: pa.RecordBatch
+    ids: npt.NDArray[np.uint64] | None = None
 
 
-Record = SchemaRecord | EventsRecord | IdsRecord
+@dataclass(slots=True)
+class TakeRecord:
+    """What of an offer was applied: offset of the offer; rows int64 [k] of its batch; homes: whose records they are."""
+
+    offer: int
+    rows: Ints
+    homes: tuple[HomeRecord, ...]
 
 
-def encode(record: Record, offset: int) -> bytes:
-    """Return the bytes of a record at an offset."""
-    header: dict[str, Any] = {"source": record.source}
+Record = EventsRecord | OfferRecord | TakeRecord
+
+
+class Decoded(NamedTuple):
+    """A record, and the offset before which everything whose home is this shard was known to be applied everywhere
+    when it was written."""
+
+    record: Record
+    settled: int
+
+
+_KINDS = {EventsRecord: "events", OfferRecord: "offer", TakeRecord: "take"}
+
+
+def encode(record: Record, offset: int, settled: int, schema: str) -> bytes:
+    """Return the bytes of a record at an offset; settled as of `Decoded`; schema: the name of that of its events."""
+    header: dict[str, Any] = {"kind": _KINDS[type(record)], "settled": settled}
     blocks: dict[str, Any]
-    if isinstance(record, SchemaRecord):
-        header |= {"kind": "schema", "version": record.version}
-        blocks = {"schema": record.schema.serialize()}
-    elif isinstance(record, EventsRecord):
+    if isinstance(record, TakeRecord):
+        header |= {"offer": record.offer, "homes": record.homes}
+        blocks = {"rows": record.rows}
+    else:
         header |= {
-            "kind": "events",
+            "source": record.source,
             "version": record.version,
+            "schema": schema,
             "received_ms": record.received_ms,
             "tables": record.tables,
         }
+        if isinstance(record, EventsRecord):
+            header["homes"] = record.homes
         blocks = {"arrivals": record.arrivals, "routes": record.routes, "batch": record.batch.serialize()}
-    else:
-        header |= {"kind": "ids", "received_ms": record.received_ms}
-        blocks = {"ids": record.ids, "contents": record.contents}
-    contents = [block.tobytes() if isinstance(block, np.ndarray) else block.to_pybytes() for block in blocks.values()]
+        if record.ids is not None:
+            blocks["ids"] = record.ids
+    contents = [memoryview(block).cast("B") if memoryview(block).nbytes else b"" for block in blocks.values()]
     header["blocks"] = [[name, len(content)] for name, content in zip(blocks, contents, strict=True)]
     head = msgspec.msgpack.encode(header)
-    parts = [offset.to_bytes(8, "little"), len(head).to_bytes(4, "little"), head]
-    parts += [content.ljust(_padded(len(content)), b"\0") for content in contents]
+    parts: list[Any] = [offset.to_bytes(8, "little"), len(head).to_bytes(4, "little"), head]
+    parts.append(b"\0" * (-(_FIXED_BYTES + len(head)) % 8))  # so that numbers are aligned when they are read in place
+    for content in contents:
+        parts += [content, b"\0" * (-len(content) % 8)]
     body = b"".join(parts)
-    return b"".join([_MAGIC, zlib.crc32(body).to_bytes(4, "little"), body])
+    return b"".join([MAGIC, zlib.crc32(body).to_bytes(4, "little"), body])
 
 
-def decode(content: bytes, offset: int, schemas: dict[tuple[str, int], pa.Schema]) -> Record:
-    """Return the record that was written at an offset; schemas: those of the records before it.
+def decode(content: bytes, offset: int, schemas: Callable[[str], pa.Schema]) -> Decoded:
+    """Return the record that was written at an offset; schemas: returns that of a name, or raises
+    `LogDamaged`.
 
     Raises `LogDamaged` that says at which offset, and what is wrong with it.
     """
 
     def damaged(what: str) -> LogDamaged:
-        return LogDamaged(f"log: the record at offset {offset} {what}; restore it from a copy", path=f"offset {offset}")
+        return LogDamaged(
+            f"log: the record at offset {offset} {what}; run `millpond check` on the stopped cluster's directory",
+            path=f"offset {offset}",
+        )
 
-    if content[:4] != _MAGIC:
-        raise damaged(f"begins with {content[:4]!r}; this version reads {_MAGIC!r}")
-    if zlib.crc32(content[8:]) != int.from_bytes(content[4:8], "little"):
+    if content[:4] != MAGIC:
+        raise damaged(f"begins with {bytes(content[:4])!r}; this version reads {MAGIC!r}")
+    if zlib.crc32(memoryview(content)[8:]) != int.from_bytes(content[4:8], "little"):
         raise damaged("fails its checksum")
     if (says := int.from_bytes(content[8:16], "little")) != offset:
         raise damaged(f"says that it is at offset {says}")
     try:
         length = int.from_bytes(content[16:_FIXED_BYTES], "little")
         header = msgspec.msgpack.decode(content[_FIXED_BYTES : _FIXED_BYTES + length])
-        blocks, at = {}, _FIXED_BYTES + length
+        blocks, at = {}, _FIXED_BYTES + length + -(_FIXED_BYTES + length) % 8
+        buffer = pa.py_buffer(content)
         for name, size in header["blocks"]:
-            blocks[name] = content[at : at + size]
-            at += _padded(size)
-        source = header["source"]
-        if header["kind"] == "schema":
-            schema = pa.ipc.read_schema(pa.py_buffer(blocks["schema"]))
-            return SchemaRecord(source, header["version"], schema)
-        if header["kind"] == "events":
-            schema = schemas[source, header["version"]]
-            return EventsRecord(
-                source,
-                header["version"],
-                header["received_ms"],
-                tuple(tuple(key) for key in header["tables"]),
-                np.frombuffer(blocks["arrivals"], np.int64),
-                np.frombuffer(blocks["routes"], np.uint32),
-                pa.ipc.read_record_batch(pa.py_buffer(blocks["batch"]), schema),
-            )
-        if header["kind"] == "ids":
-            ids = np.frombuffer(blocks["ids"], np.uint64).reshape(-1, 2)
-            return IdsRecord(source, header["received_ms"], ids, np.frombuffer(blocks["contents"], np.int64))
-        raise damaged(f"is of unknown kind {header['kind']!r}")
-    except (KeyError, TypeError, ValueError, msgspec.DecodeError, pa.ArrowException) as error:
+            blocks[name] = buffer.slice(at, size)
+            at += size + -size % 8
+        return Decoded(_record(header, blocks, schemas), header["settled"])
+    except (KeyError, TypeError, ValueError, IndexError, msgspec.DecodeError, pa.ArrowException) as error:
         raise damaged(f"cannot be read: {type(error).__name__}: {error}") from None
 
 
-def _padded(size: int) -> int:
-    return (size + 7) // 8 * 8
+def _record(header: dict[str, Any], blocks: dict[str, pa.Buffer], schemas: Callable[[str], pa.Schema]) -> Record:
+    kind = header["kind"]
+    if kind == "take":
+        return TakeRecord(header["offer"], np.frombuffer(blocks["rows"], np.int64), _homes(header))
+    if kind not in ("events", "offer"):
+        raise ValueError(f"unknown kind {kind!r}")
+    fields = (
+        header["source"],
+        header["version"],
+        header["received_ms"],
+        tuple(tuple(key) for key in header["tables"]),
+        np.frombuffer(blocks["arrivals"], np.int64),
+        np.frombuffer(blocks["routes"], np.uint32),
+        pa.ipc.read_record_batch(blocks["batch"], schemas(header["schema"])),
+        np.frombuffer(blocks["ids"], np.uint64).reshape(-1, 2) if "ids" in blocks else None,
+    )
+    return EventsRecord(*fields, _homes(header)) if kind == "events" else OfferRecord(*fields)
+
+
+def _homes(header: dict[str, Any]) -> tuple[HomeRecord, ...]:
+    return tuple(HomeRecord(*home) for home in header["homes"])

@@ -110,10 +110,9 @@ class Rows(msgspec.Struct, tag_field="kind", tag="rows", frozen=True):
 
 
 class Ids(msgspec.Struct, tag_field="kind", tag="ids", frozen=True):
-    """Some ids that a slot has seen; key: of the table, None for homes."""
+    """Some ids of a source that a slot has seen as their home."""
 
     source: str
-    key: tuple[str, ...] | None
     slot: Count
     newest_ms: Int64
 

@@ -1,0 +1,77 @@
+"""Events of one source on their way to a shard, and what the shard says of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from millpond.feature_actors.keys import Hashes
+
+__all__ = ["ELSEWHERE", "Events", "Receipt"]
+
+Ints = npt.NDArray[np.int64]
+
+#: The verdict of a shard that is not the home of an event; the others are in `dedupe`.
+ELSEWHERE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """n events, valid rows of the source's schema.
+
+    ids uint64 [n, 2]: hashes of the event ids, or of the request's key and the row; ids_given: whether the sender chose
+    them, so that they may come again. contents int64 [n]: hashes of the whole events. arrivals int64 [n]: stamps, or
+    one more, which only moves the clock. received_ms: when the request came, by which ids are remembered.
+    """
+
+    source: str
+    batch: pa.RecordBatch
+    ids: Hashes
+    contents: Ints
+    ids_given: bool
+    arrivals: Ints
+    received_ms: int
+
+    @classmethod
+    def judged(cls, source: str, batch: pa.RecordBatch, arrivals: Ints, received_ms: int) -> Events:
+        """Return events whose ids do not matter any more."""
+        n = batch.num_rows
+        return cls(source, batch, np.zeros((n, 2), np.uint64), np.zeros(n, np.int64), False, arrivals, received_ms)
+
+    @property
+    def n(self) -> int:
+        return int(self.batch.num_rows)
+
+    def of_rows(self, rows: Ints, clock: Ints) -> Events:
+        """Return some of the events; clock int64 [0 or 1]: a stamp that moves time besides."""
+        batch = self.batch.slice(0, 0) if len(rows) == 0 else self.batch.take(pa.array(rows))
+        return Events(
+            self.source,
+            batch,
+            self.ids[rows],
+            self.contents[rows],
+            self.ids_given,
+            np.concatenate([self.arrivals[rows], clock]),
+            self.received_ms,
+        )
+
+
+class Receipt(NamedTuple):
+    """A shard's answer to events: they are in its log.
+
+    verdicts uint8 [n]: `NEW`, `DUPLICATE` or `CONFLICT` of those whose home it is, `ELSEWHERE` of the others.
+    offset: of their record in its log, -1 if nothing had to be written. settled: the offset before which all that it is
+    the home of has been applied everywhere. wait_before: what a duplicate is a duplicate of has been applied everywhere
+    when all before this offset has; 0 if there is nothing to wait for. waits: whether something of an offer waits here
+    to be taken.
+    """
+
+    verdicts: npt.NDArray[np.uint8]
+    offset: int
+    settled: int
+    wait_before: int
+    waits: bool

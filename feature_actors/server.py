@@ -1,0 +1,486 @@
+"""A shard in a process of its own: recovery, group commit, and what it owes other shards. No Ray.
+
+Everything about the shard happens on one event loop, in a thread of this server's, one thing at a time; but for the
+log, which a second thread writes to, syncs and reads. Writes that wait together travel to the log together: while one
+group is being synced, the next one gathers.
+
+It is called by a method's name (`METHODS`) and what `wire` makes of its arguments: over a Unix socket by who is on the
+same node, and through the Ray actor that holds it by others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from millpond.feature_actors.calls import CallIngest, Calls
+from millpond.feature_actors.durable import DurableShard, ShardFolder, VolatileLog
+from millpond.feature_actors.errors import MillpondError, TooMany, Unavailable
+from millpond.feature_actors.events import Receipt
+from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.log.history import delete_expired
+from millpond.feature_actors.log.log import Durability, Log, LogFull
+from millpond.feature_actors.log.record import HomeRecord
+from millpond.feature_actors.log.snapshot import (
+    SnapshotWriter,
+    begin_of,
+    newest_snapshots,
+    remove_old_snapshots,
+)
+from millpond.feature_actors.manifest import open_shard, shard_dir
+from millpond.feature_actors.ports import all_of
+from millpond.feature_actors.shard import Prepared, Shard
+from millpond.feature_actors.shard_map import ShardMap
+from millpond.feature_actors.socket_calls import serve_socket, socket_path
+from millpond.feature_actors.source import Source
+from millpond.feature_actors.tiles.memory import Control, Memory
+from millpond.feature_actors.view import FeatureView
+from millpond.feature_actors.wire import QuestionDecoder, decode_events, encode_answer, encode_receipt
+
+__all__ = ["ShardServer", "ShardSpec"]
+
+Bools = npt.NDArray[np.bool_]
+
+#: A smaller group is synced quicker than another thread is asked to do it.
+_APPEND_HERE_BYTES = 64 << 10
+#: What is owed for so long is delivered by its home; sooner if someone waits for it.
+_DELIVER_AFTER_S, _DELIVER_SOON_S = 2.0, 0.2
+#: How long a round of deliveries may fail before the next one is tried.
+_DELIVER_AGAIN_S = 0.5
+_TICK_S = 0.05
+_HOUSE_S, _HOUSE_AGAIN_S = 0.25, 5.0
+#: How long an offer waits to be taken.
+OFFER_S_MAX = 60.0
+
+logger = logging.getLogger("millpond.shard")
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """What every shard of a cluster is made from."""
+
+    cluster_name: str
+    namespace: str
+    run_id: str
+    data_dir: str
+    sources: tuple[Source, ...]
+    views: tuple[FeatureView, ...]
+    shard_map: ShardMap
+    hash_seed: int
+    dedupe_horizon_ms: int
+    memory_dir: str
+    memory_bytes_max: int
+    strings_max: int
+    reclaim_margin_ms: int
+    durability: Durability
+    cluster_id: str
+    history_uri: str | None
+    history_part_bytes: int
+    snapshot_bytes: int
+    disk_free_bytes_min: int
+    queue_bytes_max: int
+
+
+class ShardServer:
+    """Serve shard `number`, from now until the process ends or `close`.
+
+    peers: how it reaches the other shards.
+    """
+
+    #: What may be called.
+    METHODS = frozenset({"ingest", "offer", "take", "deliver", "settle", "ready", "read", "status", "check", "drain"})
+
+    def __init__(self, spec: ShardSpec, number: int, peers: Callable[[], Calls]) -> None:
+        self._spec, self._number, self._of = spec, number, spec.shard_map.n_shards
+        self._layout = compile_layout(spec.sources, spec.views)
+        self._decoder = QuestionDecoder(self._layout)
+        self._peers = peers
+        self._opening = open_shard(Path(spec.data_dir), number, spec.run_id)
+        self._control = Control(Path(spec.memory_dir), number, writable=True)
+        self._shard = Shard(
+            self._layout,
+            spec.shard_map,
+            number,
+            seed=spec.hash_seed,
+            dedupe_horizon_ms=spec.dedupe_horizon_ms,
+            memory=Memory.create(self._control.tiles_path(self._opening.epoch), spec.memory_bytes_max),
+            strings_max=spec.strings_max,
+            reclaim_margin_ms=spec.reclaim_margin_ms,
+        )
+        self._durable: DurableShard | None = None
+        #: Why it refuses everything, for now or for good; "" if it does not.
+        self._refuses, self._code, self._retry_after_ms = "is about to replay its log", "recovering", 200
+        self._progress = (0, 0)
+        self._waiting: list[tuple[Prepared, asyncio.Future[Receipt]]] = []
+        self._waiting_bytes = 0
+        self._committer: asyncio.Task[None] | None = None
+        self._deliver_soon = False
+        #: Bytes of the log since the last snapshot was begun, and since the last part of the history.
+        self._bytes_since_snapshot = self._bytes_since_history = 0
+        self._last_snapshot: dict[str, Any] = {}
+        self._housekeeping = asyncio.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
+        self._house = ThreadPoolExecutor(1, thread_name_prefix="house")
+        self._loop = asyncio.new_event_loop()
+        self._life = asyncio.run_coroutine_threadsafe(self._live(), self._loop)
+        Thread(target=self._loop.run_forever, name="shard", daemon=True).start()
+
+    # -- life
+
+    async def _live(self) -> None:
+        """Let callers in, who are told to wait; recover, and let readers in; deliver what is owed, for ever."""
+        path = socket_path(Path(self._spec.memory_dir), self._number)
+        server = await serve_socket(path, self.call)
+        try:
+            try:
+                durable = await self._in_thread(self._recovered)
+            except Exception as error:
+                logger.exception("shard %d cannot recover", self._number)
+                self._refuse(f"cannot recover: {error}")
+                await asyncio.Event().wait()
+                return
+            if durable is None:
+                await asyncio.Event().wait()
+                return
+            self._control.publish(self._opening.epoch)
+            self._durable, self._refuses = durable, ""
+            await asyncio.gather(self._deliver_forever(), self._keep_house())
+        finally:
+            server.close()
+            path.unlink(missing_ok=True)
+
+    def _recovered(self) -> DurableShard | None:
+        """Return the shard with its log, replayed. What cannot be recovered is refused, not begun anew."""
+        if self._spec.durability == "none":
+            if self._opening.again:
+                # It would answer with empty features, as if nobody had ever done anything. Readers of this node go on
+                # with the memory that its predecessor left.
+                self._refuse(
+                    "was restarted and its features are gone; start the cluster anew and load the events again"
+                )
+                return None
+            return DurableShard(self._layout, self._shard, VolatileLog())
+        spec = self._spec
+        durability: Any = spec.durability
+        folder = ShardFolder(
+            shard_dir(Path(spec.data_dir), self._number), spec.cluster_id, self._opening.epoch, spec.history_uri
+        )
+        log = Log(folder.log, durability, spec.disk_free_bytes_min)
+        durable = DurableShard(self._layout, self._shard, log, folder)
+        durable.recover(self._note_progress)
+        if durable.history is not None:
+            self._bytes_since_history = log.bytes_from(durable.history.done_to)
+        return durable
+
+    def _note_progress(self, at: int, end: int) -> None:
+        self._progress = (at, end)
+        self._refuse(f"is replaying its log (offset {at} of {end})", "recovering", 200)
+
+    def close(self) -> None:
+        """Stop serving, at once. What has been acknowledged is in the log."""
+        self._life.cancel()
+        asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.shutdown()
+        self._house.shutdown()
+
+    def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+    # -- calls
+
+    def called(self, method: str, arguments: Sequence[Any]) -> Future[Any]:
+        """Call a method from another thread."""
+        return asyncio.run_coroutine_threadsafe(self.call(method, arguments), self._loop)
+
+    def call(self, method: str, arguments: Sequence[Any]) -> Coroutine[Any, Any, Any]:
+        """Call a method by its name; on the loop of this server."""
+        if method not in self.METHODS:
+            raise Unavailable(f"shard {self._number} of {self._of} has no `{method}`; it is of another version")
+        return getattr(self, method)(*arguments)  # type: ignore[no-any-return]
+
+    def _refuse(self, why: str, code: str = "shard_lost", retry_after_ms: int = 10_000) -> None:
+        self._code, self._retry_after_ms, self._refuses = code, retry_after_ms, why
+
+    def _check(self) -> None:
+        if self._refuses:
+            retry = f"; retry after {self._retry_after_ms} ms" if self._code == "recovering" else ""
+            raise Unavailable(
+                f"shard {self._number} of {self._of} {self._refuses}{retry}",
+                code=self._code,
+                retry_after_ms=self._retry_after_ms,
+            )
+
+    # -- writes
+
+    async def ingest(self, events: Any, settled: Sequence[int]) -> Any:
+        self._check()
+        self._check_queue()
+        self._shard.deliveries.settle(settled)
+        return encode_receipt(await self._written(self._shard.prepare_ingest(decode_events(events, self._layout))))
+
+    async def offer(self, request: bytes, events: Any, settled: Sequence[int]) -> Any:
+        self._check()
+        self._check_queue()
+        self._shard.deliveries.settle(settled)
+        decoded = decode_events(events, self._layout)
+        return encode_receipt(await self._written(self._shard.prepare_offer(request, decoded, time.monotonic())))
+
+    async def take(self, request: bytes, accepted: bytes, homes: Sequence[Sequence[int]]) -> None:
+        self._check()
+        records = [HomeRecord(*home) for home in homes]
+        await self._written(self._shard.prepare_take(request, np.frombuffer(accepted, np.bool_), records))
+
+    async def deliver(self, home: Sequence[int], events: Any) -> None:
+        self._check()
+        await self._written(self._shard.prepare_deliver(HomeRecord(*home), decode_events(events, self._layout)))
+
+    async def settle(self, settled: Sequence[int], wait_before: int) -> None:
+        """Return when what is owed of records before an offset has been applied everywhere."""
+        self._check()
+        deliveries = self._shard.deliveries
+        deliveries.settle(settled)
+        while any(offset < wait_before for offset in deliveries.owed):
+            self._deliver_soon = True
+            await asyncio.sleep(_TICK_S / 10)
+            self._check()
+
+    async def _written(self, prepared: Prepared) -> Receipt:
+        """Wait until what was prepared is in the log and applied. What has nothing new waits for what came before it,
+        by which it may have been judged."""
+        done: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
+        self._waiting.append((prepared, done))
+        self._waiting_bytes += prepared.record_bytes
+        if self._committer is None:
+            self._committer = asyncio.ensure_future(self._commit_waiting())
+        return await done
+
+    def _check_queue(self) -> None:
+        """Refuse more events when too many wait for the log. What is owed or was offered already is not held up."""
+        if self._waiting_bytes > self._spec.queue_bytes_max:
+            raise TooMany(
+                f"shard {self._number} of {self._of}: {self._waiting_bytes} bytes of events wait for its log; allowed "
+                f"are {self._spec.queue_bytes_max}; send again later, or raise `queue_mb_max`",
+                code="queue_full",
+                retry_after_ms=1_000,
+            )
+
+    async def _commit_waiting(self) -> None:
+        """Write what waits, group after group, until nothing waits."""
+        durable = self._durable
+        assert durable is not None
+        try:
+            while self._waiting:
+                group, self._waiting, self._waiting_bytes = self._waiting, [], 0
+                prepared = [p for p, _ in group]
+                size = sum(p.record_bytes for p in prepared)
+                offsets: list[int | None] = [None] * len(prepared)
+                try:
+                    if any(p.record is not None for p in prepared):
+                        settled = self._shard.deliveries.settled(durable.log.next)
+                        if size < _APPEND_HERE_BYTES:
+                            offsets = durable.append(prepared, settled)
+                        else:
+                            offsets = await self._in_thread(durable.append, prepared, settled)
+                except LogFull as full:
+                    group, self._waiting = group + self._waiting, []
+                    self._waiting_bytes = 0
+                    for p, _ in reversed(group):
+                        durable.undo(p)
+                    for _, done in group:
+                        if not done.done():  # its caller has not gone
+                            done.set_exception(full)
+                    continue
+                self._bytes_since_snapshot += size
+                self._bytes_since_history += size
+                now_s = time.monotonic()
+                receipts = [self._shard.commit(p, at, now_s) for p, at in zip(prepared, offsets, strict=True)]
+                for (_, done), receipt in zip(group, receipts, strict=True):
+                    if not done.done():
+                        done.set_result(receipt)
+        except Exception:
+            # What is on disk, or in the tiles, is not known: a new process finds out.
+            logger.exception("shard %d failed while it wrote; its process ends and recovers", self._number)
+            os._exit(70)
+        finally:
+            self._committer = None
+
+    # -- what is owed
+
+    async def _deliver_forever(self) -> None:
+        """Bring to the other shards what they have not had of this one's records; forget offers that nobody takes."""
+        while True:
+            await asyncio.sleep(_TICK_S)
+            now_s = time.monotonic()
+            self._shard.drop_offers(now_s - OFFER_S_MAX)
+            patience_s = _DELIVER_SOON_S if self._deliver_soon else _DELIVER_AFTER_S
+            self._deliver_soon = False
+            try:
+                for offset in [o for o, since_s in self._shard.deliveries.owed.items() if since_s < now_s - patience_s]:
+                    if offset in self._shard.deliveries.owed:
+                        await self._deliver(offset)
+            except MillpondError as error:
+                logger.warning("shard %d cannot deliver yet: %s", self._number, error)
+                await asyncio.sleep(_DELIVER_AGAIN_S)
+            except Exception:
+                logger.exception("shard %d cannot deliver", self._number)
+                await asyncio.sleep(_DELIVER_AGAIN_S)
+
+    async def _deliver(self, offset: int) -> None:
+        assert self._durable is not None
+        home, events, concerned = await self._in_thread(self._durable.owed_events, offset)
+        peers = CallIngest(self._peers())
+        started: dict[int, asyncio.Future[Any]] = {}
+        for shard in np.flatnonzero(concerned.any(axis=1)).tolist():
+            part = events.of_rows(np.flatnonzero(concerned[shard]), events.arrivals[:0])
+            if shard == self._number:
+                started[shard] = asyncio.ensure_future(self._written(self._shard.prepare_deliver(home, part)))
+            else:
+                started[shard] = asyncio.ensure_future(peers.deliver(shard, home, part))
+        await all_of(started)
+        self._shard.deliveries.settle([offset])
+
+    # -- snapshots, history, truncation
+
+    async def _keep_house(self) -> None:
+        """Take a snapshot when the log has grown by so much, write history, and truncate what is not needed."""
+        assert self._durable is not None
+        if not isinstance(self._durable.log, Log):
+            return
+        while True:
+            await asyncio.sleep(_HOUSE_S)
+            try:
+                async with self._housekeeping:
+                    if self._bytes_since_history >= self._spec.history_part_bytes:
+                        await self._write_history(self._durable)
+                    if self._bytes_since_snapshot >= self._spec.snapshot_bytes:
+                        await self._take_snapshot(self._durable)
+            except MillpondError as error:  # a full disk, a history that cannot be reached: events go on
+                logger.warning("shard %d: %s", self._number, error)
+                await asyncio.sleep(_HOUSE_AGAIN_S)
+            except Exception:
+                logger.exception("shard %d cannot keep house", self._number)
+                await asyncio.sleep(_HOUSE_AGAIN_S)
+
+    async def _write_history(self, durable: DurableShard) -> None:
+        assert durable.history is not None
+        if self._spec.history_uri is not None:
+            begun, end = time.monotonic(), self._shard.next_offset
+            self._bytes_since_history = 0
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._house, durable.write_history, end)
+                if (newest_ms := self._shard.status().newest_arrival_ms) is not None:
+                    await asyncio.get_running_loop().run_in_executor(
+                        self._house, delete_expired, self._spec.history_uri, self._spec.sources, newest_ms
+                    )
+            except BaseException:
+                self._bytes_since_history = self._spec.history_part_bytes
+                raise
+            logger.info("shard %d: history up to %d in %.1f s", self._number, end, time.monotonic() - begun)
+
+    async def _take_snapshot(self, durable: DurableShard) -> None:
+        """Take a snapshot while events go on, step by step; then truncate the log."""
+        begun, undone, before = time.monotonic(), durable.undone, self._bytes_since_snapshot
+        loop, self._bytes_since_snapshot = asyncio.get_running_loop(), 0
+        begin, longest_s = self._shard.next_offset, 0.0
+        writer = SnapshotWriter(shard_dir(Path(self._spec.data_dir), self._number) / "snapshots")
+        try:
+            chunks = durable.snapshot_chunks()
+            while True:
+                step_s = time.perf_counter()
+                chunk = next(chunks, None)
+                longest_s = max(longest_s, time.perf_counter() - step_s)
+                if chunk is None:
+                    break
+                await loop.run_in_executor(self._house, writer.write, chunk)
+            # What had been prepared by the last step is to be in the log before the snapshot gets its name: it may have
+            # ids of it.
+            await self._written(Prepared(0))
+            if durable.undone != undone:
+                raise Unavailable("a snapshot is begun again: something in it was not written to the log")
+            path = await loop.run_in_executor(self._house, writer.finish)
+        except BaseException:
+            self._bytes_since_snapshot += before
+            await loop.run_in_executor(self._house, writer.abandon)
+            raise
+        self._last_snapshot = {
+            "snapshot_offset": begin,
+            "snapshot_s": round(time.monotonic() - begun, 3),
+            "snapshot_step_ms": round(longest_s * 1000, 3),
+            "snapshot_bytes": path.stat().st_size,
+        }
+        await loop.run_in_executor(self._house, remove_old_snapshots, path.parent)
+        await self._truncate(durable)
+
+    async def _truncate(self, durable: DurableShard) -> None:
+        assert isinstance(durable.log, Log)
+        before = await asyncio.get_running_loop().run_in_executor(self._house, durable.truncatable)
+        while await self._in_thread(durable.log.truncate, before):
+            await asyncio.sleep(0.001)
+
+    async def drain(self) -> None:
+        """Take nothing more, finish what is under way, and take a snapshot: a start after it replays nothing."""
+        durable = self._durable
+        if durable is None:
+            return
+        self._refuse("is stopping", "stopping", 5_000)
+        if not isinstance(durable.log, Log):
+            return
+        async with self._housekeeping:
+            await self._written(Prepared(0))
+            kept = newest_snapshots(shard_dir(Path(self._spec.data_dir), self._number) / "snapshots")
+            if not kept or begin_of(kept[0]) < self._shard.next_offset:
+                await self._take_snapshot(durable)
+
+    # -- the rest
+
+    async def ready(self) -> None:
+        """Return when it has recovered. Raises `Unavailable` if it cannot."""
+        while self._code == "recovering" and self._refuses:
+            await asyncio.sleep(_TICK_S / 10)
+        self._check()
+
+    async def read(self, question: Any) -> Any:
+        self._check()
+        return encode_answer(self._shard.read(self._decoder.decode(question)))
+
+    async def status(self) -> dict[str, Any]:
+        """Return what it holds, or how far its recovery has come."""
+        state = "ready" if not self._refuses else self._code
+        at, end = self._progress
+        about = {
+            "shard": self._number,
+            "state": state,
+            "epoch": self._opening.epoch,
+            "replayed": at,
+            "log_end": max(end, self._shard.next_offset),
+        }
+        if self._refuses:
+            return {**about, "why": self._refuses}
+        log = self._durable.log if self._durable is not None else None
+        first = log.first if isinstance(log, Log) else 0
+        done_to = self._durable.history.done_to if self._durable is not None and self._durable.history else 0
+        status = asdict(self._shard.status())
+        return {**about, **status, "log_first": first, "history_to": done_to, **self._last_snapshot}
+
+    async def check(self) -> list[str]:
+        self._check()
+        return self._shard.check()
+
+
+async def _cancel_all() -> None:
+    others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

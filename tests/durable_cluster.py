@@ -1,0 +1,230 @@
+"""Durable shards in this process, in folders, with faults: what a test does to a cluster without Ray.
+
+A write on a shard has steps, at each of which someone can die: the shard, the ingress that sent it, or everyone. What
+is on disk then is what a successor finds; what was in memory is gone, and nothing is closed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from worlds import AHEAD_MS_MAX, batch
+
+from millpond.feature_actors.client import FeatureClient, TimeLimits
+from millpond.feature_actors.clock import ManualClock
+from millpond.feature_actors.durable import DurableShard, ShardFolder
+from millpond.feature_actors.errors import Unavailable
+from millpond.feature_actors.events import Events, Receipt
+from millpond.feature_actors.layout import Layout
+from millpond.feature_actors.log.log import Log, LogFull
+from millpond.feature_actors.log.record import EventsRecord, HomeRecord, OfferRecord
+from millpond.feature_actors.log.snapshot import Chunk, SnapshotWriter, remove_old_snapshots
+from millpond.feature_actors.ports import LocalRead, complete
+from millpond.feature_actors.shard import Prepared, Shard
+from millpond.feature_actors.shard_map import ShardMap
+
+#: Where a crash can come: before the log is written, in the middle of it, after it but before the tiles, after both but
+#: before the answer.
+STEPS = ("before append", "torn append", "after append", "after commit")
+_WAL = "cache.db-wal"
+Who = Literal["shard", "ingress", "all"]
+
+
+class Crash(Unavailable):
+    """Somebody ended here; to whoever waited it looks as if a shard were away."""
+
+
+@dataclass
+class Fault:
+    """The next write but `skip` fails at a step; torn: bytes that are missing at the end of a torn append, at most."""
+
+    step: str
+    who: Who = "all"
+    skip: int = 0
+    torn: int = 1
+
+
+class DurableCluster:
+    """An ingest port, and a client over it. `fault` says how the next write fails; `full` that the disk is."""
+
+    def __init__(
+        self, layout: Layout, n_shards: int, folder: Path, n_slots: int = 16, *, history: bool = False
+    ) -> None:
+        self.layout, self.folder = layout, folder
+        self._history = str(folder / "history") if history else None
+        self._epochs = itertools.count(1)
+        self._snapshots: dict[int, tuple[Iterator[Chunk], SnapshotWriter, int]] = {}
+        self._logged: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self.shard_map = ShardMap.even(n_slots, n_shards)
+        self.clock = ManualClock(0)
+        self.fault: Fault | None = None
+        self.full = False
+        self._copies = itertools.count()
+        self.shards: list[DurableShard] = [self._opened(n, folder / f"{n}") for n in range(n_shards)]
+        self._connect()
+
+    # -- deaths
+
+    def _opened(self, number: int, folder: Path) -> DurableShard:
+        shard = Shard(self.layout, self.shard_map, number, reclaim_margin_ms=AHEAD_MS_MAX + 60_000)
+        of = ShardFolder(folder, "tests", next(self._epochs), self._history)
+        folder.mkdir(parents=True, exist_ok=True)
+        durable = DurableShard(self.layout, shard, Log(of.log, "process"), of)
+        durable.folder = folder  # type: ignore[attr-defined]
+        durable.recover()
+        return durable
+
+    def _connect(self) -> None:
+        """Start a new ingress: what the last one had not told the homes, nobody tells them."""
+        read = LocalRead([d.shard for d in self.shards])
+        limits = TimeLimits(ahead_ms_max=AHEAD_MS_MAX)
+        self.client = FeatureClient(self.layout, self.shard_map, self, read, self.clock, limits)
+
+    def restart(self, number: int, wal_bytes_max: int | None = None) -> None:
+        """Let a successor recover a shard from what is on disk; wal_bytes_max: where the write-ahead file ends."""
+        old = self.shards[number].folder  # type: ignore[attr-defined]
+        new = self.folder / f"{number}-{next(self._copies)}"
+        # A copy, without SQLite's memory of it that its old connection in this process still has.
+        shutil.copytree(old, new, ignore=shutil.ignore_patterns("*-shm"))
+        if wal_bytes_max is not None:
+            os.truncate(new / "log" / _WAL, wal_bytes_max)
+        self._snapshots.pop(number, None)
+        self.shards[number] = self._opened(number, new)
+        self._connect()
+
+    def restart_all(self) -> None:
+        for number in range(len(self.shards)):
+            self.restart(number)
+
+    def _wal_bytes(self, number: int) -> int:
+        return int((self.shards[number].folder / "log" / _WAL).stat().st_size)  # type: ignore[attr-defined]
+
+    def _step(self, step: str, number: int, wal_bytes: int = 0) -> None:
+        fault = self.fault
+        if fault is None or fault.step != step:
+            return
+        if fault.skip > 0:
+            fault.skip -= 1
+            return
+        if fault.who == "ingress":  # the shard goes on without it
+            fault.step = "after commit"
+        if step != fault.step:
+            return
+        self.fault = None
+        if fault.who == "ingress":
+            self._connect()
+        else:
+            torn = max(self._wal_bytes(number) - fault.torn, wal_bytes) if step == "torn append" else None
+            for other in range(len(self.shards)) if fault.who == "all" else [number]:
+                self.restart(other, torn if other == number else None)
+        raise Crash(f"{fault.who} ended {step}")
+
+    # -- the ingest port
+
+    async def ingest(self, shard: int, events: Events, settled: Sequence[int]) -> Receipt:
+        self.shards[shard].shard.deliveries.settle(settled)
+        return await self._write(shard, self.shards[shard].shard.prepare_ingest(events))
+
+    async def offer(self, shard: int, request: bytes, events: Events, settled: Sequence[int]) -> Receipt:
+        self.shards[shard].shard.deliveries.settle(settled)
+        return await self._write(shard, self.shards[shard].shard.prepare_offer(request, events))
+
+    async def take(self, shard: int, request: bytes, accepted: Any, homes: Sequence[HomeRecord]) -> None:
+        await self._write(shard, self.shards[shard].shard.prepare_take(request, accepted, homes))
+
+    async def settle(self, shard: int, settled: Sequence[int], wait_before: int) -> None:
+        deliveries = self.shards[shard].shard.deliveries
+        deliveries.settle(settled)
+        for offset in [o for o in deliveries.owed if o < wait_before]:
+            await self.deliver(shard, offset)
+
+    async def deliver(self, home: int, offset: int) -> None:
+        """Bring a record that a home owes to every shard that keeps something of it."""
+        record, events, concerned = self.shards[home].owed_events(offset)
+        for shard in np.flatnonzero(concerned.any(axis=1)).tolist():
+            part = events.of_rows(np.flatnonzero(concerned[shard]), events.arrivals[:0])
+            await self._write(shard, self.shards[shard].shard.prepare_deliver(record, part))
+        self.shards[home].shard.deliveries.settle([offset])
+
+    async def _write(self, number: int, prepared: Prepared) -> Receipt:
+        durable = self.shards[number]
+        if self.full:
+            self.full = False
+            durable.undo(prepared)
+            raise LogFull("log: no room")
+        self._step("before append", number)
+        settled = durable.shard.deliveries.settled(durable.log.next)
+        wal_bytes = self._wal_bytes(number)
+        (offset,) = durable.append([prepared], settled)
+        if prepared.record is not None:
+            self._step("torn append", number, wal_bytes)
+        self._step("after append", number)
+        receipt = durable.shard.commit(prepared, offset)
+        self._step("after commit", number)
+        return receipt
+
+    # -- what a test does
+
+    def send(self, name: str, now_ms: int, events: Sequence[dict[str, Any]], key: str | None = None) -> Any:
+        self.clock.ms = now_ms
+        rows = batch(self.layout.source(name), list(events))
+        return complete(self.client.ingest(name, rows, idempotency_key=key))
+
+    def deliver_owed(self) -> None:
+        for shard, durable in enumerate(self.shards):
+            for offset in list(durable.shard.deliveries.owed):
+                complete(self.deliver(shard, offset))
+
+    def snapshot_steps(self, number: int, steps: int) -> None:
+        """Go on with the snapshot of a shard, or begin one; when it is whole, remove old ones and truncate the log."""
+        durable = self.shards[number]
+        if number not in self._snapshots:
+            directory = durable.folder / "snapshots"  # type: ignore[attr-defined]
+            self._snapshots[number] = durable.snapshot_chunks(), SnapshotWriter(directory), durable.undone
+        chunks, writer, undone = self._snapshots[number]
+        for _ in range(steps):
+            chunk = next(chunks, None)
+            if chunk is not None:
+                writer.write(chunk)
+                continue
+            del self._snapshots[number]
+            if durable.undone != undone:
+                writer.abandon()
+                return
+            path = writer.finish()
+            remove_old_snapshots(path.parent)
+            self.truncate(number)
+            return
+
+    def truncate(self, number: int) -> None:
+        self._note(number)
+        log = self.shards[number].log
+        assert isinstance(log, Log)
+        before = self.shards[number].truncatable()
+        while log.truncate(before):
+            pass
+
+    def write_history(self, number: int) -> None:
+        self.shards[number].write_history(self.shards[number].shard.next_offset)
+
+    def _note(self, number: int) -> None:
+        """Note which events are in the log of their home: later it may have been truncated."""
+        log = self.shards[number].log
+        assert isinstance(log, Log)
+        for offset, (record, _) in log.read():
+            if isinstance(record, EventsRecord | OfferRecord):
+                rows = np.flatnonzero(record.routes & 1)
+                self._logged[number, offset] = record.batch.take(rows).to_pylist()
+
+    def logged(self, field: str) -> list[Any]:
+        """Return a field of every event that is or was in the log of its home."""
+        for number in range(len(self.shards)):
+            self._note(number)
+        return [event[field] for events in self._logged.values() for event in events]

@@ -1,0 +1,386 @@
+"""Shards served over their sockets, each with its log: the port contract, restarts, errors and limits. No Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import shutil
+import sqlite3
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from port_contract import LAYOUT, N_SLOTS, NOW, Cluster, PortContract, Run, by_book, by_user, order, orders
+
+from millpond.feature_actors import Count, FeatureView, Sum
+from millpond.feature_actors.calls import CallIngest, CallRead
+from millpond.feature_actors.client import FeatureClient
+from millpond.feature_actors.clock import ManualClock
+from millpond.feature_actors.errors import AsOfInPast, TooMany, Unavailable
+from millpond.feature_actors.layout import Layout, compile_layout
+from millpond.feature_actors.plan import Answer, Question, ReadPlan
+from millpond.feature_actors.ports import IngestPort, ReadPort
+from millpond.feature_actors.server import ShardServer, ShardSpec
+from millpond.feature_actors.shard_map import ShardMap
+from millpond.feature_actors.socket_calls import SocketCalls
+
+
+class Servers:
+    """The servers of one cluster after the other, in this process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.runner = asyncio.Runner()
+        self._folder = folder
+        self._numbers = itertools.count()
+        self.servers: list[ShardServer] = []
+        self.spec: Any = None
+        self.calls: Any = None
+
+    def start(self, layout: Layout, n_shards: int, durability: Any = "process", **options: Any) -> None:
+        """Start a new cluster in a new directory."""
+        home = self._folder / f"{next(self._numbers)}"
+        (home / "memory").mkdir(parents=True)
+        defaults = {"history_part_bytes": 1 << 30, "snapshot_bytes": 1 << 30, "queue_bytes_max": 1 << 30}
+        options = {**defaults, "disk_free_bytes_min": 0, "history_uri": None, **options}
+        self.spec = ShardSpec(
+            cluster_name="served", namespace="none", run_id=uuid.uuid4().hex, data_dir=str(home),
+            sources=tuple(layout.sources.values()), views=tuple(layout.views.values()),
+            shard_map=ShardMap.even(N_SLOTS, n_shards), hash_seed=7, dedupe_horizon_ms=86_400_000,
+            memory_dir=str(home / "memory"), memory_bytes_max=1 << 28, strings_max=1_000, reclaim_margin_ms=660_000,
+            durability=durability, cluster_id="served", **options,
+        )  # fmt: skip
+        self.restart()
+
+    def restart(self, *shards: int) -> None:
+        """End these shards at once (or all), and start their successors."""
+        for shard in shards:
+            self.servers[shard].close()
+            self.servers[shard] = self._serve(shard)
+        if not shards:
+            self.stop()
+            self.servers = [self._serve(shard) for shard in range(self.spec.shard_map.n_shards)]
+            self.calls = SocketCalls(Path(self.spec.memory_dir), len(self.servers))
+
+    def _serve(self, shard: int) -> ShardServer:
+        folder, n_shards = Path(self.spec.memory_dir), self.spec.shard_map.n_shards
+        return ShardServer(self.spec, shard, lambda: SocketCalls(folder, n_shards))
+
+    def ready(self) -> None:
+        for server in self.servers:
+            server.called("ready", []).result(30)
+
+    def stop(self) -> None:
+        if self.calls is not None:
+            self.runner.run(self.calls.close())
+            self.calls = None
+        for server in self.servers:
+            server.close()
+        self.servers = []
+
+    def cluster(self, n_shards: int, durability: Any = "process", **options: Any) -> Cluster:
+        def make(layout: Layout, shard_map: ShardMap) -> tuple[IngestPort, ReadPort, Run]:
+            self.start(layout, shard_map.n_shards, durability, **options)
+            self.ready()
+            return CallIngest(self), CallRead(self, shard_map), self.runner.run
+
+        return Cluster(make, n_shards, ManualClock(NOW))
+
+    # -- a transport, to whatever servers there are now
+
+    @property
+    def n_shards(self) -> int:
+        return len(self.servers)
+
+    def call(self, shard: int, method: str, *arguments: Any) -> Any:
+        return self.calls.call(shard, method, *arguments)
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[Servers]:
+    folder = Path(tempfile.mkdtemp(prefix="mp-"))  # short: a socket's path is
+    servers = Servers(folder)
+    yield servers
+    servers.stop()
+    servers.runner.close()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def runner(servers: Servers) -> asyncio.Runner:
+    return servers.runner
+
+
+class TestSocketPorts(PortContract):
+    @pytest.fixture
+    def make(self, servers: Servers) -> Iterator[Any]:
+        def make(layout: Layout, shard_map: ShardMap) -> tuple[IngestPort, ReadPort, Run]:
+            servers.start(layout, shard_map.n_shards)
+            servers.ready()
+            return CallIngest(servers), CallRead(servers, shard_map), servers.runner.run
+
+        yield make
+        assert [s.called("check", []).result(30) for s in servers.servers] == [[]] * servers.n_shards
+
+
+def test_an_error_of_a_shard_arrives_as_it_was_raised(servers: Servers) -> None:
+    cluster = servers.cluster(2)
+    with pytest.raises(AsOfInPast) as caught:
+        cluster.read([by_user], {"user": 1}, as_of=NOW - 1)
+    assert (type(caught.value), caught.value.code, caught.value.path) == (AsOfInPast, "as_of_in_past", "as_of")
+
+
+def test_without_a_log_a_shard_that_was_restarted_refuses_everything(servers: Servers) -> None:
+    """Its features are gone; an answer from what is left would say that nobody ever did anything."""
+    cluster = servers.cluster(2, "none")
+    cluster.ingest(*(order(user=u) for u in range(20)))
+    servers.restart(1)
+    with pytest.raises(Unavailable):
+        servers.servers[1].called("ready", []).result(30)
+    message = "shard 1 of 2 was restarted and its features are gone; start the cluster anew and load the events again"
+    for attempt in (
+        lambda: cluster.read([by_user], *({"user": u} for u in range(20))),
+        lambda: cluster.ingest(*(order(user=u) for u in range(20))),
+    ):
+        with pytest.raises(Unavailable) as caught:
+            attempt()
+        assert (str(caught.value), caught.value.code, caught.value.retry_after_ms) == (message, "shard_lost", 10_000)
+
+
+@pytest.mark.parametrize("durability", ["sync", "process"])
+@pytest.mark.parametrize("restarted", [(), (1,)])
+def test_with_a_log_a_shard_that_was_restarted_has_all_that_it_acknowledged(
+    durability: str, restarted: tuple[int, ...], servers: Servers
+) -> None:
+    cluster = servers.cluster(2, durability)
+    users = [{"user": u} for u in range(20)]
+    for _ in range(3):
+        cluster.ingest(*(order(user=u) for u in range(20)))
+        before = cluster.read([by_user], *users).matrix
+        servers.restart(*restarted)
+        servers.ready()
+        assert cluster.read([by_user], *users).matrix.tobytes() == before.tobytes()
+
+
+def test_a_damaged_log_is_refused_and_says_where(servers: Servers) -> None:
+    cluster = servers.cluster(1)
+    for user in range(5):
+        cluster.ingest(order(user=user))
+    servers.stop()
+    log = Path(servers.spec.data_dir) / "shards" / "000" / "log" / "cache.db"
+    with sqlite3.connect(log) as database:
+        ((value,),) = database.execute("SELECT value FROM Cache WHERE key = 3")
+        database.execute("UPDATE Cache SET value = ? WHERE key = 3", (value[:-9] + b"\xff" + value[-8:],))
+    database.close()
+    servers.restart()
+    message = "^shard 0 of 1 cannot recover: log: the record at offset 3 fails its checksum; run `millpond check`"
+    with pytest.raises(Unavailable, match=message):
+        servers.ready()
+    with pytest.raises(Unavailable, match=message):
+        cluster.ingest(order())
+    (status,) = servers.runner.run(CallRead(servers, ShardMap.even(N_SLOTS, 1)).status())
+    assert (status["state"], status["why"][:14]) == ("shard_lost", "cannot recover")
+
+
+def test_a_shard_that_is_not_there_or_does_not_answer_in_time_is_unavailable(servers: Servers) -> None:
+    servers.cluster(1)
+    folder = Path(servers.spec.memory_dir)
+    hasty = SocketCalls(folder, 1, timeout_s=0.05)
+    busy = threading.Event()
+    servers.servers[0]._loop.call_soon_threadsafe(busy.wait, 10)
+    with pytest.raises(Unavailable) as caught:
+        servers.runner.run(one_call(hasty, "status"))
+    busy.set()
+    assert (str(caught.value), caught.value.retry_after_ms) == ("shard 0 of 1 did not answer within 0.05 s", 1_000)
+    servers.stop()
+    with pytest.raises(Unavailable, match=r"^shard 0 of 1 is not running; it is being restarted$"):
+        servers.runner.run(one_call(SocketCalls(folder, 1), "status"))
+
+
+async def one_call(calls: SocketCalls, method: str, *arguments: Any) -> Any:
+    try:
+        return await calls.call(0, method, *arguments)
+    finally:
+        await calls.close()
+
+
+def test_calls_that_a_shard_leaves_unanswered_when_it_ends_are_unavailable(servers: Servers) -> None:
+    servers.cluster(1)
+    calls = SocketCalls(Path(servers.spec.memory_dir), 1)
+
+    async def end_meanwhile() -> Any:
+        waiting = calls.call(0, "status"), calls.call(0, "no such method")
+        await asyncio.wait(waiting)
+        return [w.exception() for w in waiting]
+
+    fine, unknown = servers.runner.run(end_meanwhile())
+    assert fine is None
+    assert str(unknown) == "shard 0 of 1 has no `no such method`; it is of another version"
+    servers.runner.run(calls.close())
+
+
+class NoCalls:
+    n_shards = 2
+
+    def call(self, shard: int, method: str, *arguments: Any) -> Any:
+        raise AssertionError
+
+
+def asked_of(clocks: list[list[int]], runner: asyncio.Runner) -> tuple[Any, list[tuple[int, int]]]:
+    """Read two keys from two shards that answer as of these times, one after the other; return answer and calls."""
+    plan, shard_map = ReadPlan(LAYOUT, [*by_user, *by_book], "the test"), ShardMap.even(16, 2)
+    calls: list[tuple[int, int]] = []
+
+    class Scripted(CallRead):
+        """Two shards whose time runs as the script says; only the calls to them are left out."""
+
+        async def _ask(self, shard: int, question: Question) -> Answer:
+            answer = Answer.empty(question)
+            clock = clocks[shard]
+            answer.as_of[:] = max(int(question.clock[0]), clock.pop(0) if len(clock) > 1 else clock[0])
+            answer.values[:], answer.known[:] = shard, True
+            calls.append((shard, int(answer.as_of[0])))
+            return answer
+
+    for user in range(1_000):
+        question = plan.question({"user": [user], "book": ["x"]}, 1, NOW, None)
+        if len({int(s) for key in question.hashes for s in shard_map.shards_of(key.view("uint64"))}) == 2:
+            return runner.run(Scripted(NoCalls(), shard_map).read(question)), calls
+    raise AssertionError("no two keys on two shards")
+
+
+def test_shards_that_lag_behind_are_asked_again_until_all_is_as_of_one_time(runner: asyncio.Runner) -> None:
+    answer, calls = asked_of([[NOW], [NOW + 5]], runner)
+    assert answer.as_of.tolist() == [NOW + 5]
+    assert calls == [(0, NOW), (1, NOW + 5), (0, NOW + 5)]
+
+
+def test_a_read_that_time_runs_away_from_is_given_up(runner: asyncio.Runner) -> None:
+    with pytest.raises(Unavailable, match="faster than it can be read") as caught:
+        asked_of([list(range(NOW, NOW + 1_000, 2)), list(range(NOW + 1, NOW + 1_000, 2))], runner)
+    assert caught.value.retry_after_ms == 100
+
+
+# -- snapshots, history, truncation, drain
+
+
+def status_of(servers: Servers) -> list[dict[str, Any]]:
+    return [s.called("status", []).result(30) for s in servers.servers]
+
+
+def until(condition: Any, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_after_a_drain_a_start_replays_nothing_and_all_is_there(servers: Servers) -> None:
+    cluster = servers.cluster(2)
+    cluster.ingest(*(order(user=u, book=f"b{u}") for u in range(200)))
+    users = [{"user": u, "book": f"b{u}"} for u in range(200)]
+    before = cluster.read([by_user, by_book], *users)
+    for server in servers.servers:
+        server.called("drain", []).result(30)
+    with pytest.raises(Unavailable, match="is stopping"):
+        cluster.ingest(order())
+    replayed: list[int] = []
+    servers.restart()
+    servers.ready()
+    for number, s in enumerate(status_of(servers)):
+        assert (s["state"], s["log_end"] > 0, s["replayed"]) == ("ready", True, s["log_end"])
+        snapshots = Path(servers.spec.data_dir) / "shards" / f"{number:03d}" / "snapshots"
+        replayed += [s["log_end"] - int(path.name[:20]) for path in snapshots.iterdir()]
+    assert replayed == [0, 0]
+    after = cluster.read([by_user, by_book], *users)
+    assert (after.matrix.tobytes(), after.unknown) == (before.matrix.tobytes(), before.unknown)
+
+
+def test_snapshots_are_taken_and_the_log_is_truncated_while_events_go_on(servers: Servers) -> None:
+    cluster = servers.cluster(2, snapshot_bytes=30_000)
+    n = 0
+    while min(s["log_first"] for s in status_of(servers)) == 0:
+        assert n < 50_000
+        cluster.ingest(*(order(user=u % 50, book=f"b{u % 7}", price=1.0) for u in range(100)))
+        n += 100
+    users = [{"user": u} for u in range(50)]
+    counts = cluster.read([by_user], *users).matrix[:, 0]
+    assert counts.sum() == n
+    servers.restart()
+    servers.ready()
+    assert cluster.read([by_user], *users).matrix[:, 0].tolist() == counts.tolist()
+    shards = Path(servers.spec.data_dir) / "shards"
+    assert {len(list((shard / "snapshots").iterdir())) for shard in shards.glob("0*")} == {2}
+
+
+@pytest.mark.parametrize("broken", ["damaged", "cut", "deleted"])
+def test_without_the_newest_snapshot_an_older_one_and_more_of_the_log_do(broken: str, servers: Servers) -> None:
+    cluster = servers.cluster(1)
+    snapshots = Path(servers.spec.data_dir) / "shards" / "000" / "snapshots"
+    for n in range(3):
+        cluster.ingest(*(order(user=u) for u in range(30)))
+        servers.servers[0].called("drain", []).result(30)
+        servers.restart()
+        servers.ready()
+        assert len(list(snapshots.iterdir())) == min(n + 1, 2)
+    newest = max(snapshots.iterdir())
+    if broken == "deleted":
+        newest.unlink()
+    else:
+        content = newest.read_bytes()
+        cut, at = content[: len(content) // 2], len(content) // 2
+        newest.write_bytes(cut if broken == "cut" else content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    servers.restart()
+    servers.ready()
+    assert cluster.read([by_user], *({"user": u} for u in range(30))).matrix[:, 0].tolist() == [3.0] * 30
+
+
+def test_a_feature_that_is_added_is_computed_from_the_history_and_the_log(servers: Servers, tmp_path: Path) -> None:
+    """The log begins later, and the snapshots know nothing of the feature."""
+    cluster = servers.cluster(
+        1, history_uri=str(tmp_path / "history"), history_part_bytes=20_000, snapshot_bytes=20_000
+    )
+    n = 0
+    while status_of(servers)[0]["log_first"] == 0:
+        assert n < 50_000
+        cluster.ingest(*(order(user=u % 10, price=2.0) for u in range(100)))
+        n += 100
+    more = FeatureView("more", owner="ml", source=orders, key=["user"], features={"total": Sum("price"), "n": Count()})
+    servers.spec = dataclasses.replace(servers.spec, views=(*servers.spec.views, more))
+    servers.restart()
+    servers.ready()
+    layout = compile_layout([orders], servers.spec.views)
+    plan = ReadPlan(layout, list(more), "test")
+    read = CallRead(servers, ShardMap.even(N_SLOTS, 1))
+    client = FeatureClient(layout, ShardMap.even(N_SLOTS, 1), CallIngest(servers), read, ManualClock(NOW))
+    rows = servers.runner.run(client.read(plan, {"user": list(range(10))}, 10))
+    assert rows.matrix.tolist() == [[2.0 * n / 10, n / 10]] * 10
+
+
+def test_with_too_little_room_left_on_the_disk_events_are_refused_and_reads_go_on(servers: Servers) -> None:
+    cluster = servers.cluster(1)
+    cluster.ingest(order(user=5))
+    servers.spec = dataclasses.replace(servers.spec, disk_free_bytes_min=1 << 60)
+    servers.restart()
+    servers.ready()
+    first = order(user=5)
+    with pytest.raises(Unavailable, match="MB are left on the disk; events are taken with at least") as caught:
+        cluster.ingest(first)
+    assert (caught.value.code, caught.value.retry_after_ms) == ("log_full", 10_000)
+    assert cluster.read([by_user], {"user": 5}).matrix[0, 0] == 1.0
+    servers.spec = dataclasses.replace(servers.spec, disk_free_bytes_min=0)
+    servers.restart()
+    servers.ready()
+    assert cluster.ingest(first).accepted == 1
+
+
+def test_more_than_may_wait_for_the_log_is_refused(servers: Servers) -> None:
+    cluster = servers.cluster(1, queue_bytes_max=-1)
+    with pytest.raises(TooMany, match="bytes of events wait for its log") as caught:
+        cluster.ingest(order())
+    assert (caught.value.status, caught.value.code) == (429, "queue_full")
