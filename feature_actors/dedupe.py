@@ -32,7 +32,7 @@ _ENTRIES_AT_FIRST = 16
 _AT, _ENTRIES, _USED = range(3)
 _AHEAD = 16
 #: A step of an image looks at so many entries: about a millisecond.
-_IMAGE_ENTRIES_MAX = 1 << 15
+_IMAGE_ENTRIES_MAX = 1 << 14
 
 
 @inner
