@@ -31,14 +31,14 @@ from millpond.feature_actors.events import Receipt
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.log.history import delete_expired
 from millpond.feature_actors.log.log import Durability, Log, LogFull
-from millpond.feature_actors.log.record import HomeRecord
+from millpond.feature_actors.log.record import HomeRecord, LogDamaged
 from millpond.feature_actors.log.snapshot import (
     SnapshotWriter,
     begin_of,
     newest_snapshots,
     remove_old_snapshots,
 )
-from millpond.feature_actors.manifest import open_shard, shard_dir
+from millpond.feature_actors.manifest import lock_shard, note_log, open_shard, shard_dir
 from millpond.feature_actors.ports import all_of
 from millpond.feature_actors.shard import Prepared, Shard
 from millpond.feature_actors.shard_map import ShardMap
@@ -97,7 +97,8 @@ class ShardSpec:
 class ShardServer:
     """Serve shard `number`, from now until the process ends or `close`.
 
-    peers: how it reaches the other shards.
+    peers: how it reaches the other shards. While it lives it holds the shard's folder: a predecessor that has not ended
+    is waited for. Raises `Unavailable` if that does not end, `ManifestError` if what the shard had is not there.
     """
 
     #: What may be called.
@@ -108,7 +109,17 @@ class ShardServer:
         self._layout = compile_layout(spec.sources, spec.views)
         self._decoder = QuestionDecoder(self._layout)
         self._peers = peers
-        self._opening = open_shard(Path(spec.data_dir), number, spec.run_id)
+        logged = spec.durability != "none"
+        self._lock = lock_shard(Path(spec.data_dir), number, spec.cluster_name, logged=logged)
+        try:
+            self._open(logged)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open(self, logged: bool) -> None:
+        spec, number = self._spec, self._number
+        self._opening = open_shard(Path(spec.data_dir), number, spec.run_id, spec.cluster_id, logged=logged)
         self._control = Control(Path(spec.memory_dir), number, writable=True)
         self._shard = Shard(
             self._layout,
@@ -179,7 +190,14 @@ class ShardServer:
             shard_dir(Path(spec.data_dir), self._number), spec.cluster_id, self._opening.epoch, spec.history_uri
         )
         log = Log(folder.log, durability, spec.disk_free_bytes_min)
+        sure_to = log.next if durability == "sync" else 0  # the rest may go with the power
+        note_log(Path(spec.data_dir), self._number, spec.cluster_id, log.next, sure_to=sure_to)
         durable = DurableShard(self._layout, self._shard, log, folder)
+        if durable.history is not None and durable.history.done_to > log.next:
+            raise LogDamaged(
+                f"log: it ends at offset {log.next}, and the history goes to {durable.history.done_to}; restore both "
+                "from one copy"
+            )
         durable.recover(self._note_progress)
         if durable.history is not None:
             self._bytes_since_history = log.bytes_from(durable.history.done_to)
@@ -196,6 +214,7 @@ class ShardServer:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.shutdown()
         self._house.shutdown()
+        self._lock.release()
 
     def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
