@@ -92,6 +92,8 @@ class ShardSpec:
     snapshot_bytes: int
     disk_free_bytes_min: int
     queue_bytes_max: int
+    dedupe_horizon_ms_min: int = 3_600_000
+    dedupe_bytes_max: int | None = None
 
 
 class ShardServer:
@@ -127,6 +129,8 @@ class ShardServer:
             number,
             seed=spec.hash_seed,
             dedupe_horizon_ms=spec.dedupe_horizon_ms,
+            dedupe_horizon_ms_min=spec.dedupe_horizon_ms_min,
+            dedupe_bytes_max=spec.dedupe_bytes_max,
             memory=Memory.create(self._control.tiles_path(self._opening.epoch), spec.memory_bytes_max),
             strings_max=spec.strings_max,
             reclaim_margin_ms=spec.reclaim_margin_ms,
