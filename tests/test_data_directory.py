@@ -5,10 +5,12 @@ taken again when it is mended. Ray is not started: up to there it does not matte
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import re
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,15 +35,17 @@ class Started(BaseException):
     """Everything that could be refused has been taken."""
 
 
-@pytest.fixture(autouse=True)
-def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def without_ray() -> Iterator[None]:
     def start(self: Any) -> None:
         raise Started
 
-    monkeypatch.setattr(module.EmbeddedCluster, "start", start)
-    monkeypatch.setattr(module, "warm_kernels", lambda: None)
-    monkeypatch.setattr(manifest, "SHARD_WAIT_S", 0.1)
-    monkeypatch.setattr(manifest, "_DIRECTORY_WAIT_S", 0.1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.EmbeddedCluster, "start", start)
+        patch.setattr(module, "warm_kernels", lambda: None)
+        patch.setattr(manifest, "SHARD_WAIT_S", 0.1)
+        patch.setattr(manifest, "_DIRECTORY_WAIT_S", 0.1)
+        yield
 
 
 def started(config: Config, definition: str = DEFINITION) -> None:
@@ -59,9 +63,15 @@ def refused(config: Config, message: str, definition: str = DEFINITION) -> None:
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Iterator[Config]:
+def config(left: Path, tmp_path: Path) -> Config:
+    shutil.copytree(left, tmp_path / "dev")
+    return Config(name="dev", data_dir=str(tmp_path), shards=2, slots=16, port=0)
+
+
+@pytest.fixture(scope="module")
+def left(without_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The data directory of a cluster of two shards that have run, each with a snapshot."""
-    config = Config(name="dev", data_dir=str(tmp_path), shards=2, slots=16, port=0)
+    config = Config(name="dev", data_dir=str(tmp_path_factory.mktemp("left")), shards=2, slots=16, port=0)
     started(config)
     cluster = Cluster(config, [Definition("apps.py", DEFINITION)])
     layout = cluster.layout
@@ -79,8 +89,14 @@ def config(tmp_path: Path) -> Iterator[Config]:
         server.called("ready", []).result(30)
         server.called("drain", []).result(30)
         server.close()
-    yield config
+    del server
+    gc.collect()
+    deadline = time.monotonic() + 30
+    while any(config.directory.glob("shards/*/log/*-wal")):  # until its threads have closed the logs
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     shutil.rmtree(memory)
+    return config.directory
 
 
 def test_what_a_start_leaves_is_taken_by_the_next(config: Config) -> None:
