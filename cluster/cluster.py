@@ -172,6 +172,8 @@ class Cluster:
                 snapshot_bytes=config.snapshot_mb << 20,
                 disk_free_bytes_min=config.disk_free_mb_min << 20,
                 queue_bytes_max=config.queue_mb_max << 20,
+                dedupe_horizon_ms_min=config.dedupe_horizon_ms_min,
+                dedupe_bytes_max=config.dedupe_mb_max << 20,
             ),
             NAMESPACE,
             num_cpus=0.1,

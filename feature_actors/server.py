@@ -59,6 +59,8 @@ _DELIVER_AFTER_S, _DELIVER_SOON_S = 2.0, 0.2
 #: How long a round of deliveries may fail before the next one is tried.
 _DELIVER_AGAIN_S = 0.5
 _TICK_S = 0.05
+#: How long a duplicate waits until all shards have what it is a duplicate of.
+_SETTLE_S_MAX = 5.0
 _HOUSE_S, _HOUSE_AGAIN_S = 0.25, 5.0
 #: How long an offer waits to be taken.
 OFFER_S_MAX = 60.0
@@ -90,6 +92,8 @@ class ShardSpec:
     snapshot_bytes: int
     disk_free_bytes_min: int
     queue_bytes_max: int
+    dedupe_horizon_ms_min: int = 3_600_000
+    dedupe_bytes_max: int | None = None
 
 
 class ShardServer:
@@ -125,6 +129,8 @@ class ShardServer:
             number,
             seed=spec.hash_seed,
             dedupe_horizon_ms=spec.dedupe_horizon_ms,
+            dedupe_horizon_ms_min=spec.dedupe_horizon_ms_min,
+            dedupe_bytes_max=spec.dedupe_bytes_max,
             memory=Memory.create(self._control.tiles_path(self._opening.epoch), spec.memory_bytes_max),
             strings_max=spec.strings_max,
             reclaim_margin_ms=spec.reclaim_margin_ms,
@@ -268,9 +274,16 @@ class ShardServer:
     async def settle(self, settled: Sequence[int], wait_before: int) -> None:
         """Return when what is owed of records before an offset has been applied everywhere."""
         self._check()
-        deliveries = self._shard.deliveries
+        deliveries, until_s = self._shard.deliveries, time.monotonic() + _SETTLE_S_MAX
         deliveries.settle(settled)
         while any(offset < wait_before for offset in deliveries.owed):
+            if time.monotonic() > until_s:
+                raise Unavailable(
+                    f"shard {self._number} of {self._of} has had these events before, other shards do not have them "
+                    "yet; send them again later",
+                    code="unsettled",
+                    retry_after_ms=1_000,
+                )
             self._deliver_soon = True
             await asyncio.sleep(_TICK_S / 10)
             self._check()
