@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from millpond.feature_actors.errors import DeclarationError
 from millpond.feature_actors.manifest import ManifestError, write_json
-from millpond.feature_actors.source import Field, Source
+from millpond.feature_actors.source import FIELD_TYPES, Field, Source
 
 __all__ = ["DeclaredField", "DeclaredSource", "DeclaredSources"]
 
@@ -27,7 +27,7 @@ logger = logging.getLogger("millpond.sources")
 
 
 class DeclaredField(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A field; `type` is Arrow's own name of it."""
+    """A field; `type` is the first of its names in `FIELD_TYPES`, `default` as older records are read by it."""
 
     type: str
     optional: bool
@@ -36,11 +36,12 @@ class DeclaredField(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def of(cls, field: Field) -> DeclaredField:
-        # As older records are read by it: that of a float may be declared as an integer, that of a time as a number.
+        name = next(name for name, arrow_type in FIELD_TYPES.items() if arrow_type == field.arrow_type)
+        # That of a float may be declared as an integer, that of a time as a number.
         default = pa.scalar(field.default, field.arrow_type).as_py()
         if isinstance(default, datetime):
             default = default.isoformat()
-        return cls(str(field.arrow_type), field.optional, default, field.personal)
+        return cls(name, field.optional, default, field.personal)
 
     @property
     def may_lack(self) -> bool:
