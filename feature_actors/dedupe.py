@@ -45,7 +45,7 @@ _AHEAD = 16
 #: A step of an image looks at so many entries: about a millisecond.
 _IMAGE_ENTRIES_MAX = 1 << 15
 #: A slot has so many tables that none is larger when the memory is full: it is rebuilt in some milliseconds.
-_TABLE_BYTES_MAX = 8 << 20
+_TABLE_BYTES_MAX = 4 << 20
 #: So many places are looked at to choose a cutoff; fewer than 1/16 of the ids are not worth one.
 _SAMPLE_PLACES = 4_096
 _WORTH = 16
@@ -91,9 +91,7 @@ def _place(at: Any, entries: Any, mixed: Any, lo: Any, hi: Any) -> Any:
     while words[place * _WORDS + _RECEIVED] != _EMPTY and (
         words[place * _WORDS + _LO] != lo or words[place * _WORDS + _HI] != hi
     ):
-        place += 1
-        if place == entries:
-            place = 0
+        place = place + 1 if place + 1 < entries else 0
     return place * _WORDS
 
 
@@ -124,15 +122,17 @@ def _admit(
             i = rows[k]
             mixed = _mixed(seed, ids[i, 0])
             table = _table(first, parts, slots[i], mixed)
-            if directory[table, _ENTRIES] == 0:
+            entries, used = directory[table, _ENTRIES], directory[table, _USED]
+            if entries == 0:
                 return k
             words, _, _ = views_at(directory[table, _AT])
-            at = _place(directory[table, _AT], directory[table, _ENTRIES], mixed, ids[i, 0], ids[i, 1])
-            if words[at + _RECEIVED] == _EMPTY:
-                if _is_full(directory, table):
+            at = _place(directory[table, _AT], entries, mixed, ids[i, 0], ids[i, 1])
+            then = words[at + _RECEIVED]
+            if then == _EMPTY:
+                if used * 3 >= entries * 2:
                     return k
-                directory[table, _USED] += 1
-            elif words[at + _RECEIVED] >= oldest and not (again and words[at + _RECEIVED] <= received):
+                directory[table, _USED] = used + 1
+            elif then >= oldest and not (again and then <= received):
                 verdicts[i] = DUPLICATE if words[at + _CONTENT] == contents[i] else CONFLICT
                 continue
             words[at + _LO], words[at + _HI] = ids[i, 0], ids[i, 1]

@@ -311,10 +311,11 @@ def test_below_the_least_horizon_a_request_is_refused_as_if_it_had_not_come() ->
     assert set(send(seen, range(30), 1_800_000)) == {DUPLICATE}, "which takes no memory"
     assert set(send(seen, range(30), 1_800_000, content=1)) == {CONFLICT}
     with pytest.raises(DedupeFull) as caught:
-        send(seen, range(100, 200), 3_599_000)
-    assert caught.value.retry_after_ms == 1_001
-    assert set(send(seen, range(100, 150), 3_600_001)) == {NEW}, "the first ones are older now than must be"
+        send(seen, range(100, 200), 3_598_000)
+    assert caught.value.retry_after_ms == 2_001
+    assert set(send(seen, range(100, 120), 3_600_001)) == {NEW}, "the first ones are older now than must be"
     assert memory.held_ms == 3_600_000
+    assert held([seen]) == [{(0, *ids_of([n])[0].tolist(), 3_600_001, 0) for n in range(100, 120)}]
 
 
 def test_no_memory_at_all_remembers_nothing() -> None:
@@ -383,16 +384,16 @@ def test_a_replay_knows_an_id_from_when_it_was_last_new() -> None:
 
 def test_a_slot_of_many_ids_has_many_tables_none_of_them_large() -> None:
     memory = IdMemory(HORIZON, bytes_max=1 << 28)
-    assert memory.parts == 32
-    assert IdMemory(HORIZON, bytes_max=1 << 31, n_slots=256).parts == 1
+    assert memory.parts == 64
+    assert IdMemory(HORIZON, bytes_max=1 << 30, n_slots=256).parts == 1
     seen, rows = IdFilter(memory, 2), np.arange(50_000)
     ids = np.random.default_rng(3).integers(-(2**63), 2**63 - 1, (50_000, 2))
     verdicts = np.empty(50_000, np.uint8)
     for want in (NEW, DUPLICATE):
         seen.admit(rows, rows % 2, ids, rows, 0, verdicts)
         assert set(verdicts.tolist()) == {want}
-    assert len(memory.tables) == 64
-    assert memory.directory[:, 2].min() > 50_000 / 64 / 2
+    assert len(memory.tables) == 128
+    assert memory.directory[:, 2].min() > 50_000 / 128 / 2
     again = IdFilter(IdMemory(HORIZON, bytes_max=1 << 22, seed=9), 2)
     for slot, some in seen.image():
         again.load(slot, some, 0)
