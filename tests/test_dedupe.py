@@ -232,7 +232,7 @@ def test_with_little_memory_verdicts_are_those_of_a_dict_with_the_same_cutoff(
     memory = IdMemory(HORIZON, horizon_ms_min=least, bytes_max=tables * TABLE, n_slots=3, seed=5)
     filters = [IdFilter(memory, 3), IdFilter(memory, 3)]
     seen: dict[tuple[int, int, int], tuple[int, int]] = {}
-    now = newest = 0
+    now, newest = 0, -(10**9)
     for which, whole, step in requests:
         now += step
         for events in [[event] for event in whole] if alone else [whole]:
@@ -367,7 +367,10 @@ def test_a_replay_is_never_refused_but_a_request_after_it_is() -> None:
         assert set(send(seen, (rows + now * 1_000).tolist(), 900)) == {DUPLICATE}
     with pytest.raises(DedupeFull):
         send(seen, range(2_000_000, 2_001_000), 900)
-    for now in range(1_901, 100_000, 50):  # the ids have grown old, and what took too much is given back
+    assert send(seen, range(4_000_000, 4_000_020), 1_500) == [NEW] * 20, "in the place of those that are older than must be"
+    with pytest.raises(DedupeFull):
+        send(seen, range(2_000_000, 2_001_000), 1_500)
+    for now in range(2_501, 100_000, 50):  # the ids have grown old, and what took too much is given back
         assert send(seen, [3_000_000 + now], now) == [NEW]
     assert memory.allocated_bytes <= 4 * TABLE
     check(memory)
