@@ -61,7 +61,12 @@ def start_actors(spec: ShardSpec, namespace: str, num_cpus: float) -> list[Any]:
         ).remote(spec, shard)
         for shard in range(spec.shard_map.n_shards)
     ]
-    ray.get([a.call.remote("ready", []) for a in actors])
+    try:
+        ray.get([a.call.remote("ready", []) for a in actors])
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, MillpondError):
+            raise error.cause from None
+        raise
     return actors
 
 

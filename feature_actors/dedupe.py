@@ -43,7 +43,7 @@ _ENTRIES_AT_FIRST = 16
 _AT, _ENTRIES, _USED = range(3)
 _AHEAD = 16
 #: A step of an image looks at so many entries: about a millisecond.
-_IMAGE_ENTRIES_MAX = 1 << 15
+_IMAGE_ENTRIES_MAX = 1 << 14
 #: A slot has so many tables that none is larger when the memory is full: it is rebuilt in some milliseconds.
 _TABLE_BYTES_MAX = 4 << 20
 #: So many places are looked at to choose a cutoff; fewer than 1/16 of the ids are not worth one.

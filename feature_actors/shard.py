@@ -93,7 +93,8 @@ class Prepared:
     """What a shard has judged and remembered of a request, and will apply when it is in the log.
 
     record: for the log, None if there is nothing new. verdicts uint8 [n], as of `Receipt`. routes: what goes to each
-    table, and which rows. remembered: ids that were new. homes: of whose records it applies the part of this shard.
+    table, and which rows. heard: arrival stamps that move time, None for all: those of what is in the log, so that a
+    replay hears the same. remembered: ids that were new. homes: of whose records it applies the part of this shard.
     """
 
     received_ms: int
@@ -102,6 +103,7 @@ class Prepared:
     routes: list[tuple[_Route, Ints]] = field(default_factory=list)
     times: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     arrivals: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    heard: Ints | None = None
     remembered: list[tuple[IdFilter, Ints, Ints, Ints]] = field(default_factory=list)
     homes: tuple[HomeRecord, ...] = ()
     promised_words: int = 0
@@ -228,6 +230,8 @@ class Shard:
             bits = self._bits(prepared, events.n, new)
             if bits.any():
                 kept = np.flatnonzero(bits)
+                if len(kept) * 4 > events.n * 3:  # a few rows that are nobody's here are cheaper than to take them out
+                    kept = np.arange(events.n)
                 prepared.record = OfferRecord(*self._fields(prepared, events, bits, kept))
                 if (bits > 1).any():
                     home = self.shard_map.shards_of(events.ids)
@@ -343,6 +347,7 @@ class Shard:
         """Apply those routes of events that are of this shard, whatever their ids; shapes as of `Events`."""
         prepared = Prepared(received_ms)
         self._route(prepared, Events.judged(source, batch, arrivals, received_ms), np.arange(batch.num_rows))
+        prepared.heard = None
         self._apply(prepared, self.next_offset)
         self.next_offset += 1
 
@@ -399,6 +404,7 @@ class Shard:
         prepared = Prepared(record.received_ms)
         events = Events.judged(record.source, batch, record.arrivals, record.received_ms)
         self._route(prepared, events, np.arange(len(routes)))
+        prepared.heard = None
         self.next_offset = offset + 1
         bits = {key: np.uint32(2 << number) for number, key in enumerate(record.tables)}
         prepared.routes = [
@@ -432,6 +438,7 @@ class Shard:
         """Find which of the events `rows` go to which table here, and have room for them."""
         chosen = np.zeros(events.n, np.bool_)
         chosen[rows] = True
+        prepared.heard = events.arrivals[events.n :]
         prepared.times, prepared.arrivals = self._times(events.source, events.batch), owned(events.arrivals)
         for route in self._routes(prepared, events.source, events.batch, events.arrivals, chosen):
             prepared.routes.append((route, route.rows))
@@ -446,12 +453,13 @@ class Shard:
 
     def _fields(self, prepared: Prepared, events: Events, bits: npt.NDArray[np.uint32], kept: Ints) -> Any:
         """Return what records of events have in common, of the events `kept`."""
-        batch, stamps = events.batch, prepared.arrivals[: events.n]
+        batch, stamps, clock = events.batch, prepared.arrivals[: events.n], prepared.arrivals[events.n :]
         if len(kept) < events.n:
             batch, stamps, bits = batch.take(pa.array(kept)), stamps[kept], bits[kept]
         source = self._layout.source(events.source)
         ids = events.ids[kept] if events.ids_given and source.event_id is None else None
         tables = tuple(route.table.key for route, _ in prepared.routes)
+        prepared.heard = np.concatenate([stamps, clock])
         return source.name, source.version, prepared.received_ms, tables, stamps, bits, batch, ids
 
     def _have(self, prepared: Prepared, homes: Sequence[HomeRecord]) -> None:
@@ -461,8 +469,9 @@ class Shard:
             self.deliveries.have(home)
 
     def _apply(self, prepared: Prepared, offset: int) -> None:
-        if len(prepared.arrivals):
-            self._store.hear_of(int(prepared.arrivals.max()), prepared.received_ms)
+        heard = prepared.heard if prepared.heard is not None else prepared.arrivals
+        if len(heard):
+            self._store.hear_of(int(heard.max()), prepared.received_ms)
         base = offset << SEQUENCE_ROW_BITS
         for route, rows in prepared.routes:
             self._store.apply(

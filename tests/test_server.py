@@ -24,6 +24,7 @@ from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.clock import ManualClock
 from millpond.feature_actors.errors import AsOfInPast, TooMany, Unavailable
 from millpond.feature_actors.layout import Layout, compile_layout
+from millpond.feature_actors.manifest import Manifest, make_shards
 from millpond.feature_actors.plan import Answer, Question, ReadPlan
 from millpond.feature_actors.ports import IngestPort, ReadPort
 from millpond.feature_actors.server import ShardServer, ShardSpec
@@ -55,6 +56,8 @@ class Servers:
             memory_dir=str(home / "memory"), memory_bytes_max=1 << 28, strings_max=1_000, reclaim_margin_ms=660_000,
             durability=durability, cluster_id="served", **options,
         )  # fmt: skip
+        if durability != "none":
+            make_shards(home, Manifest("served", "served", N_SLOTS, 7), n_shards)
         self.restart()
 
     def restart(self, *shards: int) -> None:
