@@ -367,7 +367,9 @@ def test_a_replay_is_never_refused_but_a_request_after_it_is() -> None:
         assert set(send(seen, (rows + now * 1_000).tolist(), 900)) == {DUPLICATE}
     with pytest.raises(DedupeFull):
         send(seen, range(2_000_000, 2_001_000), 900)
-    assert send(seen, range(4_000_000, 4_000_020), 1_500) == [NEW] * 20, "in the place of those that are older than must be"
+    assert send(seen, range(4_000_000, 4_000_020), 1_500) == [NEW] * 20, (
+        "in the place of those that are older than must be"
+    )
     with pytest.raises(DedupeFull):
         send(seen, range(2_000_000, 2_001_000), 1_500)
     for now in range(2_501, 100_000, 50):  # the ids have grown old, and what took too much is given back
