@@ -182,8 +182,8 @@ def lock_directory(directory: Path, cluster_name: str, wait_s: float = _DIRECTOR
         name, url = held.holder.get("name", cluster_name), held.holder.get("url")
         if url is None:
             raise Unavailable(
-                f"cluster `{name}` is starting on {directory} just now ({held.process}); wait for it, end that process, or "
-                "give this one another name"
+                f"cluster `{name}` is starting on {directory} just now ({held.process}); wait for it, end that process, "
+                "or give this one another name"
             ) from None
         raise Unavailable(
             f"cluster `{name}` runs on {directory} already, at {url} ({held.process}); stop it with `millpond down`, "
@@ -376,7 +376,8 @@ def _checked(directory: Path, shard: int, cluster_id: str) -> _Epoch:
 
 def _missing(path: Path, shard: int) -> ManifestError:
     return ManifestError(
-        f"data directory: `{path}` is missing, and shard {shard} has a log; is the right disk there? Otherwise {_RESTORE}"
+        f"data directory: `{path}` is missing, and shard {shard} has a log; is the right disk there? Otherwise "
+        f"{_RESTORE}"
     )
 
 
