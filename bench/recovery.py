@@ -6,7 +6,7 @@
    Once more with a byte of the newest snapshot changed, so that the older one and 6 M events of the log have to do.
 3. Send small loads, one after the other, alternating stretches in which a snapshot is taken after the other and the log
    is truncated, and stretches without: what that adds to the 99.9th percentile.
-4. Check: after each recovery every user's events are counted as they were sent, and a load sent again is all duplicates.
+4. Check: after each recovery every user's events are counted as they were sent; a load sent again is all duplicates.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from millpond.feature_actors.clock import WallClock
 from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.layout import Layout, compile_layout
 from millpond.feature_actors.log.snapshot import newest_snapshots
-from millpond.feature_actors.manifest import shard_dir
+from millpond.feature_actors.manifest import Manifest, make_shards, shard_dir
 from millpond.feature_actors.memory_folder import MemoryFolder
 from millpond.feature_actors.plan import ReadPlan
 from millpond.feature_actors.server import ShardServer, ShardSpec
@@ -63,7 +63,7 @@ _NEVER_BYTES = 1 << 40
 account = FeatureView("account", owner="bench", source=reference.activity, key=["user_id"], features={"n": Count()})
 
 MEANINGS = {
-    "recover_1m_entities_s": "from the start of a process after a SIGKILL until it is ready, 2 M events after the snapshot",
+    "recover_1m_entities_s": "start of a process after a SIGKILL until it is ready, 2 M events after the snapshot",
     "recover_damaged_snapshot_s": "the same by the older snapshot, 6 M events after it",
     "snapshot_1m_entities_s": "the newer snapshot",
     "snapshot_step_ms": "its longest step between two loads",
@@ -124,6 +124,7 @@ class RecoveryWorkload:
 
     def _start(self) -> None:
         """Start a process and connect to its shard."""
+        manifest = Manifest.open(self._config.directory, "bench", self._config.slots)
         self._process = _Process(
             {
                 "data_dir": str(self._config.directory),
@@ -131,6 +132,7 @@ class RecoveryWorkload:
                 "durability": self._config.durability,
                 "run_id": uuid.uuid4().hex,
                 "slots": self._config.slots,
+                "cluster_id": manifest.cluster_id,
             }
         )
         self._calls = SocketCalls(self._memory.path, 1, timeout_s=_READY_S_MAX)
@@ -162,6 +164,8 @@ class RecoveryWorkload:
     # -- the workload
 
     def setup(self, steps: Steps) -> None:
+        directory = self._config.directory
+        make_shards(directory, Manifest.open(directory, "bench", self._config.slots), 1)
         self._start()
         self._figures["start_s"] = round(self._ready(), 2)
         with steps.step("load", sum(self._events)) as advance:
@@ -301,7 +305,7 @@ def main() -> None:
         strings_max=1_000_000,
         reclaim_margin_ms=660_000,
         durability=settings["durability"],
-        cluster_id="bench",
+        cluster_id=settings["cluster_id"],
         history_uri=None,
         history_part_bytes=_NEVER_BYTES,
         snapshot_bytes=_NEVER_BYTES,
