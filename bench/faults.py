@@ -40,7 +40,7 @@ from millpond.bench.accounts import activity
 from millpond.bench.events import EventBodies, arrow_body, json_bodies
 from millpond.bench.ledger import Floats, Ints, Ledger, differences, read_accounts
 from millpond.bench.load import quantile
-from millpond.bench.probes import Log, ReadProber, WriteProber, available_share, ids_on
+from millpond.bench.probes import Log, ReadProber, WriteProber, available_share, failures_within, ids_on
 from millpond.bench.retry import Connection, send_until_answered
 from millpond.bench.up import KINDS, NEEDS_NEW_START, Up, Victim, until
 from millpond.bench.workload import HISTORY, Steps, run_workload
@@ -87,6 +87,7 @@ MEANINGS = {
     "availability_scores": "",
     "availability_without_restarts": "the same, but for the recoveries that take a new start of the cluster",
     "availability_other_shards": "the same of the other shards while one recovers",
+    "other_shards_failures": "what came of probes of the other shards instead, and how often",
     "probes": "writes and scores of one shard each",
     "starts": "of `millpond up`",
     "durability": "",
@@ -125,11 +126,11 @@ class Strike:
     shard: int | None
     at: float
     recovered_at: float
-    title: str = ""
+    actor: str = ""
 
     @property
     def what(self) -> str:
-        return self.title.partition(" ")[0] if self.kind == "worker" else self.kind
+        return self.actor if self.kind == "worker" else self.kind
 
     @property
     def recovery_s(self) -> float:
@@ -267,6 +268,8 @@ class FaultsWorkload:
         self._readers: list[ReadProber] = []
         self.strikes: list[Strike] = []
         self._settled_at = 0.0
+        #: What is waited for just now, for the message if it does not come.
+        self._missing = ""
         self._wrong: list[str] = []
         self._figures: dict[str, Any] = {
             "durability": config.durability,
@@ -328,7 +331,9 @@ class FaultsWorkload:
                 try:
                     strike = self._strike(kind, burst)
                 except MillpondError as error:
-                    raise Unavailable(f"kill {number + 1}, of {kind}: {error}; {self._up.errors()}") from None
+                    raise Unavailable(
+                        f"kill {number + 1}, of {kind}: {error}; missing: {self._missing}; {self._up.errors()}"
+                    ) from None
                 self.strikes.append(strike)
                 what = strike.what if strike.shard is None else f"{strike.what} {strike.shard}"
                 advance(1, f"{what} {strike.recovery_s:.2f} s")
@@ -356,7 +361,7 @@ class FaultsWorkload:
         self._settled_at = time.monotonic()
         concerned = [log for log in self._logs if victim.shard in (None, log.shard)]
         ends = [end for log in concerned if (end := log.good_since(at, _IN_A_ROW)) is not None]
-        return Strike(kind, victim.shard, at, max(ends, default=self._settled_at), victim.title)
+        return Strike(kind, victim.shard, at, max(ends, default=self._settled_at), victim.actor)
 
     def _choose(self, kind: str) -> Victim:
         if kind == "cluster":
@@ -372,15 +377,14 @@ class FaultsWorkload:
                 f"`millpond up` goes on when a `{victim.title[:40]}` is killed: it ended: {self._up.errors()}"
             )
             self._up.start()
-        if not self._served_since(at) or self._traffic.acked < self._traffic.sent:
+        self._missing = "writes and scores of every shard"
+        if not self._served_since(at):
             return False
-        if victim.kind in NEEDS_NEW_START or not victim.missed:
-            return True
-        alike = (victim.kind, victim.shard, victim.title if victim.kind == "worker" else "")
-        return any(
-            v.pid != victim.pid and (v.kind, v.shard, v.title if v.kind == "worker" else "") == alike
-            for v in self._up.victims()
-        )
+        self._missing = f"{self._traffic.sent - self._traffic.acked} events to be acknowledged"
+        if self._traffic.acked < self._traffic.sent:
+            return False
+        self._missing = f"another process in the place of {victim}"
+        return victim.kind in NEEDS_NEW_START or not victim.missed or any(map(victim.replaced_by, self._up.victims()))
 
     # -- check
 
@@ -465,6 +469,7 @@ class FaultsWorkload:
             "probes": sum(len(log.probes) for log in self._logs),
             "starts": self._up.starts,
             **availability_figures(self._logs, self.strikes, self._settled_at),
+            "other_shards_failures": dict(other_shards_failures(self._logs, self.strikes).most_common(_SHOWN_MAX)),
         }
         return {name: figures[name] for name in MEANINGS if name in figures}
 
@@ -492,6 +497,16 @@ def recovery_figures(recoveries: Mapping[str, list[float]]) -> dict[str, Any]:
         "recovery_p50_s_by_kind": {k: round(quantile(of_kind, 0.5), 2) for k, of_kind in sorted(recoveries.items())},
         "recovery_max_s_by_kind": {k: round(max(of_kind), 2) for k, of_kind in sorted(recoveries.items())},
     }
+
+
+def other_shards_failures(logs: list[Log], strikes: list[Strike]) -> Counter[str]:
+    """Return what came of the probes of other shards that failed while one recovered."""
+    found = Counter[str]()
+    for strike in strikes:
+        if strike.shard is not None:
+            others = [log for log in logs if log.shard != strike.shard]
+            found += failures_within(others, [(strike.at, strike.recovered_at)])
+    return found
 
 
 def availability_figures(logs: list[Log], strikes: list[Strike], end: float) -> dict[str, float]:

@@ -19,11 +19,11 @@ import msgspec
 import numpy as np
 
 from millpond.bench.ledger import Ledger
-from millpond.bench.retry import Connection, Refused
+from millpond.bench.retry import Answer, Connection, Refused
 from millpond.feature_actors.keys import hash_values
 from millpond.feature_actors.shard_map import ShardMap
 
-__all__ = ["PROBE_S_MAX", "Log", "Probe", "ReadProber", "WriteProber", "available_share", "ids_on"]
+__all__ = ["PROBE_S_MAX", "Log", "Probe", "ReadProber", "WriteProber", "available_share", "failures_within", "ids_on"]
 
 #: A probe that is answered later was not answered.
 PROBE_S_MAX = 2.0
@@ -32,11 +32,12 @@ PROBE_EVERY_S = 0.05
 
 @dataclass(frozen=True)
 class Probe:
-    """One probe: when it began and ended, of the monotonic clock, and whether it was answered well."""
+    """One probe: when it began and ended, of the monotonic clock, and whether it was answered well, or what came."""
 
     begin: float
     end: float
     good: bool
+    why: str = ""
 
 
 @dataclass
@@ -78,6 +79,12 @@ def available_share(logs: Sequence[Log], windows: Sequence[tuple[float, float]])
     return good / total if total else None
 
 
+def failures_within(logs: Sequence[Log], windows: Sequence[tuple[float, float]]) -> Counter[str]:
+    """Return what came of the probes that began within any of the windows and were not answered well."""
+    bad = [probe for log in logs for probe in log.probes if not probe.good]
+    return Counter(p.why for p in bad if any(first <= p.begin <= last for first, last in windows))
+
+
 def ids_on(shard_map: ShardMap, shard: int, names: Iterator[Any]) -> Iterator[Any]:
     """Yield those of the names (all int, or all str) whose hash lies on a shard."""
     return (name for name in names if int(shard_map.shards_of(hash_values([[name]], 1))[0]) == shard)
@@ -98,9 +105,9 @@ class _Prober(threading.Thread):
         try:
             while not self._over.is_set() or self.unfinished:
                 begin = time.monotonic()
-                good = self.probe()
+                answer = self.probe()
                 end = time.monotonic()
-                self.log.probes.append(Probe(begin, end, good))
+                self.log.probes.append(Probe(begin, end, answer.good, answer.text))
                 time.sleep(max(0.001, PROBE_EVERY_S - (end - begin)))
         except Exception as error:  # a thread's error would pass unseen
             self.wrong.append(f"{self.name}: {error!r}")
@@ -111,7 +118,7 @@ class _Prober(threading.Thread):
     def unfinished(self) -> bool:
         return False
 
-    def probe(self) -> bool:
+    def probe(self) -> Answer:
         raise NotImplementedError
 
 
@@ -142,7 +149,7 @@ class WriteProber(_Prober):
     def unfinished(self) -> bool:
         return bool(self._body) and time.monotonic() < self._give_up_at
 
-    def probe(self) -> bool:
+    def probe(self) -> Answer:
         if not self._body:
             event = {
                 "event_id": next(self._ids),
@@ -159,14 +166,14 @@ class WriteProber(_Prober):
             if 400 <= answer.status < 500 and answer.status not in (408, 429):
                 raise Refused(f"{answer.status} {answer.content[:500].decode(errors='replace')}")
             self._causes[answer.why] += 1
-            return False
+            return answer
         ack = answer.json
         if (ack["accepted"] + ack["duplicates"], ack["conflicts"]) != (1, 0):
             self.wrong.append(f"an event is accepted or a duplicate: got {ack}")
         self._ledger.acknowledge(*self._rows, np.ones(1))
         self.acked += 1
         self._body = b""
-        return True
+        return answer
 
 
 class ReadProber(_Prober):
@@ -178,11 +185,11 @@ class ReadProber(_Prober):
         self._body = msgspec.json.encode({"user_id": writer.user, "item_id": writer.item})
         self.stale = 0
 
-    def probe(self) -> bool:
+    def probe(self) -> Answer:
         acked = self._writer.acked
         answer = self._connection.call("POST", "/v1/score/pair_account", self._body)
         if not answer.good:
-            return False
+            return answer
         counts = answer.json["result"]
         sent = self._writer.sent
         if min(counts) < acked:
@@ -191,4 +198,4 @@ class ReadProber(_Prober):
                 self.wrong.append(f"a score has every event acknowledged before: {acked} were, it counts {counts}")
         if max(counts) > sent and not any("sent" in w for w in self.wrong):
             self.wrong.append(f"a score has no event twice: {sent} were sent, it counts {counts}")
-        return True
+        return answer

@@ -38,6 +38,11 @@ class Answer:
         return self.status == 200
 
     @property
+    def text(self) -> str:
+        """What came, in short; nothing of a good answer."""
+        return "" if self.good else f"{self.why} {self.content[:200].decode(errors='replace')}".strip()
+
+    @property
     def json(self) -> Any:
         return msgspec.json.decode(self.content)
 

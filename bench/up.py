@@ -62,9 +62,19 @@ class Victim:
     shard: int | None = None
 
     @property
+    def actor(self) -> str:
+        """The actor that it runs; its title may name the method that is being called, too."""
+        return self.title.partition(" ")[0].partition(".")[0]
+
+    @property
     def missed(self) -> bool:
         """Whether the cluster starts another in its place."""
         return not self.title.startswith(_UNMISSED)
+
+    def replaced_by(self, other: Victim) -> bool:
+        """Return whether another process does what this one did."""
+        alike = other.kind == self.kind and (self.kind != "worker" or other.actor == self.actor)
+        return alike and other.shard == self.shard and other.pid != self.pid
 
 
 def kind_of(title: str, program: str, cluster_name: str) -> str | None:

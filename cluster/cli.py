@@ -78,11 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="print it as one JSON object")
     command("config", _config, "Print every setting and where its value came from.")
     bench = command("bench", _bench, "Measure; the figures stand in the README under Measured.")
-    bench.add_argument("scenario", choices=["score", "store", "events", "faults"])
+    bench.add_argument("scenario", choices=["score", "store", "events", "faults", "recovery"])
     bench.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     bench.add_argument("--seconds", type=float, default=5.0, help="length of each measurement")
     bench.add_argument("--record", action="store_true", help="add a line to bench/history.jsonl")
-    bench.add_argument("--quick", action="store_true", help="store, events: tiny, to see that it works")
+    bench.add_argument("--quick", action="store_true", help="store, events, recovery: tiny, to see that it works")
     bench.add_argument("--kills", type=int, default=100, help="faults: how many processes are killed")
     bench.add_argument("--events", type=int, default=1_000_000, help="faults: how many events are sent meanwhile")
     bench.add_argument("--seed", type=int, help="faults: of the order of kills and of the events (default: any)")
@@ -220,6 +220,12 @@ def _bench(options: argparse.Namespace, config: Config, origins: dict[str, str])
             events=options.events,
             seed=options.seed,
             record=options.record,
+        )
+    if options.scenario == "recovery":
+        from millpond.bench.recovery import run_recovery_bench
+
+        return run_recovery_bench(
+            config, as_json=options.json, seconds=options.seconds, quick=options.quick, record=options.record
         )
     from millpond.bench.score import run_score_bench
 

@@ -26,11 +26,20 @@ from millpond.deployments.serving import (
     score_application,
 )
 from millpond.feature_actors.client import TimeLimits
+from millpond.feature_actors.declared_sources import DeclaredSources
 from millpond.feature_actors.decode import BodyLimits
-from millpond.feature_actors.errors import DeclarationError, MillpondError, Unavailable
+from millpond.feature_actors.errors import DeclarationError, MillpondError
 from millpond.feature_actors.ingest_queue import QueueLimits
 from millpond.feature_actors.layout import compile_layout
-from millpond.feature_actors.manifest import Manifest, check_logs, write_json
+from millpond.feature_actors.lock import FileLock
+from millpond.feature_actors.manifest import (
+    Manifest,
+    check_shards,
+    lock_directory,
+    make_shards,
+    wait_for_shards,
+    write_json,
+)
 from millpond.feature_actors.memory_folder import MemoryFolder
 from millpond.feature_actors.ports import all_of
 from millpond.feature_actors.server import ShardSpec
@@ -76,6 +85,7 @@ class Cluster:
         )
         self._state_file = config.directory / "cluster.json"
         self._state_written = False
+        self._lock: FileLock | None = None
         self._memory: MemoryFolder | None = None
         #: What the replicas are made from, once the shards run.
         self.spec: ServingSpec | None = None
@@ -93,27 +103,24 @@ class Cluster:
 
         models: whether to deploy the definitions' models now; `deploy` does so later.
 
-        1. Check the definitions and load the models once here: a mistake shows before anything runs.
-        2. Open the data directory.
-        3. Warm the kernels; start Ray and Serve.
-        4. Start the shards, then the apps.
+        1. Hold the data directory: nothing of a cluster that runs on it is touched.
+        2. Check the definitions and load the models once here: a mistake shows before anything runs.
+        3. Open the data directory: if anything of it is refused, nothing in it has changed.
+        4. Warm the kernels; start Ray and Serve.
+        5. Start the shards, then the apps.
         """
         config = self.config
-        if models:
-            load_models(self._definitions, self.layout)
-        if (other := running(config.directory)) is not None:
-            raise Unavailable(
-                f"cluster `{config.name}` runs on {config.directory} already, at {other['url']} (process "
-                f"{other['pid']}); stop it with `millpond down`, or give this one another name"
-            )
-        manifest = Manifest.open(config.directory, config.name, config.slots)
-        check_logs(config.directory, config.shards, logged=config.durability != "none")
-        token = admin_token(config.directory, make=True)
-        warm_kernels()
+        self._lock = lock_directory(config.directory, config.name)
         try:
+            if models:
+                load_models(self._definitions, self.layout)
+            manifest = self._open_directory()
+            token = admin_token(config.directory, make=True)
+            warm_kernels()
             self._embedded.start()
             self._start_shards(manifest, token)
             self._run_apps(self._definitions if models else (), events=True)
+            self._lock.say(url=self.url)
             pid = os.getpid()
             state = {"pid": pid, "started_ticks": started_ticks(pid), "url": self.url, "name": config.name}
             write_json(self._state_file, state)
@@ -122,6 +129,19 @@ class Cluster:
             self.stop()
             raise
         return self
+
+    def _open_directory(self) -> Manifest:
+        """Check the data directory against this configuration and these sources, then write down what is new."""
+        config, directory, logged = self.config, self.config.directory, self.config.durability != "none"
+        manifest = Manifest.open(directory, config.name, config.slots)
+        check_shards(directory, manifest, config.shards, logged=logged)
+        declared = DeclaredSources(directory)
+        sources = declared.check(self.layout.sources.values()) if logged else declared.sources
+        wait_for_shards(directory, config.name)
+        if logged:
+            declared.keep(sources)
+            make_shards(directory, manifest, config.shards)
+        return manifest
 
     def _start_shards(self, manifest: Manifest, token: str) -> None:
         from millpond.feature_actors.actor import start_actors
@@ -152,6 +172,8 @@ class Cluster:
                 snapshot_bytes=config.snapshot_mb << 20,
                 disk_free_bytes_min=config.disk_free_mb_min << 20,
                 queue_bytes_max=config.queue_mb_max << 20,
+                dedupe_horizon_ms_min=config.dedupe_horizon_ms_min,
+                dedupe_bytes_max=config.dedupe_mb_max << 20,
             ),
             NAMESPACE,
             num_cpus=0.1,
@@ -225,6 +247,9 @@ class Cluster:
         if self._state_written:  # else it may be of another cluster, on whose directory this one did not start
             self._state_file.unlink(missing_ok=True)
             self._state_written = False
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def _drain_shards(self) -> None:
         if self.spec is None or self._memory is None:

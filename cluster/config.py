@@ -64,6 +64,8 @@ class Config:
     late_after: str = _setting("1h", "an event further behind its arrival is counted late")
     ahead_max: str = _setting("10m", "an event further ahead of its arrival is refused")
     dedupe_horizon: str = _setting("24h", "how long an event id is remembered after it was received")
+    dedupe_horizon_min: str = _setting("1h", "with less memory for ids than this takes, events are refused (429)")
+    dedupe_mb_max: int = _setting(2_048, "most memory that the event ids of one shard take", 1, 10**6)
     event_body_bytes_max: int = _setting(16 * 2**20, "largest body of events", 1_024, 2**31)
     event_rows_max: int = _setting(1_000_000, "most events in a body", 1, 16_000_000)
     score_body_bytes_max: int = _setting(4 * 2**20, "largest body of ids", 1_024, 2**31)
@@ -93,10 +95,14 @@ class Config:
     def dedupe_horizon_ms(self) -> int:
         return _length_ms("dedupe_horizon", self.dedupe_horizon)
 
+    @property
+    def dedupe_horizon_ms_min(self) -> int:
+        return _length_ms("dedupe_horizon_min", self.dedupe_horizon_min)
+
 
 _TYPES = get_type_hints(Config)
 #: The settings that are lengths of time, and the shortest that each may be.
-_LENGTHS = {"late_after": "0s", "ahead_max": "0s", "dedupe_horizon": "1s"}
+_LENGTHS = {"late_after": "0s", "ahead_max": "0s", "dedupe_horizon": "1s", "dedupe_horizon_min": "1s"}
 _LENGTH_MAX = "3660d"
 
 
@@ -137,6 +143,14 @@ def load_config(
     config = Config(**values)
     if origins["shards"] == "default":  # of the machine, which may have more cores than there are slots
         config = replace(config, shards=min(config.shards, config.slots))
+    if config.dedupe_horizon_ms_min > config.dedupe_horizon_ms:
+        if origins["dedupe_horizon_min"] != "default":
+            raise ConfigError(
+                f"setting `dedupe_horizon_min`: {config.dedupe_horizon_min} is more than {config.dedupe_horizon} "
+                "(setting `dedupe_horizon`), which is how long ids are remembered at most",
+                path=origins["dedupe_horizon_min"],
+            )
+        config = replace(config, dedupe_horizon_min=config.dedupe_horizon)
     if config.shards > config.slots:
         raise ConfigError(
             f"setting `shards`: {config.shards} shards of {config.slots} slots (setting `slots`); a shard needs a "

@@ -141,7 +141,7 @@ class EmbeddedCluster:
             try:
                 if "ray" in sys.modules and self.shelter is not None:
                     # Without its raylet, Ray ends this process in the middle of a shutdown.
-                    broken = self._dead_process_of_ray() is not None
+                    broken = self._ended_of_ray() is not None
                     if not broken:
                         self._stop_ray()
             finally:
@@ -159,7 +159,7 @@ class EmbeddedCluster:
             while not arrived:
                 # Not signal.pause(): a signal between the test and the pause would be slept over.
                 time.sleep(0.2)
-                if (ended := self._dead_process_of_ray()) is not None:
+                if (ended := self._ended_of_ray()) is not None:
                     raise Unavailable(
                         f"embedded cluster: Ray's `{ended}` has ended, and only a new start brings it back; start the "
                         "cluster again"
@@ -312,7 +312,7 @@ class EmbeddedCluster:
             logging_config={"log_level": self.settings.log_level, "enable_access_log": False},
         )
 
-    def _dead_process_of_ray(self) -> str | None:
+    def _ended_of_ray(self) -> str | None:
         """Return the name of a process of Ray that has ended and that nothing restarts, or None."""
         from ray._private import worker
 

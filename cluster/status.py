@@ -35,11 +35,12 @@ def print_status(status: dict[str, Any]) -> None:
     console = Console()
     console.print(f"cluster [bold]{status['name']}[/bold] at {status['url']} (process {status['pid']})")
     shards = Table(
-        "shard", "state", "slots", "tiles", "tile memory", "id memory", "strings", title="Shards", title_justify="left"
-    )
+        "shard", "state", "slots", "tiles", "tile memory", "ids", "id memory", "ids known for", "strings",
+        title="Shards", title_justify="left",
+    )  # fmt: skip
     for s in status["shards"]:
         if s["state"] != "ready":
-            shards.add_row(str(s["shard"]), s["state"], s["why"], "", "", "", "")
+            shards.add_row(str(s["shard"]), s["state"], s["why"])
             continue
         shards.add_row(
             str(s["shard"]),
@@ -47,11 +48,21 @@ def print_status(status: dict[str, Any]) -> None:
             str(s["slots"]),
             f"{s['tiles']:,}",
             _megabytes(s["tile_bytes"]),
+            f"{s['ids']:,}",
             _megabytes(s["filter_bytes"]),
+            _duration(s["dedupe_held_ms"]),
             f"{s['strings']:,}" + (f" ({s['strings_refused']:,} refused)" if s["strings_refused"] else ""),
         )
     console.print(shards)
     ready = [s for s in status["shards"] if s["state"] == "ready"]
+    for s in ready:
+        if s["dedupe_held_ms"] < s["dedupe_horizon_ms"]:
+            console.print(
+                f"[bold]warning[/bold]: shard {s['shard']} remembers event ids for {_duration(s['dedupe_held_ms'])} "
+                f"instead of {_duration(s['dedupe_horizon_ms'])} (`dedupe_horizon`): their memory is full; raise "
+                "`dedupe_mb_max`, or add shards",
+                soft_wrap=True,
+            )
     logs = Table("shard", "epoch", "log", "snapshot at", "history to", "owed", title="Logs", title_justify="left")
     for s in ready:
         taken = f"{s['snapshot_offset']:,} ({s['snapshot_s']:.1f} s)" if "snapshot_offset" in s else ""
@@ -72,3 +83,14 @@ def print_status(status: dict[str, Any]) -> None:
 
 def _megabytes(n: int) -> str:
     return f"{n / 1e6:,.1f} MB"
+
+
+def _duration(ms: int) -> str:
+    """Return a length of time for people, rounded down.
+
+    >>> _duration(86_400_000), _duration(5_399_999), _duration(59_999)
+    ('24h 0m', '1h 29m', '59s')
+    """
+    if ms < 60_000:
+        return f"{ms // 1000}s"
+    return f"{ms // 3_600_000}h {ms // 60_000 % 60}m"

@@ -7,6 +7,8 @@ retried by Ray: a write may be sent twice only by us, who know that it is safe.
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ __all__ = ["ActorCalls", "FeatureActor", "NearestCalls", "actor_name", "find_act
 
 #: Calls that wait for one shard, from one replica; more are answered 503.
 PENDING_CALLS_MAX = 1_024
+
+logger = logging.getLogger("millpond.shard")
 
 
 def actor_name(cluster_name: str, shard: int) -> str:
@@ -40,7 +44,14 @@ class FeatureActor:
                 calls.append(NearestCalls(Path(spec.memory_dir), actors))
             return calls[0]
 
-        self.server = ShardServer(spec, number, peers)
+        try:
+            self.server = ShardServer(spec, number, peers)
+        except MillpondError:
+            if ray.get_runtime_context().was_current_actor_reconstructed:
+                # Of what a restart raises Ray never restarts an actor again; and the disk may come back.
+                logger.exception("shard %d cannot be opened; its process ends and tries again", number)
+                os._exit(70)
+            raise
 
     async def call(self, method: str, arguments: Sequence[Any]) -> Any:
         return await asyncio.wrap_future(self.server.called(method, arguments))
@@ -61,7 +72,12 @@ def start_actors(spec: ShardSpec, namespace: str, num_cpus: float) -> list[Any]:
         ).remote(spec, shard)
         for shard in range(spec.shard_map.n_shards)
     ]
-    ray.get([a.call.remote("ready", []) for a in actors])
+    try:
+        ray.get([a.call.remote("ready", []) for a in actors])
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, MillpondError):
+            raise error.cause from None
+        raise
     return actors
 
 

@@ -9,7 +9,7 @@ import itertools
 import secrets
 import time
 from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,13 +25,13 @@ from millpond.feature_actors.keys import Hashes, hash_columns
 from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.log.record import HomeRecord
 from millpond.feature_actors.plan import FeatureRows, ReadPlan
-from millpond.feature_actors.ports import IngestPort, ReadPort, all_of
+from millpond.feature_actors.ports import IngestPort, ReadPort, all_of, each_of
 from millpond.feature_actors.routes import shards_of_keys
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.source import Source
 from millpond.feature_actors.view import mask_of
 
-__all__ = ["Ack", "EventsRequest", "FeatureClient", "TimeLimits"]
+__all__ = ["Ack", "EventsRequest", "FeatureClient", "Ingested", "TimeLimits"]
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -75,6 +75,30 @@ class Ack:
     unkeyed: int = 0
 
 
+@dataclass(frozen=True)
+class Ingested:
+    """What became of several requests: an ack; `BadRequest` if an event is ahead of its time or a condition fails; or
+    what the shard said that has failed, then of all its events one cannot say.
+
+    wait_before: by shard, see `Receipt`: what duplicates have to wait for.
+    """
+
+    outcomes: list[Ack | MillpondError]
+    wait_before: dict[int, int]
+
+
+@dataclass(slots=True)
+class _Offered:
+    """What was offered: under which name; the homes' verdicts uint8 [n], `ELSEWHERE` where the home has failed; which
+    rows each shard got, None for all; what the shards answered, and which have failed."""
+
+    request: bytes
+    verdicts: npt.NDArray[np.uint8]
+    parts: dict[int, Ints | None] = field(default_factory=dict)
+    receipts: dict[int, Receipt] = field(default_factory=dict)
+    failures: dict[int, MillpondError] = field(default_factory=dict)
+
+
 class FeatureClient:
     """Events in, features out, over the shards of one cluster."""
 
@@ -106,21 +130,18 @@ class FeatureClient:
     ) -> Ack:
         """Bring validated events of a source to every shard that keeps something of them; see `ingest_all`."""
         request = EventsRequest(batch.num_rows, arrival_is_event_time, idempotency_key)
-        (outcome,) = await self.ingest_all(source_name, batch, [request])
+        ingested = await self.ingest_all(source_name, batch, [request])
+        (outcome,) = ingested.outcomes
         if isinstance(outcome, MillpondError):
             raise outcome
+        await self.wait_for_originals(ingested)
         return outcome
 
-    async def ingest_all(
-        self, source_name: str, batch: pa.RecordBatch, requests: Sequence[EventsRequest]
-    ) -> list[Ack | BadRequest]:
+    async def ingest_all(self, source_name: str, batch: pa.RecordBatch, requests: Sequence[EventsRequest]) -> Ingested:
         """Bring the events of several requests, one after the other in the batch, to the shards together.
 
         Returns when each shard has applied its part. A request that failed can be sent again: what was applied by then
         is not applied again (events with ids, or an idempotency key), nor is it if the request is not sent again.
-
-        Returns per request what became of it: `BadRequest` if an event is ahead of its arrival, or a condition fails.
-        Raises `Unavailable` if a shard is; then of all that one cannot say.
         """
         source = self.layout.source(source_name)
         # 1. Stamp the arrival, once for all shards; judge time and conditions before anything is logged.
@@ -128,27 +149,28 @@ class FeatureClient:
         if refused := self._refused(source, batch, requests, received_ms):
             return await self._ingest_others(source_name, batch, requests, refused)
         if batch.num_rows == 0:
-            return [Ack()] * len(requests)
+            return Ingested([Ack()] * len(requests), {})
         arrivals = self._stamps(source, batch, requests, received_ms)
         # 2. Every shard that is the home of an id or has a key logs its part; the homes say what is new.
         events = self._events(source, batch, requests, arrivals, received_ms)
         concerned, unkeyed = self._concerned(source, events)
-        verdicts, receipts, parts, offer = await self._offer(events, concerned)
+        offered = await self._offer(events, concerned)
         # 3. The shards of the keys apply what is new.
-        accepted = verdicts == NEW
-        await self._take(offer, accepted, receipts, parts)
-        # 4. What a duplicate is a duplicate of has to be seen, too.
-        await self._wait_for_originals(receipts)
-        # 5. Count what was accepted, request by request.
-        times = source.times_ms(batch)
-        too_late = accepted & self.layout.too_late(source.name, times, arrivals)
-        late = accepted & (times < arrivals - self._limits.late_after_ms) & ~too_late
-        masks = [accepted, verdicts == DUPLICATE, verdicts == CONFLICT, late, too_late, accepted & unkeyed]
-        if len(requests) == 1:
-            return [Ack(*(int(np.count_nonzero(mask)) for mask in masks))]
-        sums = np.zeros((len(masks), batch.num_rows + 1), np.int64)
-        np.cumsum(masks, axis=1, out=sums[:, 1:])
-        return [Ack(*counts) for counts in np.diff(sums[:, _ends(requests)], axis=1).T.tolist()]
+        await self._take(offered)
+        # 4. Count what was accepted, request by request; those of which a shard has failed have failed.
+        acks = self._acks(source, batch, requests, arrivals, offered.verdicts, unkeyed)
+        failed = self._failed(requests, concerned, offered.failures)
+        outcomes = [failed.get(i, ack) for i, ack in enumerate(acks)]
+        return Ingested(outcomes, {s: r.wait_before for s, r in offered.receipts.items() if r.wait_before})
+
+    async def wait_for_originals(self, ingested: Ingested) -> None:
+        """Return when all that the duplicates of some requests are duplicates of can be seen: they may have been under
+        way. Raises `Unavailable` if that takes too long."""
+        if ingested.wait_before and any(isinstance(o, Ack) and o.duplicates for o in ingested.outcomes):
+            await all_of({
+                shard: self._ingest.settle(shard, self._settled.pop(shard, ()), before)
+                for shard, before in ingested.wait_before.items()
+            })  # fmt: skip
 
     async def _ingest_others(
         self,
@@ -156,16 +178,18 @@ class FeatureClient:
         batch: pa.RecordBatch,
         requests: Sequence[EventsRequest],
         refused: dict[int, BadRequest],
-    ) -> list[Ack | BadRequest]:
+    ) -> Ingested:
         """Go on with those requests that are not refused."""
         ends = _ends(requests)
         good = [i for i in range(len(requests)) if i not in refused]
-        outcomes: dict[int, Ack | BadRequest] = dict(refused)
+        outcomes: dict[int, Ack | MillpondError] = dict(refused)
+        wait_before: dict[int, int] = {}
         if good:
             rows = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in good])
             others = await self.ingest_all(source_name, batch.take(pa.array(rows)), [requests[i] for i in good])
-            outcomes |= dict(zip(good, others, strict=True))
-        return [outcomes[i] for i in range(len(requests))]
+            outcomes |= dict(zip(good, others.outcomes, strict=True))
+            wait_before = others.wait_before
+        return Ingested([outcomes[i] for i in range(len(requests))], wait_before)
 
     async def settle(self) -> None:
         """Tell the homes of what was applied everywhere, if that did not travel with other events already."""
@@ -277,14 +301,9 @@ class FeatureClient:
         concerned[self._map.shards_of(events.ids), np.arange(events.n)] = True
         return concerned, unkeyed
 
-    async def _offer(
-        self, events: Events, concerned: Bools
-    ) -> tuple[npt.NDArray[np.uint8], dict[int, Receipt], dict[int, Ints | None], bytes]:
-        """Send each shard its part; return the homes' verdicts, uint8 [n], the receipts, which rows each shard got
-        (None for all), and the name of the offer.
-
-        Where one shard has a part of everything and no other of anything, it applies it at once.
-        """
+    async def _offer(self, events: Events, concerned: Bools) -> _Offered:
+        """Send each shard its part. Where one shard has a part of everything and no other of anything, it applies it at
+        once."""
         n = events.n
         counts = np.count_nonzero(concerned, axis=1).tolist()
         shards = [shard for shard, count in enumerate(counts) if count]
@@ -295,45 +314,70 @@ class FeatureClient:
         started: dict[int, Awaitable[Receipt]] = {
             shard: self._ingest.ingest(shard, events.of_rows(_NO_ROWS, clock), ()) for shard in hear
         }
-        parts: dict[int, Ints | None] = {}
-        request = secrets.token_bytes(16)
+        offered = _Offered(secrets.token_bytes(16), np.full(n, ELSEWHERE, np.uint8))
         for shard in shards:
             # A shard passes over what is not its own, quicker than it is cut out here.
-            parts[shard] = None if counts[shard] * 2 > n else np.flatnonzero(concerned[shard])
-            part = events if parts[shard] is None else events.of_rows(np.flatnonzero(concerned[shard]), clock)
+            rows = offered.parts[shard] = None if counts[shard] * 2 > n else np.flatnonzero(concerned[shard])
+            part = events if rows is None else events.of_rows(rows, clock)
             settled = self._settled.pop(shard, ())
             if len(shards) == 1:
                 started[shard] = self._ingest.ingest(shard, part, settled)
             else:
-                started[shard] = self._ingest.offer(shard, request, part, settled)
-        receipts = await all_of(started)
-        verdicts = np.full(n, ELSEWHERE, np.uint8)
-        for shard, rows in parts.items():
-            judged = receipts[shard].verdicts
-            here = np.flatnonzero(judged != ELSEWHERE)
-            verdicts[here if rows is None else rows[here]] = judged[here]
-        return verdicts, {shard: receipts[shard] for shard in shards}, parts, request
+                started[shard] = self._ingest.offer(shard, offered.request, part, settled)
+        receipts, offered.failures = await each_of(started)
+        offered.receipts = {shard: receipts[shard] for shard in shards if shard in receipts}
+        for shard, receipt in offered.receipts.items():
+            rows, here = offered.parts[shard], np.flatnonzero(receipt.verdicts != ELSEWHERE)
+            offered.verdicts[here if rows is None else rows[here]] = receipt.verdicts[here]
+        return offered
 
-    async def _take(
-        self, request: bytes, accepted: Bools, receipts: Mapping[int, Receipt], parts: Mapping[int, Ints | None]
-    ) -> None:
-        homes = [HomeRecord(shard, r.offset, r.settled) for shard, r in receipts.items() if r.offset >= 0]
+    async def _take(self, offered: _Offered) -> None:
+        """Have the shards apply what is new by what its home says. All of it, also of requests that have failed because
+        another shard has: it is in the log of its home, which will bring the others their part."""
+        accepted = offered.verdicts == NEW
+        homes = [HomeRecord(shard, r.offset, r.settled) for shard, r in offered.receipts.items() if r.offset >= 0]
         takes: dict[int, Awaitable[None]] = {}
-        for shard, receipt in receipts.items():
+        for shard, receipt in offered.receipts.items():
             if receipt.waits:
-                rows = parts[shard]
-                takes[shard] = self._ingest.take(shard, request, accepted if rows is None else accepted[rows], homes)
-        await all_of(takes)
-        if len(receipts) > 1:
+                rows = offered.parts[shard]
+                part = accepted if rows is None else accepted[rows]
+                takes[shard] = self._ingest.take(shard, offered.request, part, homes)
+        _, failures = await each_of(takes)
+        offered.failures |= failures
+        if len(offered.parts) > 1 and not offered.failures:
             for home in homes:
                 self._settled.setdefault(home.shard, []).append(home.offset)
 
-    async def _wait_for_originals(self, receipts: Mapping[int, Receipt]) -> None:
-        await all_of({
-            shard: self._ingest.settle(shard, self._settled.pop(shard, ()), receipt.wait_before)
-            for shard, receipt in receipts.items()
-            if receipt.wait_before
-        })  # fmt: skip
+    def _acks(
+        self,
+        source: Source,
+        batch: pa.RecordBatch,
+        requests: Sequence[EventsRequest],
+        arrivals: Ints,
+        verdicts: npt.NDArray[np.uint8],
+        unkeyed: Bools,
+    ) -> list[Ack]:
+        accepted, times = verdicts == NEW, source.times_ms(batch)
+        too_late = accepted & self.layout.too_late(source.name, times, arrivals)
+        late = accepted & (times < arrivals - self._limits.late_after_ms) & ~too_late
+        masks = [accepted, verdicts == DUPLICATE, verdicts == CONFLICT, late, too_late, accepted & unkeyed]
+        if len(requests) == 1:
+            return [Ack(*(int(np.count_nonzero(mask)) for mask in masks))]
+        sums = np.zeros((len(masks), batch.num_rows + 1), np.int64)
+        np.cumsum(masks, axis=1, out=sums[:, 1:])
+        return [Ack(*counts) for counts in np.diff(sums[:, _ends(requests)], axis=1).T.tolist()]
+
+    def _failed(
+        self, requests: Sequence[EventsRequest], concerned: Bools, failures: Mapping[int, MillpondError]
+    ) -> dict[int, MillpondError]:
+        """Return which requests have events of a shard that has failed; all, if that one only had to hear of time."""
+        failed: dict[int, MillpondError] = {}
+        for shard, error in failures.items():
+            heard_only = not concerned[shard].any()
+            for i, (start, end) in enumerate(itertools.pairwise(_ends(requests))):
+                if heard_only or concerned[shard, start:end].any():
+                    failed.setdefault(i, error)
+        return failed
 
 
 def _ends(requests: Sequence[EventsRequest]) -> list[int]:

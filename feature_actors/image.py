@@ -90,7 +90,7 @@ def shard_chunks(
             yield Chunk(Rows(table.number, slot, rows), image)
     for source, seen in homes.items():
         for slot, entries in seen.image():
-            yield Chunk(Ids(source, slot, seen.newest_ms), entries.reshape(-1))
+            yield Chunk(Ids(source, slot, seen.memory.newest_ms, seen.memory.cutoff_ms), entries.reshape(-1))
     # The last, because rows that have been taken may name strings that are new.
     for addresses, texts in strings.image():
         yield encode_strings(addresses, texts)
@@ -206,5 +206,5 @@ def _load(shard: Shard, header: ShardHeader, fits: list[tuple[Table, Fit] | None
         raise ValueError(f"{len(words)} words are no ids")
     seen = parts.homes.get(of.source)
     if seen is not None:
-        seen.load(of.slot, words.reshape(-1, _ID_WORDS), of.newest_ms)
+        seen.load(of.slot, words.reshape(-1, _ID_WORDS), of.newest_ms, of.cutoff_ms)
     return -1

@@ -9,18 +9,19 @@ and all others wait for them. So under load two halves take turns, and a single 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
-from millpond.feature_actors.client import Ack, EventsRequest, FeatureClient
+from millpond.feature_actors.client import Ack, EventsRequest, FeatureClient, Ingested
 from millpond.feature_actors.decode import Decoder, Parsed
 from millpond.feature_actors.errors import MillpondError, TooMany
 
 __all__ = ["IngestQueue", "QueueLimits"]
 
 #: Loads under way at once, of a source; a second one if it has so many rows.
-_UNDER_WAY_MAX, _LARGE_ROWS = 3, 512
+_UNDER_WAY_MAX, _LARGE_ROWS = 2, 4_096
 #: Rows of a load at most, unless one request has more.
 _LOAD_ROWS_MAX = 20_000
 #: How long requests wait for others, if some were answered together just now.
@@ -112,42 +113,57 @@ class IngestQueue:
                 rows += load[-1].parsed.rows
             lane.waiting_rows -= rows
             lane.under_way += 1
-            task = asyncio.ensure_future(self._travel(source, lane, load))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._spawn(self._travel(source, lane, load))
 
     def _gathered(self, source: str, lane: _Lane) -> None:
         lane.gathering, lane.gather = None, 0
         self._send(source, lane)
 
     async def _travel(self, source: str, lane: _Lane, load: list[_Waiting]) -> None:
+        ingested: Ingested | None = None
         try:
-            outcomes: Sequence[Ack | Exception] = await self._ingest(source, lane.decoder, load)
+            ingested = await self._ingest(source, lane.decoder, load)
+            outcomes: Sequence[Ack | Exception] = ingested.outcomes
         except Exception as error:
             outcomes = [error] * len(load)
         lane.under_way -= 1
         lane.gather = (len(load) + len(lane.waiting)) // 2
         lane.gather_until_s = asyncio.get_running_loop().time() + _GATHER_S
-        for waiting, outcome in zip(load, outcomes, strict=True):
-            if waiting.done.done():  # its client has gone
-                continue
-            if isinstance(outcome, Exception):
-                waiting.done.set_exception(outcome)
-            else:
-                waiting.done.set_result(outcome)
+        answers = list(zip(load, outcomes, strict=True))
+        if ingested is not None and ingested.wait_before:
+            # What they are duplicates of may have to wait for a shard that is away; nobody else has to.
+            duplicates = [(w, o) for w, o in answers if isinstance(o, Ack) and o.duplicates]
+            answers = [(w, o) for w, o in answers if not (isinstance(o, Ack) and o.duplicates)]
+            self._spawn(self._answer_later(ingested, duplicates))
+        for waiting, outcome in answers:
+            _answer(waiting, outcome)
         self._send(source, lane)
         if not self._settling:
             self._settling = True
-            asyncio.get_running_loop().call_later(_SETTLE_AFTER_S, self._settle_soon)
+            asyncio.get_running_loop().call_later(_SETTLE_AFTER_S, lambda: self._spawn(self._settle()))
 
-    async def _ingest(self, source: str, decoder: Decoder, load: list[_Waiting]) -> Sequence[Ack | Exception]:
+    async def _answer_later(self, ingested: Ingested, duplicates: Sequence[tuple[_Waiting, Ack]]) -> None:
+        failed: MillpondError | None = None
+        try:
+            await self._client.wait_for_originals(ingested)
+        except MillpondError as error:
+            failed = error
+        for waiting, outcome in duplicates:
+            _answer(waiting, failed or outcome)
+
+    async def _ingest(self, source: str, decoder: Decoder, load: list[_Waiting]) -> Ingested:
         batch, refused = decoder.join([w.parsed for w in load])
         good = [w.request for i, w in enumerate(load) if i not in refused]
-        acks = iter(await self._client.ingest_all(source, batch, good) if good else ())
-        return [refused[i] if i in refused else next(acks) for i in range(len(load))]
+        if not good:
+            return Ingested(list(refused.values()), {})
+        ingested = await self._client.ingest_all(source, batch, good)
+        if not refused:
+            return ingested
+        others = iter(ingested.outcomes)
+        return Ingested([refused[i] if i in refused else next(others) for i in range(len(load))], ingested.wait_before)
 
-    def _settle_soon(self) -> None:
-        task = asyncio.ensure_future(self._settle())
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -155,3 +171,12 @@ class IngestQueue:
         self._settling = False
         with suppress(MillpondError):  # the homes deliver again what they do not hear of
             await self._client.settle()
+
+
+def _answer(waiting: _Waiting, outcome: Ack | Exception) -> None:
+    if waiting.done.done():  # its client has gone
+        return
+    if isinstance(outcome, Exception):
+        waiting.done.set_exception(outcome)
+    else:
+        waiting.done.set_result(outcome)

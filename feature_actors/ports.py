@@ -13,13 +13,14 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from millpond.feature_actors.errors import MillpondError
 from millpond.feature_actors.events import Events, Receipt
 from millpond.feature_actors.log.record import HomeRecord
 from millpond.feature_actors.plan import Answer, Question
 from millpond.feature_actors.reader import MemoryReader
 from millpond.feature_actors.shard import Shard
 
-__all__ = ["IngestPort", "LocalIngest", "LocalRead", "ReadPort", "all_of", "complete"]
+__all__ = ["IngestPort", "LocalIngest", "LocalRead", "ReadPort", "all_of", "complete", "each_of"]
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -119,3 +120,20 @@ async def all_of(started: Mapping[K, Awaitable[T]]) -> dict[K, T]:
     if failed is not None:
         raise failed
     return done
+
+
+async def each_of(started: Mapping[K, Awaitable[T]]) -> tuple[dict[K, T], dict[K, MillpondError]]:
+    """Wait for every call; return what those gave that succeeded, and why the others failed."""
+    done: dict[K, T] = {}
+    failed: dict[K, MillpondError] = {}
+    bug: Exception | None = None
+    for name, call in started.items():
+        try:
+            done[name] = await call
+        except MillpondError as error:
+            failed[name] = error
+        except Exception as error:
+            bug = bug or error
+    if bug is not None:
+        raise bug
+    return done, failed

@@ -31,14 +31,14 @@ from millpond.feature_actors.events import Receipt
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.log.history import delete_expired
 from millpond.feature_actors.log.log import Durability, Log, LogFull
-from millpond.feature_actors.log.record import HomeRecord
+from millpond.feature_actors.log.record import HomeRecord, LogDamaged
 from millpond.feature_actors.log.snapshot import (
     SnapshotWriter,
     begin_of,
     newest_snapshots,
     remove_old_snapshots,
 )
-from millpond.feature_actors.manifest import open_shard, shard_dir
+from millpond.feature_actors.manifest import lock_shard, note_log, open_shard, shard_dir
 from millpond.feature_actors.ports import all_of
 from millpond.feature_actors.shard import Prepared, Shard
 from millpond.feature_actors.shard_map import ShardMap
@@ -59,6 +59,8 @@ _DELIVER_AFTER_S, _DELIVER_SOON_S = 2.0, 0.2
 #: How long a round of deliveries may fail before the next one is tried.
 _DELIVER_AGAIN_S = 0.5
 _TICK_S = 0.05
+#: How long a duplicate waits until all shards have what it is a duplicate of.
+_SETTLE_S_MAX = 5.0
 _HOUSE_S, _HOUSE_AGAIN_S = 0.25, 5.0
 #: How long an offer waits to be taken.
 OFFER_S_MAX = 60.0
@@ -90,23 +92,38 @@ class ShardSpec:
     snapshot_bytes: int
     disk_free_bytes_min: int
     queue_bytes_max: int
+    dedupe_horizon_ms_min: int = 3_600_000
+    dedupe_bytes_max: int | None = None
 
 
 class ShardServer:
     """Serve shard `number`, from now until the process ends or `close`.
 
-    peers: how it reaches the other shards.
+    peers: how it reaches the other shards. While it lives it holds the shard's folder: a predecessor that has not ended
+    is waited for. Raises `Unavailable` if that does not end, `ManifestError` if what the shard had is not there.
     """
 
     #: What may be called.
-    METHODS = frozenset({"ingest", "offer", "take", "deliver", "settle", "ready", "read", "status", "check", "drain"})
+    METHODS = frozenset(
+        {"ingest", "offer", "take", "deliver", "settle", "ready", "read", "status", "check", "snapshot", "drain"}
+    )
 
     def __init__(self, spec: ShardSpec, number: int, peers: Callable[[], Calls]) -> None:
         self._spec, self._number, self._of = spec, number, spec.shard_map.n_shards
         self._layout = compile_layout(spec.sources, spec.views)
         self._decoder = QuestionDecoder(self._layout)
         self._peers = peers
-        self._opening = open_shard(Path(spec.data_dir), number, spec.run_id)
+        logged = spec.durability != "none"
+        self._lock = lock_shard(Path(spec.data_dir), number, spec.cluster_name, logged=logged)
+        try:
+            self._open(logged)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open(self, logged: bool) -> None:
+        spec, number = self._spec, self._number
+        self._opening = open_shard(Path(spec.data_dir), number, spec.run_id, spec.cluster_id, logged=logged)
         self._control = Control(Path(spec.memory_dir), number, writable=True)
         self._shard = Shard(
             self._layout,
@@ -114,6 +131,8 @@ class ShardServer:
             number,
             seed=spec.hash_seed,
             dedupe_horizon_ms=spec.dedupe_horizon_ms,
+            dedupe_horizon_ms_min=spec.dedupe_horizon_ms_min,
+            dedupe_bytes_max=spec.dedupe_bytes_max,
             memory=Memory.create(self._control.tiles_path(self._opening.epoch), spec.memory_bytes_max),
             strings_max=spec.strings_max,
             reclaim_margin_ms=spec.reclaim_margin_ms,
@@ -177,7 +196,14 @@ class ShardServer:
             shard_dir(Path(spec.data_dir), self._number), spec.cluster_id, self._opening.epoch, spec.history_uri
         )
         log = Log(folder.log, durability, spec.disk_free_bytes_min)
+        sure_to = log.next if durability == "sync" else 0  # the rest may go with the power
+        note_log(Path(spec.data_dir), self._number, spec.cluster_id, log.next, sure_to=sure_to)
         durable = DurableShard(self._layout, self._shard, log, folder)
+        if durable.history is not None and durable.history.done_to > log.next:
+            raise LogDamaged(
+                f"log: it ends at offset {log.next}, and the history goes to {durable.history.done_to}; restore both "
+                "from one copy"
+            )
         durable.recover(self._note_progress)
         if durable.history is not None:
             self._bytes_since_history = log.bytes_from(durable.history.done_to)
@@ -194,6 +220,7 @@ class ShardServer:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.shutdown()
         self._house.shutdown()
+        self._lock.release()
 
     def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
@@ -249,9 +276,16 @@ class ShardServer:
     async def settle(self, settled: Sequence[int], wait_before: int) -> None:
         """Return when what is owed of records before an offset has been applied everywhere."""
         self._check()
-        deliveries = self._shard.deliveries
+        deliveries, until_s = self._shard.deliveries, time.monotonic() + _SETTLE_S_MAX
         deliveries.settle(settled)
         while any(offset < wait_before for offset in deliveries.owed):
+            if time.monotonic() > until_s:
+                raise Unavailable(
+                    f"shard {self._number} of {self._of} has had these events before, other shards do not have them "
+                    "yet; send them again later",
+                    code="unsettled",
+                    retry_after_ms=1_000,
+                )
             self._deliver_soon = True
             await asyncio.sleep(_TICK_S / 10)
             self._check()
@@ -428,6 +462,15 @@ class ShardServer:
         before = await asyncio.get_running_loop().run_in_executor(self._house, durable.truncatable)
         while await self._in_thread(durable.log.truncate, before):
             await asyncio.sleep(0.001)
+
+    async def snapshot(self) -> dict[str, Any]:
+        """Take a snapshot now; return what there is to say of it."""
+        self._check()
+        assert self._durable is not None
+        if isinstance(self._durable.log, Log):
+            async with self._housekeeping:
+                await self._take_snapshot(self._durable)
+        return self._last_snapshot
 
     async def drain(self) -> None:
         """Take nothing more, finish what is under way, and take a snapshot: a start after it replays nothing."""

@@ -31,7 +31,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from millpond.feature_actors.dedupe import DUPLICATE, NEW, IdFilter
+from millpond.feature_actors.dedupe import DUPLICATE, NEW, IdFilter, IdMemory
 from millpond.feature_actors.deliveries import Deliveries
 from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.events import ELSEWHERE, Events, Receipt
@@ -130,7 +130,8 @@ class ShardParts(NamedTuple):
 @dataclass(frozen=True)
 class ShardStatus:
     """What a shard holds: events applied and entities kept by table, tiles, bytes allocated for tiles and filters,
-    distinct strings, and how often a string was one of too many."""
+    distinct strings, and how often a string was one of too many. ids: in the filters. dedupe_held_ms: an id received at
+    most so long before the newest request is known, `dedupe_horizon_ms` unless memory does not allow it."""
 
     shard: int
     slots: int
@@ -139,6 +140,9 @@ class ShardStatus:
     tiles: int
     tile_bytes: int
     filter_bytes: int
+    ids: int
+    dedupe_horizon_ms: int
+    dedupe_held_ms: int
     strings: int
     strings_refused: int
     newest_arrival_ms: int | None
@@ -150,7 +154,8 @@ class Shard:
     """Number `number` of the shards in `shard_map`.
 
     seed: the cluster's own seed of the index.
-    dedupe_horizon_ms: how long an event id is remembered after it was received.
+    dedupe_horizon_ms: how long an event id is remembered after it was received, if ids take `dedupe_bytes_max` at most
+    (None is no limit); for `dedupe_horizon_ms_min` at least.
     memory: where its tiles go; by default of this process alone. strings_max: distinct strings kept.
     reclaim_margin_ms: how far behind the newest arrival stamp a live read may be as of, see `TileStore`.
     """
@@ -163,6 +168,8 @@ class Shard:
         *,
         seed: int = 0,
         dedupe_horizon_ms: int = 86_400_000,
+        dedupe_horizon_ms_min: int = 3_600_000,
+        dedupe_bytes_max: int | None = None,
         memory: Memory | None = None,
         strings_max: int = 1_000_000,
         reclaim_margin_ms: int = 660_000,
@@ -174,7 +181,15 @@ class Shard:
         self.memory = memory or Memory.create(None, _OWN_MEMORY_BYTES_MAX)
         self._store = TileStore(layout, shard_map.n_slots, self.memory, seed, reclaim_margin_ms)
         self._strings = Strings(self.memory, strings_max)
-        self._homes = {name: IdFilter(dedupe_horizon_ms, shard_map.n_slots, seed) for name in layout.sources}
+        self._ids = IdMemory(
+            dedupe_horizon_ms,
+            horizon_ms_min=dedupe_horizon_ms_min,
+            bytes_max=dedupe_bytes_max,
+            n_slots=int(self._owned.sum()),
+            seed=seed,
+            shard=number,
+        )
+        self._homes = {name: IdFilter(self._ids, shard_map.n_slots) for name in layout.sources}
         self.deliveries = Deliveries()
         self._offers: dict[bytes, _Offer] = {}
         self._events = {t.name: 0 for t in layout.tables}
@@ -215,6 +230,8 @@ class Shard:
             bits = self._bits(prepared, events.n, new)
             if bits.any():
                 kept = np.flatnonzero(bits)
+                if len(kept) * 4 > events.n * 3:  # a few rows that are nobody's here are cheaper than to take them out
+                    kept = np.arange(events.n)
                 prepared.record = OfferRecord(*self._fields(prepared, events, bits, kept))
                 if (bits > 1).any():
                     home = self.shard_map.shards_of(events.ids)
@@ -377,7 +394,8 @@ class Shard:
             ids = hash_columns([batch.column(declared.event_id)], batch.num_rows)
         contents = hash_columns(batch.columns, batch.num_rows)[:, 0].view(np.int64)
         assert ids is not None
-        self._judge_ids(Prepared(record.received_ms), record.source, owned(ids), contents, home)
+        slots, ids = slots_of(ids, self.shard_map.n_slots), owned(ids)
+        self._homes[record.source].remember(home, slots, ids.view(np.int64), contents, record.received_ms)
 
     def _replay(self, record: EventsRecord | OfferRecord, offset: int, routes: npt.NDArray[np.uint32]) -> None:
         if record.source not in self._layout.sources:
@@ -409,6 +427,8 @@ class Shard:
     def _judge_ids(self, prepared: Prepared, source: str, ids: Hashes, contents: Ints, rows: Ints) -> Ints:
         prepared.verdicts = np.full(len(ids), ELSEWHERE, np.uint8)
         slots, seen = slots_of(ids, self.shard_map.n_slots), self._homes[source]
+        # Of clocks that are apart the latest counts, in the log too: else a late id would be forgotten too early.
+        prepared.received_ms = max(prepared.received_ms, self._ids.newest_ms)
         seen.admit(rows, slots, ids.view(np.int64), contents, prepared.received_ms, prepared.verdicts)
         new: Ints = rows[prepared.verdicts[rows] == NEW]
         prepared.remembered.append((seen, new, slots, ids.view(np.int64)))
@@ -576,7 +596,10 @@ class Shard:
             entities={t.name: store.entities(t) for t in tables},
             tiles=sum(store.tiles(t) for t in tables),
             tile_bytes=self.memory.allocated_bytes,
-            filter_bytes=sum(f.allocated_bytes for f in self._homes.values()),
+            filter_bytes=self._ids.allocated_bytes,
+            ids=self._ids.ids,
+            dedupe_horizon_ms=self._ids.horizon_ms,
+            dedupe_held_ms=self._ids.held_ms,
             strings=len(self._strings),
             strings_refused=self._strings.refused,
             newest_arrival_ms=None if newest_ms == NO_CLOCK else newest_ms,

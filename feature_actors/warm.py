@@ -6,6 +6,7 @@ would compile the same, at the same time.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from pathlib import Path
 
@@ -15,7 +16,9 @@ import pyarrow as pa
 from millpond.feature_actors.aggregations import Count, Last, Sum
 from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.clock import EventClock
+from millpond.feature_actors.dedupe import DedupeFull
 from millpond.feature_actors.image import load_shard, shard_chunks
+from millpond.feature_actors.keys import hash_columns
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.log.snapshot import write_snapshot
 from millpond.feature_actors.plan import ReadPlan
@@ -59,3 +62,6 @@ def warm_kernels() -> None:
     with tempfile.TemporaryDirectory(prefix="millpond-warm-") as folder:
         path = write_snapshot(Path(folder), shard_chunks(shard, cluster_id="warm", epoch=0, begin=0))
         load_shard(Shard(layout, shard_map, 0), path, cluster_id="warm")
+    with contextlib.suppress(DedupeFull):
+        ids = hash_columns([batch["id"]], n)
+        Shard(layout, shard_map, 0, dedupe_bytes_max=0).admit("warm", ids, ids[:, 0].view(np.int64), 0)

@@ -27,7 +27,7 @@ import pytest
 from millpond.bench import accounts, events, faults, reference, workload
 from millpond.bench.events import KINDS as EVENT_KINDS
 from millpond.bench.events import EventBodies
-from millpond.bench.faults import Strike, availability_figures, recovery_figures, schedule
+from millpond.bench.faults import Strike, availability_figures, other_shards_failures, recovery_figures, schedule
 from millpond.bench.ledger import Ledger, differences
 from millpond.bench.load import Load, LoadFailed, Outcome, content_length, drive, quantile, requests_of, run_load
 from millpond.bench.noop import ANSWER, BareApp, NoopApp
@@ -49,7 +49,7 @@ from millpond.bench.store import (
     run_store_bench,
     turned,
 )
-from millpond.bench.up import KINDS, NEEDS_NEW_START, kind_of
+from millpond.bench.up import KINDS, NEEDS_NEW_START, Victim, kind_of
 from millpond.bench.workload import Steps, record, run_workload
 from millpond.cluster.config import Config
 from millpond.feature_actors.decode import Decoder
@@ -677,6 +677,19 @@ def test_processes_are_told_apart_by_their_titles() -> None:
         assert kind_of(title, program, "dev") == kind
 
 
+def test_a_process_is_replaced_by_another_of_its_kind_shard_and_actor_whatever_it_is_doing() -> None:
+    controller = Victim(1, "worker", "ray::ServeController")
+    assert controller.replaced_by(Victim(2, "worker", "ray::ServeController.listen_for_change   "))
+    assert not controller.replaced_by(controller)
+    assert not controller.replaced_by(Victim(2, "worker", "ray::ProxyActor"))
+    shard = Victim(1, "shard", "ray::FeatureActor.apply", 0)
+    assert shard.replaced_by(Victim(2, "shard", "ray::FeatureActor", 0))
+    assert not shard.replaced_by(Victim(2, "shard", "ray::FeatureActor", 1))
+    assert controller.missed
+    assert shard.missed
+    assert not Victim(1, "worker", "ray::IDLE").missed
+
+
 def _log(*goods: bool, kind: str = "write", shard: int = 0) -> Log:
     """A probe each second, which takes half a second."""
     return Log(kind, shard, [Probe(float(i), i + 0.5, good) for i, good in enumerate(goods)])
@@ -710,6 +723,8 @@ def test_other_shards_are_judged_while_one_recovers_and_restarts_of_all_stand_ap
     assert figures["availability_without_restarts"] == pytest.approx(1 - 3 / 28, abs=1e-5)
     assert "availability_other_shards" not in availability_figures([mine, other], strikes[1:], 20.0)
     assert availability_figures([mine], [], 20.0) == {}
+    other.probes[3] = Probe(3.0, 3.5, False, "503 not running")
+    assert other_shards_failures([mine, other], strikes) == {"503 not running": 1}
 
 
 def test_recoveries_are_counted_by_kind() -> None:

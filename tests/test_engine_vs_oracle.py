@@ -22,6 +22,7 @@ from millpond.feature_actors.aggregations import AGGREGATIONS, Aggregation
 from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.clock import ManualClock
 from millpond.feature_actors.errors import AsOfInPast
+from millpond.feature_actors.events import Events
 from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.feature_actors.ports import complete
 from millpond.feature_actors.shard import Shard
@@ -322,10 +323,10 @@ def test_what_a_row_has_by_its_sequence_is_not_applied_again(world: World, data:
     for offset, (of, events, now_ms) in enumerate(log):
         stamps = np.full(events.num_rows, now_ms)
         for one in (shard, other):
-            one.commit(one.prepare_apply(of, events, stamps, now_ms), offset)
+            one.commit(one.prepare_ingest(Events.judged(of, events, stamps, now_ms)), offset)
         for earlier in range(data.draw(st.integers(0, offset)), offset + 1) if data.draw(st.booleans()) else ():
             of, events, now_ms = log[earlier]
             stamps = np.full(events.num_rows, now_ms)
-            other.commit(other.prepare_apply(of, events, stamps, now_ms), earlier)
+            other.commit(other.prepare_ingest(Events.judged(of, events, stamps, now_ms)), earlier)
     assert everything(again, world) == everything(live, world)
     assert other.check() == []

@@ -80,14 +80,14 @@ def content(records: Iterator[tuple[int, EventsRecord]] | Records) -> list[Any]:
 @st.composite
 def logs(draw: st.DrawFn) -> Records:
     records: Records = []
-    for offset in range(draw(st.integers(1, 14))):
+    for offset in range(draw(st.integers(1, 10))):
         if draw(st.integers(0, 5)) == 0:
             records.append((offset, TakeRecord(0, np.arange(2), ())))
             continue
         of = evolved(draw(st.sampled_from(["first", "second"])), draw(st.integers(0, 2)))
         tables = draw(st.sampled_from([(), KEYS[:1], KEYS[:1], KEYS, KEYS[::-1]]))
         width = len(worlds._CHOICES)
-        drawn = draw(st.binary(min_size=width + 2, max_size=12 * (width + 2)))
+        drawn = draw(st.binary(min_size=width + 2, max_size=8 * (width + 2)))
         points = [drawn[i : i + width + 2] for i in range(0, len(drawn) - width - 1, width + 2)]
         sent: list[dict[str, Any]] = []
         events = [worlds._event(p[:width], NOON_MS, sent) for p in points]
@@ -298,7 +298,8 @@ def test_small_records_come_together_in_row_groups_of_a_bounded_size(
         metadata = pq.ParquetFile(path).metadata
         rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         assert sum(rows) == 60
-        assert all(3 < n <= 8 for n in rows[:-1])
+        assert max(rows) <= 8
+        assert min(rows[:-1]) > 3
     assert content(read_history(str(tmp_path / "h"), 0, 11, 23)) == content(log[11:23])
 
 
@@ -467,6 +468,7 @@ def test_what_is_missing_twice_there_or_foreign_is_told(tmp_path: Path) -> None:
     markers[1].unlink()
     with pytest.raises(HistoryDamaged, match="shard 0 has no part of offsets 1 to 2"):
         list(read_history(base, 0))
+    assert sum(map(len, scan_history(base, ORDERS))) == 5
     lost = [
         p
         for p in check_history(base, 0, 9)
@@ -519,7 +521,8 @@ def test_after_a_crash_nothing_is_half_expired(crash_at: int, tmp_path: Path) ->
         with crashing(crash_at):
             delete_expired(base, [ORDERS], day(5))
     except Crash:
-        assert content(read_history(base, 0)) in (content(story()), expired_story())
+        seen = content(read_history(base, 0))
+        assert (seen, sum(map(len, scan_history(base, ORDERS)))) in ((content(story()), 6), (expired_story(), 3))
         assert check_history(base, 0, 4) == []
         longer = dataclasses.replace(ORDERS, retention="3d")
         delete_expired(base, [longer], day(5))

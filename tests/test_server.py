@@ -5,25 +5,32 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from port_contract import LAYOUT, N_SLOTS, NOW, Cluster, PortContract, Run, by_book, by_user, order, orders
 
-from millpond.feature_actors import Count, FeatureView, Sum
+from millpond.feature_actors import Count, FeatureView, Sum, manifest
 from millpond.feature_actors.calls import CallIngest, CallRead
 from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.clock import ManualClock
 from millpond.feature_actors.errors import AsOfInPast, TooMany, Unavailable
 from millpond.feature_actors.layout import Layout, compile_layout
+from millpond.feature_actors.log.log import Log
+from millpond.feature_actors.manifest import Manifest, ManifestError, make_shards
 from millpond.feature_actors.plan import Answer, Question, ReadPlan
 from millpond.feature_actors.ports import IngestPort, ReadPort
 from millpond.feature_actors.server import ShardServer, ShardSpec
@@ -55,6 +62,8 @@ class Servers:
             memory_dir=str(home / "memory"), memory_bytes_max=1 << 28, strings_max=1_000, reclaim_margin_ms=660_000,
             durability=durability, cluster_id="served", **options,
         )  # fmt: skip
+        if durability != "none":
+            make_shards(home, Manifest("served", "served", N_SLOTS, 7), n_shards)
         self.restart()
 
     def restart(self, *shards: int) -> None:
@@ -90,6 +99,11 @@ class Servers:
             return CallIngest(self), CallRead(self, shard_map), self.runner.run
 
         return Cluster(make, n_shards, ManualClock(NOW))
+
+    def served(self) -> Cluster:
+        """A client of the servers that there are now."""
+        return Cluster(lambda _, shard_map: (CallIngest(self), CallRead(self, shard_map), self.runner.run),
+                       len(self.servers), ManualClock(NOW))  # fmt: skip
 
     # -- a transport, to whatever servers there are now
 
@@ -384,3 +398,199 @@ def test_more_than_may_wait_for_the_log_is_refused(servers: Servers) -> None:
     with pytest.raises(TooMany, match="bytes of events wait for its log") as caught:
         cluster.ingest(order())
     assert (caught.value.status, caught.value.code) == (429, "queue_full")
+
+
+# -- a shard and its folder
+
+
+def folder_of(servers: Servers, shard: int = 0) -> Path:
+    return Path(servers.spec.data_dir) / "shards" / f"{shard:03d}"
+
+
+def test_two_processes_never_write_to_one_shard(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second waits, and is refused; when the first ends, a third that waits for it has the shard."""
+    cluster = servers.cluster(1)
+    cluster.ingest(order(user=1))
+    epoch = (folder_of(servers) / "epoch.json").read_bytes()
+    monkeypatch.setattr(manifest, "SHARD_WAIT_S", 0.1)
+    message = rf"^shard 000: `{folder_of(servers)}` is still in use by cluster `served` \(process {os.getpid()}, since "
+    with pytest.raises(Unavailable, match=message):
+        servers._serve(0)
+    assert (folder_of(servers) / "epoch.json").read_bytes() == epoch
+    assert cluster.ingest(order(user=1)).accepted == 1
+    monkeypatch.setattr(manifest, "SHARD_WAIT_S", 30.0)
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(servers._serve, 0)
+        assert not waits.done()
+        servers.servers[0].close()
+        servers.servers[0] = waits.result(30)
+    servers.ready()
+    assert cluster.read([by_user], {"user": 1}).matrix[0, 0] == 2.0
+
+
+def test_a_shard_that_could_not_be_opened_holds_nothing(servers: Servers) -> None:
+    servers.cluster(1)
+    servers.stop()
+    epoch = folder_of(servers) / "epoch.json"
+    whole = epoch.read_text()
+    epoch.write_text("{}")
+    with pytest.raises(ManifestError, match=r"is damaged: its `cluster_id` is missing or wrong"):
+        servers._serve(0)
+    assert not (folder_of(servers) / "lock").exists()
+    epoch.write_text(whole)
+    servers.restart()
+    servers.ready()
+
+
+@pytest.mark.parametrize("lost", ["log", "."])
+@pytest.mark.parametrize("durability", ["sync", "process"])
+def test_a_shard_whose_log_is_gone_does_not_begin_empty(lost: str, durability: str, servers: Servers) -> None:
+    """Not even within the run of the cluster; and what it was goes on when the disk is back."""
+    cluster = servers.cluster(1, durability)
+    cluster.ingest(order(user=5))
+    servers.stop()
+    there, aside = folder_of(servers) / lost, Path(servers.spec.data_dir) / "aside"
+    there.rename(aside)
+    with pytest.raises(
+        ManifestError, match=r"^data directory: .* missing.*is the right disk there\? Otherwise restore"
+    ):
+        servers._serve(0)
+    assert not there.exists()
+    aside.rename(there)
+    servers.restart()
+    servers.ready()
+    assert cluster.read([by_user], {"user": 5}).matrix[0, 0] == 1.0
+
+
+@pytest.mark.parametrize("known_by", ["epoch", "history"])
+def test_an_empty_log_in_place_of_the_one_that_was_there_is_refused(
+    known_by: str, servers: Servers, tmp_path: Path
+) -> None:
+    cluster = servers.cluster(1, "sync", history_uri=str(tmp_path / "history"), history_part_bytes=100)
+    for user in range(30):
+        cluster.ingest(order(user=user))
+    if known_by == "epoch":
+        servers.restart()
+        servers.ready()
+    else:
+        until(lambda: status_of(servers)[0]["history_to"] > 0)
+    servers.stop()
+    log, aside = folder_of(servers) / "log", Path(servers.spec.data_dir) / "aside"
+    log.rename(aside)
+    Log(log).close()
+    servers.restart()
+    went = "it went to 30 at least; restore the directory" if known_by == "epoch" else "the history goes to"
+    with pytest.raises(Unavailable, match=f"^shard 0 of 1 cannot recover: .* ends at offset 0, and {went}"):
+        servers.ready()
+    servers.stop()
+    shutil.rmtree(log)
+    aside.rename(log)
+    servers.restart()
+    servers.ready()
+    assert cluster.read([by_user], {"user": 29}).matrix[0, 0] == 1.0
+
+
+@pytest.mark.parametrize("what", ["log", "snapshot"])
+def test_what_a_later_version_wrote_is_refused_and_left_as_it_is(what: str, servers: Servers) -> None:
+    cluster = servers.cluster(1)
+    cluster.ingest(order(user=5))
+    if what == "snapshot":
+        servers.servers[0].called("drain", []).result(30)
+    servers.stop()
+    if what == "snapshot":
+        (path,) = (folder_of(servers) / "snapshots").iterdir()
+        whole = path.read_bytes()
+        later = whole[:6] + (int.from_bytes(whole[6:8], "little") + 1).to_bytes(2, "little") + whole[8:]
+        path.write_bytes(later)
+        message = rf"^shard 0 of 1 cannot recover: snapshot: `{path}` is of format \d+; this version reads \d+; start"
+    else:
+        whole = stored(servers)
+        later = b"MPL9" + whole[4:]
+        store(servers, later)
+        message = (
+            "^shard 0 of 1 cannot recover: log: the record at offset 0 begins with b'MPL9'; this version reads b'MPL"
+        )
+    servers.restart()
+    with pytest.raises(Unavailable, match=message):
+        servers.ready()
+    servers.stop()
+    if what == "snapshot":
+        assert path.read_bytes() == later
+        path.write_bytes(whole)
+    else:
+        assert stored(servers) == later
+        store(servers, whole)
+    servers.restart()
+    servers.ready()
+    assert cluster.read([by_user], {"user": 5}).matrix[0, 0] == 1.0
+
+
+def stored(servers: Servers) -> bytes:
+    with closing(sqlite3.connect(folder_of(servers) / "log" / "cache.db")) as database:
+        ((value,),) = database.execute("SELECT value FROM Cache WHERE key = 0")
+    return bytes(value)
+
+
+def store(servers: Servers, value: bytes) -> None:
+    with closing(sqlite3.connect(folder_of(servers) / "log" / "cache.db")) as database, database:
+        database.execute("UPDATE Cache SET value = ? WHERE key = 0", (value,))
+
+
+# -- a log that fails
+
+FAILS = """
+import sqlite3, sys
+from pathlib import Path
+from port_contract import order
+from millpond.feature_actors.log.log import Log
+from test_server import Servers
+
+servers = Servers(Path(sys.argv[1]))
+cluster = servers.cluster({n_shards}, "sync")
+cluster.ingest(*(order(user=u, order=f"before-{{u}}") for u in range(20)))
+print(servers.spec.data_dir, flush=True)
+append = Log.append
+
+def fails(self, records, settled=0):
+    if {late}:
+        append(self, records, settled)
+    raise sqlite3.OperationalError("disk I/O error")
+
+Log.append = fails
+cluster.ingest(*(order(user=u, order=f"{{u}}") for u in range({n})))
+print("acknowledged", flush=True)
+"""
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["nothing written", "written, but who knows"])
+@pytest.mark.parametrize("n", [1, 2_000], ids=["small", "large"])
+def test_a_log_that_fails_ends_the_process_and_a_retry_counts_once(n: int, late: bool, servers: Servers) -> None:
+    """fsync says once that something is lost, and that all is well the next time: what is on disk is read again."""
+    servers.cluster(1, "sync")  # for its layout; the data are those of the other process
+    servers.stop()
+    with tempfile.TemporaryDirectory(prefix="mp-") as home:
+        code = FAILS.format(n_shards=1, n=n, late=late)
+        path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        done = subprocess.run(
+            [sys.executable, "-c", code, home], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
+            timeout=120, check=False,
+        )  # fmt: skip
+        (said,) = done.stdout.splitlines()
+        assert done.returncode == 70, done.stderr
+        assert "failed while it wrote; its process ends and recovers" in done.stderr
+        servers.spec = dataclasses.replace(servers.spec, data_dir=said, run_id="next")
+        log = Log(folder_of(servers) / "log")
+        ids = [i for _, (record, _) in log.read() for i in record.batch["order"].to_pylist()]
+        log.close()
+        assert ids == [f"before-{u}" for u in range(20)] + [f"{u}" for u in range(n) if late]
+        servers.restart()
+        servers.ready()
+        cluster = servers.served()
+        retried = [order(user=u, order=f"{u}") for u in range(n)]
+        for ack in (cluster.ingest(*retried), cluster.ingest(*retried)):
+            assert (ack.accepted, ack.duplicates) == ((0, n) if late else (n, 0))
+            late = True
+        users = [{"user": u} for u in range(max(n, 20))]
+        expected = [float((u < 20) + (u < n)) for u in range(max(n, 20))]
+        assert cluster.read([by_user], *users).matrix[:, 0].tolist() == expected
+        servers.stop()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import subprocess
 import time
 from bisect import bisect_left, bisect_right
@@ -25,12 +24,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from millpond.cluster.cluster import Cluster, running
+from millpond.cluster.cluster import Cluster
 from millpond.cluster.config import Config
 from millpond.cluster.demo.session import ARROW_STREAM, Session, arrow_stream
 from millpond.feature_actors.aggregations import Aggregation
 from millpond.feature_actors.errors import DeclarationError, Unavailable
 from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.manifest import begin_anew, lock_directory
 from millpond.feature_actors.oracle import agrees, known
 from millpond.feature_actors.plan import FeatureRows
 from millpond.feature_actors.view import Feature, FeatureView
@@ -104,9 +104,10 @@ class Stage:
             raise DeclarationError(
                 f"demo: `{self.config.directory}` holds events of a cluster; name another with `--name`"
             )
-        if running(self.config.directory) is None:
-            for log in logs:
-                shutil.rmtree(log)
+        if mark.exists():
+            lock = lock_directory(self.config.directory, self.config.name)
+            begin_anew(self.config.directory)
+            lock.release()
         mark.touch()
 
     def load(self, url: str, events: Mapping[str, pa.Table], advance: Callable[..., None]) -> None:

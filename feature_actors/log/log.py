@@ -32,13 +32,14 @@ Durability = Literal["sync", "process", "none"]
 
 _SYNCHRONOUS = {"sync": 2, "process": 0}  # SQLite's FULL and OFF
 _NEVER_A_FILE = 1 << 40
-#: A record spans many pages: with large ones an append takes half the processor time.
-PAGE_BYTES = 32_768
-_CACHE_PAGES = 256
+#: Measured: of 4, 8, 16 and 32 KB the one that takes least processor time for records of 2 to 60 KB, and little more
+#: than the best for 600 KB.
+PAGE_BYTES = 8_192
+_CACHE_PAGES = 1_024
 #: What one step of a truncation deletes: some milliseconds.
 _TRUNCATE_RECORDS, _TRUNCATE_BYTES = 64, 1 << 20
 #: A checkpoint holds up the append that starts it: small ones, often.
-_CHECKPOINT_PAGES = 128
+_CHECKPOINT_PAGES = 512
 
 
 class LogFull(Unavailable):
@@ -70,7 +71,7 @@ class _RawDisk(diskcache.Disk):  # type: ignore[misc]
         return bytes(value)
 
 
-def _make_pages_large(path: Path) -> None:
+def _make_pages(path: Path) -> None:
     """Make an empty database; once it is there, the size of its pages is fixed."""
     if not path.exists():
         with closing(sqlite3.connect(path, isolation_level=None)) as database:
@@ -91,7 +92,7 @@ class Log:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._directory, self._free_bytes_min = directory, free_bytes_min
         try:
-            _make_pages_large(directory / "cache.db")
+            _make_pages(directory / "cache.db")
             self._cache = diskcache.Cache(
                 str(directory),
                 disk=_RawDisk,

@@ -115,6 +115,7 @@ class Ids(msgspec.Struct, tag_field="kind", tag="ids", frozen=True):
     source: str
     slot: Count
     newest_ms: Int64
+    cutoff_ms: Int64 = -(2**63)
 
 
 class StringsHeader(msgspec.Struct, tag_field="kind", tag="strings", frozen=True):

@@ -23,8 +23,10 @@ NAME = "ports"
 
 
 def spec(layout: Layout, shard_map: ShardMap, data_dir: Path, durability: str = "process") -> Any:
+    from millpond.feature_actors.manifest import Manifest, make_shards
     from millpond.feature_actors.server import ShardSpec
 
+    make_shards(data_dir, Manifest(NAME, NAME, shard_map.n_slots, 7), shard_map.n_shards)
     return ShardSpec(
         cluster_name=NAME, namespace="millpond",
         run_id=uuid.uuid4().hex, data_dir=str(data_dir), sources=tuple(layout.sources.values()),
