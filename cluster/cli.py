@@ -66,13 +66,23 @@ def _parser() -> argparse.ArgumentParser:
     status = command("status", _status, "Show what the running cluster holds.")
     status.add_argument("--json", action="store_true", help="print it as JSON")
     command("down", _down, "Stop the running cluster cleanly.")
+    check = command("check", _check, "Check the directory of a stopped cluster; exits with 0 if all is well, 1 after "
+                    "problems, 2 if it cannot be checked.")  # fmt: skip
+    check.add_argument("directory", type=Path, metavar="DIR", help="data_dir/name of the cluster")
+    check.add_argument("files", nargs="*", type=Path, metavar="FILE.py",
+                       help="definitions: snapshots are compared with a replay, losses name views and ids")  # fmt: skip
+    check.add_argument("--fix", action="store_true",
+                       help="drop what is proven damaged, and list what is lost; needs --copy")  # fmt: skip
+    check.add_argument("--copy", type=Path, metavar="COPYDIR",
+                       help="a whole copy of DIR: made if it does not exist, then compared byte for byte")  # fmt: skip
+    check.add_argument("--json", action="store_true", help="print it as one JSON object")
     command("config", _config, "Print every setting and where its value came from.")
     bench = command("bench", _bench, "Measure; the figures stand in the README under Measured.")
-    bench.add_argument("scenario", choices=["score", "store", "events", "faults"])
+    bench.add_argument("scenario", choices=["score", "store", "events", "faults", "recovery"])
     bench.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     bench.add_argument("--seconds", type=float, default=5.0, help="length of each measurement")
     bench.add_argument("--record", action="store_true", help="add a line to bench/history.jsonl")
-    bench.add_argument("--quick", action="store_true", help="store, events: tiny, to see that it works")
+    bench.add_argument("--quick", action="store_true", help="store, events, recovery: tiny, to see that it works")
     bench.add_argument("--kills", type=int, default=100, help="faults: how many processes are killed")
     bench.add_argument("--events", type=int, default=1_000_000, help="faults: how many events are sent meanwhile")
     bench.add_argument("--seed", type=int, help="faults: of the order of kills and of the events (default: any)")
@@ -140,6 +150,27 @@ def _status(options: argparse.Namespace, config: Config, origins: dict[str, str]
     return 0
 
 
+def _check(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    from millpond.cluster.check import check_directory
+    from millpond.feature_actors.check import CannotCheck
+    from millpond.models.definition import Definition
+
+    definitions = [Definition.read(path) for path in options.files]
+    try:
+        report = check_directory(options.directory, config, definitions, fix=options.fix, copy=options.copy)
+    except CannotCheck as error:
+        if options.json:
+            print(json.dumps({"directory": str(options.directory), "error": str(error), "status": 2}))
+        print(f"millpond: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(report.as_json()))
+    else:
+        for line in report.text():
+            print(line)
+    return report.status
+
+
 def _down(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
     from millpond.cluster.cluster import running
 
@@ -189,6 +220,12 @@ def _bench(options: argparse.Namespace, config: Config, origins: dict[str, str])
             events=options.events,
             seed=options.seed,
             record=options.record,
+        )
+    if options.scenario == "recovery":
+        from millpond.bench.recovery import run_recovery_bench
+
+        return run_recovery_bench(
+            config, as_json=options.json, seconds=options.seconds, quick=options.quick, record=options.record
         )
     from millpond.bench.score import run_score_bench
 

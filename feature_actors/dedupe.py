@@ -45,7 +45,7 @@ _AHEAD = 16
 #: A step of an image looks at so many entries: about a millisecond.
 _IMAGE_ENTRIES_MAX = 1 << 14
 #: A slot has so many tables that none is larger when the memory is full: it is rebuilt in some milliseconds.
-_TABLE_BYTES_MAX = 8 << 20
+_TABLE_BYTES_MAX = 4 << 20
 #: So many places are looked at to choose a cutoff; fewer than 1/16 of the ids are not worth one.
 _SAMPLE_PLACES = 4_096
 _WORTH = 16
@@ -91,9 +91,7 @@ def _place(at: Any, entries: Any, mixed: Any, lo: Any, hi: Any) -> Any:
     while words[place * _WORDS + _RECEIVED] != _EMPTY and (
         words[place * _WORDS + _LO] != lo or words[place * _WORDS + _HI] != hi
     ):
-        place += 1
-        if place == entries:
-            place = 0
+        place = place + 1 if place + 1 < entries else 0
     return place * _WORDS
 
 
@@ -124,15 +122,17 @@ def _admit(
             i = rows[k]
             mixed = _mixed(seed, ids[i, 0])
             table = _table(first, parts, slots[i], mixed)
-            if directory[table, _ENTRIES] == 0:
+            entries, used = directory[table, _ENTRIES], directory[table, _USED]
+            if entries == 0:
                 return k
             words, _, _ = views_at(directory[table, _AT])
-            at = _place(directory[table, _AT], directory[table, _ENTRIES], mixed, ids[i, 0], ids[i, 1])
-            if words[at + _RECEIVED] == _EMPTY:
-                if _is_full(directory, table):
+            at = _place(directory[table, _AT], entries, mixed, ids[i, 0], ids[i, 1])
+            then = words[at + _RECEIVED]
+            if then == _EMPTY:
+                if used * 3 >= entries * 2:
                     return k
-                directory[table, _USED] += 1
-            elif words[at + _RECEIVED] >= oldest and not (again and words[at + _RECEIVED] <= received):
+                directory[table, _USED] = used + 1
+            elif then >= oldest and not (again and then <= received):
                 verdicts[i] = DUPLICATE if words[at + _CONTENT] == contents[i] else CONFLICT
                 continue
             words[at + _LO], words[at + _HI] = ids[i, 0], ids[i, 1]
@@ -142,31 +142,32 @@ def _admit(
 
 
 @kernel
-def _count(at: Any, entries: Any, oldest: Any) -> Any:
-    """Return how many entries are not older than `oldest`."""
-    words, _, _ = views_at(at)
+def _count(directory: Any, table: Any, oldest: Any) -> Any:
+    """Return how many entries of a table are not older than `oldest`."""
+    words, _, _ = views_at(directory[table, _AT])
     n = 0
-    for entry in range(0, entries * _WORDS, _WORDS):
+    for entry in range(0, directory[table, _ENTRIES] * _WORDS, _WORDS):
         n += words[entry + _RECEIVED] >= oldest
     return n
 
 
 @kernel
-def _rehash(old: Any, old_entries: Any, new: Any, new_entries: Any, seed: Any, oldest: Any) -> Any:
-    """Copy the entries that are not older than `oldest`; return how many."""
-    used = 0
-    words, _, _ = views_at(old)
-    new_words, _, _ = views_at(new)
-    for place in range(new_entries):
+def _rehash(directory: Any, table: Any, new: Any, seed: Any, oldest: Any) -> Any:
+    """Have a table in `new`, with its entries that are not older than `oldest`; return how many it had."""
+    old_entries, entries, used = directory[table, _ENTRIES], new.shape[0], 0
+    words, _, _ = views_at(directory[table, _AT])
+    new_words, _, _ = views_at(new.ctypes.data)
+    for place in range(entries):
         new_words[place * _WORDS + _RECEIVED] = _EMPTY
     for entry in range(0, old_entries * _WORDS, _WORDS):
         if words[entry + _RECEIVED] >= oldest:
             lo = words[entry + _LO]
-            at = _place(new, new_entries, _mixed(seed, lo), lo, words[entry + _HI])
+            at = _place(new.ctypes.data, entries, _mixed(seed, lo), lo, words[entry + _HI])
             for w in range(_WORDS):
                 new_words[at + w] = words[entry + w]
             used += 1
-    return used
+    directory[table, _AT], directory[table, _ENTRIES], directory[table, _USED] = new.ctypes.data, entries, used
+    return old_entries
 
 
 @kernel
@@ -291,7 +292,7 @@ class IdMemory:
         refuse: then it takes too much.
         """
         while True:
-            n = self._count(table) + more
+            n = _count(self.directory, table, self.oldest_ms) + more
             size = self._allowed(table, n)
             if size is not None:
                 break
@@ -329,10 +330,6 @@ class IdMemory:
         """Return how large a new table is: not all the same, lest all of them grow at the same time for ever."""
         return _ENTRIES_AT_FIRST + table % _ENTRIES_AT_FIRST
 
-    def _count(self, table: int) -> int:
-        at, entries, _ = self.directory[table]
-        return int(_count(at, entries, self.oldest_ms)) if entries else 0
-
     def _sample(self) -> Ints:
         """Return when what is at places spread over all tables was received, `_EMPTY` if nothing."""
         ends = np.cumsum(self.directory[:, _ENTRIES])
@@ -355,7 +352,7 @@ class IdMemory:
             entries = self.tables[other]
             if other == table:
                 continue
-            kept = self._count(other)
+            kept = _count(self.directory, other, self.oldest_ms)
             size = _snug(kept + 1) if kept else 0
             won = entries.nbytes - size * _ENTRY_BYTES
             if won * _WORTH >= entries.nbytes or won >= wanted:
@@ -399,14 +396,11 @@ class IdMemory:
 
     def _rebuild(self, table: int, size: int) -> None:
         """Copy what is not too old into a new table of so many entries, 0 for none."""
-        at, entries, _ = self.directory[table]
         new: Ints = np.empty((size, _WORDS), np.int64)
-        used = int(_rehash(at, entries, new.ctypes.data, size, self.seed, self.oldest_ms)) if size else 0
-        self.directory[table] = new.ctypes.data if size else 0, size, used
+        self.allocated_bytes += (size - _rehash(self.directory, table, new, self.seed, self.oldest_ms)) * _ENTRY_BYTES
         self.tables.pop(table, None)
         if size:
             self.tables[table] = new
-        self.allocated_bytes += (size - int(entries)) * _ENTRY_BYTES
 
 
 def _snug(n: int) -> int:

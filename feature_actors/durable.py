@@ -28,6 +28,7 @@ from millpond.feature_actors.log.record import (
     EventsRecord,
     HomeRecord,
     LogDamaged,
+    LostRecord,
     OfferRecord,
     Record,
     TakeRecord,
@@ -132,9 +133,12 @@ class DurableShard:
             assert state is not None
             for offset in state["offers"]:
                 record = log.get(offset).record
-                assert isinstance(record, OfferRecord)
-                offers[offset] = record
+                if isinstance(record, OfferRecord):  # else it was lost
+                    offers[offset] = record
             self._replay_log(log, begin, begin, offers, progress)
+        deliveries = self.shard.deliveries
+        # What was lost cannot be delivered.
+        deliveries.settle([at for at in deliveries.owed if at >= log.first and _is_lost(log, at)])
         self.shard.next_offset = log.next
 
     def _load_snapshot(self, log: Log) -> tuple[dict[str, Any] | None, int | None]:
@@ -205,6 +209,8 @@ class DurableShard:
         owed and had. offers: those that are open at `begin`."""
         told = time.monotonic()
         for offset, (record, settled) in log.read(begin):
+            if isinstance(record, LostRecord):
+                continue
             if isinstance(record, OfferRecord):
                 self.shard.replay_offer(record, offset)
                 if (record.routes > 1).any():
@@ -331,10 +337,14 @@ def applied_records(
             new = np.flatnonzero(record.routes & 1)
             if len(new):
                 yield offset, _events_of(record, new, np.ones(len(new), np.uint32))
-        elif (offer := open_offers.pop(record.offer, None)) is not None:
+        elif isinstance(record, TakeRecord) and (offer := open_offers.pop(record.offer, None)) is not None:
             routes = offer.routes[record.rows] & ~np.uint32(1)
             if (applied := np.flatnonzero(routes)).size:
                 yield offset, _events_of(offer, record.rows[applied], routes[applied])
+
+
+def _is_lost(log: Log, offset: int) -> bool:
+    return isinstance(log.get(offset).record, LostRecord)
 
 
 def _events_of(record: OfferRecord, rows: npt.NDArray[np.int64], routes: npt.NDArray[np.uint32]) -> EventsRecord:

@@ -21,7 +21,7 @@ from millpond.feature_actors.errors import MillpondError, TooMany
 __all__ = ["IngestQueue", "QueueLimits"]
 
 #: Loads under way at once, of a source; a second one if it has so many rows.
-_UNDER_WAY_MAX, _LARGE_ROWS = 3, 512
+_UNDER_WAY_MAX, _LARGE_ROWS = 2, 4_096
 #: Rows of a load at most, unless one request has more.
 _LOAD_ROWS_MAX = 20_000
 #: How long requests wait for others, if some were answered together just now.

@@ -104,7 +104,9 @@ class ShardServer:
     """
 
     #: What may be called.
-    METHODS = frozenset({"ingest", "offer", "take", "deliver", "settle", "ready", "read", "status", "check", "drain"})
+    METHODS = frozenset(
+        {"ingest", "offer", "take", "deliver", "settle", "ready", "read", "status", "check", "snapshot", "drain"}
+    )
 
     def __init__(self, spec: ShardSpec, number: int, peers: Callable[[], Calls]) -> None:
         self._spec, self._number, self._of = spec, number, spec.shard_map.n_shards
@@ -460,6 +462,15 @@ class ShardServer:
         before = await asyncio.get_running_loop().run_in_executor(self._house, durable.truncatable)
         while await self._in_thread(durable.log.truncate, before):
             await asyncio.sleep(0.001)
+
+    async def snapshot(self) -> dict[str, Any]:
+        """Take a snapshot now; return what there is to say of it."""
+        self._check()
+        assert self._durable is not None
+        if isinstance(self._durable.log, Log):
+            async with self._housekeeping:
+                await self._take_snapshot(self._durable)
+        return self._last_snapshot
 
     async def drain(self) -> None:
         """Take nothing more, finish what is under way, and take a snapshot: a start after it replays nothing."""

@@ -78,7 +78,7 @@ def test_every_number_has_bounds_that_its_default_keeps() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("shard = 2", "no setting `shard`; known: `ahead_max`, `body_timeout_s`, `clock`, `data_dir`, `dedupe_horizon`, `draining_period_s`, `durability`, `event_body_bytes_max`, `event_rows_max`, `host`, `late_after`, `memory_dir`, `memory_mb_max`, `name`, `object_store_mb`, `port`, `proxy`, `replicas`, `requests_ongoing_max`, `requests_queued_max`, ...; did you mean `shards`? - at `millpond.toml`"),
+        ("shard = 2", "no setting `shard`; known: `ahead_max`, `body_timeout_s`, `clock`, `data_dir`, `dedupe_horizon`, `dedupe_horizon_min`, `dedupe_mb_max`, `disk_free_mb_min`, `drain_timeout_s`, `draining_period_s`, `durability`, `event_body_bytes_max`, `event_rows_max`, `history`, `history_part_mb`, `host`, `late_after`, `memory_dir`, `memory_mb_max`, `name`, ...; did you mean `shards`? - at `millpond.toml`"),
         ("shards = 0", "setting `shards`: 0 is not between 1 and 1024 - at `millpond.toml`"),
         ("shards = 1025", "setting `shards`: 1025 is not between 1 and 1024 - at `millpond.toml`"),
         ('shards = "two"', "setting `shards`: expected int, got 'two' - at `millpond.toml`"),
@@ -94,6 +94,9 @@ def test_every_number_has_bounds_that_its_default_keeps() -> None:
         ('late_after = "-1s"', "setting `late_after`: expected a length such as `90s`, `30m`, `24h`, at least `0s`, at most `3660d`, got '-1s' - at `millpond.toml`"),
         ('ahead_max = "3661d"', "setting `ahead_max`: expected a length such as `90s`, `30m`, `24h`, at least `0s`, at most `3660d`, got '3661d' - at `millpond.toml`"),
         ('dedupe_horizon = "999ms"', "setting `dedupe_horizon`: expected a length such as `90s`, `30m`, `24h`, at least `1s`, at most `3660d`, got '999ms' - at `millpond.toml`"),
+        ('dedupe_horizon_min = "0s"', "setting `dedupe_horizon_min`: expected a length such as `90s`, `30m`, `24h`, at least `1s`, at most `3660d`, got '0s' - at `millpond.toml`"),
+        ('dedupe_horizon_min = "25h"', "setting `dedupe_horizon_min`: 25h is more than 24h (setting `dedupe_horizon`), which is how long ids are remembered at most - at `millpond.toml`"),
+        ('dedupe_horizon = "1h"\ndedupe_horizon_min = "61m"', "setting `dedupe_horizon_min`: 61m is more than 1h (setting `dedupe_horizon`), which is how long ids are remembered at most - at `millpond.toml`"),
         ("late_after = 5", "setting `late_after`: expected text, got 5 - at `millpond.toml`"),
         ("slots = 4097", "setting `slots`: 4097 is not between 1 and 4096 - at `millpond.toml`"),
         ("shards = 257", "setting `shards`: 257 shards of 256 slots (setting `slots`); a shard needs a slot at least - at `millpond.toml`"),
@@ -141,6 +144,14 @@ def test_the_data_directory_is_that_of_the_clusters_name(tmp_path: Path) -> None
 def test_an_event_may_be_late_at_once_and_not_ahead_at_all() -> None:
     config, _ = load_config(environment={"MILLPOND_LATE_AFTER": "0s", "MILLPOND_AHEAD_MAX": "500ms"})
     assert (config.late_after_ms, config.ahead_ms_max) == (0, 500)
+
+
+def test_the_least_horizon_is_that_of_the_ids_if_that_is_shorter_and_nobody_says_otherwise() -> None:
+    config, origins = load_config(environment={}, flags={"dedupe_horizon": "10m"})
+    assert (config.dedupe_horizon_min, config.dedupe_horizon_ms_min) == ("10m", 600_000)
+    assert origins["dedupe_horizon_min"] == "default"
+    config, _ = load_config(environment={}, flags={"dedupe_horizon": "10m", "dedupe_horizon_min": "600s"})
+    assert config.dedupe_horizon_ms_min == config.dedupe_horizon_ms
 
 
 def test_as_many_shards_as_slots_are_allowed_and_the_default_is_not_more() -> None:

@@ -232,7 +232,7 @@ def test_with_little_memory_verdicts_are_those_of_a_dict_with_the_same_cutoff(
     memory = IdMemory(HORIZON, horizon_ms_min=least, bytes_max=tables * TABLE, n_slots=3, seed=5)
     filters = [IdFilter(memory, 3), IdFilter(memory, 3)]
     seen: dict[tuple[int, int, int], tuple[int, int]] = {}
-    now = newest = 0
+    now, newest = 0, -(10**9)
     for which, whole, step in requests:
         now += step
         for events in [[event] for event in whole] if alone else [whole]:
@@ -311,10 +311,11 @@ def test_below_the_least_horizon_a_request_is_refused_as_if_it_had_not_come() ->
     assert set(send(seen, range(30), 1_800_000)) == {DUPLICATE}, "which takes no memory"
     assert set(send(seen, range(30), 1_800_000, content=1)) == {CONFLICT}
     with pytest.raises(DedupeFull) as caught:
-        send(seen, range(100, 200), 3_599_000)
-    assert caught.value.retry_after_ms == 1_001
-    assert set(send(seen, range(100, 150), 3_600_001)) == {NEW}, "the first ones are older now than must be"
+        send(seen, range(100, 200), 3_598_000)
+    assert caught.value.retry_after_ms == 2_001
+    assert set(send(seen, range(100, 120), 3_600_001)) == {NEW}, "the first ones are older now than must be"
     assert memory.held_ms == 3_600_000
+    assert held([seen]) == [{(0, *ids_of([n])[0].tolist(), 3_600_001, 0) for n in range(100, 120)}]
 
 
 def test_no_memory_at_all_remembers_nothing() -> None:
@@ -366,7 +367,12 @@ def test_a_replay_is_never_refused_but_a_request_after_it_is() -> None:
         assert set(send(seen, (rows + now * 1_000).tolist(), 900)) == {DUPLICATE}
     with pytest.raises(DedupeFull):
         send(seen, range(2_000_000, 2_001_000), 900)
-    for now in range(1_901, 100_000, 50):  # the ids have grown old, and what took too much is given back
+    assert send(seen, range(4_000_000, 4_000_020), 1_500) == [NEW] * 20, (
+        "in the place of those that are older than must be"
+    )
+    with pytest.raises(DedupeFull):
+        send(seen, range(2_000_000, 2_001_000), 1_500)
+    for now in range(2_501, 100_000, 50):  # the ids have grown old, and what took too much is given back
         assert send(seen, [3_000_000 + now], now) == [NEW]
     assert memory.allocated_bytes <= 4 * TABLE
     check(memory)
@@ -383,16 +389,16 @@ def test_a_replay_knows_an_id_from_when_it_was_last_new() -> None:
 
 def test_a_slot_of_many_ids_has_many_tables_none_of_them_large() -> None:
     memory = IdMemory(HORIZON, bytes_max=1 << 28)
-    assert memory.parts == 32
-    assert IdMemory(HORIZON, bytes_max=1 << 31, n_slots=256).parts == 1
+    assert memory.parts == 64
+    assert IdMemory(HORIZON, bytes_max=1 << 30, n_slots=256).parts == 1
     seen, rows = IdFilter(memory, 2), np.arange(50_000)
     ids = np.random.default_rng(3).integers(-(2**63), 2**63 - 1, (50_000, 2))
     verdicts = np.empty(50_000, np.uint8)
     for want in (NEW, DUPLICATE):
         seen.admit(rows, rows % 2, ids, rows, 0, verdicts)
         assert set(verdicts.tolist()) == {want}
-    assert len(memory.tables) == 64
-    assert memory.directory[:, 2].min() > 50_000 / 64 / 2
+    assert len(memory.tables) == 128
+    assert memory.directory[:, 2].min() > 50_000 / 128 / 2
     again = IdFilter(IdMemory(HORIZON, bytes_max=1 << 22, seed=9), 2)
     for slot, some in seen.image():
         again.load(slot, some, 0)

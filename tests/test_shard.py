@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,13 @@ from hypothesis import strategies as st
 from worlds import DAY, HOUR, World, batch, source, worlds
 
 from millpond.feature_actors import Count, FeatureView, Last, Max, Mean, Min, SecondsSince, Sum, oracle
-from millpond.feature_actors.dedupe import DUPLICATE, NEW
+from millpond.feature_actors.dedupe import DUPLICATE, NEW, DedupeFull
+from millpond.feature_actors.events import Events
+from millpond.feature_actors.image import load_shard, shard_chunks
 from millpond.feature_actors.keys import hash_columns
 from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.log.record import EventsRecord
+from millpond.feature_actors.log.snapshot import Ids, write_snapshot
 from millpond.feature_actors.plan import Answer, Question, ReadPlan
 from millpond.feature_actors.reader import MemoryReader
 from millpond.feature_actors.shard import Shard
@@ -290,6 +296,107 @@ def test_conditions_are_judged_in_the_order_of_the_batch_however_large_it_is() -
     want = np.bincount(users, weights=ones)
     values = ask(shard, declared, list(range(1000)), NOW).values
     np.testing.assert_array_equal(values, np.column_stack([want, want]))
+
+
+# -- ids and memory
+
+WITH_IDS = source("first", "id")
+
+
+def counted(**limits: Any) -> tuple[Shard, FeatureView]:
+    declared = FeatureView("v", owner="tests", source=WITH_IDS, key=["user"], features={"n": Count()})
+    return Shard(compile_layout([], [declared]), ShardMap.even(4, 1), 0, **limits), declared
+
+
+def sent(numbers: range, received_ms: int, *, ids_given: bool = True) -> Events:
+    records = batch(WITH_IDS, [event(NOW, id=f"e{n}") for n in numbers])
+    n = len(numbers)
+    ids = hash_columns([records.column("id")], n)
+    contents = hash_columns(records.columns, n)[:, 0].view(np.int64)
+    return Events("first", records, ids, contents, ids_given, np.full(n, NOW), received_ms)
+
+
+def state(shard: Shard) -> list[tuple[Any, list[Any]]]:
+    """What a snapshot has; ids in any order."""
+    return [
+        (
+            chunk.header,
+            sorted(chunk.words.reshape(-1, 4).tolist()) if isinstance(chunk.header, Ids) else list(chunk.words),
+        )
+        for chunk in shard_chunks(shard, cluster_id="c", epoch=1, begin=0)
+    ]
+
+
+def test_without_ids_events_take_no_memory_for_them() -> None:
+    shard, declared = counted(dedupe_bytes_max=0)
+    for _ in range(2):
+        assert set(shard.ingest(sent(range(100), NOW, ids_given=False)).verdicts.tolist()) == {NEW}
+    assert read(shard, declared, 1, NOW) == {"n": 200}
+    assert (shard.status().filter_bytes, shard.status().ids) == (0, 0)
+    with pytest.raises(DedupeFull):
+        shard.ingest(sent(range(1), NOW))
+
+
+@pytest.mark.parametrize("prepare", [Shard.prepare_ingest, lambda shard, events: shard.prepare_offer(b"r", events)])
+def test_a_request_for_whose_ids_there_is_no_memory_changes_nothing(prepare: Callable[[Shard, Events], object]) -> None:
+    shard, declared = counted(dedupe_bytes_max=1 << 14)
+    shard.ingest(sent(range(100), NOW))
+    before, status = state(shard), shard.status()
+    assert (status.ids, status.dedupe_horizon_ms, status.dedupe_held_ms) == (100, 86_400_000, 86_400_000)
+    for _ in range(3):
+        with pytest.raises(DedupeFull):
+            prepare(shard, sent(range(50, 1_000), NOW))
+        assert state(shard) == before
+        assert shard.status().filter_bytes <= 1 << 14
+    assert (shard.next_offset, shard.offers, list(shard.deliveries.owed)) == (1, [], [])
+    assert set(shard.ingest(sent(range(100), NOW)).verdicts.tolist()) == {DUPLICATE}
+    assert set(shard.ingest(sent(range(100, 110), NOW)).verdicts.tolist()) == {NEW}
+    assert read(shard, declared, 1, NOW) == {"n": 110}
+
+
+def test_what_was_held_is_held_after_a_recovery_by_snapshot_or_log(tmp_path: Path) -> None:
+    limits = {"dedupe_bytes_max": 1 << 14, "dedupe_horizon_ms_min": 10_000}
+    live, _ = counted(**limits)
+    records: list[EventsRecord] = []
+    for step in range(80):
+        prepared = live.prepare_ingest(sent(range(step * 10, step * 10 + 10), NOW + step * 1_000))
+        live.commit(prepared)
+        assert isinstance(prepared.record, EventsRecord)
+        records.append(prepared.record)
+        if step == 60:
+            path = write_snapshot(tmp_path, shard_chunks(live, cluster_id="c", epoch=1, begin=61))
+    now, held_ms = NOW + 79_000, live.status().dedupe_held_ms
+    assert 10_000 < held_ms < 70_000
+    for snapshot in (True, False):
+        again, declared = counted(**limits)
+        begin = load_shard(again, path, cluster_id="c").begin if snapshot else 0
+        for offset in range(begin, len(records)):
+            again.replay_events(records[offset], offset)
+        status = again.status()
+        assert 10_000 <= status.dedupe_held_ms < 70_000
+        first = -(-(79_000 - status.dedupe_held_ms) // 1_000) * 10  # the first id that was received within that
+        assert set(again.ingest(sent(range(first, 800), now)).verdicts.tolist()) == {DUPLICATE}
+        assert read(again, declared, 1, now) == {"n": 800}
+        # With hardly any memory at all it is nevertheless what must be.
+        small, declared = counted(dedupe_bytes_max=1, dedupe_horizon_ms_min=10_000)
+        begin = load_shard(small, path, cluster_id="c").begin if snapshot else 0
+        for offset in range(begin, len(records)):
+            small.replay_events(records[offset], offset)
+        assert small.status().dedupe_held_ms >= 10_000
+        assert set(small.ingest(sent(range(690, 800), now)).verdicts.tolist()) == {DUPLICATE}
+        with pytest.raises(DedupeFull):
+            small.ingest(sent(range(1_000, 1_500), now))
+
+
+def test_an_id_that_comes_by_a_clock_that_is_behind_is_remembered_as_long_as_others() -> None:
+    shard, declared = counted(dedupe_horizon_ms=10_000)
+    shard.ingest(sent(range(1), NOW))
+    prepared = shard.prepare_ingest(sent(range(1, 2), NOW - 60_000))
+    shard.commit(prepared)
+    assert isinstance(prepared.record, EventsRecord)
+    assert prepared.record.received_ms == NOW
+    assert shard.ingest(sent(range(1, 2), NOW + 10_000)).verdicts.tolist() == [DUPLICATE]
+    assert read(shard, declared, 1, NOW + 10_000) == {"n": 2}
 
 
 # -- the point-in-time join

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.log.record import (
     Decoded,
     LogDamaged,
+    LostRecord,
     Record,
     TakeRecord,
     decode,
@@ -24,7 +25,7 @@ from millpond.feature_actors.log.record import (
 )
 from millpond.feature_actors.log.schemas import Schemas
 
-__all__ = ["Durability", "Log", "LogFull"]
+__all__ = ["Durability", "Log", "LogFull", "write_log"]
 
 #: What an acknowledged event survives: "sync" the loss of power, "process" the end of any process, "none" nothing.
 Durability = Literal["sync", "process", "none"]
@@ -33,7 +34,7 @@ _SYNCHRONOUS = {"sync": 2, "process": 0}  # SQLite's FULL and OFF
 _NEVER_A_FILE = 1 << 40
 #: Measured: of 4, 8, 16 and 32 KB the one that takes least processor time for records of 2 to 60 KB, and little more
 #: than the best for 600 KB.
-_PAGE_BYTES = 8_192
+PAGE_BYTES = 8_192
 _CACHE_PAGES = 1_024
 #: What one step of a truncation deletes: some milliseconds.
 _TRUNCATE_RECORDS, _TRUNCATE_BYTES = 64, 1 << 20
@@ -74,7 +75,7 @@ def _make_pages(path: Path) -> None:
     """Make an empty database; once it is there, the size of its pages is fixed."""
     if not path.exists():
         with closing(sqlite3.connect(path, isolation_level=None)) as database:
-            database.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
+            database.execute(f"PRAGMA page_size = {PAGE_BYTES}")
             database.execute("VACUUM")
 
 
@@ -135,7 +136,7 @@ class Log:
                     record,
                     at,
                     settled,
-                    "" if isinstance(record, TakeRecord) else self._schemas.name_of(record.batch.schema),
+                    "" if isinstance(record, TakeRecord | LostRecord) else self._schemas.name_of(record.batch.schema),
                 )
                 for record, at in zip(records, offsets, strict=True)
             ]
@@ -197,3 +198,23 @@ class Log:
 
     def close(self) -> None:
         self._cache.close()
+
+
+def write_log(directory: Path, contents: Iterable[tuple[int, bytes]]) -> None:
+    """Write a new log of records as they are, each at its offset, and sync it. The schemas stay where they are."""
+    log = Log(directory, "sync")
+    batch: list[tuple[int, bytes]] = []
+
+    def write() -> None:
+        with log._cache.transact():
+            for offset, content in batch:
+                log._cache.set(offset, content)
+        batch.clear()
+
+    for offset, content in contents:
+        batch.append((offset, content))
+        if len(batch) >= _TRUNCATE_RECORDS or sum(len(c) for _, c in batch) >= _TRUNCATE_BYTES:
+            write()
+    write()
+    log._cache._sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    log.close()

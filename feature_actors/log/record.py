@@ -20,6 +20,7 @@ __all__ = [
     "EventsRecord",
     "HomeRecord",
     "LogDamaged",
+    "LostRecord",
     "OfferRecord",
     "Record",
     "TakeRecord",
@@ -90,7 +91,16 @@ class TakeRecord:
     homes: tuple[HomeRecord, ...]
 
 
-Record = EventsRecord | OfferRecord | TakeRecord
+@dataclass(slots=True)
+class LostRecord:
+    """Stands where a record was that could not be read any more, so that offsets have no gaps: `millpond check --fix`
+    has put it there. size: bytes that were there; why: what was wrong with them."""
+
+    size: int
+    why: str
+
+
+Record = EventsRecord | OfferRecord | TakeRecord | LostRecord
 
 
 class Decoded(NamedTuple):
@@ -101,7 +111,7 @@ class Decoded(NamedTuple):
     settled: int
 
 
-_KINDS = {EventsRecord: "events", OfferRecord: "offer", TakeRecord: "take"}
+_KINDS = {EventsRecord: "events", OfferRecord: "offer", TakeRecord: "take", LostRecord: "lost"}
 
 
 def encode(record: Record, offset: int, settled: int, schema: str) -> bytes:
@@ -111,6 +121,9 @@ def encode(record: Record, offset: int, settled: int, schema: str) -> bytes:
     if isinstance(record, TakeRecord):
         header |= {"offer": record.offer, "homes": record.homes}
         blocks = {"rows": record.rows}
+    elif isinstance(record, LostRecord):
+        header |= {"size": record.size, "why": record.why}
+        blocks = {}
     else:
         header |= {
             "source": record.source,
@@ -171,6 +184,8 @@ def _record(header: dict[str, Any], blocks: dict[str, pa.Buffer], schemas: Calla
     kind = header["kind"]
     if kind == "take":
         return TakeRecord(header["offer"], np.frombuffer(blocks["rows"], np.int64), _homes(header))
+    if kind == "lost":
+        return LostRecord(header["size"], header["why"])
     if kind not in ("events", "offer"):
         raise ValueError(f"unknown kind {kind!r}")
     fields = (
