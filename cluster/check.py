@@ -180,7 +180,7 @@ def _stopped(directory: Path) -> Iterator[None]:
             lock = FileLock(directory / "lock", name=directory.name, does="is being checked")
     except LockHeld as other:
         raise CannotCheck(
-            f"data directory: `{directory}` is in use ({other.process}); stop its cluster with `millpond down`"
+            f"data directory: `{directory}` is in use ({other.who}); stop its cluster with `millpond down`"
         ) from None
     except OSError:
         pass  # it cannot be written, by a cluster neither

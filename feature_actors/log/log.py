@@ -109,7 +109,7 @@ class Log:
             )
             first = next(self._cache.iterkeys(), 0)
             last = next(self._cache.iterkeys(reverse=True), -1)
-        except (sqlite3.DatabaseError, diskcache.Timeout) as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError, diskcache.Timeout) as error:
             raise LogDamaged(f"log: `{directory}` cannot be opened: {error}; restore it from a copy") from None
         #: Where the log begins, and where the next record goes.
         self.first, self.next = first, last + 1

@@ -30,6 +30,8 @@ _FIXED_HEADER = (slice(0, 24), slice(44, 48), slice(52, 60), slice(64, 92))
 _COUNTED = ("count", "size", "hits", "misses")
 _ROWS = "SELECT key, raw, typeof(key), typeof(value), substr(value, 9, 8) FROM Cache WHERE "
 _INTEGRITY_LINES_MAX = 3
+#: What a damaged database makes of any statement; the second where SQLite quotes what is damaged.
+_ERRORS = (sqlite3.Error, UnicodeDecodeError)
 
 
 class StoppedLog(Log):
@@ -55,7 +57,7 @@ class StoppedLog(Log):
         try:
             self._database = _opened(path, scratch)
             self.problems += self._structure(scratch)
-        except sqlite3.Error as error:
+        except _ERRORS as error:
             self.problems.append(f"cannot be read: {error}")
         self._find()
 
@@ -74,7 +76,7 @@ class StoppedLog(Log):
             row = self._database.execute(
                 "SELECT expire_time, mode, filename, value FROM Cache WHERE key = ? AND raw = 1", (offset,)
             ).fetchone()
-        except sqlite3.Error as error:
+        except _ERRORS as error:
             raise LogDamaged(f"cannot be read: {error}") from None
         if row is None:
             raise LogDamaged("is missing")
@@ -153,7 +155,7 @@ class StoppedLog(Log):
     def _rows(self) -> Iterable[tuple[Any, ...]]:
         if self._database is None:
             return []
-        with suppress(sqlite3.Error):
+        with suppress(*_ERRORS):
             return list(self._database.execute(_ROWS + "1"))
         return list(self._rows_one_by_one())
 
@@ -163,12 +165,12 @@ class StoppedLog(Log):
         try:
             ((low,),) = self._database.execute("SELECT MIN(rowid) FROM Cache NOT INDEXED").fetchall()
             ((high,),) = self._database.execute("SELECT MAX(rowid) FROM Cache NOT INDEXED").fetchall()
-        except sqlite3.Error:
+        except _ERRORS:
             return
         if low is None or high - low > 1 << 24:
             return
         for number in range(low, high + 1):
-            with suppress(sqlite3.Error):
+            with suppress(*_ERRORS):
                 yield from self._database.execute(_ROWS + "rowid = ?", (number,)).fetchall()
 
     def carved(self) -> Iterator[bytes]:
@@ -194,7 +196,7 @@ def _opened(path: Path, scratch: Path) -> sqlite3.Connection:
     database.text_factory = lambda text: text.decode(errors="replace")
     try:
         database.execute("SELECT COUNT(*) FROM sqlite_master").fetchall()
-    except sqlite3.Error:
+    except _ERRORS:
         database.close()
         raise
     return database
