@@ -18,6 +18,7 @@ from typing import Any
 from millpond.cluster.config import Config
 from millpond.feature_actors.check import CannotCheck, DirectoryCheck
 from millpond.feature_actors.layout import Layout, compile_layout
+from millpond.feature_actors.lock import FileLock, LockHeld
 from millpond.feature_actors.mend import Mended, mend, mend_schemas
 from millpond.feature_actors.replays import ReplayOptions, check_replays
 from millpond.models.definition import Definition
@@ -26,9 +27,9 @@ __all__ = ["CheckReport", "check_directory"]
 
 #: How far the clocks of the processes that stamp arrivals may be apart, as the shards have it.
 _CLOCKS_APART_MS_MAX = 60_000
-_LOCKS = ("lock", "run/lock", "shards/*/lock")
+_LOCKS = ("run/lock", "shards/*/lock")
 #: Not of the data: what a running cluster needs, and what it says of itself.
-_NOT_COPIED = frozenset({"run", "memory"})
+_NOT_COPIED = frozenset({"lock", "run", "memory"})
 _BLOCK_BYTES = 1 << 20
 _IDS_SHOWN_MAX = 20
 
@@ -173,6 +174,16 @@ def _stopped(directory: Path) -> Iterator[None]:
             "with `millpond down`"
         )
     held: list[int] = []
+    lock: FileLock | None = None
+    try:
+        if (directory / "manifest.json").exists():  # else it is not ours
+            lock = FileLock(directory / "lock", name=directory.name, does="is being checked")
+    except LockHeld as other:
+        raise CannotCheck(
+            f"data directory: `{directory}` is in use ({other.who}); stop its cluster with `millpond down`"
+        ) from None
+    except OSError:
+        pass  # it cannot be written, by a cluster neither
     try:
         for path in sorted({path for pattern in _LOCKS for path in directory.glob(pattern) if path.is_file()}):
             held.append(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC))
@@ -186,6 +197,8 @@ def _stopped(directory: Path) -> Iterator[None]:
     finally:
         for descriptor in held:
             os.close(descriptor)
+        if lock is not None:
+            lock.release()
 
 
 # -- the copy

@@ -14,6 +14,7 @@ from durable_cluster import DurableCluster
 from millpond.feature_actors import Count, FeatureView, Field, Last, Max, Source, Sum
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.log.log import Log
+from millpond.feature_actors.manifest import ShardEpoch, write_epoch
 
 N_SLOTS = 16
 PAYMENTS = Source(
@@ -93,17 +94,16 @@ class Stopped:
             if not crashed:
                 log.close()
             shutil.copytree(durable.folder, self.shard(shard))  # type: ignore[attr-defined]
-            (self.shard(shard) / "epoch.json").write_text('{"epoch": 9, "run": "r"}')
+            write_epoch(self.path, ShardEpoch("tests", shard, 9, "r", 0))
             log.close()
         if history:
             shutil.copytree(folder / "live" / "history", self.path / "history")
         self.n_events = 6 * batches
         manifest = {
             "cluster_name": "dev", "cluster_id": "tests", "n_slots": N_SLOTS, "hash_seed": 5, "key_hash_version": 1,
-            "format": 1,
+            "format": 1, "log_shards": n_shards,
         }  # fmt: skip
         (self.path / "manifest.json").write_text(json.dumps(manifest))
-        (self.path / "shards" / "count.json").write_text(json.dumps({"shards": n_shards}))
         shutil.rmtree(folder / "live")
 
     def shard(self, number: int) -> Path:
