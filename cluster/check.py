@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from millpond.cluster.config import Config
 from millpond.feature_actors.check import CannotCheck, DirectoryCheck
 from millpond.feature_actors.layout import Layout, compile_layout
+from millpond.feature_actors.lock import FileLock, LockHeld
 from millpond.feature_actors.mend import Mended, mend, mend_schemas
 from millpond.feature_actors.replays import ReplayOptions, check_replays
 from millpond.models.definition import Definition
@@ -173,6 +174,7 @@ def _stopped(directory: Path) -> Iterator[None]:
             "with `millpond down`"
         )
     held: list[int] = []
+    lock: FileLock | None = None
     try:
         for path in sorted({path for pattern in _LOCKS for path in directory.glob(pattern) if path.is_file()}):
             held.append(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC))
@@ -182,8 +184,15 @@ def _stopped(directory: Path) -> Iterator[None]:
                 raise CannotCheck(
                     f"data directory: `{path}` is held by a process that uses the directory; stop its cluster"
                 ) from None
+        if not (directory / "lock").exists():
+            with suppress(OSError):  # it cannot be written, and no cluster starts on it
+                lock = FileLock(directory / "lock", name="millpond check")
         yield
+    except LockHeld as error:
+        raise CannotCheck(f"data directory: `{directory}` is in use by {error.process}; stop its cluster") from None
     finally:
+        if lock is not None:
+            lock.release()
         for descriptor in held:
             os.close(descriptor)
 
@@ -228,7 +237,10 @@ def _files(directory: Path) -> list[Path]:
     return sorted(
         path
         for path in directory.rglob("*")
-        if path.is_file() and not path.is_symlink() and path.relative_to(directory).parts[0] not in _NOT_COPIED
+        if path.is_file()
+        and not path.is_symlink()
+        and path.name != "lock"
+        and path.relative_to(directory).parts[0] not in _NOT_COPIED
     )
 
 

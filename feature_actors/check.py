@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
+from millpond.feature_actors.declared_sources import DeclaredSources
 from millpond.feature_actors.errors import MillpondError
 from millpond.feature_actors.keys import KEY_HASH_VERSION
 from millpond.feature_actors.layout import Layout
@@ -47,7 +48,7 @@ from millpond.feature_actors.log.snapshot import (
     read_snapshot,
 )
 from millpond.feature_actors.log.stopped import StoppedLog, read_write_ahead
-from millpond.feature_actors.manifest import FORMAT_VERSION, Manifest, shard_dir
+from millpond.feature_actors.manifest import FORMAT_VERSION, Manifest, ManifestError, shard_dir
 from millpond.feature_actors.routes import shards_of_keys
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.tiles.structure import ROW_SEQUENCE, SEQUENCE_ROW_BITS
@@ -119,7 +120,7 @@ class ShardCheck:
         self.history: dict[str, int] | None = {"epoch": 0, "from_offset": 0, "to_offset": 0, "done_to": 0}
         self.history_damaged = False
         self.epoch: int | None = None
-        #: Where the log has to end at least: what others know of it.
+        #: Where the log has to end at least, by all that is known of it elsewhere.
         self.known_end = 0
         self.records = 0
         #: All of its own records before that have been applied everywhere, by what it says itself.
@@ -230,34 +231,32 @@ class DirectoryCheck:
         self._count_shards()
 
     def _count_shards(self) -> None:
-        path = self.directory / "shards" / "count.json"
-        there = sorted(int(p.name) for p in (self.directory / "shards").glob("*") if p.name.isdecimal() and p.is_dir())
+        """Find how many shards there are: as many as the manifest says have logs, and whatever else is there."""
+        path = self.directory / "manifest.json"
+        there = [int(p.name) for p in (self.directory / "shards").glob("*") if p.name.isdecimal() and p.is_dir()]
         logs = [n for n in there if (shard_dir(self.directory, n) / "log").is_dir()]
-        self.n_shards = max(there, default=-1) + 1
-        if not path.exists():
-            if logs:
-                self.found("is missing, and there are logs", _RESTORE, path)
-        elif (count := (_json(path) or {}).get("shards")) is None or type(count) is not int or count < 1:
-            self.found("cannot be read", _RESTORE, path)
-        else:
-            if logs and count != self.n_shards:
-                self.found(
-                    f"says that there are {count} shards; there are directories of {self.n_shards}", _RESTORE, path
-                )
-            self.n_shards = max(count, self.n_shards)
-        if not logs:
+        said = max(self.manifest.log_shards, 0) if self.manifest is not None else max(logs, default=-1) + 1
+        if any(number >= said for number in logs):
+            self.found(f"says that {said} shards have logs; there is one of shard {max(logs)}", _RESTORE, path)
+        self.n_shards = max([said, *(number + 1 for number in logs)])
+        if not self.n_shards:
             self.notes.append("there is no log: nothing that was acknowledged is kept in this directory")
-            self.n_shards = 0
-        elif missing := sorted(set(range(self.n_shards)) - set(logs)):
-            # (Shards are made together: a log is there when its shard has been opened.)
-            self.notes.append(f"shard {', '.join(map(str, missing))}: never had a log, or lost all of it")
 
     def _find_event_ids(self) -> None:
         """Take from `sources.json`, where it is, which fields are event ids; what was declared wins."""
-        sources = (_json(self.directory / "sources.json") or {}).get("sources")
-        for name, declared in (sources if isinstance(sources, dict) else {}).items():
-            if isinstance(declared, dict) and isinstance(declared.get("event_id"), str):
-                self.event_ids.setdefault(name, declared["event_id"])
+        path = self.directory / "sources.json"
+        content = _json(path)
+        if content is not None and type(content.get("format")) is int and content["format"] > FORMAT_VERSION:
+            raise CannotCheck(
+                f"data directory: `{path}` has format {content['format']}; this version reads {FORMAT_VERSION}; check "
+                "it with the version that wrote it"
+            )
+        try:
+            for name, declared in DeclaredSources(self.directory).sources.items():
+                if declared.event_id is not None:
+                    self.event_ids.setdefault(name, declared.event_id)
+        except ManifestError:
+            self.found("cannot be read", _RESTORE, path)
 
     def _find_temporaries(self) -> None:
         for path in sorted(self.directory.rglob("*")):
@@ -279,6 +278,8 @@ class DirectoryCheck:
         shard = ShardCheck(number, path, StoppedLog(path / "log", scratch))
         self.shards.append(shard)
         if not path.is_dir():
+            shard.log_damaged = True
+            self.found("is missing", _RESTORE, path, number)
             return
         self._check_schemas(shard)
         self._check_database(shard)
@@ -299,8 +300,9 @@ class DirectoryCheck:
 
     def _check_database(self, shard: ShardCheck) -> None:
         log, path = shard.log, shard.path / "log" / "cache.db"
-        if not path.exists() and not list(shard.path.glob("snapshots/*.snapshot")):
-            log.problems.clear()  # it has been opened, and nothing more
+        said = (_json(shard.path / "epoch.json") or {}).get("log_end")
+        if not path.exists() and said is None and not list(shard.path.glob("snapshots/*.snapshot")):
+            log.problems.clear()  # it has not been opened yet
         for problem in log.problems:
             self.found(problem, _FIX, path, shard.number)
         for key, problem in log.misplaced.items():
@@ -451,15 +453,24 @@ class DirectoryCheck:
     def _check_epoch(self, shard: ShardCheck) -> None:
         path = shard.path / "epoch.json"
         content = _json(path) or {}
-        if type(content.get("epoch")) is not int or "run" not in content:
+        end = content.get("log_end")
+        if type(content.get("epoch")) is not int or "run" not in content or not (end is None or type(end) is int):
             self.found("cannot be read", _FIX_SAFELY, path, shard.number)
             return
+        wanted: dict[str, Any] = {"shard": shard.number}
+        if self.manifest is not None:
+            wanted["cluster_id"] = self.manifest.cluster_id
+        for name, value in wanted.items():
+            if (says := content.get(name)) != value:
+                self.found(f"says that it is of {name} {says!r}, not {value!r}", _RESTORE, path, shard.number)
+                return
         newest = max([s.header.epoch for s in shard.snapshots] + [(shard.history or {}).get("epoch", 0)])
         if content["epoch"] < newest:
             self.found(f"says that the shard was opened {content['epoch']} times; it was {newest} times at least",
                        _FIX_SAFELY, path, shard.number)  # fmt: skip
             return
         shard.epoch = content["epoch"]
+        shard.known_end = max(shard.known_end, end or 0)
 
     # -- what shards know of each other
 

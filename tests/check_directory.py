@@ -93,17 +93,17 @@ class Stopped:
             if not crashed:
                 log.close()
             shutil.copytree(durable.folder, self.shard(shard))  # type: ignore[attr-defined]
-            (self.shard(shard) / "epoch.json").write_text('{"epoch": 9, "run": "r"}')
+            opened = {"cluster_id": "tests", "shard": shard, "epoch": 9, "run": "r", "log_end": 0}
+            (self.shard(shard) / "epoch.json").write_text(json.dumps(opened))
             log.close()
         if history:
             shutil.copytree(folder / "live" / "history", self.path / "history")
         self.n_events = 6 * batches
         manifest = {
             "cluster_name": "dev", "cluster_id": "tests", "n_slots": N_SLOTS, "hash_seed": 5, "key_hash_version": 1,
-            "format": 1,
+            "format": 1, "log_shards": n_shards,
         }  # fmt: skip
         (self.path / "manifest.json").write_text(json.dumps(manifest))
-        (self.path / "shards" / "count.json").write_text(json.dumps({"shards": n_shards}))
         shutil.rmtree(folder / "live")
 
     def shard(self, number: int) -> Path:
