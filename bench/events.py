@@ -59,6 +59,8 @@ PAIRS = 10_000
 _PATH = f"/v1/events/{reference.activity.name}"
 _PAIR_THREADS = 8
 _JSON = "application/json"
+#: So many events go through the span of time; those after them are of now. Neighbours are so far out of order.
+_EVENTS_IN_SPAN, _JITTER_MS = 10_000_000, 5_000
 #: Of the bodies of one measurement: they are in memory a few times while they go to the load generator.
 _BODY_BYTES_MAX = 256 * 2**20
 #: Prepared for a measurement, so many times what the one before it has used.
@@ -125,8 +127,8 @@ MEANINGS = {
 class EventBodies:
     """Bodies of events of the reference load's kind, as many as are asked for, no event id twice.
 
-    Users, items and times are drawn uniformly, times from the span before `now_ms`. Amounts are whole numbers, so that
-    sums are exact.
+    Users and items are drawn uniformly. Times go through the span before `now_ms`, in order but for some seconds, as
+    those of the reference load do. Amounts are whole numbers, so that sums are exact.
     """
 
     def __init__(
@@ -148,10 +150,12 @@ class EventBodies:
     def table(self, n: int) -> pa.Table:
         """Return the next n events, as the columns of the source."""
         draw = self._draw
-        numbers = pa.array(np.arange(self.count, self.count + n)).cast(pa.string())
+        places = np.arange(self.count, self.count + n)
+        numbers = pa.array(places).cast(pa.string())
         self.count += n
         item = draw.integers(0, self.items, n)
-        times = self._now_ms - draw.integers(reference.GAP_MS, self._span_ms, n)
+        age_ms = self._span_ms - places * self._span_ms // _EVENTS_IN_SPAN - draw.integers(0, _JITTER_MS, n)
+        times = self._now_ms - np.maximum(age_ms, reference.GAP_MS)
         return pa.table(
             {
                 "event_id": pc.binary_join_element_wise(f"{self._seed}", numbers, "-"),

@@ -82,16 +82,16 @@ def layout_of() -> Layout:
     return compile_layout([], [reference.user_activity, account])
 
 
-class _Process:
+class _Served:
     """A shard in a process of its own."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.begun = time.perf_counter()
-        self._process = subprocess.Popen([sys.executable, "-m", "millpond.bench.recovery", json.dumps(settings)])
+        self._child = subprocess.Popen([sys.executable, "-m", "millpond.bench.recovery", json.dumps(settings)])
 
     def kill(self) -> None:
-        self._process.send_signal(signal.SIGKILL)
-        self._process.wait()
+        self._child.send_signal(signal.SIGKILL)
+        self._child.wait()
 
 
 class RecoveryWorkload:
@@ -112,7 +112,7 @@ class RecoveryWorkload:
         self._sent = np.zeros(self._entities, np.int64)
         self._last: pa.RecordBatch | None = None
         self._runner = asyncio.Runner()
-        self._process: _Process | None = None
+        self._served: _Served | None = None
         self._wrong: list[str] = []
         self._figures: dict[str, Any] = {
             "entities": self._entities,
@@ -125,7 +125,7 @@ class RecoveryWorkload:
     def _start(self) -> None:
         """Start a process and connect to its shard."""
         manifest = Manifest.open(self._config.directory, "bench", self._config.slots)
-        self._process = _Process(
+        self._served = _Served(
             {
                 "data_dir": str(self._config.directory),
                 "memory_dir": str(self._memory.path),
@@ -192,18 +192,18 @@ class RecoveryWorkload:
         self._measure_snapshots(steps)
 
     def _restart(self) -> None:
-        assert self._process is not None
-        self._process.kill()
+        assert self._served is not None
+        self._served.kill()
         self._runner.run(self._calls.close())
         self._start()
 
     def _ready(self) -> float:
-        process, deadline = self._process, time.monotonic() + _READY_S_MAX
-        assert process is not None
+        served, deadline = self._served, time.monotonic() + _READY_S_MAX
+        assert served is not None
         while True:
             try:
                 self._call("ready")
-                return time.perf_counter() - process.begun
+                return time.perf_counter() - served.begun
             except Unavailable:
                 if time.monotonic() > deadline:
                     raise
@@ -274,8 +274,8 @@ class RecoveryWorkload:
         return self._figures
 
     def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
+        if self._served is not None:
+            self._served.kill()
         self._runner.close()
         self._memory.remove()
         self._home.cleanup()

@@ -103,17 +103,17 @@ class Cluster:
 
         models: whether to deploy the definitions' models now; `deploy` does so later.
 
-        1. Hold the data directory: nothing of a cluster that runs on it is touched.
-        2. Check the definitions and load the models once here: a mistake shows before anything runs.
+        1. Check the definitions and load the models once here: a mistake shows before anything runs.
+        2. Hold the data directory: nothing of a cluster that runs on it is touched.
         3. Open the data directory: if anything of it is refused, nothing in it has changed.
         4. Warm the kernels; start Ray and Serve.
         5. Start the shards, then the apps.
         """
         config = self.config
+        if models:
+            load_models(self._definitions, self.layout)
         self._lock = lock_directory(config.directory, config.name)
         try:
-            if models:
-                load_models(self._definitions, self.layout)
             manifest = self._open_directory()
             token = admin_token(config.directory, make=True)
             warm_kernels()

@@ -49,7 +49,9 @@ class Config:
     durability: Literal["sync", "process", "none"] = _setting(
         "sync", "what acknowledged events survive: the loss of power, the end of any process, or nothing"
     )
-    snapshot_mb: int = _setting(256, "a shard takes a snapshot when its log has grown by so much", 1, 10**6)
+    snapshot_mb: int = _setting(
+        256, "a shard takes a snapshot when its log has grown by so much, and by the size of the last one", 1, 10**6
+    )
     history: str = _setting("auto", "where closed parts of the log are kept as Parquet: `auto` is in data_dir, `off`, "
                             "or a URI of `pyarrow.fs`, of this cluster alone")  # fmt: skip
     history_part_mb: int = _setting(1_024, "so much of a shard's log makes a part of the history", 1, 10**6)

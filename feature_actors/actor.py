@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ __all__ = ["ActorCalls", "FeatureActor", "NearestCalls", "actor_name", "find_act
 
 #: Calls that wait for one shard, from one replica; more are answered 503.
 PENDING_CALLS_MAX = 1_024
+#: How often a shard that cannot be opened is tried again.
+_OPEN_AGAIN_S = 2.0
 
 logger = logging.getLogger("millpond.shard")
 
@@ -48,8 +51,9 @@ class FeatureActor:
             self.server = ShardServer(spec, number, peers)
         except MillpondError:
             if ray.get_runtime_context().was_current_actor_reconstructed:
-                # Of what a restart raises Ray never restarts an actor again; and the disk may come back.
-                logger.exception("shard %d cannot be opened; its process ends and tries again", number)
+                # Ray gives up an actor whose restart raises; but the disk may come back, or the predecessor end.
+                logger.exception("shard %d cannot be opened; its process ends and another one tries again", number)
+                time.sleep(_OPEN_AGAIN_S)
                 os._exit(70)
             raise
 

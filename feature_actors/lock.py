@@ -28,7 +28,7 @@ class LockHeld(Exception):
         self.holder = holder
 
     @property
-    def process(self) -> str:
+    def who(self) -> str:
         """Which process it is, and since when."""
         if not self.holder:
             return "a process that does not say which"

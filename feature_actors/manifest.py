@@ -182,11 +182,11 @@ def lock_directory(directory: Path, cluster_name: str, wait_s: float = _DIRECTOR
         name, url = held.holder.get("name", cluster_name), held.holder.get("url")
         if url is None:
             raise Unavailable(
-                f"cluster `{name}` is starting on {directory} just now ({held.process}); wait for it, end that "
+                f"cluster `{name}` is starting on {directory} just now ({held.who}); wait for it, end that "
                 "process, or give this one another name"
             ) from None
         raise Unavailable(
-            f"cluster `{name}` runs on {directory} already, at {url} ({held.process}); stop it with `millpond down`, "
+            f"cluster `{name}` runs on {directory} already, at {url} ({held.who}); stop it with `millpond down`, "
             "or give this one another name"
         ) from None
     except OSError as error:
@@ -228,7 +228,7 @@ def _lock_shard(folder: Path, wait_s: float, cluster_name: str) -> FileLock:
     except LockHeld as held:
         raise Unavailable(
             f"shard {folder.name}: `{folder}` is still in use by cluster `{held.holder.get('name', cluster_name)}` "
-            f"({held.process}); one process at a time writes to a shard; wait until that one has ended, or end it, and "
+            f"({held.who}); one process at a time writes to a shard; wait until that one has ended, or end it, and "
             "start again",
             code="shard_held",
         ) from None

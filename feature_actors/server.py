@@ -398,7 +398,9 @@ class ShardServer:
                 async with self._housekeeping:
                     if self._bytes_since_history >= self._spec.history_part_bytes:
                         await self._write_history(self._durable)
-                    if self._bytes_since_snapshot >= self._spec.snapshot_bytes:
+                    # A large snapshot is worth a longer replay: it is not written again for every little.
+                    least = max(self._spec.snapshot_bytes, self._last_snapshot.get("snapshot_bytes", 0))
+                    if self._bytes_since_snapshot >= least:
                         await self._take_snapshot(self._durable)
             except MillpondError as error:  # a full disk, a history that cannot be reached: events go on
                 logger.warning("shard %d: %s", self._number, error)

@@ -372,6 +372,8 @@ class Shard:
         """Remember the ids of an offer that were new here, and owe them."""
         self.remember(record)
         self.next_offset = offset + 1
+        if len(record.arrivals) and not (record.routes > 1).any():  # of the others it hears when they are taken
+            self._store.hear_of(int(record.arrivals.max()), record.received_ms)
         if record.source in self._layout.sources and (record.routes & 1).any():
             self.deliveries.owe(offset)
 

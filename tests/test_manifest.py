@@ -548,7 +548,7 @@ def test_a_holder_that_does_not_say_who_it_is_is_an_error_all_the_same(tmp_path:
         (tmp_path / "lock").write_text(text)
         with pytest.raises(LockHeld) as held:
             FileLock(tmp_path / "lock")
-        assert (held.value.holder, held.value.process) == ({}, "a process that does not say which")
+        assert (held.value.holder, held.value.who) == ({}, "a process that does not say which")
     lock.release()
     lock.release()
 
