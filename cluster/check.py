@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,6 +175,7 @@ def _stopped(directory: Path) -> Iterator[None]:
         )
     held: list[int] = []
     lock: FileLock | None = None
+<<<<<<< HEAD
     try:
         if (directory / "manifest.json").exists():  # else it is not ours
             lock = FileLock(directory / "lock", name=directory.name, does="is being checked")
@@ -184,6 +185,8 @@ def _stopped(directory: Path) -> Iterator[None]:
         ) from None
     except OSError:
         pass  # it cannot be written, by a cluster neither
+=======
+>>>>>>> check
     try:
         for path in sorted({path for pattern in _LOCKS for path in directory.glob(pattern) if path.is_file()}):
             held.append(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC))
@@ -193,8 +196,15 @@ def _stopped(directory: Path) -> Iterator[None]:
                 raise CannotCheck(
                     f"data directory: `{path}` is held by a process that uses the directory; stop its cluster"
                 ) from None
+        if not (directory / "lock").exists():
+            with suppress(OSError):  # it cannot be written, and no cluster starts on it
+                lock = FileLock(directory / "lock", name="millpond check")
         yield
+    except LockHeld as error:
+        raise CannotCheck(f"data directory: `{directory}` is in use by {error.process}; stop its cluster") from None
     finally:
+        if lock is not None:
+            lock.release()
         for descriptor in held:
             os.close(descriptor)
         if lock is not None:
@@ -241,7 +251,10 @@ def _files(directory: Path) -> list[Path]:
     return sorted(
         path
         for path in directory.rglob("*")
-        if path.is_file() and not path.is_symlink() and path.relative_to(directory).parts[0] not in _NOT_COPIED
+        if path.is_file()
+        and not path.is_symlink()
+        and path.name != "lock"
+        and path.relative_to(directory).parts[0] not in _NOT_COPIED
     )
 
 

@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
+from millpond.feature_actors.declared_sources import DeclaredSources
 from millpond.feature_actors.errors import MillpondError
 from millpond.feature_actors.keys import KEY_HASH_VERSION
 from millpond.feature_actors.layout import Layout
@@ -47,7 +48,11 @@ from millpond.feature_actors.log.snapshot import (
     read_snapshot,
 )
 from millpond.feature_actors.log.stopped import StoppedLog, read_write_ahead
+<<<<<<< HEAD
 from millpond.feature_actors.manifest import FORMAT_VERSION, Manifest, ManifestError, read_epoch, shard_dir
+=======
+from millpond.feature_actors.manifest import FORMAT_VERSION, Manifest, ManifestError, shard_dir
+>>>>>>> check
 from millpond.feature_actors.routes import shards_of_keys
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.tiles.structure import ROW_SEQUENCE, SEQUENCE_ROW_BITS
@@ -119,7 +124,7 @@ class ShardCheck:
         self.history: dict[str, int] | None = {"epoch": 0, "from_offset": 0, "to_offset": 0, "done_to": 0}
         self.history_damaged = False
         self.epoch: int | None = None
-        #: Where the log has to end at least: what others know of it.
+        #: Where the log has to end at least, by all that is known of it elsewhere.
         self.known_end = 0
         self.records = 0
         #: All of its own records before that have been applied everywhere, by what it says itself.
@@ -230,6 +235,7 @@ class DirectoryCheck:
         self._count_shards()
 
     def _count_shards(self) -> None:
+<<<<<<< HEAD
         path = self.directory / "manifest.json"
         there = sorted(int(p.name) for p in (self.directory / "shards").glob("*") if p.name.isdecimal() and p.is_dir())
         logs = [n for n in there if self._had_log(n)]
@@ -248,6 +254,18 @@ class DirectoryCheck:
         elif there and (missing := sorted(set(range(self.n_shards)) - set(logs))):
             # (Shards are made together: a log is there when its shard has been opened.)
             self.notes.append(f"shard {', '.join(map(str, missing))}: never had a log, or lost all of it")
+=======
+        """Find how many shards there are: as many as the manifest says have logs, and whatever else is there."""
+        path = self.directory / "manifest.json"
+        there = [int(p.name) for p in (self.directory / "shards").glob("*") if p.name.isdecimal() and p.is_dir()]
+        logs = [n for n in there if (shard_dir(self.directory, n) / "log").is_dir()]
+        said = max(self.manifest.log_shards, 0) if self.manifest is not None else max(logs, default=-1) + 1
+        if any(number >= said for number in logs):
+            self.found(f"says that {said} shards have logs; there is one of shard {max(logs)}", _RESTORE, path)
+        self.n_shards = max([said, *(number + 1 for number in logs)])
+        if not self.n_shards:
+            self.notes.append("there is no log: nothing that was acknowledged is kept in this directory")
+>>>>>>> check
 
     def _had_log(self, number: int) -> bool:
         """Whether a shard has a log, or says that it had one."""
@@ -260,10 +278,19 @@ class DirectoryCheck:
 
     def _find_event_ids(self) -> None:
         """Take from `sources.json`, where it is, which fields are event ids; what was declared wins."""
-        sources = (_json(self.directory / "sources.json") or {}).get("sources")
-        for name, declared in (sources if isinstance(sources, dict) else {}).items():
-            if isinstance(declared, dict) and isinstance(declared.get("event_id"), str):
-                self.event_ids.setdefault(name, declared["event_id"])
+        path = self.directory / "sources.json"
+        content = _json(path)
+        if content is not None and type(content.get("format")) is int and content["format"] > FORMAT_VERSION:
+            raise CannotCheck(
+                f"data directory: `{path}` has format {content['format']}; this version reads {FORMAT_VERSION}; check "
+                "it with the version that wrote it"
+            )
+        try:
+            for name, declared in DeclaredSources(self.directory).sources.items():
+                if declared.event_id is not None:
+                    self.event_ids.setdefault(name, declared.event_id)
+        except ManifestError:
+            self.found("cannot be read", _RESTORE, path)
 
     def _find_temporaries(self) -> None:
         for path in sorted(self.directory.rglob("*")):
@@ -285,6 +312,8 @@ class DirectoryCheck:
         shard = ShardCheck(number, path, StoppedLog(path / "log", scratch))
         self.shards.append(shard)
         if not path.is_dir():
+            shard.log_damaged = True
+            self.found("is missing", _RESTORE, path, number)
             return
         self._check_schemas(shard)
         self._check_database(shard)
@@ -305,8 +334,14 @@ class DirectoryCheck:
 
     def _check_database(self, shard: ShardCheck) -> None:
         log, path = shard.log, shard.path / "log" / "cache.db"
+<<<<<<< HEAD
         if not path.exists() and not list(shard.path.glob("snapshots/*.snapshot")) and not self._had_log(shard.number):
             log.problems.clear()  # it has been opened, and nothing more
+=======
+        said = (_json(shard.path / "epoch.json") or {}).get("log_end")
+        if not path.exists() and said is None and not list(shard.path.glob("snapshots/*.snapshot")):
+            log.problems.clear()  # it has not been opened yet
+>>>>>>> check
         for problem in log.problems:
             self.found(problem, _FIX, path, shard.number)
         for key, problem in log.misplaced.items():
@@ -456,6 +491,7 @@ class DirectoryCheck:
 
     def _check_epoch(self, shard: ShardCheck) -> None:
         path = shard.path / "epoch.json"
+<<<<<<< HEAD
         try:
             says = read_epoch(path)
         except ManifestError:
@@ -467,16 +503,35 @@ class DirectoryCheck:
             self.found(f"says that this is shard {says.shard} of cluster {says.cluster_id!r}", _RESTORE, path,
                        shard.number)  # fmt: skip
             return
+=======
+        content = _json(path) or {}
+        end = content.get("log_end")
+        if type(content.get("epoch")) is not int or "run" not in content or not (end is None or type(end) is int):
+            self.found("cannot be read", _FIX_SAFELY, path, shard.number)
+            return
+        wanted: dict[str, Any] = {"shard": shard.number}
+        if self.manifest is not None:
+            wanted["cluster_id"] = self.manifest.cluster_id
+        for name, value in wanted.items():
+            if (says := content.get(name)) != value:
+                self.found(f"says that it is of {name} {says!r}, not {value!r}", _RESTORE, path, shard.number)
+                return
+>>>>>>> check
         newest = max([s.header.epoch for s in shard.snapshots] + [(shard.history or {}).get("epoch", 0)])
         if says.epoch < newest:
             self.found(f"says that the shard was opened {says.epoch} times; it was {newest} times at least",
                        _FIX_SAFELY, path, shard.number)  # fmt: skip
             return
+<<<<<<< HEAD
         if says.log_end is not None and says.log_end > shard.log.next:
             self.found(f"says that the log went to offset {says.log_end} at least, and it ends at {shard.log.next}",
                        _FIX, path, shard.number)  # fmt: skip
             return
         shard.epoch = says.epoch
+=======
+        shard.epoch = content["epoch"]
+        shard.known_end = max(shard.known_end, end or 0)
+>>>>>>> check
 
     # -- what shards know of each other
 

@@ -39,6 +39,10 @@ from millpond.feature_actors.shard_map import ShardMap
 __all__ = ["Lost", "Mended", "mend", "mend_schemas"]
 
 
+#: Each lost record stands in the log.
+_LOST_MAX = 1_000_000
+
+
 @dataclass
 class Lost:
     """A record that is lost, and what is known of it.
@@ -88,6 +92,9 @@ def mend(check: DirectoryCheck, layout: Layout | None) -> Mended:
     """
     mended = Mended()
     for shard in check.shards:
+        if not shard.path.is_dir():
+            mended.left.append(f"shard {shard.number}: `{check.name(shard.path)}` is missing; restore it from a copy")
+            continue
         if not shard.snapshots and not check.begins(shard):
             if shard.damaged_snapshots or shard.log_damaged or shard.bad:
                 mended.left.append(
@@ -101,7 +108,7 @@ def mend(check: DirectoryCheck, layout: Layout | None) -> Mended:
             mended.done.append(f"`{check.name(path)}` is moved away, to the same name with `.damaged` added")
         if shard.history_damaged:
             _mend_history(check, shard, mended)
-        if shard.epoch is None and shard.path.is_dir():
+        if shard.epoch is None and check.manifest is not None and not _is_foreign(check, shard):
             _mend_epoch(check, shard, mended)
     return mended
 
@@ -172,6 +179,12 @@ def _mend_log(check: DirectoryCheck, shard: ShardCheck, layout: Layout | None, m
         first = min([first, shard.needs_from, *_named_by_snapshots(shard)])
     if first == end:  # nothing is known of it but where the next record goes
         first = max(end - 1, 0)
+    if (n := end - first - len(log.offsets)) > _LOST_MAX:
+        mended.left.append(
+            f"shard {shard.number}: {n} records are lost by what is known of its log, too many to make up for; "
+            "restore it from a copy"
+        )
+        return
     lost: list[Lost] = []
     newest = max((s.header.begin for s in shard.snapshots), default=0)
 
@@ -379,15 +392,28 @@ def _mend_history(check: DirectoryCheck, shard: ShardCheck, mended: Mended) -> N
     mended.done.append(f"`{check.name(path)}` is written anew by the parts that there are, up to offset {content[3]}")
 
 
+def _is_foreign(check: DirectoryCheck, shard: ShardCheck) -> bool:
+    """Return whether a folder says that it is that of another shard or cluster."""
+    path = check.name(shard.path / "epoch.json")
+    return any(p.file == path and p.what.startswith("says that it is of") for p in check.problems)
+
+
 def _mend_epoch(check: DirectoryCheck, shard: ShardCheck, mended: Mended) -> None:
     """Write `epoch.json` by the newest opening that anything is known of."""
     path = shard.path / "epoch.json"
     known = [s.header.epoch for s in shard.snapshots] + [(shard.history or {}).get("epoch", 0)]
     for other in check.shards:
         known += [other.epoch or 0]
+<<<<<<< HEAD
     if check.manifest is None:
         mended.left.append(f"`{check.name(path)}`: of which cluster it is says the manifest, which cannot be read")
         return
     log_end = 0 if (shard.path / "log" / "cache.db").exists() else None
     write_epoch(check.directory, ShardEpoch(check.manifest.cluster_id, shard.number, max(known) + 1, log_end=log_end))
+=======
+    assert check.manifest is not None
+    end = max(shard.log.next, shard.known_end)
+    content = {"cluster_id": check.manifest.cluster_id, "shard": shard.number, "epoch": max(known) + 1, "run": None}
+    write_json(path, {**content, "log_end": end if end else None})
+>>>>>>> check
     mended.done.append(f"`{check.name(path)}` is written anew: it has been opened {max(known) + 1} times at most")

@@ -287,7 +287,7 @@ def _ids_differences(one: Shard, other: Shard, sources: set[str], horizon_ms: in
             if isinstance(chunk.header, Ids):
                 header = chunk.header
                 of[header.source].append(chunk.words.reshape(-1, 4))
-                oldest[header.source] = max(oldest[header.source], header.newest_ms - horizon_ms)
+                oldest[header.source] = max(oldest[header.source], header.newest_ms - horizon_ms, header.cutoff_ms)
         filters.append(of)
     problems = []
     for source in sorted(sources & {*filters[0], *filters[1]}):

@@ -163,6 +163,11 @@ def the_schema(s: Stopped) -> Path:
     return path
 
 
+def edit(path: Path, old: str, new: str) -> None:
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
 def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
@@ -242,17 +247,22 @@ DAMAGES: dict[str, tuple[dict[str, Any], Callable[[Stopped], object], list[str]]
     ),
     "a number in history.json": (
         {"snapshots": (2, 4, 6), "history": True},
-        lambda s: (s.shard(0) / "history.json").write_text((s.shard(0) / "history.json").read_text().replace('"done_to": 14', '"done_to": 13')),
+        lambda s: edit(s.shard(0) / "history.json", '"done_to": 14', '"done_to": 13'),
         [f"shard 0, `shards/000/history.json`: says what cannot be of the part that was planned last; {SAFELY}"],
     ),
     "epoch.json": ({}, lambda s: (s.shard(0) / "epoch.json").write_text("{"), [f"shard 0, `shards/000/epoch.json`: cannot be read; {SAFELY}"]),
     "an epoch that was before": (
         {"snapshots": (3, 6), "n_shards": 2},
+<<<<<<< HEAD
         lambda s: write_epoch(s.path, ShardEpoch("tests", 0, 0, "r")),
+=======
+        lambda s: edit(s.shard(0) / "epoch.json", '"epoch": 9', '"epoch": 0'),
+>>>>>>> check
         [f"shard 0, `shards/000/epoch.json`: says that the shard was opened 0 times; it was 1 times at least; {SAFELY}"],
     ),
     "the manifest": ({}, lambda s: (s.path / "manifest.json").write_text("{"), [f"`manifest.json`: cannot be read; {RESTORE}"]),
     "how many shards there are": (
+<<<<<<< HEAD
         {}, lambda s: (s.path / "manifest.json").write_text((s.path / "manifest.json").read_text().replace('"log_shards": 2', '"log_shards": 1')), [f"`manifest.json`: says that there are 1 shards with logs; there are directories of 2; {RESTORE}"]
     ),
     "all shards": (
@@ -268,7 +278,32 @@ DAMAGES: dict[str, tuple[dict[str, Any], Callable[[Stopped], object], list[str]]
     ),
     "a log, all of it": (
         {"n_shards": 1}, lambda s: shutil.rmtree(s.shard(0) / "log"), [f"shard 0, {LOG}: there is no such file; {FIX}"]
+=======
+        {},
+        lambda s: edit(s.path / "manifest.json", '"log_shards": 2', '"log_shards": 1'),
+        [f"`manifest.json`: says that 1 shards have logs; there is one of shard 1; {RESTORE}"],
+>>>>>>> check
     ),
+    "a shard that is not there": ({"n_shards": 1}, lambda s: shutil.rmtree(s.shard(0)), [f"shard 0, `shards/000`: is missing; {RESTORE}"]),
+    "a log that is not there": (
+        {"n_shards": 1}, lambda s: shutil.rmtree(s.shard(0) / "log"), [f"shard 0, {LOG}: there is no such file; {FIX}"]
+    ),
+    "the folder of another shard": (
+        {},
+        lambda s: edit(s.shard(0) / "epoch.json", '"shard": 0', '"shard": 1'),
+        [f"shard 0, `shards/000/epoch.json`: says that it is of shard 1, not 0; {RESTORE}"],
+    ),
+    "the folder of another cluster": (
+        {},
+        lambda s: edit(s.shard(0) / "epoch.json", "tests", "others"),
+        [f"shard 0, `shards/000/epoch.json`: says that it is of cluster_id 'others', not 'tests'; {RESTORE}"],
+    ),
+    "the end of a log": (
+        {},
+        lambda s: edit(s.shard(0) / "epoch.json", '"log_end": 0', '"log_end": 30'),
+        [f"shard 0, {LOG}: ends at offset 20, and had records up to 30 at least; {FIX}"],
+    ),
+    "sources.json": ({}, lambda s: (s.path / "sources.json").write_text("{"), [f"`sources.json`: cannot be read; {RESTORE}"]),
 }  # fmt: skip
 
 
