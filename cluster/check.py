@@ -27,9 +27,9 @@ __all__ = ["CheckReport", "check_directory"]
 
 #: How far the clocks of the processes that stamp arrivals may be apart, as the shards have it.
 _CLOCKS_APART_MS_MAX = 60_000
-_LOCKS = ("run/lock", "shards/*/lock")
+_LOCKS = ("lock", "run/lock", "shards/*/lock")
 #: Not of the data: what a running cluster needs, and what it says of itself.
-_NOT_COPIED = frozenset({"lock", "run", "memory"})
+_NOT_COPIED = frozenset({"run", "memory"})
 _BLOCK_BYTES = 1 << 20
 _IDS_SHOWN_MAX = 20
 
@@ -175,18 +175,6 @@ def _stopped(directory: Path) -> Iterator[None]:
         )
     held: list[int] = []
     lock: FileLock | None = None
-<<<<<<< HEAD
-    try:
-        if (directory / "manifest.json").exists():  # else it is not ours
-            lock = FileLock(directory / "lock", name=directory.name, does="is being checked")
-    except LockHeld as other:
-        raise CannotCheck(
-            f"data directory: `{directory}` is in use ({other.who}); stop its cluster with `millpond down`"
-        ) from None
-    except OSError:
-        pass  # it cannot be written, by a cluster neither
-=======
->>>>>>> check
     try:
         for path in sorted({path for pattern in _LOCKS for path in directory.glob(pattern) if path.is_file()}):
             held.append(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC))
@@ -201,14 +189,12 @@ def _stopped(directory: Path) -> Iterator[None]:
                 lock = FileLock(directory / "lock", name="millpond check")
         yield
     except LockHeld as error:
-        raise CannotCheck(f"data directory: `{directory}` is in use by {error.process}; stop its cluster") from None
+        raise CannotCheck(f"data directory: `{directory}` is in use by {error.who}; stop its cluster") from None
     finally:
         if lock is not None:
             lock.release()
         for descriptor in held:
             os.close(descriptor)
-        if lock is not None:
-            lock.release()
 
 
 # -- the copy

@@ -48,11 +48,7 @@ from millpond.feature_actors.log.snapshot import (
     read_snapshot,
 )
 from millpond.feature_actors.log.stopped import StoppedLog, read_write_ahead
-<<<<<<< HEAD
-from millpond.feature_actors.manifest import FORMAT_VERSION, Manifest, ManifestError, read_epoch, shard_dir
-=======
 from millpond.feature_actors.manifest import FORMAT_VERSION, Manifest, ManifestError, shard_dir
->>>>>>> check
 from millpond.feature_actors.routes import shards_of_keys
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.tiles.structure import ROW_SEQUENCE, SEQUENCE_ROW_BITS
@@ -235,26 +231,6 @@ class DirectoryCheck:
         self._count_shards()
 
     def _count_shards(self) -> None:
-<<<<<<< HEAD
-        path = self.directory / "manifest.json"
-        there = sorted(int(p.name) for p in (self.directory / "shards").glob("*") if p.name.isdecimal() and p.is_dir())
-        logs = [n for n in there if self._had_log(n)]
-        self.n_shards = max(there, default=-1) + 1
-        if self.manifest is not None:
-            count = self.manifest.log_shards
-            if count != self.n_shards and (logs or count):
-                self.found(
-                    f"says that there are {count} shards with logs; there are directories of {self.n_shards}",
-                    _RESTORE, path,
-                )  # fmt: skip
-            self.n_shards = max(count, self.n_shards)
-        if not logs and not self.problems:
-            self.notes.append("there is no log: nothing that was acknowledged is kept in this directory")
-            self.n_shards = 0
-        elif there and (missing := sorted(set(range(self.n_shards)) - set(logs))):
-            # (Shards are made together: a log is there when its shard has been opened.)
-            self.notes.append(f"shard {', '.join(map(str, missing))}: never had a log, or lost all of it")
-=======
         """Find how many shards there are: as many as the manifest says have logs, and whatever else is there."""
         path = self.directory / "manifest.json"
         there = [int(p.name) for p in (self.directory / "shards").glob("*") if p.name.isdecimal() and p.is_dir()]
@@ -265,16 +241,6 @@ class DirectoryCheck:
         self.n_shards = max([said, *(number + 1 for number in logs)])
         if not self.n_shards:
             self.notes.append("there is no log: nothing that was acknowledged is kept in this directory")
->>>>>>> check
-
-    def _had_log(self, number: int) -> bool:
-        """Whether a shard has a log, or says that it had one."""
-        folder = shard_dir(self.directory, number)
-        try:
-            had = read_epoch(folder / "epoch.json").log_end is not None
-        except ManifestError:
-            had = False
-        return had or (folder / "log").is_dir()
 
     def _find_event_ids(self) -> None:
         """Take from `sources.json`, where it is, which fields are event ids; what was declared wins."""
@@ -334,14 +300,9 @@ class DirectoryCheck:
 
     def _check_database(self, shard: ShardCheck) -> None:
         log, path = shard.log, shard.path / "log" / "cache.db"
-<<<<<<< HEAD
-        if not path.exists() and not list(shard.path.glob("snapshots/*.snapshot")) and not self._had_log(shard.number):
-            log.problems.clear()  # it has been opened, and nothing more
-=======
         said = (_json(shard.path / "epoch.json") or {}).get("log_end")
         if not path.exists() and said is None and not list(shard.path.glob("snapshots/*.snapshot")):
             log.problems.clear()  # it has not been opened yet
->>>>>>> check
         for problem in log.problems:
             self.found(problem, _FIX, path, shard.number)
         for key, problem in log.misplaced.items():
@@ -491,19 +452,6 @@ class DirectoryCheck:
 
     def _check_epoch(self, shard: ShardCheck) -> None:
         path = shard.path / "epoch.json"
-<<<<<<< HEAD
-        try:
-            says = read_epoch(path)
-        except ManifestError:
-            self.found("cannot be read", _FIX_SAFELY, path, shard.number)
-            return
-        cluster_id = says.cluster_id if self.manifest is None else self.manifest.cluster_id
-        if (says.shard, says.cluster_id) != (shard.number, cluster_id):
-            shard.epoch = says.epoch
-            self.found(f"says that this is shard {says.shard} of cluster {says.cluster_id!r}", _RESTORE, path,
-                       shard.number)  # fmt: skip
-            return
-=======
         content = _json(path) or {}
         end = content.get("log_end")
         if type(content.get("epoch")) is not int or "run" not in content or not (end is None or type(end) is int):
@@ -516,22 +464,13 @@ class DirectoryCheck:
             if (says := content.get(name)) != value:
                 self.found(f"says that it is of {name} {says!r}, not {value!r}", _RESTORE, path, shard.number)
                 return
->>>>>>> check
         newest = max([s.header.epoch for s in shard.snapshots] + [(shard.history or {}).get("epoch", 0)])
-        if says.epoch < newest:
-            self.found(f"says that the shard was opened {says.epoch} times; it was {newest} times at least",
+        if content["epoch"] < newest:
+            self.found(f"says that the shard was opened {content['epoch']} times; it was {newest} times at least",
                        _FIX_SAFELY, path, shard.number)  # fmt: skip
             return
-<<<<<<< HEAD
-        if says.log_end is not None and says.log_end > shard.log.next:
-            self.found(f"says that the log went to offset {says.log_end} at least, and it ends at {shard.log.next}",
-                       _FIX, path, shard.number)  # fmt: skip
-            return
-        shard.epoch = says.epoch
-=======
         shard.epoch = content["epoch"]
         shard.known_end = max(shard.known_end, end or 0)
->>>>>>> check
 
     # -- what shards know of each other
 

@@ -33,7 +33,7 @@ from millpond.feature_actors.log.record import (
     encode,
 )
 from millpond.feature_actors.log.schemas import Schemas, write_synced
-from millpond.feature_actors.manifest import ShardEpoch, write_epoch, write_json
+from millpond.feature_actors.manifest import write_json
 from millpond.feature_actors.shard_map import ShardMap
 
 __all__ = ["Lost", "Mended", "mend", "mend_schemas"]
@@ -404,16 +404,8 @@ def _mend_epoch(check: DirectoryCheck, shard: ShardCheck, mended: Mended) -> Non
     known = [s.header.epoch for s in shard.snapshots] + [(shard.history or {}).get("epoch", 0)]
     for other in check.shards:
         known += [other.epoch or 0]
-<<<<<<< HEAD
-    if check.manifest is None:
-        mended.left.append(f"`{check.name(path)}`: of which cluster it is says the manifest, which cannot be read")
-        return
-    log_end = 0 if (shard.path / "log" / "cache.db").exists() else None
-    write_epoch(check.directory, ShardEpoch(check.manifest.cluster_id, shard.number, max(known) + 1, log_end=log_end))
-=======
     assert check.manifest is not None
     end = max(shard.log.next, shard.known_end)
     content = {"cluster_id": check.manifest.cluster_id, "shard": shard.number, "epoch": max(known) + 1, "run": None}
     write_json(path, {**content, "log_end": end if end else None})
->>>>>>> check
     mended.done.append(f"`{check.name(path)}` is written anew: it has been opened {max(known) + 1} times at most")

@@ -14,7 +14,6 @@ from durable_cluster import DurableCluster
 from millpond.feature_actors import Count, FeatureView, Field, Last, Max, Source, Sum
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.log.log import Log
-from millpond.feature_actors.manifest import ShardEpoch, write_epoch
 
 N_SLOTS = 16
 PAYMENTS = Source(
@@ -94,12 +93,8 @@ class Stopped:
             if not crashed:
                 log.close()
             shutil.copytree(durable.folder, self.shard(shard))  # type: ignore[attr-defined]
-<<<<<<< HEAD
-            write_epoch(self.path, ShardEpoch("tests", shard, 9, "r", 0))
-=======
             opened = {"cluster_id": "tests", "shard": shard, "epoch": 9, "run": "r", "log_end": 0}
             (self.shard(shard) / "epoch.json").write_text(json.dumps(opened))
->>>>>>> check
             log.close()
         if history:
             shutil.copytree(folder / "live" / "history", self.path / "history")
