@@ -649,7 +649,7 @@ def draw_byte(stopped: Stopped, data: st.DataObject) -> tuple[Path, int]:
     return path, int(places[data.draw(st.integers(0, 2**32 - 1)) * len(places) >> 32])
 
 
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_a_flipped_byte_anywhere_is_found_or_changes_nothing_and_is_mended_alone(
     directories: Callable[..., Stopped], data: st.DataObject
