@@ -189,7 +189,7 @@ def _stopped(directory: Path) -> Iterator[None]:
                 lock = FileLock(directory / "lock", name="millpond check")
         yield
     except LockHeld as error:
-        raise CannotCheck(f"data directory: `{directory}` is in use by {error.process}; stop its cluster") from None
+        raise CannotCheck(f"data directory: `{directory}` is in use by {error.who}; stop its cluster") from None
     finally:
         if lock is not None:
             lock.release()
