@@ -39,6 +39,7 @@ __all__ = [
     "Manifest",
     "ManifestError",
     "Opening",
+    "ShardEpoch",
     "begin_anew",
     "check_shards",
     "lock_directory",
@@ -46,8 +47,10 @@ __all__ = [
     "make_shards",
     "note_log",
     "open_shard",
+    "read_epoch",
     "shard_dir",
     "wait_for_shards",
+    "write_epoch",
     "write_json",
 ]
 
@@ -181,8 +184,9 @@ def lock_directory(directory: Path, cluster_name: str, wait_s: float = _DIRECTOR
     except LockHeld as held:
         name, url = held.holder.get("name", cluster_name), held.holder.get("url")
         if url is None:
+            does = held.holder.get("does", "is starting")
             raise Unavailable(
-                f"cluster `{name}` is starting on {directory} just now ({held.who}); wait for it, end that "
+                f"cluster `{name}` {does} on {directory} just now ({held.who}); wait for it, end that "
                 "process, or give this one another name"
             ) from None
         raise Unavailable(
@@ -251,8 +255,8 @@ class Opening:
 
 
 @dataclass(frozen=True)
-class _Epoch:
-    """`epoch.json`. log_end: the shard has a log, and it went up to here at least; None: it has none yet."""
+class ShardEpoch:
+    """What `epoch.json` says. log_end: the shard has a log, and it went up to here at least; None: it has none yet."""
 
     cluster_id: str
     shard: int
@@ -293,7 +297,7 @@ def make_shards(directory: Path, manifest: Manifest, n_shards: int) -> None:
         folder = shard_dir(directory, shard)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not (folder / "epoch.json").exists():
-            _write_epoch(directory, _Epoch(manifest.cluster_id, shard))
+            write_epoch(directory, ShardEpoch(manifest.cluster_id, shard))
     replace(manifest, log_shards=n_shards).write(directory)
 
 
@@ -325,8 +329,8 @@ def open_shard(directory: Path, shard: int, run_id: str, cluster_id: str, *, log
     if logged or (folder / "epoch.json").exists():
         before = _checked(directory, shard, cluster_id)
     else:
-        before = _Epoch(cluster_id, shard)
-    _write_epoch(directory, replace(before, epoch=before.epoch + 1, run=run_id))
+        before = ShardEpoch(cluster_id, shard)
+    write_epoch(directory, replace(before, epoch=before.epoch + 1, run=run_id))
     return Opening(before.epoch + 1, before.run == run_id)
 
 
@@ -342,16 +346,16 @@ def note_log(directory: Path, shard: int, cluster_id: str, end: int, *, sure_to:
             f"data directory: the log in `{shard_dir(directory, shard)}` ends at offset {end}, and it went to "
             f"{before.log_end} at least; {_RESTORE}"
         )
-    _write_epoch(directory, replace(before, log_end=end if sure_to is None else sure_to))
+    write_epoch(directory, replace(before, log_end=end if sure_to is None else sure_to))
 
 
-def _checked(directory: Path, shard: int, cluster_id: str) -> _Epoch:
+def _checked(directory: Path, shard: int, cluster_id: str) -> ShardEpoch:
     """Return what the folder of a shard says of itself, if it is the right one and nothing is missing."""
     folder = shard_dir(directory, shard)
     path = folder / "epoch.json"
     if not path.exists():
         raise _missing(path, shard)
-    epoch = _as_epoch(path, _read_json(path))
+    epoch = read_epoch(path)
     if epoch.cluster_id != cluster_id:
         raise ManifestError(
             f"data directory: `{folder}` is of the cluster with id `{epoch.cluster_id}`, this one has id "
@@ -381,15 +385,17 @@ def _missing(path: Path, shard: int) -> ManifestError:
     )
 
 
-def _as_epoch(path: Path, content: dict[str, Any]) -> _Epoch:
+def read_epoch(path: Path) -> ShardEpoch:
+    """Read an `epoch.json`. Raises `ManifestError` if it is damaged."""
+    content = _read_json(path)
     types: dict[str, Any] = {"cluster_id": str, "shard": int, "epoch": int, "run": str | None, "log_end": int | None}
     for name, kind in types.items():
         if name not in content or not isinstance(content[name], kind) or isinstance(content[name], bool):
             raise ManifestError(f"data directory: `{path}` is damaged: its `{name}` is missing or wrong; {_RESTORE}")
-    return _Epoch(**{name: content[name] for name in types})
+    return ShardEpoch(**{name: content[name] for name in types})
 
 
-def _write_epoch(directory: Path, epoch: _Epoch) -> None:
+def write_epoch(directory: Path, epoch: ShardEpoch) -> None:
     write_json(shard_dir(directory, epoch.shard) / "epoch.json", asdict(epoch))
 
 

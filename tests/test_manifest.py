@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from millpond.feature_actors import lock as lock_module
 from millpond.feature_actors import manifest as module
 from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.keys import KEY_HASH_VERSION
@@ -513,6 +514,24 @@ def test_of_many_that_start_at_once_one_holds_the_directory(tmp_path: Path) -> N
         list(pool.map(start, range(8)))
     assert (len(most), max(most)) == (400, 1)
     assert content(tmp_path) == {}
+
+
+def test_a_file_that_was_taken_away_as_it_was_locked_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The holder releases it after the next one has opened the file, and before that one locks it."""
+    first = FileLock(tmp_path / "lock")
+    flock = lock_module.fcntl.flock
+
+    def released_meanwhile(fd: int, operation: int) -> None:
+        first.release()
+        flock(fd, operation)
+
+    monkeypatch.setattr(lock_module.fcntl, "flock", released_meanwhile)
+    second = FileLock(tmp_path / "lock", wait_s=30)
+    with pytest.raises(LockHeld):
+        FileLock(tmp_path / "lock")
+    second.release()
 
 
 def test_a_shard_waits_for_its_predecessor_and_names_it_if_it_does_not_end(tmp_path: Path) -> None:
