@@ -374,12 +374,14 @@ def test_a_directory_that_a_cluster_runs_on_is_refused(make: Callable[..., Stopp
 
     stopped = make()
     (stopped.path / "run").mkdir()
-    with (stopped.path / "run" / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert (
-            refused(check, stopped.path)
-            == "data directory: `run/lock` is held by a process that uses the directory; stop its cluster"
-        )
+    for name in ("lock", "run/lock", "shards/001/lock"):
+        with (stopped.path / name).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            why = f"data directory: `{name}` is held by a process that uses the directory; stop its cluster"
+            assert refused(check, stopped.path) == why
+        before = stopped.hashes()
+        assert check(stopped) == (0, ["all is well"])  # a killed cluster leaves the file, and holds it no more
+        assert stopped.hashes() == before
     assert check(stopped) == (0, ["all is well"])
     state = {"pid": os.getpid(), "started_ticks": started_ticks(os.getpid()), "url": "http://", "name": "dev"}
     (stopped.path / "cluster.json").write_text(json.dumps(state))
