@@ -122,8 +122,7 @@ def test_an_actor_that_does_not_answer_in_time_is_unavailable(
 
     Cluster(make, 1, ManualClock(NOW))
     read = CallRead(ActorCalls(actors[0][:1], 0.05), ShardMap.even(16, 1))
-    busy = actors[0][0].__ray_call__.remote(lambda _: threading.Event().wait(1))
+    actors[0][0].__ray_call__.remote(lambda a: a.server._loop.call_soon_threadsafe(threading.Event().wait, 1))
     with pytest.raises(Unavailable) as caught:
         runner.run(read.status())
     assert (str(caught.value), caught.value.retry_after_ms) == ("shard 0 of 1 did not answer within 0.05 s", 1_000)
-    del busy
