@@ -207,6 +207,9 @@ class ShardServer:
         durable.recover(self._note_progress)
         if durable.history is not None:
             self._bytes_since_history = log.bytes_from(durable.history.done_to)
+        if kept := newest_snapshots(folder.snapshots):
+            self._last_snapshot = {"snapshot_bytes": kept[0].stat().st_size}
+        self._bytes_since_snapshot = log.bytes_from(begin_of(kept[0]) if kept else log.first)
         return durable
 
     def _note_progress(self, at: int, end: int) -> None:
