@@ -28,7 +28,7 @@ from millpond.deployments.serving import (
 from millpond.feature_actors.client import TimeLimits
 from millpond.feature_actors.declared_sources import DeclaredSources
 from millpond.feature_actors.decode import BodyLimits
-from millpond.feature_actors.errors import DeclarationError, MillpondError
+from millpond.feature_actors.errors import DeclarationError
 from millpond.feature_actors.ingest_queue import QueueLimits
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.lock import FileLock
@@ -265,7 +265,7 @@ class Cluster:
 
         try:
             asyncio.run(drain())
-        except MillpondError as error:  # what was acknowledged is in the log all the same
+        except Exception as error:  # what was acknowledged is in the log all the same, and everything is to end
             logger.warning("stopping without a snapshot: %s", error)
         self.spec = None
 

@@ -49,7 +49,7 @@ class FeatureActor:
 
         try:
             self.server = ShardServer(spec, number, peers)
-        except MillpondError:
+        except (MillpondError, OSError):
             if ray.get_runtime_context().was_current_actor_reconstructed:
                 # Ray gives up an actor whose restart raises; but the disk may come back, or the predecessor end.
                 logger.exception("shard %d cannot be opened; its process ends and another one tries again", number)

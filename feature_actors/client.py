@@ -318,7 +318,7 @@ class FeatureClient:
         for shard in shards:
             # A shard passes over what is not its own, quicker than it is cut out here.
             rows = offered.parts[shard] = None if counts[shard] * 2 > n else np.flatnonzero(concerned[shard])
-            part = events if rows is None else events.of_rows(rows, clock)
+            part = events.of_rows(rows, clock) if rows is not None else events.with_clock(clock)
             settled = self._settled.pop(shard, ())
             if len(shards) == 1:
                 started[shard] = self._ingest.ingest(shard, part, settled)

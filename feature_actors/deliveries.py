@@ -24,6 +24,7 @@ class Deliveries:
         self.owed: dict[int, float] = {}
         self._had: dict[int, set[int]] = {}
         self._settled: dict[int, int] = {}
+        self._prune_at: dict[int, int] = {}
 
     # -- as a home
 
@@ -53,8 +54,9 @@ class Deliveries:
         had.add(home.offset)
         if home.settled > self._settled.get(home.shard, 0):
             self._settled[home.shard] = home.settled
-            if len(had) > 64:  # now and then, not for every record
-                self._had[home.shard] = {offset for offset in had if offset >= home.settled}
+            if len(had) > self._prune_at.get(home.shard, 64):  # now and then, not for every record
+                kept = self._had[home.shard] = {offset for offset in had if offset >= home.settled}
+                self._prune_at[home.shard] = max(64, 2 * len(kept))
 
     def have_all(self, homes: Iterable[HomeRecord]) -> None:
         for home in homes:

@@ -7,9 +7,10 @@ snapshot is taken, a part of the history written, and the log truncated. The ste
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.events import Events
-from millpond.feature_actors.image import SnapshotLacks, load_shard, shard_chunks
+from millpond.feature_actors.image import SnapshotLacks, load_ids, load_shard, shard_chunks
 from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.log.history import History
 from millpond.feature_actors.log.history_reader import read_history
@@ -41,6 +43,7 @@ from millpond.feature_actors.log.snapshot import (
     newest_snapshots,
     read_snapshot,
 )
+from millpond.feature_actors.manifest import write_json
 from millpond.feature_actors.routes import shards_of_keys
 from millpond.feature_actors.shard import Prepared, Shard
 
@@ -127,6 +130,8 @@ class DurableShard:
         state, begin = self._load_snapshot(log)
         if state is not None:
             self.shard.deliveries.load(state["deliveries"])
+        elif log.first > 0:
+            self.shard.deliveries.load(self._kept_deliveries())
         if begin is None:
             self._replay_log(log, log.first, self._replay_history(log), offers, progress)
         else:
@@ -137,9 +142,25 @@ class DurableShard:
                     offers[offset] = record
             self._replay_log(log, begin, begin, offers, progress)
         deliveries = self.shard.deliveries
-        # What was lost cannot be delivered.
-        deliveries.settle([at for at in deliveries.owed if at >= log.first and _is_lost(log, at)])
+        # What was lost, or is of a source that is not declared any more, cannot be delivered.
+        deliveries.settle([at for at in deliveries.owed if not self._deliverable(log, at)])
         self.shard.next_offset = log.next
+
+    def _deliverable(self, log: Log, offset: int) -> bool:
+        record = log.get(offset).record if offset >= log.first else None
+        return isinstance(record, OfferRecord) and record.source in self._layout.sources
+
+    def _kept_deliveries(self) -> dict[str, Any]:
+        """Return the deliveries as of the end of the history, for when no snapshot has them."""
+        assert self._folder is not None
+        try:
+            state = json.loads((self._folder.path / "deliveries.json").read_bytes())
+        except (OSError, ValueError) as error:
+            raise LogDamaged(
+                f"log: without a snapshot `{self._folder.path / 'deliveries.json'}` is needed, and cannot be read: "
+                f"{error}; restore it from a copy"
+            ) from None
+        return dict(state)
 
     def _load_snapshot(self, log: Log) -> tuple[dict[str, Any] | None, int | None]:
         """Load the newest usable snapshot; return its state and begin.
@@ -165,9 +186,15 @@ class DurableShard:
                     )
                 return loaded.state, loaded.begin
             except SnapshotDamaged as error:
+                # Out of the way: of the snapshots that are kept, each is to be good.
+                path.rename(path.with_name(f"{path.name}.damaged"))
                 logger.warning("shard %d: %s", self.shard.number, error)
+                status = self.shard.status()
+                if status.ids or any(status.entities.values()):
+                    raise Unavailable(f"{error.message}; the shard begins again without it") from None
             except SnapshotLacks as error:
                 logger.warning("shard %d replays everything: %s", self.shard.number, error)
+                load_ids(self.shard, path)
                 return snapshot_state(path), None
         if paths and self._complete_from is None:
             raise LogDamaged(
@@ -219,6 +246,8 @@ class DurableShard:
                 self.shard.deliveries.have_all(record.homes)
                 if isinstance(record, TakeRecord):
                     offers.pop(record.offer, None)
+                else:
+                    self.shard.remember(record)
             elif isinstance(record, EventsRecord):
                 self.shard.replay_events(record, offset)
             elif (offer := offers.pop(record.offer, None)) is not None:
@@ -251,11 +280,14 @@ class DurableShard:
         self.undone += 1
         self.shard.undo(prepared)
 
-    def owed_events(self, offset: int) -> tuple[HomeRecord, Events, Bools]:
-        """Return a record that is owed, its events, and which shards keep something of which, bool [shards, n]."""
+    def owed_events(self, offset: int, settled: int) -> tuple[HomeRecord, Events, Bools]:
+        """Return a record that is owed, its events, and which shards keep something of which, bool [shards, n].
+
+        settled: of the shard's deliveries.
+        """
         record = self.log.get(offset).record
         assert isinstance(record, OfferRecord)
-        home = HomeRecord(self.shard.number, offset, self.shard.deliveries.settled(self.log.next))
+        home = HomeRecord(self.shard.number, offset, settled)
         rows = np.flatnonzero(record.routes & 1)
         declared = self._layout.source(record.source)
         batch = declared.upgraded(record.batch)
@@ -278,23 +310,31 @@ class DurableShard:
             state=state,
         )
 
-    def write_history(self, to_offset: int) -> None:
+    def write_history(self, to_offset: int, deliveries: Mapping[str, Any]) -> None:
         """Write the log up to an offset as a part of the history. Raises `HistoryUnavailable`: try again later.
 
-        What it reads and writes is settled, so it may run in a thread of its own.
+        deliveries: their state as of that offset, or later; all of it is in the log. What this reads and writes is
+        settled, so it may run in a thread of its own.
         """
+        assert self._folder is not None
+        write_json(self._folder.path / "deliveries.json", dict(deliveries))
         assert self.history is not None
         assert isinstance(self.log, Log)
         open_offers: dict[int, OfferRecord] = {}
         first = min(self.history.done_to, self._history_keeps) if self._history_keeps else self.log.first
-        end = self.history.planned_to or to_offset
+        end, before = self.history.planned_to or to_offset, self.history.done_to
         self.history.write_part(end, applied_records(self.log, first, end, open_offers))
+        if self.history.done_to == before:
+            return
         newest_ms = max((offer.received_ms for offer in open_offers.values()), default=0)
         recent = [at for at, offer in open_offers.items() if offer.received_ms > newest_ms - _OFFER_LASTS_MS]
         self._history_keeps = min([self.history.done_to, *recent])
 
-    def truncatable(self) -> int:
-        """Return the offset before which the log is needed by nothing any more."""
+    def truncatable(self, needed: Sequence[int]) -> int:
+        """Return the offset before which the log is needed by nothing any more.
+
+        needed: what the shard itself needs, its `offers` and what it owes.
+        """
         log, folder = self.log, self._folder
         assert isinstance(log, Log)
         assert folder is not None
@@ -305,7 +345,7 @@ class DurableShard:
         for path in kept:
             state = snapshot_state(path)
             needs += [begin_of(path), *state["offers"], *state["deliveries"]["owed"]]
-        return min(*needs, *self.shard.offers, *self.shard.deliveries.owed, log.next)
+        return min(*needs, *needed, log.next)
 
 
 #: An offer is taken sooner, or never: the server forgets it after a minute.
@@ -341,10 +381,6 @@ def applied_records(
             routes = offer.routes[record.rows] & ~np.uint32(1)
             if (applied := np.flatnonzero(routes)).size:
                 yield offset, _events_of(offer, record.rows[applied], routes[applied])
-
-
-def _is_lost(log: Log, offset: int) -> bool:
-    return isinstance(log.get(offset).record, LostRecord)
 
 
 def _events_of(record: OfferRecord, rows: npt.NDArray[np.int64], routes: npt.NDArray[np.uint32]) -> EventsRecord:

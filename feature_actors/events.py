@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +45,10 @@ class Events:
     @property
     def n(self) -> int:
         return int(self.batch.num_rows)
+
+    def with_clock(self, clock: Ints) -> Events:
+        """Return all of the events, with a stamp that moves time besides; clock int64 [0 or 1]."""
+        return self if len(clock) == 0 else replace(self, arrivals=np.concatenate([self.arrivals, clock]))
 
     def of_rows(self, rows: Ints, clock: Ints) -> Events:
         """Return some of the events; clock int64 [0 or 1]: a stamp that moves time besides."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from millpond.feature_actors.errors import MillpondError
 from millpond.feature_actors.keys import KEY_HASH_VERSION
@@ -36,6 +37,8 @@ from millpond.feature_actors.tiles.shape import Fit, fit_of, lacking, shape_of
 from millpond.feature_actors.tiles.structure import SEQUENCE_ROW_BITS
 
 __all__ = ["ForeignSnapshot", "Loaded", "SnapshotLacks", "load_shard", "shard_chunks"]
+
+Ints = npt.NDArray[np.int64]
 
 #: Words of an entry of a filter, see `IdFilter.image`.
 _ID_WORDS = 4
@@ -145,6 +148,14 @@ def load_shard(
     return Loaded(header.begin, header.epoch, newest >> SEQUENCE_ROW_BITS, header.state)
 
 
+def load_ids(shard: Shard, path: Path) -> None:
+    """Load only the ids that a snapshot says have been seen: they do not depend on what features there are."""
+    for chunk in read_snapshot(path, (Ids,)):
+        assert isinstance(chunk.header, Ids)
+        if chunk.header.slot < shard.shard_map.n_slots:
+            _load_ids(shard, chunk.header, chunk.words)
+
+
 def _damaged(path: Path, what: str) -> SnapshotDamaged:
     return SnapshotDamaged(
         f"snapshot: `{path}` is not what was taken of a shard: {what}; an older one has to do", path=str(path)
@@ -202,9 +213,13 @@ def _load(shard: Shard, header: ShardHeader, fits: list[tuple[Table, Fit] | None
         if (fit := fits[of.table]) is None:
             return -1
         return parts.store.load(fit[0], fit[1], of.slot, of.rows, words, texts)
+    _load_ids(shard, of, words)
+    return -1
+
+
+def _load_ids(shard: Shard, of: Ids, words: Ints) -> None:
     if len(words) % _ID_WORDS:
         raise ValueError(f"{len(words)} words are no ids")
-    seen = parts.homes.get(of.source)
+    seen = shard.parts.homes.get(of.source)
     if seen is not None:
         seen.load(of.slot, words.reshape(-1, _ID_WORDS), of.newest_ms, of.cutoff_ms)
-    return -1

@@ -87,11 +87,7 @@ class IngestQueue:
         lane.waiting.append(waiting)
         lane.waiting_rows += parsed.rows
         self._send(source, lane)
-        try:
-            return await waiting.done
-        finally:
-            self._events -= parsed.rows
-            self._bytes -= len(parsed.body)
+        return await waiting.done
 
     def _send(self, source: str, lane: _Lane) -> None:
         """Send what waits, if it may go."""
@@ -136,20 +132,31 @@ class IngestQueue:
             answers = [(w, o) for w, o in answers if not (isinstance(o, Ack) and o.duplicates)]
             self._spawn(self._answer_later(ingested, duplicates))
         for waiting, outcome in answers:
-            _answer(waiting, outcome)
+            self._answer(waiting, outcome)
         self._send(source, lane)
         if not self._settling:
             self._settling = True
             asyncio.get_running_loop().call_later(_SETTLE_AFTER_S, lambda: self._spawn(self._settle()))
 
     async def _answer_later(self, ingested: Ingested, duplicates: Sequence[tuple[_Waiting, Ack]]) -> None:
-        failed: MillpondError | None = None
+        failed: Exception | None = None
         try:
             await self._client.wait_for_originals(ingested)
-        except MillpondError as error:
+        except Exception as error:
             failed = error
         for waiting, outcome in duplicates:
-            _answer(waiting, failed or outcome)
+            self._answer(waiting, failed or outcome)
+
+    def _answer(self, waiting: _Waiting, outcome: Ack | Exception) -> None:
+        # Until now it has counted, also if its client has gone meanwhile.
+        self._events -= waiting.parsed.rows
+        self._bytes -= len(waiting.parsed.body)
+        if waiting.done.done():
+            return
+        if isinstance(outcome, Exception):
+            waiting.done.set_exception(outcome)
+        else:
+            waiting.done.set_result(outcome)
 
     async def _ingest(self, source: str, decoder: Decoder, load: list[_Waiting]) -> Ingested:
         batch, refused = decoder.join([w.parsed for w in load])
@@ -171,12 +178,3 @@ class IngestQueue:
         self._settling = False
         with suppress(MillpondError):  # the homes deliver again what they do not hear of
             await self._client.settle()
-
-
-def _answer(waiting: _Waiting, outcome: Ack | Exception) -> None:
-    if waiting.done.done():  # its client has gone
-        return
-    if isinstance(outcome, Exception):
-        waiting.done.set_exception(outcome)
-    else:
-        waiting.done.set_result(outcome)

@@ -57,8 +57,9 @@ _APPEND_HERE_BYTES = 64 << 10
 #: What is owed for so long is delivered by its home; sooner if someone waits for it.
 _DELIVER_AFTER_S, _DELIVER_SOON_S = 2.0, 0.2
 #: How long a round of deliveries may fail before the next one is tried.
-_DELIVER_AGAIN_S = 0.5
+_DELIVER_AGAIN_S, _DELIVER_AT_ONCE = 0.5, 256
 _TICK_S = 0.05
+_RECOVER_AGAIN_S = 2.0
 #: How long a duplicate waits until all shards have what it is a duplicate of.
 _SETTLE_S_MAX = 5.0
 _HOUSE_S, _HOUSE_AGAIN_S = 0.25, 5.0
@@ -125,18 +126,7 @@ class ShardServer:
         spec, number = self._spec, self._number
         self._opening = open_shard(Path(spec.data_dir), number, spec.run_id, spec.cluster_id, logged=logged)
         self._control = Control(Path(spec.memory_dir), number, writable=True)
-        self._shard = Shard(
-            self._layout,
-            spec.shard_map,
-            number,
-            seed=spec.hash_seed,
-            dedupe_horizon_ms=spec.dedupe_horizon_ms,
-            dedupe_horizon_ms_min=spec.dedupe_horizon_ms_min,
-            dedupe_bytes_max=spec.dedupe_bytes_max,
-            memory=Memory.create(self._control.tiles_path(self._opening.epoch), spec.memory_bytes_max),
-            strings_max=spec.strings_max,
-            reclaim_margin_ms=spec.reclaim_margin_ms,
-        )
+        self._shard = self._new_shard()
         self._durable: DurableShard | None = None
         #: Why it refuses everything, for now or for good; "" if it does not.
         self._refuses, self._code, self._retry_after_ms = "is about to replay its log", "recovering", 200
@@ -151,9 +141,33 @@ class ShardServer:
         self._housekeeping = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
         self._house = ThreadPoolExecutor(1, thread_name_prefix="house")
+        self._history = ThreadPoolExecutor(1, thread_name_prefix="history")
         self._loop = asyncio.new_event_loop()
         self._life = asyncio.run_coroutine_threadsafe(self._live(), self._loop)
+        self._life.add_done_callback(self._ended)
         Thread(target=self._loop.run_forever, name="shard", daemon=True).start()
+
+    def _ended(self, life: Future[None]) -> None:
+        if not life.cancelled() and life.exception() is not None:
+            logger.error("shard %d has failed; its process ends", self._number, exc_info=life.exception())
+            os._exit(70)
+
+    def _new_shard(self) -> Shard:
+        """Return an empty shard; its memory is not published yet."""
+        spec, tiles = self._spec, self._control.tiles_path(self._opening.epoch)
+        tiles.unlink(missing_ok=True)
+        return Shard(
+            self._layout,
+            spec.shard_map,
+            self._number,
+            seed=spec.hash_seed,
+            dedupe_horizon_ms=spec.dedupe_horizon_ms,
+            dedupe_horizon_ms_min=spec.dedupe_horizon_ms_min,
+            dedupe_bytes_max=spec.dedupe_bytes_max,
+            memory=Memory.create(tiles, spec.memory_bytes_max),
+            strings_max=spec.strings_max,
+            reclaim_margin_ms=spec.reclaim_margin_ms,
+        )
 
     # -- life
 
@@ -162,16 +176,7 @@ class ShardServer:
         path = socket_path(Path(self._spec.memory_dir), self._number)
         server = await serve_socket(path, self.call)
         try:
-            try:
-                durable = await self._in_thread(self._recovered)
-            except Exception as error:
-                logger.exception("shard %d cannot recover", self._number)
-                self._refuse(f"cannot recover: {error}")
-                await asyncio.Event().wait()
-                return
-            if durable is None:
-                await asyncio.Event().wait()
-                return
+            durable = await self._recovered_at_last()
             self._control.publish(self._opening.epoch)
             self._durable, self._refuses = durable, ""
             await asyncio.gather(self._deliver_forever(), self._keep_house())
@@ -179,8 +184,28 @@ class ShardServer:
             server.close()
             path.unlink(missing_ok=True)
 
+    async def _recovered_at_last(self) -> DurableShard:
+        """Recover. What cannot be recovered is refused, not begun anew; what may be another time is tried again."""
+        while True:
+            try:
+                durable: DurableShard | None = await self._in_thread(self._recovered)
+                if durable is not None:
+                    return durable
+                break
+            except (Unavailable, OSError) as error:  # a full disk, a history that is away
+                logger.warning("shard %d cannot recover yet: %s", self._number, error)
+                self._refuse(f"cannot recover yet: {error}", "unavailable", 5_000)
+                await asyncio.sleep(_RECOVER_AGAIN_S)
+                self._shard = self._new_shard()
+            except Exception as error:
+                logger.exception("shard %d cannot recover", self._number)
+                self._refuse(f"cannot recover: {error}")
+                break
+        await asyncio.Event().wait()
+        raise AssertionError
+
     def _recovered(self) -> DurableShard | None:
-        """Return the shard with its log, replayed. What cannot be recovered is refused, not begun anew."""
+        """Return the shard with its log, replayed; None if there is no log, and it had been opened before."""
         if self._spec.durability == "none":
             if self._opening.again:
                 # It would answer with empty features, as if nobody had ever done anything. Readers of this node go on
@@ -223,6 +248,7 @@ class ShardServer:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.shutdown()
         self._house.shutdown()
+        self._history.shutdown(wait=False, cancel_futures=True)
         self._lock.release()
 
     def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -256,14 +282,14 @@ class ShardServer:
 
     async def ingest(self, events: Any, settled: Sequence[int]) -> Any:
         self._check()
-        self._check_queue()
         self._shard.deliveries.settle(settled)
+        self._check_queue()
         return encode_receipt(await self._written(self._shard.prepare_ingest(decode_events(events, self._layout))))
 
     async def offer(self, request: bytes, events: Any, settled: Sequence[int]) -> Any:
         self._check()
-        self._check_queue()
         self._shard.deliveries.settle(settled)
+        self._check_queue()
         decoded = decode_events(events, self._layout)
         return encode_receipt(await self._written(self._shard.prepare_offer(request, decoded, time.monotonic())))
 
@@ -357,26 +383,31 @@ class ShardServer:
 
     async def _deliver_forever(self) -> None:
         """Bring to the other shards what they have not had of this one's records; forget offers that nobody takes."""
+        again_s: dict[int, float] = {}
         while True:
             await asyncio.sleep(_TICK_S)
             now_s = time.monotonic()
             self._shard.drop_offers(now_s - OFFER_S_MAX)
+            if self._refuses:  # it is stopping
+                continue
             patience_s = _DELIVER_SOON_S if self._deliver_soon else _DELIVER_AFTER_S
             self._deliver_soon = False
-            try:
-                for offset in [o for o, since_s in self._shard.deliveries.owed.items() if since_s < now_s - patience_s]:
-                    if offset in self._shard.deliveries.owed:
+            owed = self._shard.deliveries.owed
+            again_s = {offset: at_s for offset, at_s in again_s.items() if offset in owed}
+            due = [o for o, since_s in owed.items() if since_s < now_s - patience_s and again_s.get(o, 0) < now_s]
+            for offset in due[:_DELIVER_AT_ONCE]:
+                try:
+                    if offset in owed:
                         await self._deliver(offset)
-            except MillpondError as error:
-                logger.warning("shard %d cannot deliver yet: %s", self._number, error)
-                await asyncio.sleep(_DELIVER_AGAIN_S)
-            except Exception:
-                logger.exception("shard %d cannot deliver", self._number)
-                await asyncio.sleep(_DELIVER_AGAIN_S)
+                except Exception as error:  # a shard that is away: what others are owed is delivered all the same
+                    again_s[offset] = time.monotonic() + _DELIVER_AGAIN_S
+                    if not isinstance(error, Unavailable):
+                        logger.exception("shard %d cannot deliver its record %d", self._number, offset)
 
     async def _deliver(self, offset: int) -> None:
         assert self._durable is not None
-        home, events, concerned = await self._in_thread(self._durable.owed_events, offset)
+        settled = self._shard.deliveries.settled(self._shard.next_offset)
+        home, events, concerned = await self._in_thread(self._durable.owed_events, offset, settled)
         peers = CallIngest(self._peers())
         started: dict[int, asyncio.Future[Any]] = {}
         for shard in np.flatnonzero(concerned.any(axis=1)).tolist():
@@ -395,41 +426,57 @@ class ShardServer:
         assert self._durable is not None
         if not isinstance(self._durable.log, Log):
             return
+        again_s: dict[Any, float] = {}
         while True:
             await asyncio.sleep(_HOUSE_S)
-            try:
-                async with self._housekeeping:
-                    if self._bytes_since_history >= self._spec.history_part_bytes:
-                        await self._write_history(self._durable)
-                    # A large snapshot is worth a longer replay: it is not written again for every little.
-                    least = max(self._spec.snapshot_bytes, self._last_snapshot.get("snapshot_bytes", 0))
-                    if self._bytes_since_snapshot >= least:
-                        await self._take_snapshot(self._durable)
-            except MillpondError as error:  # a full disk, a history that cannot be reached: events go on
-                logger.warning("shard %d: %s", self._number, error)
-                await asyncio.sleep(_HOUSE_AGAIN_S)
-            except Exception:
-                logger.exception("shard %d cannot keep house", self._number)
-                await asyncio.sleep(_HOUSE_AGAIN_S)
+            # Each by itself: a history that cannot be reached keeps no snapshot from being taken.
+            for due, keep in (
+                (self._snapshot_is_due, self._take_snapshot),
+                (self._history_is_due, self._write_history),
+            ):
+                if not due() or time.monotonic() < again_s.get(keep, 0):
+                    continue
+                try:
+                    await keep(self._durable)
+                except MillpondError as error:  # a full disk, a history that is away: events go on
+                    logger.warning("shard %d: %s", self._number, error)
+                    again_s[keep] = time.monotonic() + _HOUSE_AGAIN_S
+                except Exception:
+                    logger.exception("shard %d cannot keep house", self._number)
+                    again_s[keep] = time.monotonic() + _HOUSE_AGAIN_S
+
+    def _snapshot_is_due(self) -> bool:
+        # A large snapshot is worth a longer replay: it is not written again for every little.
+        least = max(self._spec.snapshot_bytes, int(self._last_snapshot.get("snapshot_bytes", 0)))
+        return self._bytes_since_snapshot >= least
+
+    def _history_is_due(self) -> bool:
+        return self._spec.history_uri is not None and self._bytes_since_history >= self._spec.history_part_bytes
 
     async def _write_history(self, durable: DurableShard) -> None:
-        assert durable.history is not None
-        if self._spec.history_uri is not None:
-            begun, end = time.monotonic(), self._shard.next_offset
-            self._bytes_since_history = 0
-            try:
-                await asyncio.get_running_loop().run_in_executor(self._house, durable.write_history, end)
-                if (newest_ms := self._shard.status().newest_arrival_ms) is not None:
-                    await asyncio.get_running_loop().run_in_executor(
-                        self._house, delete_expired, self._spec.history_uri, self._spec.sources, newest_ms
-                    )
-            except BaseException:
-                self._bytes_since_history = self._spec.history_part_bytes
-                raise
-            logger.info("shard %d: history up to %d in %.1f s", self._number, end, time.monotonic() - begun)
+        assert self._spec.history_uri is not None
+        begun, end, undone = time.monotonic(), self._shard.next_offset, durable.undone
+        size, self._bytes_since_history = self._bytes_since_history, 0
+        loop, deliveries = asyncio.get_running_loop(), self._shard.deliveries.state()
+        try:
+            await self._written(Prepared(0))  # as for a snapshot: what the deliveries have is to be in the log
+            if durable.undone != undone:
+                raise Unavailable("a part of the history is begun again: something was not written to the log")
+            await loop.run_in_executor(self._history, durable.write_history, end, deliveries)
+            if (newest_ms := self._shard.status().newest_arrival_ms) is not None:
+                uri, sources = self._spec.history_uri, self._spec.sources
+                await loop.run_in_executor(self._history, delete_expired, uri, sources, newest_ms)
+        except BaseException:
+            self._bytes_since_history += size
+            raise
+        logger.info("shard %d: history up to %d in %.1f s", self._number, end, time.monotonic() - begun)
 
     async def _take_snapshot(self, durable: DurableShard) -> None:
         """Take a snapshot while events go on, step by step; then truncate the log."""
+        async with self._housekeeping:
+            await self._snapshot_and_truncate(durable)
+
+    async def _snapshot_and_truncate(self, durable: DurableShard) -> None:
         begun, undone, before = time.monotonic(), durable.undone, self._bytes_since_snapshot
         loop, self._bytes_since_snapshot = asyncio.get_running_loop(), 0
         begin, longest_s = self._shard.next_offset, 0.0
@@ -464,7 +511,8 @@ class ShardServer:
 
     async def _truncate(self, durable: DurableShard) -> None:
         assert isinstance(durable.log, Log)
-        before = await asyncio.get_running_loop().run_in_executor(self._house, durable.truncatable)
+        needed = [*self._shard.offers, *self._shard.deliveries.owed]
+        before = await asyncio.get_running_loop().run_in_executor(self._house, durable.truncatable, needed)
         while await self._in_thread(durable.log.truncate, before):
             await asyncio.sleep(0.001)
 
@@ -473,8 +521,7 @@ class ShardServer:
         self._check()
         assert self._durable is not None
         if isinstance(self._durable.log, Log):
-            async with self._housekeeping:
-                await self._take_snapshot(self._durable)
+            await self._take_snapshot(self._durable)
         return self._last_snapshot
 
     async def drain(self) -> None:
@@ -489,7 +536,7 @@ class ShardServer:
             await self._written(Prepared(0))
             kept = newest_snapshots(shard_dir(Path(self._spec.data_dir), self._number) / "snapshots")
             if not kept or begin_of(kept[0]) < self._shard.next_offset:
-                await self._take_snapshot(durable)
+                await self._snapshot_and_truncate(durable)
 
     # -- the rest
 

@@ -192,6 +192,8 @@ class Shard:
         self._homes = {name: IdFilter(self._ids, shard_map.n_slots) for name in layout.sources}
         self.deliveries = Deliveries()
         self._offers: dict[bytes, _Offer] = {}
+        #: Offsets of offers that are being taken: their take has been prepared, and is not in the log yet.
+        self._taking: set[int] = set()
         self._events = {t.name: 0 for t in layout.tables}
         #: Where the next record goes that is committed without saying so.
         self.next_offset = 0
@@ -262,6 +264,7 @@ class Shard:
         rows = np.flatnonzero(accepted[offer.kept])
         prepared.record = TakeRecord(offer.offset, rows, prepared.homes)
         prepared.offer, prepared.remembered, prepared.verdicts = None, [], _NO_VERDICTS
+        self._taking.add(offer.offset)
         return prepared
 
     def prepare_deliver(self, home: HomeRecord, events: Events) -> Prepared:
@@ -291,6 +294,8 @@ class Shard:
         else:
             offset = self.next_offset if offset is None else offset
             self.next_offset = offset + 1
+        if isinstance(prepared.record, TakeRecord):
+            self._taking.discard(prepared.record.offer)
         if isinstance(prepared.record, OfferRecord) and (prepared.verdicts == NEW).any():
             self.deliveries.owe(offset, since_s)
         duplicates = bool((prepared.verdicts == DUPLICATE).any())
@@ -311,6 +316,8 @@ class Shard:
 
     def undo(self, prepared: Prepared) -> None:
         """Forget what was prepared: it did not get into the log."""
+        if isinstance(prepared.record, TakeRecord):
+            self._taking.discard(prepared.record.offer)
         for seen, rows, slots, ids in prepared.remembered:
             seen.forget(rows, slots, ids)
         for home in prepared.homes:
@@ -326,8 +333,8 @@ class Shard:
 
     @property
     def offers(self) -> list[int]:
-        """Offsets of the offers that wait to be taken."""
-        return [offer.offset for offer in self._offers.values()]
+        """Offsets of the offers of which no take is in the log: a replay from here on needs them."""
+        return [*(offer.offset for offer in self._offers.values()), *self._taking]
 
     # -- the same at once, without a log
 

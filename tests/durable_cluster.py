@@ -24,7 +24,7 @@ from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.events import Events, Receipt
 from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.log.log import Log, LogFull
-from millpond.feature_actors.log.record import EventsRecord, HomeRecord, OfferRecord
+from millpond.feature_actors.log.record import EventsRecord, HomeRecord, OfferRecord, TakeRecord
 from millpond.feature_actors.log.snapshot import Chunk, SnapshotWriter, remove_old_snapshots
 from millpond.feature_actors.ports import LocalRead, complete
 from millpond.feature_actors.shard import Prepared, Shard
@@ -66,6 +66,8 @@ class DurableCluster:
         self.clock = ManualClock(0)
         self.fault: Fault | None = None
         self.full = False
+        #: Whether a snapshot begins, or goes on, when the next take has been prepared, and is not in the log yet.
+        self.snapshot_at_take = False
         self._copies = itertools.count()
         self.shards: list[DurableShard] = [self._opened(n, folder / f"{n}") for n in range(n_shards)]
         self._connect()
@@ -147,7 +149,9 @@ class DurableCluster:
 
     async def deliver(self, home: int, offset: int) -> None:
         """Bring a record that a home owes to every shard that keeps something of it."""
-        record, events, concerned = self.shards[home].owed_events(offset)
+        durable = self.shards[home]
+        settled = durable.shard.deliveries.settled(durable.shard.next_offset)
+        record, events, concerned = durable.owed_events(offset, settled)
         for shard in np.flatnonzero(concerned.any(axis=1)).tolist():
             part = events.of_rows(np.flatnonzero(concerned[shard]), events.arrivals[:0])
             await self._write(shard, self.shards[shard].shard.prepare_deliver(record, part))
@@ -159,6 +163,9 @@ class DurableCluster:
             self.full = False
             durable.undo(prepared)
             raise LogFull("log: no room")
+        if self.snapshot_at_take and isinstance(prepared.record, TakeRecord):
+            self.snapshot_at_take = False
+            self.snapshot_steps(number, 1)
         self._step("before append", number)
         settled = durable.shard.deliveries.settled(durable.log.next)
         wal_bytes = self._wal_bytes(number)
@@ -207,12 +214,14 @@ class DurableCluster:
         self._note(number)
         log = self.shards[number].log
         assert isinstance(log, Log)
-        before = self.shards[number].truncatable()
+        shard = self.shards[number].shard
+        before = self.shards[number].truncatable([*shard.offers, *shard.deliveries.owed])
         while log.truncate(before):
             pass
 
     def write_history(self, number: int) -> None:
-        self.shards[number].write_history(self.shards[number].shard.next_offset)
+        shard = self.shards[number].shard
+        self.shards[number].write_history(shard.next_offset, shard.deliveries.state())
 
     def _note(self, number: int) -> None:
         """Note which events are in the log of their home: later it may have been truncated."""

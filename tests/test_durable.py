@@ -151,6 +151,7 @@ def test_on_any_shards_every_event_is_in_the_end_in_every_table_or_never_was(dat
                     torn = draw(st.integers(1, 20_000))
                     cluster.fault = Fault(draw(st.sampled_from(STEPS)), who, draw(st.integers(0, 6)), torn)
                 cluster.full = draw(st.sampled_from([False, False, False, True]))
+                cluster.snapshot_at_take = draw(st.booleans())
                 try:
                     ack = cluster.send("payments", number + 1, events)
                 except (Crash, LogFull):
@@ -205,6 +206,63 @@ def test_without_event_ids_an_idempotency_key_makes_two_requests_one(tmp_path: P
     cluster.restart_all()
     cluster.deliver_owed()
     assert counts() == [15, 15, 15, 15]
+
+
+def test_a_snapshot_begun_while_a_take_is_on_its_way_to_the_log_is_one_to_recover_from(tmp_path: Path) -> None:
+    """The offer lies before the snapshot, its take behind it, and no offer waits in between."""
+    cluster = DurableCluster(compile_layout([], [BY_USER, BY_SHOP]), 2, tmp_path)
+    events = [{"id": f"{n}", "at": 5, "user": n % 6, "shop": "ab"[n % 2], "cents": n} for n in range(40)]
+    cluster.snapshot_at_take = True
+    cluster.send("payments", 9, events)
+    for shard in range(2):
+        cluster.snapshot_steps(shard, 1_000)
+    before = totals(cluster)
+    cluster.restart_all()
+    assert totals(cluster) == before == totals_of(events)
+
+
+def test_ids_and_keys_are_known_though_a_feature_was_added_and_the_log_cut(tmp_path: Path) -> None:
+    source = Source("visits", owner="tests", fields={"at": "timestamp[ms, UTC]", "user": "int64"}, event_time="at")
+
+    def layout(*names: str) -> Any:
+        view = FeatureView("by_user", owner="tests", source=source, key=["user"], features={n: SUM[n] for n in names})
+        return compile_layout([], [view]), view
+
+    SUM = {"n": Count(), "largest": Max("user")}
+    of, view = layout("n")
+    cluster = DurableCluster(of, 1, tmp_path, history=True)
+    events = [{"at": 5, "user": user % 4} for user in range(20)]
+    for number in range(6):
+        assert cluster.send("visits", 9, events, key=f"{number}") == Ack(accepted=20)
+        cluster.write_history(0)
+        cluster.snapshot_steps(0, 1_000)
+    assert cluster.shards[0].log.first > 0  # type: ignore[attr-defined]
+    cluster.layout, view = layout("n", "largest")
+    cluster.restart_all()
+    for number in range(6):
+        assert cluster.send("visits", 9, events, key=f"{number}") == Ack(duplicates=20)
+    rows = read(cluster.client, plan_of(cluster.client, view), [(u,) for u in range(4)])
+    assert rows.matrix.tolist() == [[30, 0], [30, 1], [30, 2], [30, 3]]
+
+
+def test_without_any_snapshot_what_was_had_is_not_had_twice(tmp_path: Path) -> None:
+    """The home still owes what both shards have applied: nobody has told it."""
+    cluster = DurableCluster(compile_layout([], [BY_USER, BY_SHOP]), 2, tmp_path, history=True)
+    sent: list[dict[str, Any]] = []
+    for number in range(6):
+        events = [{"id": f"{number}-{n}", "at": 5, "user": n % 6, "shop": "ab"[n % 2], "cents": n} for n in range(20)]
+        sent += events
+        cluster.send("payments", 9, events)
+        for shard in range(2):
+            cluster.write_history(shard)
+            cluster.snapshot_steps(shard, 1_000)
+    cluster.restart(0)
+    assert cluster.shards[0].shard.deliveries.owed
+    for snapshot in (cluster.shards[1].folder / "snapshots").iterdir():  # type: ignore[attr-defined]
+        snapshot.unlink()
+    cluster.restart(1)
+    cluster.deliver_owed()
+    assert totals(cluster) == totals_of(sent)
 
 
 def test_events_from_before_a_field_was_added_are_read_with_its_default_or_null(tmp_path: Path) -> None:

@@ -110,6 +110,10 @@ class Log:
             first = next(self._cache.iterkeys(), 0)
             last = next(self._cache.iterkeys(reverse=True), -1)
         except (sqlite3.DatabaseError, UnicodeDecodeError, diskcache.Timeout) as error:
+            if "full" in str(error):
+                raise LogFull(
+                    f"log: no room on the disk to open it: {error}; free some", retry_after_ms=10_000
+                ) from None
             raise LogDamaged(f"log: `{directory}` cannot be opened: {error}; restore it from a copy") from None
         #: Where the log begins, and where the next record goes.
         self.first, self.next = first, last + 1
