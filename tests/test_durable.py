@@ -258,6 +258,7 @@ def test_without_any_snapshot_what_was_had_is_not_had_twice(tmp_path: Path) -> N
             cluster.snapshot_steps(shard, 1_000)
     cluster.restart(0)
     assert cluster.shards[0].shard.deliveries.owed
+    assert cluster.shards[1].log.first > 0  # type: ignore[attr-defined]
     for snapshot in (cluster.shards[1].folder / "snapshots").iterdir():  # type: ignore[attr-defined]
         snapshot.unlink()
     cluster.restart(1)

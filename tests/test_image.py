@@ -100,12 +100,16 @@ def replay(shard: Shard, log: Sequence[Record], begin: int) -> None:
             shard.replay_take(record, offer, offset)
 
 
-def same(loaded: Logged, live: Logged, world: World) -> None:
-    """Assert that no read tells two clusters apart, nor what they hold when all that is out of sight is gone."""
+def same_reads(loaded: Logged, live: Logged, world: World) -> None:
     loaded.clock.ms = live.clock.ms
     assert everything(loaded.client, world) == everything(live.client, world)
+    assert [s.check() for s in (*loaded.shards, *live.shards)] == [[]] * 2 * len(live.shards)
+
+
+def same(loaded: Logged, live: Logged, world: World) -> None:
+    """Assert that no read tells two clusters apart, nor what they hold when all that is out of sight is gone."""
+    same_reads(loaded, live, world)
     for one, other in zip(loaded.shards, live.shards, strict=True):
-        assert (one.check(), other.check()) == ([], [])
         one.reclaim()
         other.reclaim()
         a, b = one.status(), other.status()
@@ -160,7 +164,8 @@ def test_a_snapshot_and_the_log_from_its_beginning_are_the_shard_that_never_stop
     if world.batches:  # and they know the same ids
         last = len(world.batches) - 1
         assert again.send(world, last) == live.send(world, last)
-        same(again, live, world)
+        # (Which shards are homes of events without ids, and hear of their time, is left to chance.)
+        same_reads(again, live, world)
 
 
 @given(
