@@ -120,15 +120,16 @@ def test_an_actor_that_does_not_answer_in_time_is_unavailable(
     import ray
 
     from millpond.feature_actors.actor import ActorCalls
-    from millpond.feature_actors.calls import CallRead
 
     Cluster(make, 1, ManualClock(NOW))
-    read = CallRead(ActorCalls(actors[0][:1], 0.05), ShardMap.even(16, 1))
 
     def hold_up(actor: Any) -> None:
         actor.server._loop.call_soon_threadsafe(threading.Event().wait, 1)
 
+    async def asked() -> Any:
+        return await ActorCalls(actors[0][:1], 0.05).call(0, "status")
+
     ray.get(actors[0][0].__ray_call__.remote(hold_up))
     with pytest.raises(Unavailable) as caught:
-        runner.run(read.status())
+        runner.run(asked())
     assert (str(caught.value), caught.value.retry_after_ms) == ("shard 0 of 1 did not answer within 0.05 s", 1_000)
