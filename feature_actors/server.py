@@ -14,7 +14,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -179,7 +179,12 @@ class ShardServer:
             durable = await self._recovered_at_last()
             self._control.publish(self._opening.epoch)
             self._durable, self._refuses = durable, ""
-            await asyncio.gather(self._deliver_forever(), self._keep_house())
+            await asyncio.gather(
+                self._deliver_forever(),
+                # Apart: a history that cannot be reached, or hangs, keeps no snapshot from being taken.
+                self._keep_house(self._snapshot_is_due, self._take_snapshot),
+                self._keep_house(self._history_is_due, self._write_history),
+            )
         finally:
             server.close()
             path.unlink(missing_ok=True)
@@ -421,29 +426,22 @@ class ShardServer:
 
     # -- snapshots, history, truncation
 
-    async def _keep_house(self) -> None:
-        """Take a snapshot when the log has grown by so much, write history, and truncate what is not needed."""
+    async def _keep_house(self, is_due: Callable[[], bool], keep: Callable[[DurableShard], Awaitable[None]]) -> None:
+        """Take snapshots, or write history, whenever it is due. What fails is tried again; events go on."""
         assert self._durable is not None
         if not isinstance(self._durable.log, Log):
             return
-        again_s: dict[Any, float] = {}
         while True:
             await asyncio.sleep(_HOUSE_S)
-            # Each by itself: a history that cannot be reached keeps no snapshot from being taken.
-            for due, keep in (
-                (self._snapshot_is_due, self._take_snapshot),
-                (self._history_is_due, self._write_history),
-            ):
-                if not due() or time.monotonic() < again_s.get(keep, 0):
-                    continue
-                try:
+            try:
+                if is_due():
                     await keep(self._durable)
-                except MillpondError as error:  # a full disk, a history that is away: events go on
-                    logger.warning("shard %d: %s", self._number, error)
-                    again_s[keep] = time.monotonic() + _HOUSE_AGAIN_S
-                except Exception:
-                    logger.exception("shard %d cannot keep house", self._number)
-                    again_s[keep] = time.monotonic() + _HOUSE_AGAIN_S
+            except MillpondError as error:  # a full disk, a history that is away
+                logger.warning("shard %d: %s", self._number, error)
+                await asyncio.sleep(_HOUSE_AGAIN_S)
+            except Exception:
+                logger.exception("shard %d cannot keep house", self._number)
+                await asyncio.sleep(_HOUSE_AGAIN_S)
 
     def _snapshot_is_due(self) -> bool:
         # A large snapshot is worth a longer replay: it is not written again for every little.
