@@ -122,8 +122,6 @@ class Log:
                 f"log: `{directory}` holds {len(self._cache)} records between offsets {first} and {last}; restore it "
                 "from a copy"
             )
-        #: Of the records that this process has appended.
-        self.bytes_written = 0
         self._schemas = Schemas(directory / "schemas")
 
     def append(self, records: Sequence[Record], settled: int = 0) -> list[int]:
@@ -154,7 +152,6 @@ class Log:
                 ) from None
             raise
         self.next += len(records)
-        self.bytes_written += sum(map(len, contents))
         return offsets
 
     def _check_room(self) -> None:

@@ -42,7 +42,7 @@ class StoppedLog(Log):
     """
 
     def __init__(self, directory: Path, scratch: Path) -> None:
-        self._directory, self.bytes_written = directory, 0
+        self._directory = directory
         self._schemas = Schemas(directory / "schemas")
         self.problems: list[str] = []
         #: Keys that hold a record of another offset, or nothing that is a record at all.
