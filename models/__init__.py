@@ -4,6 +4,7 @@ if __name__ != "millpond.models":
     raise ImportError(f"import millpond.models, not {__name__}: a second copy would double every class")
 
 from millpond.models.model import Features, Model
+from millpond.models.pool import Pool
 from millpond.models.training import training_set
 
-__all__ = ["Features", "Model", "training_set"]
+__all__ = ["Features", "Model", "Pool", "training_set"]
