@@ -225,6 +225,11 @@ class ReadPlan:
         clock[:] = NO_CLOCK if clock_ms is None else clock_ms
         return Question(self.program, hashes.view(np.int64), clock, clock_ms is None, as_of)
 
+    def no_rows(self) -> FeatureRows:
+        """Return the features of no ids."""
+        texts: dict[str, list[Any]] = {f.full_name: [] for f in self._text_features}
+        return FeatureRows(np.empty((0, len(self.names))), np.empty(0, np.int64), [], texts)
+
     def rows(self, answer: Answer) -> FeatureRows:
         """Return the features of an answer: the matrix, with what is derived, and the strings beside it.
 
