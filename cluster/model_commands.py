@@ -223,8 +223,8 @@ def print_models(described: Sequence[Mapping[str, Any]]) -> None:
         counts = (f"{one[c]:,}" for c in ("requests", "failed", "timeouts", "refused"))
         state = "BROKEN" if one["failures"] else state
         table.add_row(one["model"], one["version"], state, one["owner"], *counts, call, where)
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table, width=max(console.width, _WIDTH_MIN))
+    console = Console(highlight=False, soft_wrap=True, width=max(Console().width, _WIDTH_MIN))
+    console.print(table)
     for one in described:
         for why in one["failures"]:
             console.print(f"[red]{why}[/red]")
