@@ -154,8 +154,7 @@ class Lane:
         self.in_threads = predict_s > INLINE_S_MAX
         self._waiting: deque[_Ask] = deque()
         self._ready: deque[_Batch] = deque()
-        #: Whether a turn of the event loop brings one request, as far as the last ones tell: it need not wait for the turn
-        #: to end then.
+        #: Whether a turn of the event loop brings one request, as the last ones did: it need not wait for its end then.
         self._alone = True
         self._turn_comes = False
         #: The batch that a thread is busy with.
