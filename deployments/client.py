@@ -142,6 +142,9 @@ class Client:
     ) -> Ack:
         """Send events, and return when all are acknowledged: every score asked for afterwards reflects them.
 
+        The ack is the sum over the requests. Of a request that was sent again, what an earlier try had already brought
+        in is among the `duplicates`.
+
         events: one, any number (an iterator is not read ahead), or an Arrow table, which is sent as such. A time is a
         `datetime` with a zone, ISO 8601 with a zone, or milliseconds since the epoch. arrival: "event" for a bulk load
         or replay, in which an event arrives when it happens. idempotency_key: names this call, so that a later call
@@ -248,12 +251,13 @@ class Client:
 class AsyncClient:
     """As `Client`, for programs with an event loop; it belongs to the loop that it is first used in.
 
-    >>> async def main() -> float:
+    >>> async def main() -> list[float]:
     ...     async with AsyncClient(url) as client:
-    ...         asked = [client.score("churn", {"user_id": n}) for n in (42, 43)]
-    ...         return sum(score.result for score in await asyncio.gather(*asked))
+    ...         await client.send("purchases", {"order_id": "a1", "user_id": 42, "price": 12.5, "paid_at": now})
+    ...         scores = await asyncio.gather(*(client.score("churn", {"user_id": n}) for n in (42, 43)))
+    ...         return [score.result for score in scores]
     >>> asyncio.run(main())
-    26.0
+    [26.0, 0.0]
     """
 
     def __init__(
