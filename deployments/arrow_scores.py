@@ -7,22 +7,23 @@ with the row; an answer in Arrow says what the answer in JSON says, row by row i
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from millpond.deployments.http import Response
+from millpond.deployments.lane import Lane, Scored
 from millpond.feature_actors.arrow_stream import ArrowStream
 from millpond.feature_actors.errors import BadRequest, TooLarge
 from millpond.feature_actors.plan import KEY_BYTES_MAX, ReadPlan
+from millpond.feature_actors.view import Feature
 
-__all__ = ["ARROW_TYPE", "arrow_answer", "is_arrow", "keys_of", "wants_arrow"]
+__all__ = ["ARROW_TYPE", "arrow_answer", "arrow_body", "keys_of", "wants_arrow"]
 
 ARROW_TYPE = "application/vnd.apache.arrow.stream"
 
@@ -39,25 +40,16 @@ class _Limits:
     arrow_bytes_max: int = 64 * 1024 * 1024
 
 
-def is_arrow(content_type: str | None) -> bool:
-    """Return whether a body of this content type is an Arrow IPC stream.
-
-    >>> is_arrow("application/vnd.apache.arrow.stream"), is_arrow("application/json"), is_arrow(None)
-    (True, False, False)
-    """
-    return content_type is not None and content_type.partition(";")[0].strip().lower() == ARROW_TYPE
-
-
 def wants_arrow(content_type: str | None, accept: str | None) -> bool:
     """Return whether to answer in Arrow: where `accept` names it; else in the form of the body, if `accept` allows.
 
-    >>> wants_arrow("application/json", "application/vnd.apache.arrow.stream")
-    True
+    >>> wants_arrow("application/json", ARROW_TYPE), wants_arrow("application/json", "*/*")
+    (True, False)
     >>> wants_arrow(ARROW_TYPE, "*/*"), wants_arrow(ARROW_TYPE, "application/json")
     (True, False)
     """
     accepted = {one.partition(";")[0].strip().lower() for one in (accept or "*/*").split(",")}
-    return ARROW_TYPE in accepted or (is_arrow(content_type) and "application/json" not in accepted)
+    return ARROW_TYPE in accepted or (content_type == ARROW_TYPE and "application/json" not in accepted)
 
 
 def keys_of(plan: ReadPlan, body: bytes, ids_max: int) -> tuple[dict[str, list[Any]], int]:
@@ -129,41 +121,60 @@ def _plain_keys(array: pa.Array, kind: str) -> list[Any] | None:
     return None
 
 
-def arrow_answer(
+def arrow_answer(model: str, answered: Sequence[tuple[Lane, Scored, int]], ids: Sequence[str]) -> Response:
+    """Return what `Served.ask` returned as an Arrow IPC stream; ids: of the answers. See `arrow_body`."""
+    scored_of = {id(scored): scored for _, scored, _ in answered}
+    as_of = {key: scored.rows.as_of.tolist() for key, scored in scored_of.items()}
+    values = [scored.values[row] for _, scored, row in answered if scored.values is not None]
+    lanes = {id(lane): lane for lane, _, _ in answered} if values else {}
+    body = arrow_body(
+        model,
+        [lane.loaded.model.version for lane, _, _ in answered],
+        ids,
+        [scored.results[row] for _, scored, row in answered],
+        [as_of[id(scored)][row] for _, scored, row in answered],
+        [scored.rows.unknown[row] for _, scored, row in answered],
+        {f.full_name: f for lane in lanes.values() for f in lane.loaded.plan.features}.values(),
+        values,
+    )
+    return Response(200, body, ARROW_TYPE)
+
+
+def arrow_body(
     model: str,
     versions: Sequence[str],
     ids: Sequence[str],
     results: Sequence[Any],
-    as_of: npt.NDArray[np.int64],
+    as_of: Sequence[int],
     unknown: Sequence[Sequence[str]],
-    plan: ReadPlan | None = None,
-    features: Sequence[Mapping[str, Any]] = (),
-) -> Response:
-    """Return n scores as an Arrow IPC stream; what the JSON answer has, in columns.
+    features: Iterable[Feature] = (),
+    values: Sequence[Mapping[str, Any]] = (),
+) -> bytes:
+    """Return n scores as an Arrow IPC stream: what the answers in JSON have, in columns.
 
     Columns: `id` string, `version` dictionary of strings, `result`, `as_of` timestamp[ms, UTC], `unknown` list of
-    strings; if a `plan` is given, with what its `named_values` returned as `features`, a column of each feature by its
-    full name, null where it is empty. `result` is float64 if every result is a number that float64 holds, or null;
-    else a string, the JSON of the result. The schema's metadata has the `model`, and as `result` the word `number` or
-    `json`.
+    strings; then each of the `features` by its full name, from `values` as `ReadPlan.named_values` returns them, null
+    where it is empty. `result` is float64 if every result is a number that float64 holds, or null; else a string, the
+    JSON of the result. The schema's metadata has the `model`, and as `result` the word `number` or `json`.
     """
+    times = np.array(as_of, np.int64)
     columns: dict[str, pa.Array] = {
         "id": pa.array(ids, pa.string()),
         "version": pa.array(versions, pa.string()).dictionary_encode(),
         "result": _results(results),
-        "as_of": pa.array(as_of, pa.int64(), mask=as_of < 0).view(_AS_OF_TYPE),
+        "as_of": pa.array(times, pa.int64(), mask=times < 0).view(_AS_OF_TYPE),
         "unknown": pa.array(unknown, pa.list_(pa.string())),
     }
-    for feature in plan.features if plan is not None else ():
-        value_type = pa.string() if feature.is_text else pa.float64()
-        kind = value_type if feature.width == 1 else pa.list_(value_type)
-        columns[feature.full_name] = pa.array([one[feature.full_name] for one in features], kind, from_pandas=True)
+    for feature in features:
+        kind = pa.string() if feature.is_text else pa.float64()
+        kind = kind if feature.width == 1 else pa.list_(kind)
+        columns[feature.full_name] = pa.array([v.get(feature.full_name) for v in values], kind, from_pandas=True)
     form = "number" if pa.types.is_float64(columns["result"].type) else "json"
     batch = pa.RecordBatch.from_pydict(columns, metadata={"model": model, "result": form})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)
-    return Response(200, sink.getvalue().to_pybytes(), ARROW_TYPE)
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
 
 
 def _results(results: Sequence[Any]) -> pa.Array:

@@ -27,7 +27,8 @@ __all__ = [
 #: One bad value: (message, path).
 Problem = tuple[str, str]
 
-_ROW = re.compile(r"^\$\[(\d+)\]")
+#: The row in a path, of rows or of the ids that several models are asked about.
+_ROW = re.compile(r"^(\$(?:\.ids)?)\[(\d+)\]")
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class ClientError(Exception):
         """Have the paths count the caller's rows: the request that was answered began with `first_row`."""
 
         def moved(path: str) -> str:
-            return _ROW.sub(lambda match: f"$[{int(match[1]) + first_row}]", path)
+            return _ROW.sub(lambda match: f"{match[1]}[{int(match[2]) + first_row}]", path)
 
         self.path = moved(self.path) if self.path else self.path
         self.problems = tuple((message, moved(path)) for message, path in self.problems)

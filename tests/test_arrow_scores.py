@@ -8,19 +8,25 @@ import json
 import math
 import random
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from apps import ARROW, LAYOUT, VIEWS, taste
+from apps import ARROW, LAYOUT, NOW, VIEWS, Returns, World, churn, make_world, model, offer, purchase, taste
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millpond.deployments.arrow_scores import arrow_answer, keys_of
+from millpond.deployments.arrow_scores import arrow_body, keys_of
+from millpond.deployments.lane import Lane
+from millpond.deployments.served import Models, Served
 from millpond.feature_actors.errors import BadRequest, MillpondError, TooLarge
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.plan import KEY_BYTES_MAX, ReadPlan
+from millpond.models.model import LoadedModel
 
 user_spend, book_sales, user_book, _ = VIEWS
 PLANS = {
@@ -180,10 +186,8 @@ def test_what_is_no_stream_of_ids_is_refused_and_nothing_else_is_raised() -> Non
 
 def opened(results: Sequence[Any], **given: Any) -> pa.Table:
     n = len(results)
-    given = {"versions": ["3"] * n, "ids": [f"i{i}" for i in range(n)], "as_of": np.arange(n), "unknown": [[]] * n} | given  # fmt: skip
-    response = arrow_answer("churn", results=results, **given)
-    assert (response.status, response.content_type) == (200, ARROW)
-    table = pa.ipc.open_stream(response.body).read_all()
+    given = {"versions": ["3"] * n, "ids": [f"i{i}" for i in range(n)], "as_of": range(n), "unknown": [[]] * n} | given  # fmt: skip
+    table = pa.ipc.open_stream(arrow_body("churn", results=results, **given)).read_all()
     table.validate(full=True)
     return table
 
@@ -205,7 +209,7 @@ def test_results_are_numbers_if_they_all_are_and_json_else(results: list[Any], f
 
 
 def test_an_answer_has_what_the_answer_in_json_has() -> None:
-    table = opened([0.5, 1.5, 2.5], versions=["3", "4", "3"], as_of=np.array([-1, 0, 1_700_000_000_123]), unknown=[["a", "b"], [], ["b"]])  # fmt: skip
+    table = opened([0.5, 1.5, 2.5], versions=["3", "4", "3"], as_of=[-1, 0, 1_700_000_000_123], unknown=[["a", "b"], [], ["b"]])  # fmt: skip
     assert table.schema.names == ["id", "version", "result", "as_of", "unknown"]
     assert table.schema.field("version").type == pa.dictionary(pa.int32(), pa.string())
     assert table.schema.field("as_of").type == pa.timestamp("ms", "UTC")
@@ -221,12 +225,98 @@ def test_an_answer_has_what_the_answer_in_json_has() -> None:
 def test_features_have_the_columns_of_their_kinds_and_null_for_empty() -> None:
     plan = ReadPlan(compile_layout([], [taste]), list(taste), "model `taste`")
     empty = plan.named_values(plan.no_rows())
-    types = opened([], plan=plan, features=empty).schema.field
+    types = opened([], features=plan.features, values=empty).schema.field
     assert types("taste.n").type == pa.float64()
     assert types("taste.first_book").type == pa.string()
     assert types("taste.books").type == pa.list_(pa.string())
     assert types("taste.prices").type == pa.list_(pa.float64())
     values = {f.full_name: [None] * f.width if f.width > 1 else None for f in plan.features}
     values |= {"taste.n": 2.0, "taste.mean": math.nan, "taste.first_book": "a", "taste.books": ("b", "a", None), "taste.prices": [1.5, math.nan]}  # fmt: skip
-    (row,) = opened([1.0], plan=plan, features=[values]).select([f.full_name for f in plan.features]).to_pylist()
+    (row,) = (
+        opened([1.0], features=plan.features, values=[values]).select([f.full_name for f in plan.features]).to_pylist()
+    )
     assert row == values | {"taste.mean": None, "taste.books": ["b", "a", None], "taste.prices": [1.5, None]}
+
+
+# -- the call
+
+
+def scored(world: World, name: str, body: bytes, **headers: str) -> pa.Table:
+    reply = world.post_score(name, body, ARROW, headers=headers)
+    assert (reply.status, reply.headers["content-type"]) == (200, ARROW), reply.body
+    table = pa.ipc.open_stream(reply.body).read_all()
+    table.validate(full=True)
+    return table
+
+
+def as_json(table: pa.Table) -> list[dict[str, Any]]:
+    """The rows of an answer as the answers in JSON have them."""
+    name, number = table.schema.metadata[b"model"].decode(), table.schema.metadata[b"result"] == b"number"
+    rows = []
+    for row in table.to_pylist():
+        row["as_of"] = None if row["as_of"] is None else row["as_of"].isoformat(timespec="milliseconds").replace("+00:00", "Z")  # fmt: skip
+        row["result"] = row["result"] if number else json.loads(row["result"])
+        answer = {field: row.pop(field) for field in ("version", "result", "as_of", "unknown")} | {"model": name}
+        rows.append(answer | ({"features": {k: v for k, v in row.items() if k != "id"}} if len(row) > 1 else {}))
+    return rows
+
+
+@pytest.mark.parametrize("query", ["", "?features=true", f"?as_of={NOW + 60_000}"])
+def test_the_answer_in_arrow_is_the_answer_in_json(query: str) -> None:
+    lists = model("lists", [*book_sales, *user_book], lambda: Returns({"top": [1, "a"]}))
+    tasted = model("tasted", list(taste))
+    world = make_world([churn, offer, lists, tasted], layout=compile_layout([], [*VIEWS, taste]))
+    rng = random.Random(6)
+    events = [purchase(f"o{i}", i % 7, rng.uniform(1, 9), NOW - i, book_id=f"b{i % 5}") for i in range(60)]
+    assert world.post_events("purchases", events).status == 200
+    ids = [{"user_id": i % 9, "book_id": f"b{i % 6}"} for i in range(30)]
+    for name, fields in (("offer", ("user_id", "book_id")), ("churn", ("user_id",)), ("lists", ("user_id", "book_id")), ("tasted", ("user_id",))):  # fmt: skip
+        asked = [{field: one[field] for field in fields} for one in ids]
+        want = world.post_score(f"{name}{query}", asked).json
+        body = columns(**{field: [one[field] for one in asked] for field in fields})
+        table = scored(world, f"{name}{query}", body)
+        assert len({*table.column("id").to_pylist(), *(answer.pop("id") for answer in want)}) == 60
+        assert as_json(table) == want
+
+
+def test_either_form_may_be_answered_in_the_other() -> None:
+    world = make_world()
+    body = columns(user_id=[1, 2])
+    want = [{"result": 0.0, "unknown": ["user_spend"]}] * 2
+    for name, sent, content_type, accept, form in (
+        ("churn", body, ARROW, "*/*", ARROW), ("churn", body, ARROW, "application/json", "application/json"),
+        ("churn", b'[{"user_id": 1}, {"user_id": 2}]', "application/json", ARROW, ARROW),
+        ("churn", b'[{"user_id": 1}, {"user_id": 2}]', "application/json", "*/*", "application/json"),
+    ):  # fmt: skip
+        reply = world.post_score(name, sent, content_type, headers={"accept": accept})
+        assert (reply.status, reply.headers["content-type"]) == (200, form)
+        got = as_json(pa.ipc.open_stream(reply.body).read_all()) if form == ARROW else reply.json
+        assert [{field: answer[field] for field in want[0]} for answer in got] == want
+    assert scored(world, "churn", columns(user_id=pa.array([], pa.int64()))).num_rows == 0
+
+
+def test_what_is_wrong_with_a_call_is_told_in_json() -> None:
+    world = make_world()
+    for body, status, code, path in (
+        (columns(user_id=["x"]), 400, "bad_id", "$[0].user_id"), (columns(user_id=[1], orders_30d=[1]), 400, "features_in_request", "$[0].orders_30d"),
+        (b"[]", 400, "bad_arrow", "$"), (columns(user_id=range(10_001)), 413, "too_large", None),
+    ):  # fmt: skip
+        reply = world.post_score("churn", body, ARROW, headers={"accept": ARROW})
+        assert (reply.status, reply.error["code"], reply.error["path"]) == (status, code, path)
+
+
+def test_a_canary_answers_its_share_of_a_stream_and_the_versions_say_so() -> None:
+    world = make_world()
+    champion = world.score._models.served["churn"].champion
+    newer = replace(churn, version="4", features=[user_spend["orders_30d"], user_spend["last_price"]])
+    canary = Lane(LoadedModel(newer, LAYOUT, Path()), world.client, ThreadPoolExecutor(1))
+    world.score._models = Models({"churn": Served("churn", champion, canary, share=0.5)})
+    ids = [{"user_id": i} for i in range(200)]
+    want = world.post_score("churn?features=true", ids).json
+    table = scored(world, "churn?features=true", columns(user_id=range(200)))
+    assert table.column("version").to_pylist() == [answer["version"] for answer in want]
+    assert {"3", "4"} == set(table.column("version").to_pylist())
+    for answer, row in zip(want, as_json(table), strict=True):
+        # A version has no value of a feature that only the other reads.
+        assert answer["features"].items() <= row["features"].items()
+        assert len(row["features"]) == 4

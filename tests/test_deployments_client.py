@@ -22,7 +22,7 @@ import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
-from apps import LAYOUT, NOW, TOKEN, Returns, churn, logins, make_world, model, offer, purchase, purchases, user_spend
+from apps import NOW, TOKEN, Returns, churn, logins, make_world, model, offer, purchase, purchases, user_spend
 from http_server import Behind, listen, serve
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,6 +37,7 @@ from millpond.deployments import (
     RequestRefused,
     Score,
     TryAgainLater,
+    arrow_scores,
     client,
     client_answers,
 )
@@ -94,13 +95,39 @@ def compiled() -> None:
     assert world.post_score("offer", {"user_id": 1, "book_id": "b"}).status == 200
 
 
-@pytest.fixture(params=[Client, Lane], ids=["sync", "async"])
-def scene(request: pytest.FixtureRequest) -> Iterator[Scene]:
+class Stage:
+    """What one server plays: the world of the test that runs."""
+
+    url: str
+    behind: Behind
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.behind(scope, receive, send)
+
+
+@pytest.fixture(scope="module")
+def stage() -> Iterator[Stage]:
+    stage = Stage()
+    with serve(stage) as stage.url:
+        yield stage
+
+
+def mixed(features: Any) -> list[Any]:
+    """Numbers, but for customers who spent more."""
+    return [row[1] if row[1] <= 10 else {"spent": row[1]} for row in features.matrix.tolist()]
+
+
+@pytest.fixture
+def behind(stage: Stage) -> Behind:
     broken = model("broken", list(user_spend), lambda: Returns(RuntimeError("no")))
-    lists = model("lists", list(user_spend), lambda: Returns([1, {"a": "b"}]))
-    behind = Behind(make_world([churn, offer, broken, lists]))
-    with serve(behind) as url, request.param(url, batch_rows=3, admin_token=TOKEN) as client:
-        yield Scene(behind, url, client)
+    stage.behind = Behind(make_world([churn, offer, broken, model("mixed", list(user_spend), lambda: Returns(mixed))]))
+    return stage.behind
+
+
+@pytest.fixture(params=[Client, Lane], ids=["sync", "async"])
+def scene(request: pytest.FixtureRequest, stage: Stage, behind: Behind) -> Iterator[Scene]:
+    with request.param(stage.url, batch_rows=3, admin_token=TOKEN) as client:
+        yield Scene(behind, stage.url, client)
 
 
 assert logins.event_id is None, "some tests are of events without ids"
@@ -397,6 +424,56 @@ def test_what_is_wrong_with_a_score_is_told(scene: Scene) -> None:
     assert past.value.code == "as_of_in_past"
 
 
+def test_a_table_of_ids_gives_a_table_of_the_same_answers(scene: Scene) -> None:
+    scene.client.send("purchases", [purchase(f"o{i}", i, 10.0, book_id=f"b{i % 2}") for i in range(7)])
+    ids = [{"user_id": i % 9, "book_id": f"b{i % 3}"} for i in range(8)]
+    want = scene.client.score("offer", ids, features=True)
+    before = scene.requests
+    got = scene.client.score("offer", pa.Table.from_pylist(ids), features=True)
+    assert scene.requests == before + 3
+    assert got.column("result").to_pylist() == [s.result for s in want]
+    assert got.column("as_of").to_pylist() == [s.as_of for s in want]
+    assert got.column("unknown").to_pylist() == [s.unknown for s in want]
+    assert [{f: row[f] for f in want[0].features or {}} for row in got.to_pylist()] == [s.features for s in want]
+    assert got.schema.metadata == {b"model": b"offer", b"result": b"number"}
+    batch = pa.RecordBatch.from_pydict({"user_id": pa.array([3], pa.int16())})
+    assert scene.client.score("churn", batch).column("result").to_pylist() == [21.0]
+    none = scene.client.score("churn", batch.slice(0, 0))
+    assert (none.num_rows, none.schema.names) == (0, ["id", "version", "result", "as_of", "unknown"])
+    with pytest.raises(RequestRefused) as caught:
+        scene.client.score("churn", pa.table({"user_id": [1, 2, 3, 4, None]}))
+    assert (caught.value.code, caught.value.path) == ("bad_id", "$[4].user_id")
+
+
+def test_results_of_a_table_are_all_of_one_form(scene: Scene) -> None:
+    """Those of one request are numbers, those of the next are not."""
+    scene.client.send("purchases", [purchase(f"o{i}", i, 10.0 + (i == 5)) for i in range(7)])
+    got = scene.client.score("mixed", pa.table({"user_id": range(7)}))
+    assert [json.loads(text) for text in got.column("result").to_pylist()] == [10.0] * 5 + [{"spent": 11.0}, 10.0]
+    assert got.schema.metadata[b"result"] == b"json"
+    only = scene.client.score("mixed", pa.table({"user_id": range(5)}))
+    assert (only.column("result").to_pylist(), only.schema.metadata[b"result"]) == ([10.0] * 5, b"number")
+
+
+def test_several_models_are_asked_about_the_same_ids(scene: Scene) -> None:
+    scene.client.send("purchases", [purchase(f"o{i}", i, book_id="b") for i in range(4)])
+    ids = [{"user_id": i, "book_id": "b"} for i in range(5)]
+    before = scene.requests
+    answers = scene.client.score_many(["offer", "broken"], ids)
+    assert scene.requests == before + 5
+    assert [a["offer"].result for a in answers] == [s.result for s in scene.client.score("offer", ids)]
+    assert {type(a["broken"]) for a in answers} == {RequestFailed}
+    assert (answers[0]["broken"].code, answers[0]["broken"].status) == ("prediction_failed", None)
+    assert isinstance(answers[4]["offer"], Score)
+    assert answers[4]["offer"].as_of == NOW_TIME
+    assert scene.client.score_many(["offer"], []) == []
+    with pytest.raises(RequestRefused) as caught:
+        scene.client.score_many(["offer"], [*ids, {"user_id": None, "book_id": "b"}])
+    assert caught.value.path == "$.ids[5].user_id"
+    with pytest.raises(RequestRefused, match="`models` as a list of names, one at least"):
+        scene.client.score_many([], ids)
+
+
 def test_features_of_a_view_whose_key_is_any_field(scene: Scene) -> None:
     scene.client.send("purchases", purchase("a", 5, book_id="a b&c=ü/?"))
     got = scene.client.features("user_book", user_id=5, book_id="a b&c=ü/?")
@@ -430,9 +507,8 @@ def test_a_host_that_is_none_is_an_error_of_ours() -> None:
 # -- threads and tasks
 
 
-def test_a_client_is_for_many_threads() -> None:
-    behind = Behind(make_world())
-    with serve(behind) as url, Client(url) as one:
+def test_a_client_is_for_many_threads(stage: Stage, behind: Behind) -> None:
+    with Client(stage.url) as one:
         threads = [threading.Thread(target=lambda t=t: [one.send("purchases", purchase(f"{t}-{i}", t)) for i in range(20)]) for t in range(8)]  # type: ignore[misc] # fmt: skip
         for thread in threads:
             thread.start()
@@ -441,25 +517,21 @@ def test_a_client_is_for_many_threads() -> None:
         assert [s.result for s in one.score("churn", [{"user_id": t} for t in range(8)])] == [20 + 200 + 10.0] * 8
 
 
-def test_an_async_client_sends_at_once() -> None:
-    behind = Behind(make_world())
-
+def test_an_async_client_sends_at_once(stage: Stage, behind: Behind) -> None:
     async def talk(url: str) -> list[Any]:
         async with AsyncClient(url, connections_max=10) as one:
             acks = await asyncio.gather(*(one.send("purchases", purchase(f"o{i}", 5)) for i in range(100)))
             return [sum(a.accepted for a in acks), (await one.score("churn", {"user_id": 5})).result]
 
-    with serve(behind) as url:
-        assert asyncio.run(talk(url)) == [100, 100 + 1_000 + 10.0]
+    assert asyncio.run(talk(stage.url)) == [100, 100 + 1_000 + 10.0]
 
 
 # -- the sender of single events
 
 
 @pytest.fixture
-def served() -> Iterator[tuple[Behind, Client]]:
-    behind = Behind(make_world())
-    with serve(behind) as url, Client(url, retry_s=5) as one:
+def served(stage: Stage, behind: Behind) -> Iterator[tuple[Behind, Client]]:
+    with Client(stage.url, retry_s=5) as one:
         yield behind, one
 
 
@@ -556,26 +628,22 @@ def test_a_sender_of_events_without_ids_counts_each_once_whatever_fails_on_the_w
     assert behind.world.get("/v1/features/device_logins?device=phone").json["features"]["logins_1h"] == 100
 
 
-def test_closing_the_client_closes_its_senders() -> None:
-    behind = Behind(make_world())
-    with serve(behind) as url:
-        with Client(url) as one:
-            sender = one.sender("purchases", linger_ms=60_000)
-            sender.add(purchase("a", 5))
-        assert sender.ack.accepted == 1
-        with pytest.raises(NotSent), Client(url) as one:
-            one.sender("purchases", linger_ms=60_000).add({})
+def test_closing_the_client_closes_its_senders(stage: Stage, behind: Behind) -> None:
+    with Client(stage.url) as one:
+        sender = one.sender("purchases", linger_ms=60_000)
+        sender.add(purchase("a", 5))
+    assert sender.ack.accepted == 1
+    with pytest.raises(NotSent), Client(stage.url) as one:
+        one.sender("purchases", linger_ms=60_000).add({})
 
 
-def test_what_a_program_that_ends_has_left_is_sent() -> None:
-    behind = Behind(make_world())
+def test_what_a_program_that_ends_has_left_is_sent(stage: Stage, behind: Behind) -> None:
     code = (
         "import sys; from millpond.deployments import Client\n"
         "sender = Client(sys.argv[1]).sender('purchases', linger_ms=60_000)\n"
         f"sender.add({purchase('a', 5)!r})"
     )
-    with serve(behind) as url:
-        subprocess.run([sys.executable, "-c", code, url], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code, stage.url], check=True, timeout=60)
     assert len(behind.seen) == 1
 
 
@@ -602,11 +670,9 @@ def test_the_client_is_light_and_replicas_do_not_load_it() -> None:
     assert done.stdout == "[] ['httpx']\n"
 
 
-@pytest.mark.parametrize("module", [client, client_answers], ids=lambda m: m.__name__)
-def test_the_examples_are_true(module: Any) -> None:
-    for test in doctest.DocTestFinder(exclude_empty=True).find(module):
-        if not test.examples:
-            continue
-        with serve(Behind(make_world(layout=LAYOUT))) as url:
-            test.globs |= {"url": url, "now": NOW}
-            assert doctest.DocTestRunner().run(test).failed == 0
+@pytest.mark.parametrize("module", [client, client_answers, arrow_scores], ids=lambda m: m.__name__)
+def test_the_examples_are_true(module: Any, stage: Stage) -> None:
+    for test in doctest.DocTestFinder().find(module):
+        stage.behind = Behind(make_world())
+        test.globs |= {"url": stage.url, "now": NOW}
+        assert doctest.DocTestRunner().run(test).failed == 0
