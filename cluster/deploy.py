@@ -143,6 +143,7 @@ def _check(
                 f"model `{model.name}`: artifact `{artifact}` is `{file}`, which does not lie beside "
                 f"`{definition.file_name}`; train the model first"
             )
+    ReadPlan(layout, model.features, model.subject)  # what the first one brings into memory is not this model's
     gc.collect()
     before = _resident_bytes()
     try:

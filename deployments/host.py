@@ -144,7 +144,7 @@ class ModelHost(Models):
         rollouts = await self._ask(self._registry.rollouts)
         before, self._rollouts = self._rollouts, rollouts
         changed = [r for name, r in rollouts.items() if before.get(name) != r]
-        live = {_id(version) for rollout in rollouts.values() for version in _live(rollout)}
+        live = {_id(version) for rollout in rollouts.values() for version in rollout.versions}
         self._failed = {i: why for i, why in self._failed.items() if i in live}
         mine = [r for r in changed if r.model in self.served or self._is_mine(r)]
         mine.sort(key=lambda r: r.model not in self.served)
@@ -163,7 +163,7 @@ class ModelHost(Models):
         """
         used, brought = self.memory_bytes, []
         for rollout in rollouts:
-            missing = [v for v in _live(rollout) if _id(v) not in self._loaded]
+            missing = [v for v in rollout.versions if _id(v) not in self._loaded]
             used += sum(map(_bytes, missing))
             if asked or rollout.model in self.served or used <= self._limits.memory_bytes_max:
                 brought.append((rollout, missing))
@@ -241,10 +241,14 @@ class ModelHost(Models):
         self.served = served
 
     def _forget_unused(self) -> None:
-        """Let go of the versions that nothing answers with any more."""
+        """Let go of the versions that nothing answers with; of each model one is kept, to roll back to at once."""
         answering = {id(lane) for served in self.served.values() for lane in served.lanes}
-        for one in list(self._loaded.values()):
-            if id(one.lane) not in answering and one.lane.idle:
+        spare: dict[str, _Loaded] = {}
+        for one in sorted(self._loaded.values(), key=lambda one: one.lane.asked_s, reverse=True):
+            if id(one.lane) in answering:
+                continue
+            fits = self.memory_bytes <= self._limits.memory_bytes_max and one.version.model in self.served
+            if (spare.setdefault(one.version.model, one) is not one or not fits) and one.lane.idle:
                 self._drop(one)
 
     def _drop(self, one: _Loaded) -> None:
@@ -299,10 +303,6 @@ def is_alive(report: Mapping[str, Any]) -> bool:
 
 def _id(version: Version) -> Id:
     return version.model, version.version
-
-
-def _live(rollout: Rollout) -> list[Version]:
-    return [v for v in (rollout.champion, rollout.canary, rollout.shadow) if v is not None]
 
 
 def _bytes(version: Version) -> int:
