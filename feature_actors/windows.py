@@ -1,7 +1,8 @@
 """Windows and tiles: how long, how wide, and which tiles a window covers.
 
 A window of length W is answered from tiles of one width w, taken from a fixed ladder by W alone:
-the widest width that is at most W/60 (an aggregation of large partials may say W/12, say). Tile k covers the times `[k*w, (k+1)*w)`. Read at `as_of`,
+the widest width that is at most W/60; an aggregation of large partials may have wider ones. Tile k
+covers the times `[k*w, (k+1)*w)`. Read at `as_of`,
 the window covers `[floor((as_of - W)/w)*w, as_of]`: never too short, at most one tile (1.7 %) too
 long. An exact window keeps the milliseconds of its tiles besides and covers `(as_of - W, as_of]`.
 All times and lengths are int64 milliseconds.

@@ -188,4 +188,4 @@ class TopK(Aggregation):
         return 0.0 if len({x for _, x in seen}) <= self.m else len(seen) / (self.m + 1)
 
     def worth(self, value: Any, seen: Seen) -> float:
-        return sum(x == value for _, x in seen)
+        return float(sum(x == value for _, x in seen))
