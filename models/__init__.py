@@ -5,7 +5,8 @@ if __name__ != "millpond.models":
 
 from millpond.models.features import Features
 from millpond.models.model import Model
+from millpond.models.pool import Pool
 from millpond.models.reader import FeatureReader
 from millpond.models.training import training_set
 
-__all__ = ["FeatureReader", "Features", "Model", "training_set"]
+__all__ = ["FeatureReader", "Features", "Model", "Pool", "training_set"]

@@ -18,6 +18,7 @@ from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.feature_actors.source import check_name, check_owner
 from millpond.feature_actors.view import Feature
 from millpond.models.features import Features
+from millpond.models.pool import Pool
 from millpond.models.reader import FeatureReader, Read, Reads
 
 __all__ = ["Features", "LoadedModel", "Model", "PredictionFailed", "Predictor"]
@@ -45,12 +46,13 @@ class PredictionFailed(MillpondError):
 class Model:
     """Declare a model.
 
-    version: names one immutable content; another content is another version.
+    version: names one immutable content; another content is another version. Without one, the content names it.
     features: what it reads, `view["name"]`, possibly of views with different keys.
     predictor: called with the path of each artifact to make the thing that predicts. It reads them then: when
         every model is made their folder is removed.
     artifacts: name to file name, beside the file of the definition.
     reads: further features that `predict(features, reader)` reads of whatever ids it likes.
+    pool: `Pool(...)` gives the model replicas of its own; without, it shares those of all models.
 
     Raises `DeclarationError` that names the model and what does not fit.
     """
@@ -63,13 +65,14 @@ class Model:
     artifacts: Mapping[str, str] = field(default_factory=dict)
     about: str = ""
     reads: Sequence[Feature] = ()
+    pool: Pool | None = None
 
     def __post_init__(self) -> None:
         check_name("model", self.name)
         check_owner("model", self.name, self.owner)
-        if not isinstance(self.version, str) or not 0 < len(self.version) <= 63:
+        if not isinstance(self.version, str) or len(self.version) > 63:
             raise DeclarationError(
-                f"model `{self.name}`: version is a text of 1 to 63 characters, got {self.version!r}"
+                f"model `{self.name}`: version is a text of at most 63 characters, got {self.version!r}"
             )
         if not self.features:
             raise DeclarationError(f"model `{self.name}`: no features")
@@ -85,6 +88,8 @@ class Model:
             raise DeclarationError(
                 f"model `{self.name}`: predictor must be a class or a function, got {self.predictor!r}"
             )
+        if self.pool is not None and not isinstance(self.pool, Pool):
+            raise DeclarationError(f"model `{self.name}`: pool must be a `Pool`, got {self.pool!r}")
         for artifact, file in self.artifacts.items():
             if not file or file == ".." or Path(file).name != file:
                 raise DeclarationError(
