@@ -34,7 +34,6 @@ from millpond.feature_actors.manifest import begin_anew, lock_directory
 from millpond.feature_actors.oracle import agrees, known
 from millpond.feature_actors.plan import FeatureRows
 from millpond.feature_actors.view import Feature, FeatureView
-from millpond.feature_actors.windows import TILES_PER_WINDOW_MIN
 from millpond.models.definition import Definition
 from millpond.models.model import LoadedModel, Model
 
@@ -279,8 +278,8 @@ def _reach(log: tuple[Any, Any], as_of_ms: int, aggregations: Sequence[Aggregati
     windows = [a.window_ms for a in aggregations]
     if None in windows:
         return events[:stop]
-    longest = max(w or 0 for w in windows)
-    return events[bisect_left(times, as_of_ms - longest - longest // TILES_PER_WINDOW_MIN) : stop]
+    longest, wide = max(w or 0 for w in windows), max(a.tile_width_ms or 0 for a in aggregations)
+    return events[bisect_left(times, as_of_ms - longest - wide) : stop]
 
 
 def keep_serving(stage: Stage, cluster: Cluster, model: str, key: Mapping[str, Any]) -> None:
