@@ -62,6 +62,35 @@ def _parser() -> argparse.ArgumentParser:
     up = command("up", _up, "Start a cluster from definition files and serve until Ctrl-C.")
     up.add_argument("files", nargs="+", type=Path, metavar="FILE.py")
     up.add_argument("--artifacts", type=Path, help="folder of the models' artifacts (default: beside each file)")
+    deploy = command("deploy", _deploy, "Add models to the running cluster; they are checked before anything changes.")
+    deploy.add_argument("file", type=Path, metavar="FILE.py")
+    deploy.add_argument("--model", action="append", default=[], metavar="NAME", help="only this one of the file")
+    deploy.add_argument("--as", dest="role", choices=["champion", "canary", "shadow"], default="champion",
+                        help="answers (default), answers a share of the ids, or only computes")  # fmt: skip
+    deploy.add_argument("--share", help="of a canary: `5%%` or `0.05` of the ids")
+    deploy.add_argument("--try", dest="ids", action="append", default=[], metavar="ID",
+                        help="an id to check the models on, as JSON (default: one that nobody knows)")  # fmt: skip
+    deploy.add_argument("--artifacts", type=Path, help="folder of the models' artifacts (default: beside the file)")
+    deploy.add_argument("--json", action="store_true", help="print it as JSON")
+    for name, about in (
+        ("promote", "Make a model's canary or shadow, or a version, its champion."),
+        ("rollback", "Make a model's rollout what it was before the last change."),
+        ("retire", "Take a version of a model, or the whole model, out of service for ever."),
+    ):
+        change = command(name, _change, about)
+        change.add_argument("model", metavar="MODEL")
+        if name != "rollback":
+            change.add_argument("version", nargs="?", metavar="VERSION")
+        change.set_defaults(change=name)
+    pool = command("pool", _pool, "Give a model replicas of its own, or take them away.")
+    pool.add_argument("model", metavar="MODEL")
+    pool.add_argument("--own-replicas", type=int, default=1, help="how many, or with --own-replicas-max at least")
+    pool.add_argument("--own-replicas-max", type=int, help="as many as the load asks for, up to this")
+    pool.add_argument("--cpus", type=float, default=1.0, help="of each replica")
+    pool.add_argument("--none", action="store_true", help="back to the replicas of all models, or its own declaration")
+    models = command("models", _models, "Show the models, who owns them and how they do; of one: all that is known.")
+    models.add_argument("model", nargs="?", metavar="MODEL")
+    models.add_argument("--json", action="store_true", help="print it as JSON")
     features = command("features", _features, "Show the views of a definition file, and what they take of memory.")
     features.add_argument("file", type=Path, metavar="FILE.py")
     features.add_argument("--json", action="store_true", help="print it as JSON")
@@ -98,7 +127,8 @@ def _up(options: argparse.Namespace, config: Config, origins: dict[str, str]) ->
     definitions = [Definition.read(path, options.artifacts) for path in options.files]
     print(f"starting cluster `{config.name}` in {config.directory} ...", file=sys.stderr)
     with Cluster(config, definitions) as cluster:
-        models = [m.name for d in definitions for m in d.declared().models]
+        assert cluster.registry is not None
+        models = sorted(cluster.registry.rollouts())
         down = "millpond down" + (f" --name {config.name}" if config.name != Config.name else "")
         print(f"serving {cluster.url}  (calls: {cluster.url}/docs; stop: Ctrl-C or `{down}`)")
         for source in cluster.layout.sources:
@@ -108,6 +138,55 @@ def _up(options: argparse.Namespace, config: Config, origins: dict[str, str]) ->
         sys.stdout.flush()
         cluster.wait()
         print("stopping ...", file=sys.stderr)
+    return 0
+
+
+def _deploy(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    from millpond.cluster.deploy import share_of
+    from millpond.cluster.model_commands import deploy_file, ids_of, print_deployed
+
+    deployed = deploy_file(
+        config,
+        options.file,
+        artifacts_dir=options.artifacts,
+        only=options.model,
+        as_=options.role,
+        share=None if options.share is None else share_of(options.share),
+        ids=ids_of(options.ids),
+    )
+    if options.json:
+        print(json.dumps(deployed))
+    else:
+        print_deployed(deployed)
+    return 0
+
+
+def _change(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    from millpond.cluster.model_commands import change_model
+
+    print(change_model(config, options.change, options.model, getattr(options, "version", None)))
+    return 0
+
+
+def _pool(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    from millpond.cluster.model_commands import change_model
+    from millpond.models import Pool
+
+    pool = None if options.none else Pool(options.own_replicas, options.cpus, options.own_replicas_max)
+    print(change_model(config, "pool", options.model, pool=pool))
+    return 0
+
+
+def _models(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    from millpond.cluster.model_commands import describe_models, print_model, print_models
+
+    described = describe_models(config, options.model)
+    if options.json:
+        print(json.dumps(described))
+    elif options.model is None:
+        print_models(described)
+    else:
+        print_model(described)
     return 0
 
 

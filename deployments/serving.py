@@ -8,13 +8,17 @@ settings from the environment when it is imported.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import secrets
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from millpond.deployments.events import EventsApp
+from millpond.deployments.host import HostLimits, ModelHost
 from millpond.deployments.score import ScoreApp, ScoreLimits
 from millpond.feature_actors.calls import CallIngest, CallRead
 from millpond.feature_actors.client import FeatureClient, TimeLimits
@@ -28,7 +32,8 @@ from millpond.feature_actors.reader import MemoryRead
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.source import Source
 from millpond.feature_actors.view import FeatureView
-from millpond.models.definition import Definition, load_models
+from millpond.models.pool import Pool
+from millpond.models.registry import Registry
 
 logger = logging.getLogger("millpond.serving")
 
@@ -39,12 +44,15 @@ __all__ = [
     "app_names",
     "deployment",
     "events_application",
+    "pool_application",
+    "pool_target",
     "score_application",
     "stay_on_loopback",
 ]
 
 EVENTS_PREFIX = "/v1/events"
 SCORE_PREFIX = "/"
+_SWITCH_INTERVAL_S = 0.0005
 
 
 @dataclass(frozen=True)
@@ -68,11 +76,18 @@ class ServingSpec:
     replicas: int
     requests_ongoing_max: int
     requests_queued_max: int
+    registry_dir: str
+    models: HostLimits
 
 
 def app_names(cluster_name: str) -> tuple[str, str]:
     """Return the names of the events app and the score app."""
     return f"{cluster_name}-events", f"{cluster_name}-score"
+
+
+def pool_target(cluster_name: str, model: str) -> tuple[str, str]:
+    """Return the name and the route prefix of the app of a model's pool: callers do not notice where it answers."""
+    return f"{cluster_name}-pool-{model}", f"{SCORE_PREFIX.rstrip('/')}/v1/score/{model}"
 
 
 def _connect(spec: ServingSpec) -> tuple[FeatureClient, Any]:
@@ -129,12 +144,17 @@ class EventsReplica:
 
 
 class ScoreReplica:
-    """A process that holds every model of the definitions and answers scores."""
+    """A process that answers scores, with the models of the registry in memory: those of a pool, or of none."""
 
-    def __init__(self, spec: ServingSpec, definitions: tuple[Definition, ...]) -> None:
+    async def __init__(self, spec: ServingSpec, pool: str | None = None) -> None:  # type: ignore[misc]  # Serve awaits it
+        # A model in a thread must not keep the event loop waiting for the interpreter: 5 ms is Python's default.
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         client, read = _connect(spec)
-        models = load_models(definitions, client.layout)
-        self._app = ScoreApp(client, models, read.status, spec.scores, spec.admin_token_sha256, spec.cluster_name)
+        replica = f"{pool or 'models'}-{secrets.token_hex(4)}"
+        self._host = ModelHost(Registry(Path(spec.registry_dir)), client, replica, pool, spec.models)
+        await self._host.start()
+        self._following = asyncio.get_running_loop().create_task(self._host.follow())
+        self._app = ScoreApp(client, self._host, read.status, spec.scores, spec.admin_token_sha256, spec.cluster_name)
         self._app.body_timeout_s = spec.body_timeout_s
 
     def __serve_build_asgi_app__(self) -> ScoreApp:
@@ -165,6 +185,19 @@ def events_application(spec: ServingSpec) -> Any:
     return deployment(EventsReplica, "Events", spec).bind(spec)
 
 
-def score_application(spec: ServingSpec, definitions: tuple[Definition, ...]) -> Any:
-    """Return the Serve application that scores the models of `definitions`."""
-    return deployment(ScoreReplica, "Score", spec).bind(spec, definitions)
+def score_application(spec: ServingSpec) -> Any:
+    """Return the Serve application that scores the models of no pool."""
+    return deployment(ScoreReplica, "Score", spec).bind(spec)
+
+
+def pool_application(spec: ServingSpec, model: str, pool: Pool) -> Any:
+    """Return the Serve application that scores one model in replicas of its own."""
+    options: dict[str, Any] = {"ray_actor_options": {"num_cpus": pool.cpus}}
+    if pool.pip:
+        options["ray_actor_options"]["runtime_env"] = {"pip": list(pool.pip)}
+    if pool.replicas_max is None:
+        options["num_replicas"] = pool.replicas
+    else:
+        options["num_replicas"] = None
+        options["autoscaling_config"] = {"min_replicas": pool.replicas, "max_replicas": pool.replicas_max}
+    return deployment(ScoreReplica, "Pool", spec).options(**options).bind(spec, model)

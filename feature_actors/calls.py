@@ -105,6 +105,10 @@ class CallRead:
             clock = as_of
         raise Unavailable("events of the entity arrive faster than it can be read", retry_after_ms=100)
 
+    def read_now(self, question: Question) -> Answer | None:
+        """Return None: a call is always waited for."""
+        return None
+
     async def _ask(self, shard: int, question: Question) -> Answer:
         return decode_answer(await self._calls.call(shard, "read", encode_question(question)), question)
 

@@ -24,7 +24,7 @@ from millpond.feature_actors.events import ELSEWHERE, Events, Receipt
 from millpond.feature_actors.keys import Hashes, hash_columns
 from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.log.record import HomeRecord
-from millpond.feature_actors.plan import FeatureRows, ReadPlan
+from millpond.feature_actors.plan import FeatureRows, Question, ReadPlan
 from millpond.feature_actors.ports import IngestPort, ReadPort, all_of, each_of
 from millpond.feature_actors.routes import shards_of_keys
 from millpond.feature_actors.shard_map import ShardMap
@@ -203,10 +203,22 @@ class FeatureClient:
 
         All features of an id are as of one time. Raises `AsOfInPast`; `Unavailable` if a shard is.
         """
-        if n == 0:
-            return FeatureRows(np.empty((0, len(plan.names))), np.empty(0, np.int64), [])
+        if not n:
+            return plan.no_rows()
+        return plan.rows(await self._read.read(self._question(plan, keys, n, as_of_ms)))
+
+    def read_now(
+        self, plan: ReadPlan, keys: Mapping[str, Sequence[Any]], n: int, as_of_ms: int | None = None
+    ) -> FeatureRows | None:
+        """Read as `read` does, but without waiting: return None if one has to wait for an answer."""
+        if not n:
+            return plan.no_rows()
+        answer = self._read.read_now(self._question(plan, keys, n, as_of_ms))
+        return None if answer is None else plan.rows(answer)
+
+    def _question(self, plan: ReadPlan, keys: Mapping[str, Sequence[Any]], n: int, as_of_ms: int | None) -> Question:
         as_of = None if as_of_ms is None else np.full(n, as_of_ms, np.int64)
-        return plan.rows(await self._read.read(plan.question(keys, n, self._clock.now_ms(), as_of)))
+        return plan.question(keys, n, self._clock.now_ms(), as_of)
 
     # -- steps of ingest
 

@@ -48,6 +48,9 @@ class ReadPort(Protocol):
 
     def read(self, question: Question) -> Awaitable[Answer]: ...
 
+    def read_now(self, question: Question) -> Answer | None:
+        """Return the answer, or None if one has to wait for it: `read` does."""
+
 
 class _Done(Generic[T]):
     """An awaitable that is done already."""
@@ -93,6 +96,9 @@ class LocalRead:
 
     def read(self, question: Question) -> Awaitable[Answer]:
         return _Done(self._reader.read(question))
+
+    def read_now(self, question: Question) -> Answer | None:
+        return self._reader.read(question)
 
 
 def complete(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -166,6 +166,21 @@ class MemoryRead:
             f"shard {shard} of {self._n_shards} has not published its memory yet; retry", retry_after_ms=1_000
         )
 
+    def read_now(self, question: Question) -> Answer | None:
+        """Answer a question, or return None if a slot of it is being written, or a shard has moved."""
+        answer = Answer.empty(question)
+        self._count()
+        try:
+            self._reader.attempt(question, answer, 0)
+        except (_Moved, _Busy):
+            return None
+        return answer
+
+    def _count(self) -> None:
+        self._reads += 1
+        if self._reads % _POPULATE_EVERY == 0:
+            self._reader.populate()
+
     async def read(self, question: Question) -> Answer:
         """Answer a question; waits only while a slot of it is being written.
 
@@ -173,9 +188,7 @@ class MemoryRead:
         """
         answer = Answer.empty(question)
         start, deadline = 0, 0.0
-        self._reads += 1
-        if self._reads % _POPULATE_EVERY == 0:
-            self._reader.populate()
+        self._count()
         while True:
             try:
                 self._reader.attempt(question, answer, start)

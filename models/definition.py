@@ -1,18 +1,22 @@
 """A definition: the one file in which an ML team writes sources, views and models, with its artifacts.
 
 It travels as text and bytes, so that every process that needs it, on whatever node, has the same;
-each runs the text once and takes what it declares.
+each runs the text once and takes what it declares. Its content is the text and the artifacts, not the
+name of the file; the digest of that is what a version is made of.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import linecache
 import sys
 import tempfile
+import threading
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,7 +28,11 @@ from millpond.models.model import LoadedModel, Model
 
 T = TypeVar("T")
 
-__all__ = ["Declared", "Definition", "load_models"]
+__all__ = ["ARTIFACTS_DIR", "Declared", "Definition", "digest_of", "load_models"]
+
+_RUNNING = threading.RLock()
+#: How the content lies in a folder, whatever the files were called where they came from.
+_TEXT, ARTIFACTS_DIR = "definition.py", "artifacts"
 
 
 @dataclass(frozen=True)
@@ -58,36 +66,85 @@ class Definition:
         files = {f for model in cls(path.name, text).declared().models for f in model.artifacts.values()}
         return cls(path.name, text, {f: (folder / f).read_bytes() for f in sorted(files) if (folder / f).is_file()})
 
+    @classmethod
+    def of_files(cls, file_name: str, files: Mapping[str, bytes]) -> Definition:
+        """Make a definition of its `files`."""
+        artifacts = {
+            path.removeprefix(f"{ARTIFACTS_DIR}/"): content for path, content in files.items() if path != _TEXT
+        }
+        return cls(file_name, files[_TEXT].decode(), artifacts)
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """The content as the files of a folder: `definition.py`, and `artifacts/NAME` for each artifact."""
+        return {
+            _TEXT: self.text.encode(),
+            **{f"{ARTIFACTS_DIR}/{n}": self.artifacts[n] for n in sorted(self.artifacts)},
+        }
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """The SHA-256 of each of the `files`, in hex digits."""
+        return {path: hashlib.sha256(content).hexdigest() for path, content in self.files.items()}
+
+    @property
+    def digest(self) -> str:
+        """The content in 64 hex digits: equal if text and artifacts are, whatever the file is called."""
+        return digest_of(self.hashes)
+
+    @property
+    def module_name(self) -> str:
+        """What the module of the text is called in `sys.modules`; it stays there until `forget_module`."""
+        return f"millpond_definition_{hashlib.sha256(self.text.encode()).hexdigest()[:16]}"
+
     def declared(self) -> Declared:
         """Run the text (once a process) and return what it declares: by name, or in a list, tuple or dict of a name."""
-        name = f"millpond_definition_{hashlib.sha256(self.text.encode()).hexdigest()[:16]}"
-        module = sys.modules.get(name)
-        if module is None:
+        module = self._module()
+        values = [one for value in vars(module).values() for one in _contents(value)]
+        models = _each(values, Model)
+        views = _each([*values, *(f.view for m in models for f in (*m.features, *m.reads))], FeatureView)
+        sources = _each([*values, *(v.source for v in views)], Source)
+        return Declared(sources, views, models)
+
+    def _module(self) -> types.ModuleType:
+        name = self.module_name
+        with _RUNNING:  # else another thread would take a module that has not been run to its end
+            module = sys.modules.get(name)
+            if module is not None:
+                return module
             module = types.ModuleType(name)
-            module.__file__ = f"<{self.file_name}>"
-            # Tracebacks and inspect find the text although there may be no such file on this node.
-            linecache.cache[module.__file__] = (
-                len(self.text),
-                None,
-                self.text.splitlines(True),
-                module.__file__,
-            )
+            # Tracebacks and inspect find the text although there may be no such file on this node, or another version.
+            module.__file__ = f"<{self.file_name} {name[-8:]}>"
+            lines = self.text.splitlines(True)
+            linecache.cache[module.__file__] = (len(self.text), None, lines, module.__file__)
             sys.modules[name] = module
             try:
                 exec(compile(self.text, module.__file__, "exec"), module.__dict__)
-            except MillpondError:
-                del sys.modules[name]
-                raise
-            except (Exception, SystemExit) as error:
-                del sys.modules[name]
+            except BaseException as error:
+                forget_module(name)
+                if isinstance(error, MillpondError) or not isinstance(error, Exception | SystemExit):
+                    raise
                 raise DeclarationError(
                     f"definition `{self.file_name}`: does not run: {type(error).__name__}: {error}"
                 ) from error
-        values = [one for value in vars(module).values() for one in _contents(value)]
-        models = _each(values, Model)
-        views = _each([*values, *(f.view for m in models for f in m.features)], FeatureView)
-        sources = _each([*values, *(v.source for v in views)], Source)
-        return Declared(sources, views, models)
+            return module
+
+
+def forget_module(name: str) -> None:
+    """Let go of the module of a definition: what still uses something of it goes on, `declared` runs the text again."""
+    with _RUNNING:
+        module = sys.modules.pop(name, None)
+        if module is not None:
+            linecache.cache.pop(str(module.__file__), None)
+
+
+def digest_of(hashes: Mapping[str, str]) -> str:
+    """Return the digest of a definition by the hashes of its files.
+
+    >>> digest_of({"definition.py": "00"})[:12]
+    '733f7340e45e'
+    """
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
 def _contents(value: object) -> Iterable[object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -10,35 +11,27 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from millpond.feature_actors.errors import DeclarationError, MillpondError
 from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.feature_actors.source import check_name, check_owner
 from millpond.feature_actors.view import Feature
+from millpond.models.features import Features
+from millpond.models.pool import Pool
+from millpond.models.reader import FeatureReader, Read, Reads
 
 __all__ = ["Features", "LoadedModel", "Model", "PredictionFailed", "Predictor"]
 
 logger = logging.getLogger("millpond.models")
 
 
-@dataclass(frozen=True)
-class Features:
-    """What `predict` gets, in the order in which the model declares its features.
-
-    matrix: float64 [n, columns], the features of numbers. names: of its columns, `view.feature`; a feature with
-    several columns has `view.feature[0]` and on.
-    texts: the features of strings by name: n strings, None where there is none, or n tuples of them (of a `LastN`).
-    """
-
-    matrix: npt.NDArray[np.float64]
-    names: tuple[str, ...]
-    texts: Mapping[str, list[Any]] = field(default_factory=dict)
-
-
 class Predictor(Protocol):
-    """Anything with `predict`: n rows in, n results out (numbers, or anything that JSON holds)."""
+    """Anything with `predict`: n rows in, n results out (numbers, or anything that JSON holds).
+
+    `predict(features, reader)` is given a `FeatureReader` besides, to read more features with. It is never called
+    twice at once. Rows may be of several requests: a result must be of its own row only.
+    """
 
     def predict(self, features: Features, /) -> Any: ...
 
@@ -53,11 +46,13 @@ class PredictionFailed(MillpondError):
 class Model:
     """Declare a model.
 
-    version: names one immutable content; another content is another version.
+    version: names one immutable content; another content is another version. Without one, the content names it.
     features: what it reads, `view["name"]`, possibly of views with different keys.
     predictor: called with the path of each artifact to make the thing that predicts. It reads them then: when
         every model is made their folder is removed.
     artifacts: name to file name, beside the file of the definition.
+    reads: further features that `predict(features, reader)` reads of whatever ids it likes.
+    pool: `Pool(...)` gives the model replicas of its own; without, it shares those of all models.
 
     Raises `DeclarationError` that names the model and what does not fit.
     """
@@ -69,27 +64,32 @@ class Model:
     predictor: Callable[..., Predictor] = None  # type: ignore[assignment]
     artifacts: Mapping[str, str] = field(default_factory=dict)
     about: str = ""
+    reads: Sequence[Feature] = ()
+    pool: Pool | None = None
 
     def __post_init__(self) -> None:
         check_name("model", self.name)
         check_owner("model", self.name, self.owner)
-        if not isinstance(self.version, str) or not 0 < len(self.version) <= 63:
+        if not isinstance(self.version, str) or len(self.version) > 63:
             raise DeclarationError(
-                f"model `{self.name}`: version is a text of 1 to 63 characters, got {self.version!r}"
+                f"model `{self.name}`: version is a text of at most 63 characters, got {self.version!r}"
             )
         if not self.features:
             raise DeclarationError(f"model `{self.name}`: no features")
-        for one in self.features:
-            if not isinstance(one, Feature):
-                raise DeclarationError(f'model `{self.name}`: expected features such as view["name"], got {one!r}')
-        names = [f.full_name for f in self.features]
-        if len(set(names)) != len(names):
-            twice = next(n for n in names if names.count(n) > 1)
-            raise DeclarationError(f"model `{self.name}`: feature `{twice}` is named twice")
+        for features in (self.features, self.reads):
+            for one in features:
+                if not isinstance(one, Feature):
+                    raise DeclarationError(f'model `{self.name}`: expected features such as view["name"], got {one!r}')
+            names = [f.full_name for f in features]
+            if len(set(names)) != len(names):
+                twice = next(n for n in names if names.count(n) > 1)
+                raise DeclarationError(f"model `{self.name}`: feature `{twice}` is named twice")
         if not callable(self.predictor):
             raise DeclarationError(
                 f"model `{self.name}`: predictor must be a class or a function, got {self.predictor!r}"
             )
+        if self.pool is not None and not isinstance(self.pool, Pool):
+            raise DeclarationError(f"model `{self.name}`: pool must be a `Pool`, got {self.pool!r}")
         for artifact, file in self.artifacts.items():
             if not file or file == ".." or Path(file).name != file:
                 raise DeclarationError(
@@ -107,23 +107,36 @@ class LoadedModel:
     def __init__(self, model: Model, layout: Layout, artifacts_dir: Path) -> None:
         self.model = model
         self.plan = ReadPlan(layout, model.features, model.subject)
+        self._reads = Reads(layout, model.reads, model.subject)
         self._predictor = model.predictor(**{name: str(artifacts_dir / file) for name, file in model.artifacts.items()})
+        self._two_stage = _takes_a_reader(self._predictor.predict)
 
-    def predict(self, rows: FeatureRows) -> list[Any]:
+    def predict(
+        self,
+        rows: FeatureRows,
+        keys: Mapping[str, Sequence[Any]] | None = None,
+        read: Read | None = None,
+        as_of_ms: int | None = None,
+    ) -> list[Any]:
         """Return one result per row, as plain Python values that JSON can hold.
 
+        keys: the ids of the rows by key field. read: what the predictor reads more features with, as of a time.
         Raises `PredictionFailed` if the predictor fails (its exception goes to the log only), returns
-        another number of results, or something that JSON has no word for, such as NaN.
+        another number of results, or something that JSON has no word for, such as NaN; and what `read` raises.
         """
         subject, n = self.model.subject, len(rows.matrix)
+        features = Features(rows.matrix, self.plan.names, rows.texts, keys or {})
+        reader = FeatureReader(self._reads, read, as_of_ms) if self._two_stage else None
         try:
-            results = self._predictor.predict(Features(rows.matrix, self.plan.names, rows.texts))
+            results = self._predictor.predict(features) if reader is None else self._predictor.predict(features, reader)  # type: ignore[call-arg]
             # These have a length too, which is of something else.
             single = isinstance(results, Mapping | Set | str | bytes | bytearray)
             if not single:
                 results = results.tolist() if isinstance(results, np.ndarray) else list(results)
                 count = len(results)
         except Exception as error:
+            if reader is not None and error is reader.failure:  # a shard is to blame, not the model
+                raise
             # Its text may hold paths or values that are not the client's to see.
             name = type(error).__name__
             logger.exception("%s: predict raised %s", subject, name)
@@ -137,10 +150,21 @@ class LoadedModel:
             )
         if count != n:
             raise PredictionFailed(f"{subject}: predict returned {count} results for {n} rows")
+        if all(type(result) is float for result in results) and all(map(math.isfinite, results)):
+            return results  # type: ignore[no-any-return]
         try:
             return [_plain_json(result) for result in results]
         except (ValueError, RecursionError) as error:
             raise PredictionFailed(f"{subject}: predict returned {error}, which JSON cannot hold") from None
+
+
+def _takes_a_reader(predict: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(predict).parameters.values()
+    except (TypeError, ValueError):  # of compiled code, which does not tell
+        return False
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(needed) == 2
 
 
 def _plain_json(value: Any) -> Any:

@@ -13,7 +13,7 @@ import numba as nb
 import numpy as np
 import numpy.typing as npt
 
-from millpond.models.model import Features
+from millpond.models.features import Features
 
 __all__ = ["BoostedTrees", "save_trees"]
 

@@ -8,10 +8,9 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import diskcache
-from diskcache.core import MODE_RAW
 
 from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.log.record import (
@@ -24,6 +23,7 @@ from millpond.feature_actors.log.record import (
     encode,
 )
 from millpond.feature_actors.log.schemas import Schemas
+from millpond.feature_actors.raw_disk import NEVER_A_FILE, RawDisk
 
 __all__ = ["Durability", "Log", "LogFull", "write_log"]
 
@@ -31,7 +31,6 @@ __all__ = ["Durability", "Log", "LogFull", "write_log"]
 Durability = Literal["sync", "process", "none"]
 
 _SYNCHRONOUS = {"sync": 2, "process": 0}  # SQLite's FULL and OFF
-_NEVER_A_FILE = 1 << 40
 #: Measured: of 4, 8, 16 and 32 KB the one that takes least processor time for records of 2 to 60 KB, and little more
 #: than the best for 600 KB.
 PAGE_BYTES = 8_192
@@ -48,27 +47,8 @@ class LogFull(Unavailable):
     code = "log_full"
 
 
-class _RawDisk(diskcache.Disk):  # type: ignore[misc]
-    """Values are bytes and keys are integers, stored as they are. diskcache would pickle what is not, and unpickle
-    what it finds."""
-
-    def put(self, key: Any) -> tuple[int, bool]:
-        assert type(key) is int
-        return key, True
-
-    def get(self, key: Any, raw: bool) -> int:
-        if not raw or type(key) is not int:
-            raise LogDamaged(f"log: a key is {type(key).__name__}; keys are offsets; restore it from a copy")
-        return key
-
-    def store(self, value: Any, read: bool, key: Any = None) -> tuple[int, int, None, Any]:
-        assert type(value) is bytes
-        return 0, MODE_RAW, None, sqlite3.Binary(value)
-
-    def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> bytes:
-        if mode != MODE_RAW or not isinstance(value, bytes | memoryview):
-            raise LogDamaged("log: a value is not of raw bytes; nothing else is read; restore it from a copy")
-        return bytes(value)
+class _LogDisk(RawDisk):
+    key_type, subject, keys_are, damaged = int, "log", "offsets", LogDamaged
 
 
 def _make_pages(path: Path) -> None:
@@ -95,7 +75,7 @@ class Log:
             _make_pages(directory / "cache.db")
             self._cache = diskcache.Cache(
                 str(directory),
-                disk=_RawDisk,
+                disk=_LogDisk,
                 timeout=60,
                 eviction_policy="none",
                 cull_limit=0,
@@ -105,7 +85,7 @@ class Log:
                 sqlite_cache_size=_CACHE_PAGES,
                 sqlite_wal_autocheckpoint=_CHECKPOINT_PAGES,
                 sqlite_synchronous=_SYNCHRONOUS[durability],
-                disk_min_file_size=_NEVER_A_FILE,
+                disk_min_file_size=NEVER_A_FILE,
             )
             first = next(self._cache.iterkeys(), 0)
             last = next(self._cache.iterkeys(reverse=True), -1)
