@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from millpond.deployments.deployment import Deployment
 from millpond.deployments.events import EventsApp
 from millpond.deployments.host import HostLimits, ModelHost
 from millpond.deployments.score import ScoreApp, ScoreLimits
@@ -32,6 +33,7 @@ from millpond.feature_actors.reader import MemoryRead
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.source import Source
 from millpond.feature_actors.view import FeatureView
+from millpond.models.definition import Definition
 from millpond.models.pool import Pool
 from millpond.models.registry import Registry
 
@@ -42,6 +44,7 @@ __all__ = [
     "SCORE_PREFIX",
     "ServingSpec",
     "app_names",
+    "custom_application",
     "deployment",
     "events_application",
     "pool_application",
@@ -161,6 +164,18 @@ class ScoreReplica:
         return self._app
 
 
+class CustomReplica:
+    """A process that holds a deployment of a team's own, made anew from the text of its definition."""
+
+    def __init__(self, spec: ServingSpec, definition: Definition, name: str) -> None:
+        client, _ = _connect(spec)
+        (declared,) = (d for d in definition.instances(Deployment) if d.name == name)
+        self._app = declared.app(client)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self._app
+
+
 def deployment(replica: Callable[..., Any], name: str, spec: ServingSpec) -> Any:
     """Return a replica class as a Serve deployment with the cluster's limits."""
     from ray import serve
@@ -201,3 +216,9 @@ def pool_application(spec: ServingSpec, model: str, pool: Pool) -> Any:
         options["num_replicas"] = None
         options["autoscaling_config"] = {"min_replicas": pool.replicas, "max_replicas": pool.replicas_max}
     return deployment(ScoreReplica, "Pool", spec).options(**options).bind(spec, model)
+
+
+def custom_application(spec: ServingSpec, definition: Definition, declared: Deployment) -> Any:
+    """Return the Serve application of a deployment of a team's own."""
+    options = {"num_replicas": declared.replicas, "ray_actor_options": {"num_cpus": declared.cpus}}
+    return deployment(CustomReplica, "Custom", spec).options(**options).bind(spec, definition, declared.name)

@@ -7,7 +7,6 @@ whole seconds. A film has one to six genres, and each rating is an event for eac
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from millpond.cluster.demo.datasets import RECBOLE, fetch
