@@ -21,7 +21,7 @@ from millpond.models.features import Features
 from millpond.models.pool import Pool
 from millpond.models.reader import FeatureReader, Read, Reads
 
-__all__ = ["Features", "LoadedModel", "Model", "PredictionFailed", "Predictor"]
+__all__ = ["Features", "LoadedModel", "Model", "PredictionFailed", "Predictor", "TwoStagePredictor"]
 
 logger = logging.getLogger("millpond.models")
 
@@ -29,11 +29,16 @@ logger = logging.getLogger("millpond.models")
 class Predictor(Protocol):
     """Anything with `predict`: n rows in, n results out (numbers, or anything that JSON holds).
 
-    `predict(features, reader)` is given a `FeatureReader` besides, to read more features with. It is never called
-    twice at once. Rows may be of several requests: a result must be of its own row only.
+    It is never called twice at once. Rows may be of several requests: a result must be of its own row only.
     """
 
     def predict(self, features: Features, /) -> Any: ...
+
+
+class TwoStagePredictor(Protocol):
+    """A predictor that is given a `FeatureReader` besides, to read more features with."""
+
+    def predict(self, features: Features, reader: FeatureReader, /) -> Any: ...
 
 
 class PredictionFailed(MillpondError):
@@ -61,7 +66,7 @@ class Model:
     version: str = ""
     owner: str = ""
     features: Sequence[Feature] = ()
-    predictor: Callable[..., Predictor] = None  # type: ignore[assignment]
+    predictor: Callable[..., Predictor | TwoStagePredictor] = None  # type: ignore[assignment]
     artifacts: Mapping[str, str] = field(default_factory=dict)
     about: str = ""
     reads: Sequence[Feature] = ()
@@ -108,7 +113,9 @@ class LoadedModel:
         self.model = model
         self.plan = ReadPlan(layout, model.features, model.subject)
         self._reads = Reads(layout, model.reads, model.subject)
-        self._predictor = model.predictor(**{name: str(artifacts_dir / file) for name, file in model.artifacts.items()})
+        self._predictor: Any = model.predictor(
+            **{name: str(artifacts_dir / file) for name, file in model.artifacts.items()}
+        )
         self._two_stage = _takes_a_reader(self._predictor.predict)
 
     def predict(
@@ -128,7 +135,7 @@ class LoadedModel:
         features = Features(rows.matrix, self.plan.names, rows.texts, keys or {})
         reader = FeatureReader(self._reads, read, as_of_ms) if self._two_stage else None
         try:
-            results = self._predictor.predict(features) if reader is None else self._predictor.predict(features, reader)  # type: ignore[call-arg]
+            results = self._predictor.predict(features) if reader is None else self._predictor.predict(features, reader)
             # These have a length too, which is of something else.
             single = isinstance(results, Mapping | Set | str | bytes | bytearray)
             if not single:

@@ -126,7 +126,6 @@ class Recommend(Popular):
 
 recommend = Model(
     "recommend",
-    version="1",
     owner="recommendations",
     about="Ten films of a genre for a user who has not rated them, the best first.",
     features=FEATURES,
@@ -136,7 +135,6 @@ recommend = Model(
 )
 popular = Model(
     "popular",
-    version="1",
     owner="recommendations",
     about="Ten films of a genre that the user has not rated, those that most rated in the last 30 days.",
     features=FEATURES,
