@@ -12,6 +12,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from millpond.bench.command import add_arguments as add_bench_arguments
+from millpond.bench.command import run_bench
 from millpond.cluster.config import Config, load_config
 from millpond.feature_actors.errors import MillpondError, Unavailable
 
@@ -106,16 +108,7 @@ def _parser() -> argparse.ArgumentParser:
                        help="a whole copy of DIR: made if it does not exist, then compared byte for byte")  # fmt: skip
     check.add_argument("--json", action="store_true", help="print it as one JSON object")
     command("config", _config, "Print every setting and where its value came from.")
-    bench = command("bench", _bench, "Measure; the figures stand in the README under Measured.")
-    bench.add_argument("scenario", choices=["score", "store", "events", "faults", "recovery"])
-    bench.add_argument("--json", action="store_true", help="print the figures as one JSON object")
-    bench.add_argument("--seconds", type=float, default=5.0, help="length of each measurement")
-    bench.add_argument("--record", action="store_true", help="add a line to bench/history.jsonl")
-    bench.add_argument("--quick", action="store_true", help="store, events, recovery: tiny, to see that it works")
-    bench.add_argument("--kills", type=int, default=100, help="faults: how many processes are killed")
-    bench.add_argument("--events", type=int, default=1_000_000, help="faults: how many events are sent meanwhile")
-    bench.add_argument("--seed", type=int, help="faults: of the order of kills and of the events (default: any)")
-    bench.add_argument("--no-ray", action="store_true", help="store: leave out what needs Ray, the reads by actor call")
+    add_bench_arguments(command("bench", run_bench, "Measure; the figures stand in the README under Measured."))
     return parser
 
 
@@ -270,46 +263,6 @@ def _config(options: argparse.Namespace, config: Config, origins: dict[str, str]
     for name, origin in origins.items():
         print(f"{name:{width}} = {json.dumps(getattr(config, name)):24} # {origin}")
     return 0
-
-
-def _bench(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
-    if options.scenario == "store":
-        from millpond.bench.store import run_store_bench
-
-        return run_store_bench(
-            config,
-            as_json=options.json,
-            seconds=options.seconds,
-            quick=options.quick,
-            ray=not options.no_ray,
-            record=options.record,
-        )
-    if options.scenario == "events":
-        from millpond.bench.events import run_events_bench
-
-        return run_events_bench(
-            config, as_json=options.json, seconds=options.seconds, quick=options.quick, record=options.record
-        )
-    if options.scenario == "faults":
-        from millpond.bench.faults import run_faults_bench
-
-        return run_faults_bench(
-            config,
-            as_json=options.json,
-            kills=options.kills,
-            events=options.events,
-            seed=options.seed,
-            record=options.record,
-        )
-    if options.scenario == "recovery":
-        from millpond.bench.recovery import run_recovery_bench
-
-        return run_recovery_bench(
-            config, as_json=options.json, seconds=options.seconds, quick=options.quick, record=options.record
-        )
-    from millpond.bench.score import run_score_bench
-
-    return run_score_bench(config, origins, as_json=options.json, seconds=options.seconds, record=options.record)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -60,6 +60,11 @@ class Answers:
     def list(self, answered: Iterable[tuple[Lane, Scored, int]]) -> bytes:
         """Return the answers of several rows as a JSON array."""
         return b"[%b]" % b",".join([self.one(lane, scored, row) for lane, scored, row in answered])
+
+    def ids(self, n: int) -> Sequence[str]:
+        """Return n ids of answers."""
+        prefix = self._prefix.decode().removeprefix('{"id":"')
+        return [f"{prefix}{number:010x}" for number in itertools.islice(self._numbers, n)]
 
     def _time(self, ms: int) -> bytes:
         if ms != self._ms:

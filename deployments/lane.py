@@ -2,7 +2,7 @@
 
 Promises:
 - No request waits for company. What one turn of the event loop brings is read and predicted in one go; so is what
-  comes while an earlier prediction of the model runs.
+  comes while an earlier prediction of the model runs. As long as each turn brings one, it is scored as it comes.
 - `predict` of a model is never called twice at once.
 - A quick model (half a millisecond a call, by the last nine) is called on the event loop: a thread would cost more. A
   slower one is called in a thread, and the models beside it go on. Its requests have a time limit (504), and their
@@ -154,6 +154,8 @@ class Lane:
         self.in_threads = predict_s > INLINE_S_MAX
         self._waiting: deque[_Ask] = deque()
         self._ready: deque[_Batch] = deque()
+        #: Whether a turn of the event loop brings one request, as the last ones did: it need not wait for its end then.
+        self._alone = True
         self._turn_comes = False
         #: The batch that a thread is busy with.
         self._running: _Batch | None = None
@@ -201,13 +203,29 @@ class Lane:
         self._waiting.append(ask)
         if not self._turn_comes:
             self._turn_comes = True
+            if self._alone:
+                loop.call_soon(self._look_for_company)
+                self._take_turns()
+            else:
+                loop.call_soon(self._take_turn)
+        elif self._alone:  # the second of this turn of the loop: from now on they are scored together
+            self._alone = False
             loop.call_soon(self._take_turn)
         return ask.answer
 
     # -- a turn: read and predict what waits
 
+    def _look_for_company(self) -> None:
+        """End the turn of a request that was scored at once, unless another one came in it."""
+        if self._alone:
+            self._turn_comes = False
+
     def _take_turn(self) -> None:
         self._turn_comes = False
+        self._alone = len(self._waiting) == 1
+        self._take_turns()
+
+    def _take_turns(self) -> None:
         while self._running is None and (self._ready or self._waiting):
             if self._ready:
                 self._score(self._ready.popleft())
@@ -263,7 +281,7 @@ class Lane:
         else:
             batch.rows = done.result()
             self._ready.append(batch)
-        self._take_turn()
+        self._take_turns()
 
     def _predict(self, batch: _Batch, rows: FeatureRows) -> None:
         if any(ask.values for ask in batch.asks):  # a predictor may write into its matrix: the answer has what was read
@@ -308,7 +326,7 @@ class Lane:
                 self._fail(batch, outcome)
             else:
                 self._answer(batch, rows, outcome)
-            return self._take_turn()
+            return self._take_turns()
 
         loop.run_in_executor(self._threads, predict).add_done_callback(returned)
 

@@ -29,6 +29,9 @@ _JSON_TYPES: dict[str, dict[str, Any]] = {
 _INT64 = {"type": ["integer", "string"], "format": "int64", "pattern": "^(0|-?[1-9][0-9]*)$"}
 _EXAMPLES: dict[str, Any] = {"string": "abc", "bool": True, "timestamp[ms, UTC]": "2024-05-01T12:00:00Z"}
 
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_ARROW = {"application/vnd.apache.arrow.stream": _BINARY}
+
 _ERROR = {
     "type": "object",
     "properties": {
@@ -66,8 +69,7 @@ def openapi_document(layout: Layout, models: Sequence[ModelEntry], cluster_name:
     for source in layout.sources.values():
         event = _event_schema(source)
         forms: dict[str, Any] = {"application/json": {"schema": {"oneOf": [event, {"type": "array", "items": event}]}}}
-        for form in ("application/x-ndjson", "application/vnd.apache.arrow.stream"):
-            forms[form] = {"schema": {"type": "string", "format": "binary"}}
+        forms |= {"application/x-ndjson": _BINARY, **_ARROW}
         paths[f"/v1/events/{source.name}"] = {
             "post": _call(
                 source.about or f"Events of {source.name}",
@@ -84,7 +86,7 @@ def openapi_document(layout: Layout, models: Sequence[ModelEntry], cluster_name:
                 model.about or f"Scores of {model.model}",
                 f"score_{model.model}",
                 {"oneOf": [_answer_schema(), {"type": "array", "items": _answer_schema()}]},
-                body={"application/json": {"schema": {"oneOf": [one, {"type": "array", "items": one}]}}},
+                body={"application/json": {"schema": {"oneOf": [one, {"type": "array", "items": one}]}}, **_ARROW},
                 parameters=[
                     _AS_OF,
                     _parameter("features", {"enum": ["true", "false"]}, "answer with the features read, too"),

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from millpond.deployments.answers import Answers, iso
+from millpond.deployments.arrow_scores import ARROW_TYPE, arrow_answer, keys_of, wants_arrow
 from millpond.deployments.http import App, Request, Response, Route, decode_json, json_response
 from millpond.deployments.openapi import docs_page, openapi_document
 from millpond.deployments.served import Models, Served
@@ -89,7 +90,8 @@ class ScoreApp(App):
         if request.scope.get("query_string"):
             request.allow_query("as_of", "features")
             as_of_ms, values = _as_of(request), request.flag("features")
-        check_json(request)
+        if _is_arrow(request):
+            return await self._score_arrow(request, served, as_of_ms, values)
         body = decode_json(await request.body(self._limits.body_bytes_max))
         batch = isinstance(body, list)
         ids = self._ids(body, plan, "$[%d]") if batch else [body]
@@ -102,7 +104,18 @@ class ScoreApp(App):
             return Response(200, self._answers.one(served.champion, scored, row))
         answered = await served.ask(keys, len(ids), as_of_ms, values)
         # 3. Answer, one per id.
+        if batch and wants_arrow(None, request.header(b"accept")):
+            return arrow_answer(served.model, answered, self._answers.ids(len(ids)))
         return Response(200, self._answers.list(answered) if batch else self._answers.one(*answered[0]))
+
+    async def _score_arrow(self, request: Request, served: Served, as_of_ms: int | None, values: bool) -> Response:
+        """Answer ids that come as Arrow, in Arrow where JSON is not asked for."""
+        body = await request.body(self._limits.body_bytes_max)
+        keys, n = keys_of(served.champion.loaded.plan, body, self._limits.ids_max)
+        answered = await served.ask(keys, n, as_of_ms, values)
+        if wants_arrow(ARROW_TYPE, request.header(b"accept")):
+            return arrow_answer(served.model, answered, self._answers.ids(n))
+        return Response(200, self._answers.list(answered))
 
     async def post_scores(self, request: Request) -> Response:
         """Score each of some ids with each of some models: a list of objects, model to answer."""
@@ -240,6 +253,19 @@ def check_json(request: Request) -> None:
     content_type = request.header(b"content-type")
     if content_type is not None and content_type.partition(";")[0].strip().lower() != "application/json":
         raise UnsupportedMediaType(f"body: content type {content_type[:80]!r}; allowed is `application/json`")
+
+
+def _is_arrow(request: Request) -> bool:
+    """Return whether the body is Arrow rather than JSON. Raises `UnsupportedMediaType` if it is neither."""
+    content_type = request.header(b"content-type")
+    if content_type is None or content_type == "application/json":
+        return False
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type not in ("application/json", ARROW_TYPE):
+        raise UnsupportedMediaType(
+            f"body: content type {content_type[:80]!r}; allowed are `application/json` and `{ARROW_TYPE}`"
+        )
+    return media_type == ARROW_TYPE
 
 
 def _as_of(request: Request) -> int | None:

@@ -21,12 +21,12 @@ from millpond.models.features import Features
 from millpond.models.pool import Pool
 from millpond.models.reader import FeatureReader, Read, Reads
 
-__all__ = ["Features", "LoadedModel", "Model", "PredictionFailed", "Predictor", "TwoStagePredictor"]
+__all__ = ["Features", "LoadedModel", "Model", "PredictionFailed", "Predictor"]
 
 logger = logging.getLogger("millpond.models")
 
 
-class Predictor(Protocol):
+class OneStage(Protocol):
     """Anything with `predict`: n rows in, n results out (numbers, or anything that JSON holds).
 
     It is never called twice at once. Rows may be of several requests: a result must be of its own row only.
@@ -35,10 +35,13 @@ class Predictor(Protocol):
     def predict(self, features: Features, /) -> Any: ...
 
 
-class TwoStagePredictor(Protocol):
-    """A predictor that is given a `FeatureReader` besides, to read more features with."""
+class TwoStage(Protocol):
+    """The same, for a model that reads more features while it predicts."""
 
     def predict(self, features: Features, reader: FeatureReader, /) -> Any: ...
+
+
+Predictor = OneStage | TwoStage
 
 
 class PredictionFailed(MillpondError):
@@ -66,7 +69,7 @@ class Model:
     version: str = ""
     owner: str = ""
     features: Sequence[Feature] = ()
-    predictor: Callable[..., Predictor | TwoStagePredictor] = None  # type: ignore[assignment]
+    predictor: Callable[..., Predictor] = None  # type: ignore[assignment]
     artifacts: Mapping[str, str] = field(default_factory=dict)
     about: str = ""
     reads: Sequence[Feature] = ()

@@ -182,7 +182,12 @@ def test_a_wrong_content_type_is_told_the_right_ones(world: World) -> None:
         reply, 415, "unsupported_media_type", f"body of `purchases`: content type `text/csv`; allowed are {allowed}"
     )
     reply = world.post_score("churn", {"user_id": 1}, "text/csv")
-    refused(reply, 415, "unsupported_media_type", "body: content type 'text/csv'; allowed is `application/json`")
+    refused(
+        reply,
+        415,
+        "unsupported_media_type",
+        "body: content type 'text/csv'; allowed are `application/json` and `application/vnd.apache.arrow.stream`",
+    )
     still_serves(world)
 
 
