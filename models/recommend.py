@@ -139,8 +139,7 @@ popular = Model(
 
 
 def train(given: Floats, rated: npt.NDArray[np.bool_], path: str) -> None:
-    """Train on the `inputs` of candidates, float64 [m, 7], and whether the user has rated each since; write the
-    artifact."""
+    """Train on `inputs`, float64 [m, 7], and whether the user has rated each since, and write the artifact."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
