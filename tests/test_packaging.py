@@ -110,7 +110,7 @@ def test_the_core_the_models_and_the_http_apps_do_not_load_ray() -> None:
     """Not even by a detour: what they import, and what that imports."""
     code = (
         "import sys, millpond.deployments.score, millpond.deployments.events, millpond.deployments.serving, "
-        "millpond.models.flight_delay, millpond.models.churn, millpond.cluster.cli; "
+        "millpond.models.flight_delay, millpond.models.churn, millpond.models.recommend, millpond.cluster.cli; "
         "print(sorted({m.split('.')[0] for m in sys.modules} & {'ray', 'sklearn', 'fastapi', 'starlette', 'httpx'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -118,7 +118,7 @@ def test_the_core_the_models_and_the_http_apps_do_not_load_ray() -> None:
 
 
 def test_the_examples_are_short_and_say_nothing_of_ray() -> None:
-    for name in ("flight_delay.py", "churn.py"):
+    for name in ("flight_delay.py", "churn.py", "recommend.py"):
         text = (ROOT / "models" / name).read_text()
         assert len(text.splitlines()) < 150
         assert not re.search(r"\bray\b", text, re.IGNORECASE)
