@@ -346,10 +346,11 @@ class Lane:
     # -- answers
 
     def _answer(self, batch: _Batch, rows: FeatureRows, results: list[Any]) -> None:
-        scored, first = Scored(rows, results, batch.values), 0
+        scored, first = Scored(rows, results, None), 0
+        with_values = scored if batch.values is None else Scored(rows, results, batch.values)
         for ask in batch.asks:
             if not ask.answer.done():
-                ask.answer.set_result((scored, first))
+                ask.answer.set_result((with_values if ask.values else scored, first))
             if ask.timer is not None:
                 ask.timer.cancel()
             first += ask.n
