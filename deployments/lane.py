@@ -250,15 +250,14 @@ class Lane:
                 break
         if not asks:
             return None
-        keys = asks[0].keys
-        if len(asks) > 1:
-            keys = {name: [value for ask in asks for value in ask.keys[name]] for name in keys}
-        return _Batch(asks, keys, n, asks[0].rows)
+        return _Batch(asks, asks[0].keys, n, asks[0].rows)
 
     def _score(self, batch: _Batch) -> None:
         """Read a batch, and predict it if that has not to be waited for."""
         try:
             if batch.rows is None:
+                if len(batch.asks) > 1:
+                    batch.keys = {name: [v for ask in batch.asks for v in ask.keys[name]] for name in batch.keys}
                 batch.rows = self._client.read_now(self.loaded.plan, batch.keys, batch.n, batch.asks[0].as_of_ms)
             if batch.rows is None:
                 self._wait_for_rows(batch)
