@@ -299,10 +299,7 @@ class Lane:
         return self._answer(batch, rows, results)
 
     def _predict_in_thread(self, batch: _Batch, rows: FeatureRows) -> None:
-        self._running = batch
         loop = asyncio.get_running_loop()
-        for ask in batch.asks:
-            self._limit(ask)
 
         def read(plan: ReadPlan, keys: Mapping[str, Sequence[Any]], n: int, as_of_ms: int | None) -> FeatureRows:
             # The memories are the event loop's: it may map a successor's at any moment.
@@ -318,16 +315,21 @@ class Lane:
         def returned(done: asyncio.Future[tuple[list[Any] | Exception, float]]) -> None:
             self._running = None
             if done.cancelled():
-                return self._fail(batch, _ENDS)
-            outcome, seconds = done.result()
-            self._note(seconds, batch.n)
-            if isinstance(outcome, Exception):
-                self._fail(batch, outcome)
+                self._fail(batch, _ENDS)
             else:
-                self._answer(batch, rows, outcome)
-            return self._take_turns()
+                outcome, seconds = done.result()
+                self._note(seconds, batch.n)
+                if isinstance(outcome, Exception):
+                    self._fail(batch, outcome)
+                else:
+                    self._answer(batch, rows, outcome)
+            self._take_turns()
 
-        loop.run_in_executor(self._threads, predict).add_done_callback(returned)
+        call = loop.run_in_executor(self._threads, predict)  # fails if there is no thread to be had
+        self._running = batch
+        for ask in batch.asks:
+            self._limit(ask)
+        call.add_done_callback(returned)
 
     def _read_here(
         self, plan: ReadPlan, keys: Mapping[str, Sequence[Any]], n: int, as_of_ms: int | None
