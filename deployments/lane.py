@@ -101,7 +101,7 @@ class _Ask:
     timer: asyncio.TimerHandle | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Batch:
     asks: list[_Ask]
     keys: Mapping[str, Sequence[Any]]
@@ -109,7 +109,6 @@ class _Batch:
     rows: FeatureRows | None = None
     values: list[dict[str, Any]] | None = None
     compared: FeatureRows | None = None
-    reading: asyncio.Task[FeatureRows] | None = None
 
 
 class Compare(Protocol):
@@ -153,6 +152,9 @@ class Lane:
         self.call_s = predict_s
         self.in_threads = predict_s > INLINE_S_MAX
         self._waiting: deque[_Ask] = deque()
+        #: Batches that are being read, and those that have been. (The event loop itself would let go of a task that
+        #: nobody holds.)
+        self._reading: dict[_Batch, asyncio.Task[FeatureRows]] = {}
         self._ready: deque[_Batch] = deque()
         #: Whether a turn of the event loop brings one request, as the last ones did: it need not wait for its end then.
         self._alone = True
@@ -162,13 +164,16 @@ class Lane:
 
     @property
     def idle(self) -> bool:
-        return not (self._waiting or self._ready or self._running or self._turn_comes)
+        return not (self._waiting or self._reading or self._ready or self._running or self._turn_comes)
 
     @property
     def under_way(self) -> int:
         """How many requests wait or are being predicted."""
-        read = sum(len(batch.asks) for batch in self._ready)
-        return len(self._waiting) + read + (len(self._running.asks) if self._running else 0)
+        return len(self._asks())
+
+    def _asks(self) -> list[_Ask]:
+        batches = [*self._reading, *self._ready, *([] if self._running is None else [self._running])]
+        return [*self._waiting, *(ask for batch in batches for ask in batch.asks)]
 
     def ask(
         self,
@@ -268,11 +273,11 @@ class Lane:
 
     def _wait_for_rows(self, batch: _Batch) -> None:
         reading = self._client.read(self.loaded.plan, batch.keys, batch.n, batch.asks[0].as_of_ms)
-        # Kept in the batch: the event loop itself would let go of a task that nobody holds.
-        batch.reading = asyncio.get_running_loop().create_task(reading)
-        batch.reading.add_done_callback(lambda done: self._has_rows(batch, done))
+        self._reading[batch] = task = asyncio.get_running_loop().create_task(reading)
+        task.add_done_callback(lambda done: self._has_rows(batch, done))
 
     def _has_rows(self, batch: _Batch, done: asyncio.Task[FeatureRows]) -> None:
+        del self._reading[batch]
         if done.cancelled():
             self._fail(batch, _ENDS)
         elif (error := done.exception()) is not None:
