@@ -232,11 +232,8 @@ class Lane:
 
     def _take_turns(self) -> None:
         while self._running is None and (self._ready or self._waiting):
-            if self._ready:
-                self._score(self._ready.popleft())
-                continue
-            batch = self._join()
-            if batch is not None:
+            batch = self._ready.popleft() if self._ready else self._join()
+            if batch is not None and not all(ask.answer.done() for ask in batch.asks):
                 self._score(batch)
 
     def _join(self) -> _Batch | None:
@@ -332,7 +329,7 @@ class Lane:
 
         call = loop.run_in_executor(self._threads, predict)  # fails if there is no thread to be had
         self._running = batch
-        for ask in batch.asks:
+        for ask in self._asks():  # those behind it have to wait for it, too
             self._limit(ask)
         call.add_done_callback(returned)
 
