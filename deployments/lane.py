@@ -383,7 +383,9 @@ class Lane:
             ask.timer = asyncio.get_running_loop().call_later(self._limits.predict_s, self._expire, ask)
 
     def _expire(self, ask: _Ask) -> None:
-        if ask.answer.done():
+        if ask in self._waiting:
+            self._waiting.remove(ask)
+        if ask.answer.done():  # whoever asked has gone
             return
         self.counts.timeouts += 1
         ask.answer.set_exception(
@@ -392,8 +394,6 @@ class Lane:
                 "`predict_timeout_s`); the model's owner has to look, or give it a pool of its own"
             )
         )
-        if ask in self._waiting:
-            self._waiting.remove(ask)
 
     def _note(self, seconds: float, n: int) -> None:
         """Learn from a call how long the model takes, and where it is to be called."""
