@@ -291,7 +291,8 @@ class Lane:
             batch.compared = self.compare.before(batch.keys, rows)
         if batch.n == 0:
             return self._answer(batch, rows, [])
-        if self.in_threads or self._row_s * batch.n > _LOOP_S_MAX:
+        # Until it has been seen what a row takes, one may take as long as a call.
+        if self.in_threads or (self._row_s or self.call_s) * batch.n > _LOOP_S_MAX:
             return self._predict_in_thread(batch, rows)
         begun = time.perf_counter()
         try:
