@@ -123,6 +123,7 @@ def _demo(options: argparse.Namespace, config: Config, origins: dict[str, str]) 
 
 def _up(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
     from millpond.cluster.cluster import Cluster
+    from millpond.deployments.deployment import Deployment
     from millpond.models.definition import Definition
 
     definitions = [Definition.read(path, options.artifacts) for path in options.files]
@@ -136,6 +137,8 @@ def _up(options: argparse.Namespace, config: Config, origins: dict[str, str]) ->
             print(f"  POST /v1/events/{source}")
         for model in models:
             print(f"  POST /v1/score/{model}")
+        for own in (own for d in definitions for own in d.instances(Deployment)):
+            print(f"  {own.route_prefix}  (deployment {own.name}, {own.owner})")
         sys.stdout.flush()
         cluster.wait()
         print("stopping ...", file=sys.stderr)

@@ -21,12 +21,14 @@ if TYPE_CHECKING:
         TryAgainLater,
         ViewFeatures,
     )
+    from millpond.deployments.deployment import Deployment
 
 __all__ = [
     "Ack",
     "AsyncClient",
     "Client",
     "ClientError",
+    "Deployment",
     "NotSent",
     "RequestFailed",
     "RequestRefused",
@@ -41,6 +43,6 @@ def __getattr__(name: str) -> Any:
     """Import the client when it is asked for: replicas need none, nor its HTTP library."""
     if name not in __all__:
         raise AttributeError(f"module `millpond.deployments` has no `{name}`")
-    from millpond.deployments import client
+    from millpond.deployments import client, deployment
 
-    return getattr(client, name)
+    return getattr(deployment if name == "Deployment" else client, name)

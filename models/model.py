@@ -25,6 +25,8 @@ __all__ = ["Features", "LoadedModel", "Model", "PredictionFailed", "Predictor"]
 
 logger = logging.getLogger("millpond.models")
 
+_FLOATS = {float}
+
 
 class OneStage(Protocol):
     """Anything with `predict`: n rows in, n results out (numbers, or anything that JSON holds).
@@ -139,11 +141,14 @@ class LoadedModel:
         reader = FeatureReader(self._reads, read, as_of_ms) if self._two_stage else None
         try:
             results = self._predictor.predict(features) if reader is None else self._predictor.predict(features, reader)
-            # These have a length too, which is of something else.
-            single = isinstance(results, Mapping | Set | str | bytes | bytearray)
-            if not single:
-                results = results.tolist() if isinstance(results, np.ndarray) else list(results)
-                count = len(results)
+            single = False
+            if isinstance(results, np.ndarray):
+                results = results.tolist()
+            else:
+                # These have a length too, which is of something else.
+                single = isinstance(results, Mapping | Set | str | bytes | bytearray)
+                results = results if single else list(results)
+            count = len(results)
         except Exception as error:
             if reader is not None and error is reader.failure:  # a shard is to blame, not the model
                 raise
@@ -160,7 +165,7 @@ class LoadedModel:
             )
         if count != n:
             raise PredictionFailed(f"{subject}: predict returned {count} results for {n} rows")
-        if all(type(result) is float for result in results) and all(map(math.isfinite, results)):
+        if set(map(type, results)) == _FLOATS and all(map(math.isfinite, results)):
             return results  # type: ignore[no-any-return]
         try:
             return [_plain_json(result) for result in results]
