@@ -12,6 +12,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from millpond.bench.command import add_arguments as add_bench_arguments
+from millpond.bench.command import run_bench
 from millpond.cluster.config import Config, load_config
 from millpond.feature_actors.errors import MillpondError, Unavailable
 
@@ -54,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     demo = command("demo", _demo, "Run real data end to end and measure it: flights in, delay scores out.")
-    demo.add_argument("dataset", nargs="?", choices=["flights", "churn"], default="flights")
+    demo.add_argument("dataset", nargs="?", choices=["flights", "churn", "recommend"], default="flights")
     demo.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     demo.add_argument("--keep", action="store_true", help="go on serving at the end, until Ctrl-C")
     up = command("up", _up, "Start a cluster from definition files and serve until Ctrl-C.")
@@ -106,29 +108,22 @@ def _parser() -> argparse.ArgumentParser:
                        help="a whole copy of DIR: made if it does not exist, then compared byte for byte")  # fmt: skip
     check.add_argument("--json", action="store_true", help="print it as one JSON object")
     command("config", _config, "Print every setting and where its value came from.")
-    bench = command("bench", _bench, "Measure; the figures stand in the README under Measured.")
-    bench.add_argument("scenario", choices=["score", "store", "events", "faults", "recovery"])
-    bench.add_argument("--json", action="store_true", help="print the figures as one JSON object")
-    bench.add_argument("--seconds", type=float, default=5.0, help="length of each measurement")
-    bench.add_argument("--record", action="store_true", help="add a line to bench/history.jsonl")
-    bench.add_argument("--quick", action="store_true", help="store, events, recovery: tiny, to see that it works")
-    bench.add_argument("--kills", type=int, default=100, help="faults: how many processes are killed")
-    bench.add_argument("--events", type=int, default=1_000_000, help="faults: how many events are sent meanwhile")
-    bench.add_argument("--seed", type=int, help="faults: of the order of kills and of the events (default: any)")
-    bench.add_argument("--no-ray", action="store_true", help="store: leave out what needs Ray, the reads by actor call")
+    add_bench_arguments(command("bench", run_bench, "Measure; the figures stand in the README under Measured."))
     return parser
 
 
 def _demo(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
     from millpond.cluster.demo.churn import run_churn
     from millpond.cluster.demo.flight_delay import run_flight_delay
+    from millpond.cluster.demo.recommend import run_recommend
 
-    run = run_churn if options.dataset == "churn" else run_flight_delay
+    run = {"flights": run_flight_delay, "churn": run_churn, "recommend": run_recommend}[options.dataset]
     return run(config, origins, as_json=options.json, keep=options.keep)
 
 
 def _up(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
     from millpond.cluster.cluster import Cluster
+    from millpond.deployments.deployment import Deployment
     from millpond.models.definition import Definition
 
     definitions = [Definition.read(path, options.artifacts) for path in options.files]
@@ -142,6 +137,8 @@ def _up(options: argparse.Namespace, config: Config, origins: dict[str, str]) ->
             print(f"  POST /v1/events/{source}")
         for model in models:
             print(f"  POST /v1/score/{model}")
+        for own in (own for d in definitions for own in d.instances(Deployment)):
+            print(f"  {own.route_prefix}  (deployment {own.name}, {own.owner})")
         sys.stdout.flush()
         cluster.wait()
         print("stopping ...", file=sys.stderr)
@@ -269,46 +266,6 @@ def _config(options: argparse.Namespace, config: Config, origins: dict[str, str]
     for name, origin in origins.items():
         print(f"{name:{width}} = {json.dumps(getattr(config, name)):24} # {origin}")
     return 0
-
-
-def _bench(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
-    if options.scenario == "store":
-        from millpond.bench.store import run_store_bench
-
-        return run_store_bench(
-            config,
-            as_json=options.json,
-            seconds=options.seconds,
-            quick=options.quick,
-            ray=not options.no_ray,
-            record=options.record,
-        )
-    if options.scenario == "events":
-        from millpond.bench.events import run_events_bench
-
-        return run_events_bench(
-            config, as_json=options.json, seconds=options.seconds, quick=options.quick, record=options.record
-        )
-    if options.scenario == "faults":
-        from millpond.bench.faults import run_faults_bench
-
-        return run_faults_bench(
-            config,
-            as_json=options.json,
-            kills=options.kills,
-            events=options.events,
-            seed=options.seed,
-            record=options.record,
-        )
-    if options.scenario == "recovery":
-        from millpond.bench.recovery import run_recovery_bench
-
-        return run_recovery_bench(
-            config, as_json=options.json, seconds=options.seconds, quick=options.quick, record=options.record
-        )
-    from millpond.bench.score import run_score_bench
-
-    return run_score_bench(config, origins, as_json=options.json, seconds=options.seconds, record=options.record)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from millpond.cluster.config import Config
 from millpond.cluster.deploy import check_models, client_of, nobody, publish, wait_until_live
 from millpond.cluster.embedded import NAMESPACE, EmbeddedCluster, EmbeddedSettings
 from millpond.cluster.pools import PoolKeeper
+from millpond.deployments.deployment import Deployment
 from millpond.deployments.host import HostLimits
 from millpond.deployments.lane import LaneLimits
 from millpond.deployments.score import ScoreLimits
@@ -26,6 +27,7 @@ from millpond.deployments.serving import (
     SCORE_PREFIX,
     ServingSpec,
     app_names,
+    custom_application,
     events_application,
     score_application,
 )
@@ -76,6 +78,11 @@ class Cluster:
         self._definitions = tuple(definitions)
         declared = [d.declared() for d in self._definitions]
         self.layout = compile_layout([s for d in declared for s in d.sources], [v for d in declared for v in d.views])
+        self._deployments = [(d, own) for d in self._definitions for own in d.instances(Deployment)]
+        for what in ("name", "route_prefix"):
+            of_each = [getattr(own, what) for _, own in self._deployments]
+            if twice := [one for one in of_each if of_each.count(one) > 1]:
+                raise DeclarationError(f"two deployments have the {what} `{twice[0]}`")
         if not self.layout.views:
             raise DeclarationError("the definitions declare no feature view")
         self._embedded = EmbeddedCluster(
@@ -249,16 +256,19 @@ class Cluster:
         return retired
 
     def _run_apps(self, spec: ServingSpec) -> None:
-        """Run both apps, and the pools from now on."""
+        """Run both apps and the teams' own, and the pools from now on."""
         from ray import serve
 
         events_name, score_name = app_names(self.config.name)
-        serve.run_many(
-            [
-                serve.RunTarget(score_application(spec), name=score_name, route_prefix=SCORE_PREFIX),
-                serve.RunTarget(events_application(spec), name=events_name, route_prefix=EVENTS_PREFIX),
-            ]
-        )
+        targets = [
+            serve.RunTarget(score_application(spec), name=score_name, route_prefix=SCORE_PREFIX),
+            serve.RunTarget(events_application(spec), name=events_name, route_prefix=EVENTS_PREFIX),
+        ]
+        for definition, own in self._deployments:
+            name = f"{self.config.name}-own-{own.name}"
+            app = custom_application(spec, definition, own)
+            targets.append(serve.RunTarget(app, name=name, route_prefix=own.route_prefix))
+        serve.run_many(targets)
         self._pools = PoolKeeper(spec)
 
     def _state(self, spec: ServingSpec) -> dict[str, Any]:

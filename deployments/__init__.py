@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if __name__ != "millpond.deployments":
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
         TryAgainLater,
         ViewFeatures,
     )
+    from millpond.deployments.deployment import Deployment
 
 __all__ = [
     "Ack",
     "AsyncClient",
     "Client",
     "ClientError",
+    "Deployment",
     "NotSent",
     "RequestFailed",
     "RequestRefused",
@@ -38,9 +41,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the client when it is asked for: replicas need none, nor its HTTP library."""
+    """Import what is asked for, and only then: an application needs no models, a replica no client."""
     if name not in __all__:
         raise AttributeError(f"module `millpond.deployments` has no `{name}`")
-    from millpond.deployments import client
-
-    return getattr(client, name)
+    module = import_module(f"millpond.deployments.{'deployment' if name == 'Deployment' else 'client'}")
+    return getattr(module, name)

@@ -42,20 +42,16 @@ class Answers:
 
     def one(self, lane: Lane, scored: Scored, row: int) -> bytes:
         """Return the answer of a row that a lane has scored."""
-        rows = scored.rows
-        unknown = rows.unknown[row]
-        parts = [
-            b"%b%010x" % (self._prefix, next(self._numbers)),
+        rows, unknown = scored.rows, scored.rows.unknown[row]
+        return b'%b%010x%b%b,"as_of":%b,"unknown":%b%b}' % (
+            self._prefix,
+            next(self._numbers),
             lane.label,
             _encode(scored.results[row]),
-            b',"as_of":',
             self._time(int(rows.as_of[row])),
-            b',"unknown":[]' if not unknown else b',"unknown":' + _encode(unknown),
-        ]
-        if scored.values is not None:
-            parts += (b',"features":', _encode(scored.values[row]))
-        parts.append(b"}")
-        return b"".join(parts)
+            _encode(unknown) if unknown else b"[]",
+            b"" if scored.values is None else b',"features":' + _encode(scored.values[row]),
+        )
 
     def list(self, answered: Iterable[tuple[Lane, Scored, int]]) -> bytes:
         """Return the answers of several rows as a JSON array."""

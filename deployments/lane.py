@@ -2,7 +2,7 @@
 
 Promises:
 - No request waits for company. What one turn of the event loop brings is read and predicted in one go; so is what
-  comes while an earlier prediction of the model runs.
+  comes while an earlier prediction of the model runs. As long as each turn brings one, it is scored as it comes.
 - `predict` of a model is never called twice at once.
 - A quick model (half a millisecond a call, by the last nine) is called on the event loop: a thread would cost more. A
   slower one is called in a thread, and the models beside it go on. Its requests have a time limit (504), and their
@@ -101,7 +101,7 @@ class _Ask:
     timer: asyncio.TimerHandle | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Batch:
     asks: list[_Ask]
     keys: Mapping[str, Sequence[Any]]
@@ -109,7 +109,6 @@ class _Batch:
     rows: FeatureRows | None = None
     values: list[dict[str, Any]] | None = None
     compared: FeatureRows | None = None
-    reading: asyncio.Task[FeatureRows] | None = None
 
 
 class Compare(Protocol):
@@ -153,20 +152,28 @@ class Lane:
         self.call_s = predict_s
         self.in_threads = predict_s > INLINE_S_MAX
         self._waiting: deque[_Ask] = deque()
+        #: Batches that are being read, and those that have been. (The event loop itself would let go of a task that
+        #: nobody holds.)
+        self._reading: dict[_Batch, asyncio.Task[FeatureRows]] = {}
         self._ready: deque[_Batch] = deque()
+        #: Whether a turn of the event loop brings one request, as the last ones did: it need not wait for its end then.
+        self._alone = True
         self._turn_comes = False
         #: The batch that a thread is busy with.
         self._running: _Batch | None = None
 
     @property
     def idle(self) -> bool:
-        return not (self._waiting or self._ready or self._running or self._turn_comes)
+        return not (self._waiting or self._reading or self._ready or self._running or self._turn_comes)
 
     @property
     def under_way(self) -> int:
         """How many requests wait or are being predicted."""
-        read = sum(len(batch.asks) for batch in self._ready)
-        return len(self._waiting) + read + (len(self._running.asks) if self._running else 0)
+        return len(self._asks())
+
+    def _asks(self) -> list[_Ask]:
+        batches = [*self._reading, *self._ready, *([] if self._running is None else [self._running])]
+        return [*self._waiting, *(ask for batch in batches for ask in batch.asks)]
 
     def ask(
         self,
@@ -201,19 +208,32 @@ class Lane:
         self._waiting.append(ask)
         if not self._turn_comes:
             self._turn_comes = True
+            if self._alone:
+                loop.call_soon(self._look_for_company)
+                self._take_turns()
+            else:
+                loop.call_soon(self._take_turn)
+        elif self._alone:  # the second of this turn of the loop: from now on they are scored together
+            self._alone = False
             loop.call_soon(self._take_turn)
         return ask.answer
 
     # -- a turn: read and predict what waits
 
+    def _look_for_company(self) -> None:
+        """End the turn of a request that was scored at once, unless another one came in it."""
+        if self._alone:
+            self._turn_comes = False
+
     def _take_turn(self) -> None:
         self._turn_comes = False
+        self._alone = len(self._waiting) == 1
+        self._take_turns()
+
+    def _take_turns(self) -> None:
         while self._running is None and (self._ready or self._waiting):
-            if self._ready:
-                self._score(self._ready.popleft())
-                continue
-            batch = self._join()
-            if batch is not None:
+            batch = self._ready.popleft() if self._ready else self._join()
+            if batch is not None and not all(ask.answer.done() for ask in batch.asks):
                 self._score(batch)
 
     def _join(self) -> _Batch | None:
@@ -232,15 +252,14 @@ class Lane:
                 break
         if not asks:
             return None
-        keys = asks[0].keys
-        if len(asks) > 1:
-            keys = {name: [value for ask in asks for value in ask.keys[name]] for name in keys}
-        return _Batch(asks, keys, n, asks[0].rows)
+        return _Batch(asks, asks[0].keys, n, asks[0].rows)
 
     def _score(self, batch: _Batch) -> None:
         """Read a batch, and predict it if that has not to be waited for."""
         try:
             if batch.rows is None:
+                if len(batch.asks) > 1:
+                    batch.keys = {name: [v for ask in batch.asks for v in ask.keys[name]] for name in batch.keys}
                 batch.rows = self._client.read_now(self.loaded.plan, batch.keys, batch.n, batch.asks[0].as_of_ms)
             if batch.rows is None:
                 self._wait_for_rows(batch)
@@ -251,11 +270,11 @@ class Lane:
 
     def _wait_for_rows(self, batch: _Batch) -> None:
         reading = self._client.read(self.loaded.plan, batch.keys, batch.n, batch.asks[0].as_of_ms)
-        # Kept in the batch: the event loop itself would let go of a task that nobody holds.
-        batch.reading = asyncio.get_running_loop().create_task(reading)
-        batch.reading.add_done_callback(lambda done: self._has_rows(batch, done))
+        self._reading[batch] = task = asyncio.get_running_loop().create_task(reading)
+        task.add_done_callback(lambda done: self._has_rows(batch, done))
 
     def _has_rows(self, batch: _Batch, done: asyncio.Task[FeatureRows]) -> None:
+        del self._reading[batch]
         if done.cancelled():
             self._fail(batch, _ENDS)
         elif (error := done.exception()) is not None:
@@ -263,7 +282,7 @@ class Lane:
         else:
             batch.rows = done.result()
             self._ready.append(batch)
-        self._take_turn()
+        self._take_turns()
 
     def _predict(self, batch: _Batch, rows: FeatureRows) -> None:
         if any(ask.values for ask in batch.asks):  # a predictor may write into its matrix: the answer has what was read
@@ -272,7 +291,8 @@ class Lane:
             batch.compared = self.compare.before(batch.keys, rows)
         if batch.n == 0:
             return self._answer(batch, rows, [])
-        if self.in_threads or self._row_s * batch.n > _LOOP_S_MAX:
+        # Until it has been seen what a row takes, one may take as long as a call.
+        if self.in_threads or (self._row_s or self.call_s) * batch.n > _LOOP_S_MAX:
             return self._predict_in_thread(batch, rows)
         begun = time.perf_counter()
         try:
@@ -282,10 +302,7 @@ class Lane:
         return self._answer(batch, rows, results)
 
     def _predict_in_thread(self, batch: _Batch, rows: FeatureRows) -> None:
-        self._running = batch
         loop = asyncio.get_running_loop()
-        for ask in batch.asks:
-            self._limit(ask)
 
         def read(plan: ReadPlan, keys: Mapping[str, Sequence[Any]], n: int, as_of_ms: int | None) -> FeatureRows:
             # The memories are the event loop's: it may map a successor's at any moment.
@@ -301,16 +318,21 @@ class Lane:
         def returned(done: asyncio.Future[tuple[list[Any] | Exception, float]]) -> None:
             self._running = None
             if done.cancelled():
-                return self._fail(batch, _ENDS)
-            outcome, seconds = done.result()
-            self._note(seconds, batch.n)
-            if isinstance(outcome, Exception):
-                self._fail(batch, outcome)
+                self._fail(batch, _ENDS)
             else:
-                self._answer(batch, rows, outcome)
-            return self._take_turn()
+                outcome, seconds = done.result()
+                self._note(seconds, batch.n)
+                if isinstance(outcome, Exception):
+                    self._fail(batch, outcome)
+                else:
+                    self._answer(batch, rows, outcome)
+            self._take_turns()
 
-        loop.run_in_executor(self._threads, predict).add_done_callback(returned)
+        call = loop.run_in_executor(self._threads, predict)  # fails if there is no thread to be had
+        self._running = batch
+        for ask in self._asks():  # those behind it have to wait for it, too
+            self._limit(ask)
+        call.add_done_callback(returned)
 
     def _read_here(
         self, plan: ReadPlan, keys: Mapping[str, Sequence[Any]], n: int, as_of_ms: int | None
@@ -328,10 +350,11 @@ class Lane:
     # -- answers
 
     def _answer(self, batch: _Batch, rows: FeatureRows, results: list[Any]) -> None:
-        scored, first = Scored(rows, results, batch.values), 0
+        scored, first = Scored(rows, results, None), 0
+        with_values = scored if batch.values is None else Scored(rows, results, batch.values)
         for ask in batch.asks:
             if not ask.answer.done():
-                ask.answer.set_result((scored, first))
+                ask.answer.set_result((with_values if ask.values else scored, first))
             if ask.timer is not None:
                 ask.timer.cancel()
             first += ask.n
@@ -361,7 +384,9 @@ class Lane:
             ask.timer = asyncio.get_running_loop().call_later(self._limits.predict_s, self._expire, ask)
 
     def _expire(self, ask: _Ask) -> None:
-        if ask.answer.done():
+        if ask in self._waiting:
+            self._waiting.remove(ask)
+        if ask.answer.done():  # whoever asked has gone
             return
         self.counts.timeouts += 1
         ask.answer.set_exception(
@@ -370,8 +395,6 @@ class Lane:
                 "`predict_timeout_s`); the model's owner has to look, or give it a pool of its own"
             )
         )
-        if ask in self._waiting:
-            self._waiting.remove(ask)
 
     def _note(self, seconds: float, n: int) -> None:
         """Learn from a call how long the model takes, and where it is to be called."""

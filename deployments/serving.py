@@ -9,6 +9,7 @@ settings from the environment when it is imported.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import secrets
 import sys
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from millpond.deployments.deployment import Deployment
 from millpond.deployments.events import EventsApp
 from millpond.deployments.host import HostLimits, ModelHost
 from millpond.deployments.score import ScoreApp, ScoreLimits
@@ -32,6 +34,7 @@ from millpond.feature_actors.reader import MemoryRead
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.source import Source
 from millpond.feature_actors.view import FeatureView
+from millpond.models.definition import Definition
 from millpond.models.pool import Pool
 from millpond.models.registry import Registry
 
@@ -42,8 +45,10 @@ __all__ = [
     "SCORE_PREFIX",
     "ServingSpec",
     "app_names",
+    "custom_application",
     "deployment",
     "events_application",
+    "keep_what_is_there",
     "pool_application",
     "pool_target",
     "score_application",
@@ -131,6 +136,12 @@ def stay_on_loopback() -> None:
         replica.add_port_to_grpc_server = lambda server, address: bind(server, address.replace("[::]", "127.0.0.1"))
 
 
+def keep_what_is_there() -> None:
+    """Have the garbage collector pass over what a replica has loaded: it would look through all of it now and then."""
+    gc.collect()
+    gc.freeze()
+
+
 class EventsReplica:
     """A process that takes events in."""
 
@@ -138,6 +149,7 @@ class EventsReplica:
         client, _ = _connect(spec)
         self._app = EventsApp(client, spec.bodies, spec.queue)
         self._app.body_timeout_s = spec.body_timeout_s
+        keep_what_is_there()
 
     def __serve_build_asgi_app__(self) -> EventsApp:
         return self._app
@@ -156,8 +168,21 @@ class ScoreReplica:
         self._following = asyncio.get_running_loop().create_task(self._host.follow())
         self._app = ScoreApp(client, self._host, read.status, spec.scores, spec.admin_token_sha256, spec.cluster_name)
         self._app.body_timeout_s = spec.body_timeout_s
+        keep_what_is_there()
 
     def __serve_build_asgi_app__(self) -> ScoreApp:
+        return self._app
+
+
+class CustomReplica:
+    """A process that holds a deployment of a team's own, made anew from the text of its definition."""
+
+    def __init__(self, spec: ServingSpec, definition: Definition, name: str) -> None:
+        client, _ = _connect(spec)
+        (declared,) = (d for d in definition.instances(Deployment) if d.name == name)
+        self._app = declared.app(client)
+
+    def __serve_build_asgi_app__(self) -> Any:
         return self._app
 
 
@@ -201,3 +226,9 @@ def pool_application(spec: ServingSpec, model: str, pool: Pool) -> Any:
         options["num_replicas"] = None
         options["autoscaling_config"] = {"min_replicas": pool.replicas, "max_replicas": pool.replicas_max}
     return deployment(ScoreReplica, "Pool", spec).options(**options).bind(spec, model)
+
+
+def custom_application(spec: ServingSpec, definition: Definition, declared: Deployment) -> Any:
+    """Return the Serve application of a deployment of a team's own."""
+    options = {"num_replicas": declared.replicas, "ray_actor_options": {"num_cpus": declared.cpus}}
+    return deployment(CustomReplica, "Custom", spec).options(**options).bind(spec, definition, declared.name)

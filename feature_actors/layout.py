@@ -159,7 +159,12 @@ class PlanProgram:
     wire_names: tuple[str, ...]
     layout_digest: int
     _parts: Words
-    _rest: tuple[Words, Words, Words, Words, Words, int, int]
+    _rest: tuple[Words, Words, Words, Words, Words, int, int, int, int]
+
+    @cached_property
+    def plans(self) -> Words:
+        """For the kernels that read: all ids are of this plan."""
+        return np.array([[0, len(self._parts) - 1]], np.int64)
 
     _programs: dict[int, ReadProgram] = field(default_factory=dict, repr=False)
 
@@ -190,6 +195,19 @@ class Layout:
             table = _compile_table(len(self.tables), self.sources[source], key, its_views, before)
             self.tables.append(table)
             before += table.slot_words
+        # The series of all tables, that every plan refers to.
+        self._series_before = np.cumsum([0, *(len(t.series) for t in self.tables)]).tolist()
+        series, columns_before = [], 0
+        for table in self.tables:
+            of_table = table.series_program.copy()
+            of_table[:, S_COLUMN] += columns_before
+            columns_before += len(table.column_program)
+            series.append(of_table)
+        columns = [table.column_program for table in self.tables]
+        self._series_columns = (
+            np.concatenate([_Lines(11).array, *series]),
+            np.concatenate([_Lines(5).array, *columns]),
+        )
 
     @cached_property
     def digest(self) -> int:
@@ -247,18 +265,13 @@ class Layout:
         keys = tuple(dict.fromkeys(tuple(v.key) for v in views.values()))
         tables = list({t.number: t for t in map(self.table_of, views.values())}.values())
         parts: list[list[int]] = []
-        series_rows, column_rows, scan_rows = _Lines(11), _Lines(5), _Lines(2)
-        feature_rows, view_rows = _Lines(6), _Lines(7)
+        scan_rows, feature_rows, view_rows = _Lines(2), _Lines(6), _Lines(7)
         for table in tables:
             parts.append([
                 0, table.slot_words, table.row_words, keys.index(table.key), len(scan_rows), len(feature_rows),
                 len(view_rows),
             ])  # fmt: skip
-            series_before, scans_before = len(series_rows), len(scan_rows)
-            of_series = table.series_program.copy()
-            of_series[:, S_COLUMN] += len(column_rows)
-            series_rows += of_series.tolist()
-            column_rows += table.column_program.tolist()
+            series_before, scans_before = self._series_before[table.number], len(scan_rows)
             scans: dict[tuple[int, int], int] = {}
             rows = []
             for feature, out in zip(features, first, strict=False):
@@ -297,8 +310,8 @@ class Layout:
             layout_digest=self.digest,
             _parts=np.array(parts, np.int64),
             _rest=(
-                series_rows.array, column_rows.array, scan_rows.array, feature_rows.array, view_rows.array, past_ms,
-                words,
+                *self._series_columns, scan_rows.array, feature_rows.array, view_rows.array, past_ms, words,
+                len(parts) - 1, len(scan_rows),
             ),
         )  # fmt: skip
 
@@ -388,7 +401,8 @@ def _spot(where: int, aggregation: Aggregation) -> tuple[Spot, int]:
     window_ms, ttl_ms, exact = aggregation.window_ms, aggregation.ttl_ms, aggregation.exact
     if window_ms is not None:
         past_ms = exact_past_ms(window_ms) if exact else 0
-        return (where, False, tile_width_ms(window_ms), exact), window_ms + past_ms
+        assert aggregation.tile_width_ms is not None
+        return (where, False, aggregation.tile_width_ms, exact), window_ms + past_ms
     # A partial with a ttl starts anew when it has expired, so each ttl has a partial of its own.
     kept = FOR_EVER if ttl_ms is None else ttl_ms
     return (where, True, kept, False), kept
@@ -409,19 +423,19 @@ def _longest_exact(view: FeatureView) -> int | None:
     return max((w for w in windows if w is not None), default=None)
 
 
-def _longest(view: FeatureView) -> tuple[int, int]:
-    """Return the longest window of a view that is not exact, and its longest ttl; `NO` where there is none."""
+def _longest(view: FeatureView) -> tuple[int, int, int]:
+    """Return the longest window of a view that is not exact, the widest tiles that it is kept in, and the view's
+    longest ttl; `NO` where there is none."""
     kept = [f.kept for f in view if f.derived is None]
-    windows = [a.window_ms for a in kept if a.window_ms is not None and not a.exact]
+    windows = [(a.window_ms, a.tile_width_ms or 1) for a in kept if a.window_ms is not None and not a.exact]
     ttls = [FOR_EVER if a.ttl_ms is None else a.ttl_ms for a in kept if a.window_ms is None]
-    return max(windows, default=NO), FOR_EVER if FOR_EVER in ttls else max(ttls, default=NO)
+    return *max(windows, default=(NO, 1)), FOR_EVER if FOR_EVER in ttls else max(ttls, default=NO)
 
 
 def _view_row(table: Table, view: FeatureView, series_before: int) -> list[int]:
     """Return where an entity must have an event to be known to a view, see `program`."""
     where = [where_text(w) for w in table.wheres].index(where_text(view.where))
-    window_ms, ttl_ms = _longest(view)
-    width_ms = 1 if window_ms == NO else tile_width_ms(window_ms)
+    window_ms, width_ms, ttl_ms = _longest(view)
     exact_ms = _longest_exact(view)
     if exact_ms is None:
         return [where, window_ms, width_ms, NO, NO, ttl_ms]
@@ -434,13 +448,13 @@ def _views_keep_ms(views: Sequence[FeatureView]) -> int:
     """Return how long after its last event an entity can be known to one of the views, also when asked of the past."""
     keep = [0]
     for view in views:
-        (window_ms, ttl_ms), exact_ms = _longest(view), _longest_exact(view) or 0
+        (window_ms, width_ms, ttl_ms), exact_ms = _longest(view), _longest_exact(view) or 0
         if ttl_ms == FOR_EVER:
             return FOR_EVER
         past_ms = exact_past_ms(exact_ms)
         keep += [ttl_ms + past_ms, exact_ms + past_ms]
         if window_ms != NO:
-            keep.append(window_ms + tile_width_ms(window_ms) + past_ms)
+            keep.append(window_ms + width_ms + past_ms)
     return max(keep)
 
 

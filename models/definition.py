@@ -99,12 +99,18 @@ class Definition:
 
     def declared(self) -> Declared:
         """Run the text (once a process) and return what it declares: by name, or in a list, tuple or dict of a name."""
-        module = self._module()
-        values = [one for value in vars(module).values() for one in _contents(value)]
+        values = self._values()
         models = _each(values, Model)
         views = _each([*values, *(f.view for m in models for f in (*m.features, *m.reads))], FeatureView)
         sources = _each([*values, *(v.source for v in views)], Source)
         return Declared(sources, views, models)
+
+    def instances(self, kind: type[T]) -> tuple[T, ...]:
+        """Run the text (once a process) and return what it has of another kind, such as a layer above declares."""
+        return _each(self._values(), kind)
+
+    def _values(self) -> list[object]:
+        return [one for value in vars(self._module()).values() for one in _contents(value)]
 
     def _module(self) -> types.ModuleType:
         name = self.module_name

@@ -25,15 +25,25 @@ __all__ = ["Features", "LoadedModel", "Model", "PredictionFailed", "Predictor"]
 
 logger = logging.getLogger("millpond.models")
 
+_FLOATS = {float}
 
-class Predictor(Protocol):
+
+class OneStage(Protocol):
     """Anything with `predict`: n rows in, n results out (numbers, or anything that JSON holds).
 
-    `predict(features, reader)` is given a `FeatureReader` besides, to read more features with. It is never called
-    twice at once. Rows may be of several requests: a result must be of its own row only.
+    It is never called twice at once. Rows may be of several requests: a result must be of its own row only.
     """
 
     def predict(self, features: Features, /) -> Any: ...
+
+
+class TwoStage(Protocol):
+    """The same, for a model that reads more features while it predicts."""
+
+    def predict(self, features: Features, reader: FeatureReader, /) -> Any: ...
+
+
+Predictor = OneStage | TwoStage
 
 
 class PredictionFailed(MillpondError):
@@ -108,7 +118,9 @@ class LoadedModel:
         self.model = model
         self.plan = ReadPlan(layout, model.features, model.subject)
         self._reads = Reads(layout, model.reads, model.subject)
-        self._predictor = model.predictor(**{name: str(artifacts_dir / file) for name, file in model.artifacts.items()})
+        self._predictor: Any = model.predictor(
+            **{name: str(artifacts_dir / file) for name, file in model.artifacts.items()}
+        )
         self._two_stage = _takes_a_reader(self._predictor.predict)
 
     def predict(
@@ -128,12 +140,15 @@ class LoadedModel:
         features = Features(rows.matrix, self.plan.names, rows.texts, keys or {})
         reader = FeatureReader(self._reads, read, as_of_ms) if self._two_stage else None
         try:
-            results = self._predictor.predict(features) if reader is None else self._predictor.predict(features, reader)  # type: ignore[call-arg]
-            # These have a length too, which is of something else.
-            single = isinstance(results, Mapping | Set | str | bytes | bytearray)
-            if not single:
-                results = results.tolist() if isinstance(results, np.ndarray) else list(results)
-                count = len(results)
+            results = self._predictor.predict(features) if reader is None else self._predictor.predict(features, reader)
+            single = False
+            if isinstance(results, np.ndarray):
+                results = results.tolist()
+            else:
+                # These have a length too, which is of something else.
+                single = isinstance(results, Mapping | Set | str | bytes | bytearray)
+                results = results if single else list(results)
+            count = len(results)
         except Exception as error:
             if reader is not None and error is reader.failure:  # a shard is to blame, not the model
                 raise
@@ -150,7 +165,7 @@ class LoadedModel:
             )
         if count != n:
             raise PredictionFailed(f"{subject}: predict returned {count} results for {n} rows")
-        if all(type(result) is float for result in results) and all(map(math.isfinite, results)):
+        if set(map(type, results)) == _FLOATS and all(map(math.isfinite, results)):
             return results  # type: ignore[no-any-return]
         try:
             return [_plain_json(result) for result in results]
