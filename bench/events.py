@@ -18,10 +18,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 import numpy as np
@@ -30,15 +29,15 @@ import pyarrow.compute as pc
 
 from millpond.bench import accounts, reference
 from millpond.bench.ledger import read_accounts
-from millpond.bench.load import Load, LoadFailed, Outcome, quantile, run_load
+from millpond.bench.load import Outcome, quantile
+from millpond.bench.options import Options
 from millpond.bench.processes import cpu_seconds
-from millpond.bench.workload import HISTORY, Advance, Steps, median_of, run_workload
-from millpond.cluster.cluster import Cluster
+from millpond.bench.testbed import SHARDS as SHARD_TITLES
+from millpond.bench.testbed import Testbed
+from millpond.bench.workload import Advance, Evidence, Steps, median_of
 from millpond.cluster.config import Config
 from millpond.cluster.demo.session import ARROW_STREAM, Session
 from millpond.feature_actors.decode import Decoder
-from millpond.feature_actors.errors import BadRequest, Unavailable
-from millpond.models.definition import Definition
 
 __all__ = [
     "KINDS",
@@ -48,7 +47,7 @@ __all__ = [
     "arrow_body",
     "figures_of",
     "json_bodies",
-    "run_events_bench",
+    "make",
 ]
 
 SEED = 0
@@ -84,7 +83,7 @@ KINDS = (
     Kind("json_1000", _JSON, 1_000, 4, 300_000),
     Kind("single_32", _JSON, 1, 32, 8_000),
 )
-_REPLICA, _SHARDS_TITLE = "ray::ServeReplica:bench-events:", "ray::FeatureActor"
+_REPLICA = ("ray::ServeReplica:bench-events:",)
 
 MEANINGS = {
     "arrow_10000_events_per_s": "Arrow bodies of 10,000 events, 4 connections, synced",
@@ -245,41 +244,27 @@ class EventsWorkload:
     meanings: Mapping[str, str] = MEANINGS
 
     def __init__(self, config: Config, seconds: float, *, rounds: int = ROUNDS, pairs: int = PAIRS) -> None:
-        self._home = tempfile.TemporaryDirectory(prefix="millpond-bench-")
-        self._config = replace(config, name="bench", data_dir=self._home.name, port=0, clock="wall", shards=SHARDS)
+        self._bed = Testbed(config, [Path(accounts.__file__)], shards=SHARDS)
         self._seconds, self._rounds, self._pairs = seconds, rounds, pairs
-        self._cluster: Cluster | None = None
         self._made = EventBodies(SEED, int(time.time() * 1000))
         self._rates: dict[str, float] = {}
-        self._outcomes: dict[str, list[Outcome]] = {}
         self._cpu_of: dict[str, list[tuple[float, float]]] = {}
         self._acked = 0
-        self._wrong: list[str] = []
+        self._wrong = self._bed.wrong
         self._figures: dict[str, Any] = {
             "measured_seconds": seconds,
             "rounds": rounds,
             "users": self._made.users,
             "items": self._made.items,
-            "durability": config.durability,
-            "proxy": config.proxy,
-            "shards": SHARDS,
-            "replicas": config.replicas,
         }
-
-    @property
-    def url(self) -> str:
-        assert self._cluster is not None
-        return self._cluster.url
 
     # -- setup
 
     def setup(self, steps: Steps) -> None:
-        with steps.step("start the cluster") as advance:
-            self._cluster = Cluster(self._config, [Definition.read(Path(accounts.__file__))]).start()
-            advance(1, self.url)
+        self._bed.start(steps)
         with steps.step("beside: disk and decoder"):
             for name, size in (("4kb", 4_096), ("1mb", 2**20)):
-                self._figures[f"fdatasync_{name}_p50_ms"] = fdatasync_p50_ms(self._config.directory, size)
+                self._figures[f"fdatasync_{name}_p50_ms"] = fdatasync_p50_ms(self._bed.config.directory, size)
             for kind in KINDS:
                 self._figures[f"{kind.name}_decode_events_per_s"] = decode_events_per_s(
                     self._made.bodies(kind, max(20_000, kind.events)), kind
@@ -290,41 +275,30 @@ class EventsWorkload:
     def start(self, steps: Steps) -> None:
         for kind in KINDS:
             self._run(kind, min(1.0, self._seconds), warm=True)
-        before = size_bytes(self._config.directory / "shards"), self._acked
+        before = size_bytes(self._bed.config.directory / "shards"), self._acked
         with steps.step("measure", self._rounds * len(KINDS)) as advance:
             for r in range(self._rounds):
                 for kind in KINDS[r % len(KINDS) :] + KINDS[: r % len(KINDS)]:
                     self._measure(kind, steps, advance)
-        grown = size_bytes(self._config.directory / "shards") - before[0]
+        grown = size_bytes(self._bed.config.directory / "shards") - before[0]
         self._figures["log_bytes_per_event"] = round(grown / (self._acked - before[1]), 1)
         with steps.step("write and score", self._pairs) as advance:
             self._write_and_score(advance)
 
     def _measure(self, kind: Kind, steps: Steps, advance: Advance) -> None:
         advance(0, f"{kind.name} ...")
-        before_s = cpu_seconds([_REPLICA]), cpu_seconds([_SHARDS_TITLE])
+        before_s = cpu_seconds(_REPLICA), cpu_seconds(SHARD_TITLES)
         outcome = self._run(kind, self._seconds)
-        after_s = cpu_seconds([_REPLICA]), cpu_seconds([_SHARDS_TITLE])
+        after_s = cpu_seconds(_REPLICA), cpu_seconds(SHARD_TITLES)
         self._cpu_of.setdefault(kind.name, []).append((after_s[0] - before_s[0], after_s[1] - before_s[1]))
-        self._outcomes.setdefault(kind.name, []).append(outcome)
-        rate = outcome.requests_per_s * kind.events
-        advance(1, f"{kind.name} {rate:,.0f} events/s")
-        steps.console.print(
-            f"  {kind.name:12} {rate:10,.0f} events/s  p50 {outcome.latency_ms(0.5):7.3f} ms"
-            f"  p99 {outcome.latency_ms(0.99):7.3f} ms",
-            highlight=False,
-        )
+        advance(1, f"{kind.name} {outcome.requests_per_s * kind.events:,.0f} events/s")
+        self._bed.say(steps, kind.name, outcome, "events/s", kind.events)
 
     def _run(self, kind: Kind, seconds: float, *, warm: bool = False) -> Outcome:
-        address = urlsplit(self.url)
-        assert address.hostname is not None
-        assert address.port is not None
         per_s = max(self._rates.get(kind.name, 0.0) * _SPARE, kind.first_per_s)
-        load = Load(
-            host=address.hostname,
-            port=address.port,
-            path=_PATH,
-            bodies=self._made.bodies(kind, int(per_s * (seconds + _WARM_S))),
+        load = self._bed.load(
+            _PATH,
+            self._made.bodies(kind, int(per_s * (seconds + _WARM_S))),
             connections=kind.connections,
             seconds=seconds,
             warm_seconds=_WARM_S,
@@ -332,20 +306,8 @@ class EventsWorkload:
             content_type=kind.content_type,
             once=True,
         )
-        try:
-            outcome = run_load(load)
-        except LoadFailed as error:
-            raise Unavailable(str(error)) from error
+        outcome = self._bed.run(load, None if warm else kind.name, none_is_fine=warm)
         self._acked += (outcome.checked - outcome.failed) * kind.events
-        if outcome.failed:
-            self._wrong.append(
-                f"every request is acknowledged: {outcome.failed} of {outcome.checked} ({kind.name}) were not, the "
-                f"first: {outcome.first_failure}"
-            )
-        if not outcome.checked or (not outcome.answers and not warm):
-            raise Unavailable(
-                f"{kind.name}: {outcome.answers} good answers in {outcome.seconds:.2f} s: {outcome.first_failure}"
-            )
         self._rates[kind.name] = outcome.requests_per_s * kind.events
         return outcome
 
@@ -354,7 +316,7 @@ class EventsWorkload:
         lock, done, stale, failures = threading.Lock(), [0.0] * 0, [0], list[str]()
 
         def pairs(thread: int) -> None:
-            writer, reader = Session(self.url), Session(self.url)
+            writer, reader = Session(self._bed.url), Session(self._bed.url)
             for number in range(thread, self._pairs, _PAIR_THREADS):
                 user, item = self._made.users + number, f"pair-{number}"
                 event = {
@@ -401,7 +363,7 @@ class EventsWorkload:
         items = [f"item-{i}" for i in range(self._made.items)] + [f"pair-{i}" for i in range(self._pairs)]
         with steps.step("check", len(users) + len(items)) as advance:
             for model, key, values in (("user_account", "user_id", users), ("item_account", "item_id", items)):
-                found = read_accounts(self.url, model, key, values, lambda n: advance(n, ""))
+                found = read_accounts(self._bed.url, model, key, values, lambda n: advance(n, ""))
                 events = int(found[:, 0].sum())
                 if events != self._acked:
                     self._wrong.append(
@@ -414,15 +376,15 @@ class EventsWorkload:
     # -- metrics and end
 
     def metrics(self) -> dict[str, Any]:
-        figures = {**figures_of(self._outcomes, self._cpu_of), **self._figures}
+        figures = {**figures_of(self._bed.outcomes, self._cpu_of), **self._figures, **self._bed.settings}
         return {name: figures[name] for name in MEANINGS if name in figures}
 
+    @property
+    def evidence(self) -> Evidence:
+        return self._bed.evidence()
+
     def close(self) -> None:
-        try:
-            if self._cluster is not None:
-                self._cluster.stop()
-        finally:
-            self._home.cleanup()
+        self._bed.close()
 
 
 def decode_events_per_s(bodies: list[bytes], kind: Kind, seconds: float = 0.5) -> int:
@@ -459,16 +421,6 @@ def size_bytes(directory: Path) -> int:
     return total
 
 
-def run_events_bench(
-    config: Config, *, as_json: bool, seconds: float, quick: bool = False, record: bool = False
-) -> int:
-    """Run the bench; return the exit status.
-
-    quick: short, to see that it works. record: append the figures to `bench/history.jsonl`.
-    """
-    if quick and record:
-        raise BadRequest("bench events: figures of a --quick run are not recorded; leave one of the two out")
-    workload = (
-        EventsWorkload(config, min(seconds, 1.0), rounds=1, pairs=400) if quick else EventsWorkload(config, seconds)
-    )
-    return run_workload(workload, as_json=as_json, record_to=HISTORY if record else None)
+def make(config: Config, options: Options) -> EventsWorkload:
+    pairs = 400 if options.quick else PAIRS
+    return EventsWorkload(config, options.measured_seconds, rounds=options.measured_rounds, pairs=pairs)

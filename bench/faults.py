@@ -40,16 +40,17 @@ from millpond.bench.accounts import activity
 from millpond.bench.events import EventBodies, arrow_body, json_bodies
 from millpond.bench.ledger import Floats, Ints, Ledger, differences, read_accounts
 from millpond.bench.load import quantile
+from millpond.bench.options import Options
 from millpond.bench.probes import Log, ReadProber, WriteProber, available_share, failures_within, ids_on
 from millpond.bench.retry import Connection, send_until_answered
 from millpond.bench.up import KINDS, NEEDS_NEW_START, Up, Victim, until
-from millpond.bench.workload import HISTORY, Steps, run_workload
+from millpond.bench.workload import Evidence, Steps
 from millpond.cluster.config import Config
 from millpond.cluster.demo.session import ARROW_STREAM
 from millpond.feature_actors.errors import BadRequest, MillpondError, Unavailable
 from millpond.feature_actors.shard_map import ShardMap
 
-__all__ = ["FaultsWorkload", "Strike", "run_faults_bench", "schedule"]
+__all__ = ["FaultsWorkload", "Strike", "make", "schedule"]
 
 KILLS, EVENTS = 100, 1_000_000
 #: Of each kind, if there are enough for all.
@@ -473,6 +474,10 @@ class FaultsWorkload:
         }
         return {name: figures[name] for name in MEANINGS if name in figures}
 
+    @property
+    def evidence(self) -> Evidence:
+        return Evidence()
+
     def close(self) -> None:
         try:
             self._over.set()
@@ -542,15 +547,6 @@ def availability_figures(logs: list[Log], strikes: list[Strike], end: float) -> 
     return {name: round(share, 5) for name, share in shares.items() if share is not None}
 
 
-def run_faults_bench(
-    config: Config,
-    *,
-    as_json: bool,
-    kills: int = KILLS,
-    events: int = EVENTS,
-    seed: int | None = None,
-    record: bool = False,
-) -> int:
-    """Run the bench; return the exit status. record: append the figures to `bench/history.jsonl`."""
-    workload = FaultsWorkload(config, kills=kills, events=events, seed=seed)
-    return run_workload(workload, as_json=as_json, record_to=HISTORY if record else None)
+def make(config: Config, options: Options) -> FaultsWorkload:
+    kills, events = (3, 5_000) if options.quick else (options.kills, options.events)
+    return FaultsWorkload(config, kills=kills, events=events, seed=options.seed)

@@ -13,7 +13,7 @@ from typing import Any
 
 from millpond.deployments.http import App, Receive, Request, Response, Route, Scope, Send, decode_json
 from millpond.deployments.score import check_json
-from millpond.deployments.serving import ServingSpec, deployment, stay_on_loopback
+from millpond.deployments.serving import ServingSpec, deployment, keep_what_is_there, stay_on_loopback
 
 __all__ = ["ANSWER", "BARE_PREFIX", "NOOP_PREFIX", "BareApp", "NoopApp", "run_noops"]
 
@@ -83,6 +83,7 @@ class NoopReplica:
     def __init__(self) -> None:
         stay_on_loopback()
         self._app = NoopApp()
+        keep_what_is_there()
 
     def __serve_build_asgi_app__(self) -> NoopApp:
         return self._app
@@ -94,6 +95,7 @@ class BareReplica:
     def __init__(self) -> None:
         stay_on_loopback()
         self._app = BareApp()
+        keep_what_is_there()
 
     def __serve_build_asgi_app__(self) -> BareApp:
         return self._app

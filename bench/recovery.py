@@ -32,7 +32,8 @@ import pyarrow as pa
 from millpond.bench import reference
 from millpond.bench.events import EventBodies
 from millpond.bench.load import quantile
-from millpond.bench.workload import HISTORY, Advance, Steps, run_workload
+from millpond.bench.options import Options
+from millpond.bench.workload import Advance, Evidence, Steps
 from millpond.cluster.config import Config
 from millpond.feature_actors import Count, FeatureView
 from millpond.feature_actors.calls import CallIngest, CallRead
@@ -48,7 +49,7 @@ from millpond.feature_actors.server import ShardServer, ShardSpec
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.socket_calls import SocketCalls
 
-__all__ = ["RecoveryWorkload", "run_recovery_bench"]
+__all__ = ["RecoveryWorkload", "make"]
 
 SEED = 0
 ENTITIES = 1_000_000
@@ -273,6 +274,10 @@ class RecoveryWorkload:
     def metrics(self) -> dict[str, Any]:
         return self._figures
 
+    @property
+    def evidence(self) -> Evidence:
+        return Evidence()
+
     def close(self) -> None:
         if self._served is not None:
             self._served.kill()
@@ -281,9 +286,8 @@ class RecoveryWorkload:
         self._home.cleanup()
 
 
-def run_recovery_bench(config: Config, *, as_json: bool, seconds: float, quick: bool, record: bool) -> int:
-    workload = RecoveryWorkload(config, seconds, quick=quick)
-    return run_workload(workload, as_json=as_json, record_to=HISTORY if record else None)
+def make(config: Config, options: Options) -> RecoveryWorkload:
+    return RecoveryWorkload(config, options.measured_seconds, quick=options.quick)
 
 
 def main() -> None:

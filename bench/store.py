@@ -20,8 +20,6 @@ import asyncio
 import contextlib
 import multiprocessing
 import os
-import signal
-import sys
 import tempfile
 import time
 import uuid
@@ -37,11 +35,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from millpond.bench import reference
-from millpond.bench.workload import HISTORY, Advance, Steps, median_of, ratio, run_workload
+from millpond.bench.options import Options
+from millpond.bench.workload import Advance, Evidence, Steps, median_of, ratio
 from millpond.cluster.config import Config
 from millpond.cluster.embedded import NAMESPACE, EmbeddedCluster, EmbeddedSettings
 from millpond.feature_actors.calls import CallIngest, CallRead
-from millpond.feature_actors.errors import BadRequest, Unavailable
+from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.events import Events as ShardEvents
 from millpond.feature_actors.keys import Hashes, hash_columns
 from millpond.feature_actors.layout import Layout, compile_layout
@@ -64,8 +63,8 @@ __all__ = [
     "agree",
     "expected_features",
     "layout_of",
+    "make",
     "meanings",
-    "run_store_bench",
     "size_text",
     "turned",
 ]
@@ -667,6 +666,10 @@ class StoreWorkload:
         figures["events"] = sum(store.events.count for store in self._stores.values())
         return {name: figures[name] for name in self.meanings if name in figures}
 
+    @property
+    def evidence(self) -> Evidence:
+        return Evidence()
+
     def close(self) -> None:
         try:
             if self._cluster is not None:
@@ -688,18 +691,5 @@ def quantile_us(took_ns: Ints, q: float) -> float:
     return float(np.quantile(took_ns, q, method="inverted_cdf")) / 1_000
 
 
-def run_store_bench(
-    config: Config, *, as_json: bool, seconds: float, quick: bool = False, ray: bool = True, record: bool = False
-) -> int:
-    """Run the bench; return the exit status.
-
-    quick: tiny stores, to see that it works. record: append the figures to `bench/history.jsonl`.
-    """
-    if quick and record:
-        raise BadRequest("bench store: figures of a --quick run are not recorded; leave one of the two out")
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that it is cleared away
-    try:
-        workload = StoreWorkload(config, QUICK if quick else FULL, seconds, ray=ray)
-        return run_workload(workload, as_json=as_json, record_to=HISTORY if record else None)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def make(config: Config, options: Options) -> StoreWorkload:
+    return StoreWorkload(config, QUICK if options.quick else FULL, options.measured_seconds, ray=options.ray)

@@ -12,6 +12,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from millpond.bench.command import add_arguments as add_bench_arguments
+from millpond.bench.command import run_bench
 from millpond.cluster.config import Config, load_config
 from millpond.feature_actors.errors import MillpondError, Unavailable
 
@@ -54,12 +56,41 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     demo = command("demo", _demo, "Run real data end to end and measure it: flights in, delay scores out.")
-    demo.add_argument("dataset", nargs="?", choices=["flights", "churn"], default="flights")
+    demo.add_argument("dataset", nargs="?", choices=["flights", "churn", "recommend"], default="flights")
     demo.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     demo.add_argument("--keep", action="store_true", help="go on serving at the end, until Ctrl-C")
     up = command("up", _up, "Start a cluster from definition files and serve until Ctrl-C.")
     up.add_argument("files", nargs="+", type=Path, metavar="FILE.py")
     up.add_argument("--artifacts", type=Path, help="folder of the models' artifacts (default: beside each file)")
+    deploy = command("deploy", _deploy, "Add models to the running cluster; they are checked before anything changes.")
+    deploy.add_argument("file", type=Path, metavar="FILE.py")
+    deploy.add_argument("--model", action="append", default=[], metavar="NAME", help="only this one of the file")
+    deploy.add_argument("--as", dest="role", choices=["champion", "canary", "shadow"], default="champion",
+                        help="answers (default), answers a share of the ids, or only computes")  # fmt: skip
+    deploy.add_argument("--share", help="of a canary: `5%%` or `0.05` of the ids")
+    deploy.add_argument("--try", dest="ids", action="append", default=[], metavar="ID",
+                        help="an id to check the models on, as JSON (default: one that nobody knows)")  # fmt: skip
+    deploy.add_argument("--artifacts", type=Path, help="folder of the models' artifacts (default: beside the file)")
+    deploy.add_argument("--json", action="store_true", help="print it as JSON")
+    for name, about in (
+        ("promote", "Make a model's canary or shadow, or a version, its champion."),
+        ("rollback", "Make a model's rollout what it was before the last change."),
+        ("retire", "Take a version of a model, or the whole model, out of service for ever."),
+    ):
+        change = command(name, _change, about)
+        change.add_argument("model", metavar="MODEL")
+        if name != "rollback":
+            change.add_argument("version", nargs="?", metavar="VERSION")
+        change.set_defaults(change=name)
+    pool = command("pool", _pool, "Give a model replicas of its own, or take them away.")
+    pool.add_argument("model", metavar="MODEL")
+    pool.add_argument("--own-replicas", type=int, default=1, help="how many, or with --own-replicas-max at least")
+    pool.add_argument("--own-replicas-max", type=int, help="as many as the load asks for, up to this")
+    pool.add_argument("--cpus", type=float, default=1.0, help="of each replica")
+    pool.add_argument("--none", action="store_true", help="back to the replicas of all models, or its own declaration")
+    models = command("models", _models, "Show the models, who owns them and how they do; of one: all that is known.")
+    models.add_argument("model", nargs="?", metavar="MODEL")
+    models.add_argument("--json", action="store_true", help="print it as JSON")
     features = command("features", _features, "Show the views of a definition file, and what they take of memory.")
     features.add_argument("file", type=Path, metavar="FILE.py")
     features.add_argument("--json", action="store_true", help="print it as JSON")
@@ -77,44 +108,89 @@ def _parser() -> argparse.ArgumentParser:
                        help="a whole copy of DIR: made if it does not exist, then compared byte for byte")  # fmt: skip
     check.add_argument("--json", action="store_true", help="print it as one JSON object")
     command("config", _config, "Print every setting and where its value came from.")
-    bench = command("bench", _bench, "Measure; the figures stand in the README under Measured.")
-    bench.add_argument("scenario", choices=["score", "store", "events", "faults", "recovery"])
-    bench.add_argument("--json", action="store_true", help="print the figures as one JSON object")
-    bench.add_argument("--seconds", type=float, default=5.0, help="length of each measurement")
-    bench.add_argument("--record", action="store_true", help="add a line to bench/history.jsonl")
-    bench.add_argument("--quick", action="store_true", help="store, events, recovery: tiny, to see that it works")
-    bench.add_argument("--kills", type=int, default=100, help="faults: how many processes are killed")
-    bench.add_argument("--events", type=int, default=1_000_000, help="faults: how many events are sent meanwhile")
-    bench.add_argument("--seed", type=int, help="faults: of the order of kills and of the events (default: any)")
-    bench.add_argument("--no-ray", action="store_true", help="store: leave out what needs Ray, the reads by actor call")
+    add_bench_arguments(command("bench", run_bench, "Measure; the figures stand in the README under Measured."))
     return parser
 
 
 def _demo(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
     from millpond.cluster.demo.churn import run_churn
     from millpond.cluster.demo.flight_delay import run_flight_delay
+    from millpond.cluster.demo.recommend import run_recommend
 
-    run = run_churn if options.dataset == "churn" else run_flight_delay
+    run = {"flights": run_flight_delay, "churn": run_churn, "recommend": run_recommend}[options.dataset]
     return run(config, origins, as_json=options.json, keep=options.keep)
 
 
 def _up(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
     from millpond.cluster.cluster import Cluster
+    from millpond.deployments.deployment import Deployment
     from millpond.models.definition import Definition
 
     definitions = [Definition.read(path, options.artifacts) for path in options.files]
     print(f"starting cluster `{config.name}` in {config.directory} ...", file=sys.stderr)
     with Cluster(config, definitions) as cluster:
-        models = [m.name for d in definitions for m in d.declared().models]
+        assert cluster.registry is not None
+        models = sorted(cluster.registry.rollouts())
         down = "millpond down" + (f" --name {config.name}" if config.name != Config.name else "")
         print(f"serving {cluster.url}  (calls: {cluster.url}/docs; stop: Ctrl-C or `{down}`)")
         for source in cluster.layout.sources:
             print(f"  POST /v1/events/{source}")
         for model in models:
             print(f"  POST /v1/score/{model}")
+        for own in (own for d in definitions for own in d.instances(Deployment)):
+            print(f"  {own.route_prefix}  (deployment {own.name}, {own.owner})")
         sys.stdout.flush()
         cluster.wait()
         print("stopping ...", file=sys.stderr)
+    return 0
+
+
+def _deploy(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    from millpond.cluster.deploy import share_of
+    from millpond.cluster.model_commands import deploy_file, ids_of, print_deployed
+
+    deployed = deploy_file(
+        config,
+        options.file,
+        artifacts_dir=options.artifacts,
+        only=options.model,
+        as_=options.role,
+        share=None if options.share is None else share_of(options.share),
+        ids=ids_of(options.ids),
+    )
+    if options.json:
+        print(json.dumps(deployed))
+    else:
+        print_deployed(deployed)
+    return 0
+
+
+def _change(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    from millpond.cluster.model_commands import change_model
+
+    print(change_model(config, options.change, options.model, getattr(options, "version", None)))
+    return 0
+
+
+def _pool(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    from millpond.cluster.model_commands import change_model
+    from millpond.models import Pool
+
+    pool = None if options.none else Pool(options.own_replicas, options.cpus, options.own_replicas_max)
+    print(change_model(config, "pool", options.model, pool=pool))
+    return 0
+
+
+def _models(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    from millpond.cluster.model_commands import describe_models, print_model, print_models
+
+    described = describe_models(config, options.model)
+    if options.json:
+        print(json.dumps(described))
+    elif options.model is None:
+        print_models(described)
+    else:
+        print_model(described)
     return 0
 
 
@@ -190,46 +266,6 @@ def _config(options: argparse.Namespace, config: Config, origins: dict[str, str]
     for name, origin in origins.items():
         print(f"{name:{width}} = {json.dumps(getattr(config, name)):24} # {origin}")
     return 0
-
-
-def _bench(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
-    if options.scenario == "store":
-        from millpond.bench.store import run_store_bench
-
-        return run_store_bench(
-            config,
-            as_json=options.json,
-            seconds=options.seconds,
-            quick=options.quick,
-            ray=not options.no_ray,
-            record=options.record,
-        )
-    if options.scenario == "events":
-        from millpond.bench.events import run_events_bench
-
-        return run_events_bench(
-            config, as_json=options.json, seconds=options.seconds, quick=options.quick, record=options.record
-        )
-    if options.scenario == "faults":
-        from millpond.bench.faults import run_faults_bench
-
-        return run_faults_bench(
-            config,
-            as_json=options.json,
-            kills=options.kills,
-            events=options.events,
-            seed=options.seed,
-            record=options.record,
-        )
-    if options.scenario == "recovery":
-        from millpond.bench.recovery import run_recovery_bench
-
-        return run_recovery_bench(
-            config, as_json=options.json, seconds=options.seconds, quick=options.quick, record=options.record
-        )
-    from millpond.bench.score import run_score_bench
-
-    return run_score_bench(config, origins, as_json=options.json, seconds=options.seconds, record=options.record)
 
 
 if __name__ == "__main__":

@@ -15,20 +15,26 @@ from types import TracebackType
 from typing import Any
 
 from millpond.cluster.config import Config
+from millpond.cluster.deploy import check_models, client_of, nobody, publish, wait_until_live
 from millpond.cluster.embedded import NAMESPACE, EmbeddedCluster, EmbeddedSettings
+from millpond.cluster.pools import PoolKeeper
+from millpond.deployments.deployment import Deployment
+from millpond.deployments.host import HostLimits
+from millpond.deployments.lane import LaneLimits
 from millpond.deployments.score import ScoreLimits
 from millpond.deployments.serving import (
     EVENTS_PREFIX,
     SCORE_PREFIX,
     ServingSpec,
     app_names,
+    custom_application,
     events_application,
     score_application,
 )
 from millpond.feature_actors.client import TimeLimits
 from millpond.feature_actors.declared_sources import DeclaredSources
 from millpond.feature_actors.decode import BodyLimits
-from millpond.feature_actors.errors import DeclarationError
+from millpond.feature_actors.errors import DeclarationError, NotFound
 from millpond.feature_actors.ingest_queue import QueueLimits
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.lock import FileLock
@@ -47,7 +53,9 @@ from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.socket_calls import SocketCalls
 from millpond.feature_actors.tiles.memory import started_ticks
 from millpond.feature_actors.warm import warm_kernels
-from millpond.models.definition import Definition, load_models
+from millpond.models.definition import Definition
+from millpond.models.registry import Registry
+from millpond.models.version import Version
 
 __all__ = ["Cluster", "admin_token", "running"]
 
@@ -61,7 +69,8 @@ class Cluster:
     """Run a cluster from this process; it ends with the process at the latest.
 
     `with Cluster(config, definitions) as cluster: ...` starts shards and both apps. The sources and
-    views are those of the definitions at the start; models can be deployed later, too.
+    views are those of the definitions at the start; models can be deployed later, too. What was deployed is in
+    the registry, and is live again at the next start.
     """
 
     def __init__(self, config: Config, definitions: Sequence[Definition]) -> None:
@@ -69,6 +78,11 @@ class Cluster:
         self._definitions = tuple(definitions)
         declared = [d.declared() for d in self._definitions]
         self.layout = compile_layout([s for d in declared for s in d.sources], [v for d in declared for v in d.views])
+        self._deployments = [(d, own) for d in self._definitions for own in d.instances(Deployment)]
+        for what in ("name", "route_prefix"):
+            of_each = [getattr(own, what) for _, own in self._deployments]
+            if twice := [one for one in of_each if of_each.count(one) > 1]:
+                raise DeclarationError(f"two deployments have the {what} `{twice[0]}`")
         if not self.layout.views:
             raise DeclarationError("the definitions declare no feature view")
         self._embedded = EmbeddedCluster(
@@ -87,12 +101,19 @@ class Cluster:
         self._state_written = False
         self._lock: FileLock | None = None
         self._memory: MemoryFolder | None = None
+        self._pools: PoolKeeper | None = None
+        #: The versions of models, while the cluster runs.
+        self.registry: Registry | None = None
         #: What the replicas are made from, once the shards run.
         self.spec: ServingSpec | None = None
 
     @property
     def url(self) -> str:
         return self._embedded.http_url
+
+    @property
+    def registry_dir(self) -> Path:
+        return self.config.directory / "registry"
 
     @property
     def admin_token(self) -> str:
@@ -106,24 +127,25 @@ class Cluster:
         1. Check the definitions and load the models once here: a mistake shows before anything runs.
         2. Hold the data directory: nothing of a cluster that runs on it is touched.
         3. Open the data directory: if anything of it is refused, nothing in it has changed.
-        4. Warm the kernels; start Ray and Serve.
-        5. Start the shards, then the apps.
+        4. Put the definitions' models into the registry, as champions if their versions are new to it.
+        5. Warm the kernels; start Ray and Serve.
+        6. Start the shards, then the apps, then the pools.
         """
         config = self.config
-        if models:
-            load_models(self._definitions, self.layout)
+        checked = self._check_models() if models else []
         self._lock = lock_directory(config.directory, config.name)
         try:
             manifest = self._open_directory()
+            self.registry = Registry(self.registry_dir)
+            for definition, versions in checked:
+                self._publish_new(definition, versions)
             token = admin_token(config.directory, make=True)
             warm_kernels()
             self._embedded.start()
-            self._start_shards(manifest, token)
-            self._run_apps(self._definitions if models else (), events=True)
+            spec = self._start_shards(manifest, token)
+            self._run_apps(spec)
             self._lock.say(url=self.url)
-            pid = os.getpid()
-            state = {"pid": pid, "started_ticks": started_ticks(pid), "url": self.url, "name": config.name}
-            write_json(self._state_file, state)
+            write_json(self._state_file, self._state(spec))
             self._state_written = True
         except BaseException:
             self.stop()
@@ -143,7 +165,7 @@ class Cluster:
             make_shards(directory, manifest, config.shards)
         return manifest
 
-    def _start_shards(self, manifest: Manifest, token: str) -> None:
+    def _start_shards(self, manifest: Manifest, token: str) -> ServingSpec:
         from millpond.feature_actors.actor import start_actors
 
         config, layout = self.config, self.layout
@@ -196,41 +218,86 @@ class Cluster:
             replicas=config.replicas,
             requests_ongoing_max=config.requests_ongoing_max,
             requests_queued_max=config.requests_queued_max,
+            registry_dir=str(self.registry_dir),
+            models=HostLimits(
+                config.models_mb_max << 20, LaneLimits(config.predict_timeout_s, config.model_requests_max)
+            ),
         )
+        return self.spec
 
     def _history_uri(self) -> str | None:
         """Return where the history goes, a folder of this cluster alone."""
         history = self.config.history
         return {"off": None, "auto": str(self.config.directory / "history")}.get(history, history)
 
-    def _run_apps(self, definitions: tuple[Definition, ...], *, events: bool) -> None:
-        """Run the score app with the models of `definitions`, and the events app beside it if asked."""
+    def _check_models(self) -> list[tuple[Definition, list[Version]]]:
+        with nobody(self.layout) as client:
+            of_each = [(d, check_models(d, self.layout, client)) for d in self._definitions if d.declared().models]
+        names = [v.model for _, versions in of_each for v in versions]
+        if twice := [n for n in names if names.count(n) > 1]:
+            raise DeclarationError(f"two models are named `{twice[0]}`")
+        return of_each
+
+    def _publish_new(self, definition: Definition, versions: Sequence[Version]) -> None:
+        """Make champions of the versions that the registry has not; those it has stay what they are there."""
+        assert self.registry is not None
+        known = {(model, v.version) for model in self.registry.models() for v in self.registry.versions(model)}
+        self.registry.add(definition, [v for v in versions if not self._is_retired(v)])
+        publish(self.registry, definition, [v for v in versions if (v.model, v.version) not in known])
+
+    def _is_retired(self, version: Version) -> bool:
+        assert self.registry is not None
+        try:
+            retired = self.registry.state_of(version) == "retired"
+        except NotFound:
+            return False
+        if retired:
+            logger.warning("%s has been retired, and is not deployed again", version.subject)
+        return retired
+
+    def _run_apps(self, spec: ServingSpec) -> None:
+        """Run both apps and the teams' own, and the pools from now on."""
         from ray import serve
 
-        assert self.spec is not None
         events_name, score_name = app_names(self.config.name)
-        score = serve.RunTarget(score_application(self.spec, definitions), name=score_name, route_prefix=SCORE_PREFIX)
-        targets = [score]
-        if events:
-            targets.append(serve.RunTarget(events_application(self.spec), name=events_name, route_prefix=EVENTS_PREFIX))
+        targets = [
+            serve.RunTarget(score_application(spec), name=score_name, route_prefix=SCORE_PREFIX),
+            serve.RunTarget(events_application(spec), name=events_name, route_prefix=EVENTS_PREFIX),
+        ]
+        for definition, own in self._deployments:
+            name = f"{self.config.name}-own-{own.name}"
+            app = custom_application(spec, definition, own)
+            targets.append(serve.RunTarget(app, name=name, route_prefix=own.route_prefix))
         serve.run_many(targets)
+        self._pools = PoolKeeper(spec)
+
+    def _state(self, spec: ServingSpec) -> dict[str, Any]:
+        """Return what other processes have to know of a running cluster, see `deploy.Running`."""
+        pid = os.getpid()
+        return {
+            "pid": pid,
+            "started_ticks": started_ticks(pid),
+            "url": self.url,
+            "name": self.config.name,
+            "slots": spec.shard_map.n_slots,
+            "shards": spec.shard_map.n_shards,
+            "memory_dir": spec.memory_dir,
+            "clock": spec.clock,
+            "definitions": [[d.file_name, d.text] for d in self._definitions],
+        }
 
     def deploy(self, definitions: Sequence[Definition]) -> None:
-        """Score the models of `definitions` from now on; they read the views of the start.
+        """Score the models of `definitions` from now on, too; they read the views of the start.
 
-        Raises `DeclarationError` if a model does not load or reads a view that the cluster has not;
-        nothing changes then.
+        Raises `DeclarationError` if a model does not load or reads a view that the cluster has not, and what
+        `Registry.add` does; nothing changes then.
         """
-        for model in (m for d in definitions for m in d.declared().models):
-            for feature in model.features:
-                known = self.layout.views.get(feature.view.name)
-                if known is None or feature.wire_name not in {f.wire_name for f in known}:
-                    raise DeclarationError(
-                        f"model `{model.name}`: reads `{feature.full_name}`, which the cluster does not keep; "
-                        "start it with the definition"
-                    )
-        load_models(definitions, self.layout)
-        self._run_apps(tuple(definitions), events=False)
+        assert self.registry is not None
+        assert self.spec is not None
+        client = client_of(self.layout, self.spec.shard_map, Path(self.spec.memory_dir), self.spec.clock)
+        checked = [(d, check_models(d, self.layout, client)) for d in definitions]
+        for definition, versions in checked:
+            wait_until_live(self.registry, publish(self.registry, definition, versions), versions)
 
     def wait(self) -> None:
         """Block until Ctrl-C, SIGTERM or `millpond down`."""
@@ -239,8 +306,16 @@ class Cluster:
     def stop(self) -> None:
         """Drain: the shards finish what is under way and take a snapshot, so that a start after it replays nothing;
         then everything ends."""
+        if self._pools is not None:
+            self._pools.stop()
+            self._pools = None
         self._drain_shards()
         self._embedded.stop()
+        if self.registry is not None:
+            for replica in self.registry.reports():
+                self.registry.forget_report(replica)
+            self.registry.close()
+            self.registry = None
         if self._memory is not None:
             self._memory.remove()
             self._memory = None

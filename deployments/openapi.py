@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
 import jinja2
 import msgspec
 
+from millpond.deployments.served import ModelEntry
 from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.plan import ReadPlan
 from millpond.feature_actors.source import Field, Source
 from millpond.feature_actors.view import Feature, FeatureView
-from millpond.models.model import LoadedModel
 
 __all__ = ["docs_page", "openapi_document"]
 
@@ -28,6 +28,9 @@ _JSON_TYPES: dict[str, dict[str, Any]] = {
 #: JavaScript holds no int64: its digits may come as a string.
 _INT64 = {"type": ["integer", "string"], "format": "int64", "pattern": "^(0|-?[1-9][0-9]*)$"}
 _EXAMPLES: dict[str, Any] = {"string": "abc", "bool": True, "timestamp[ms, UTC]": "2024-05-01T12:00:00Z"}
+
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_ARROW = {"application/vnd.apache.arrow.stream": _BINARY}
 
 _ERROR = {
     "type": "object",
@@ -60,14 +63,13 @@ _ACK = {
 }
 
 
-def openapi_document(layout: Layout, models: Mapping[str, LoadedModel], cluster_name: str) -> dict[str, Any]:
+def openapi_document(layout: Layout, models: Sequence[ModelEntry], cluster_name: str) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of this cluster: a path for each source, model and view."""
     paths: dict[str, Any] = {}
     for source in layout.sources.values():
         event = _event_schema(source)
         forms: dict[str, Any] = {"application/json": {"schema": {"oneOf": [event, {"type": "array", "items": event}]}}}
-        for form in ("application/x-ndjson", "application/vnd.apache.arrow.stream"):
-            forms[form] = {"schema": {"type": "string", "format": "binary"}}
+        forms |= {"application/x-ndjson": _BINARY, **_ARROW}
         paths[f"/v1/events/{source.name}"] = {
             "post": _call(
                 source.about or f"Events of {source.name}",
@@ -77,14 +79,14 @@ def openapi_document(layout: Layout, models: Mapping[str, LoadedModel], cluster_
                 parameters=[_parameter("arrival", {"enum": ["now", "event"]}, "event: a bulk load or replay")],
             )
         }
-    for name, loaded in models.items():
-        one = _id_schema(loaded.plan)
-        paths[f"/v1/score/{name}"] = {
+    for model in models:
+        one = _id_schema(model.key_fields)
+        paths[f"/v1/score/{model.model}"] = {
             "post": _call(
-                loaded.model.about or f"Scores of {name}",
-                f"score_{name}",
+                model.about or f"Scores of {model.model}",
+                f"score_{model.model}",
                 {"oneOf": [_answer_schema(), {"type": "array", "items": _answer_schema()}]},
-                body={"application/json": {"schema": {"oneOf": [one, {"type": "array", "items": one}]}}},
+                body={"application/json": {"schema": {"oneOf": [one, {"type": "array", "items": one}]}}, **_ARROW},
                 parameters=[
                     _AS_OF,
                     _parameter("features", {"enum": ["true", "false"]}, "answer with the features read, too"),
@@ -97,6 +99,20 @@ def openapi_document(layout: Layout, models: Mapping[str, LoadedModel], cluster_
         key.append(_AS_OF)
         paths[f"/v1/features/{name}"] = {
             "get": _call(view.about or f"Features of {name}", f"features_{name}", _view_schema(view), parameters=key)
+        }
+    if models:
+        ids = {"type": "array", "items": {"type": "object", "description": "the key fields of all models asked"}}
+        names = {"type": "array", "items": {"enum": [m.model for m in models]}}
+        several = {"type": "object", "properties": {"models": names, "ids": ids}, "required": ["models", "ids"]}
+        answer = {"type": "object", "additionalProperties": {"oneOf": [_answer_schema(), _ERROR]}}
+        paths["/v1/score"] = {
+            "post": _call(
+                "Scores of several models",
+                "score",
+                {"type": "array", "items": answer},
+                body={"application/json": {"schema": several}},
+                parameters=[_AS_OF],
+            )
         }
     for path, about in (
         ("/healthz", "Liveness of this replica"),
@@ -182,11 +198,11 @@ def _key_schema(kind: str) -> dict[str, Any]:
     return {"type": "string"} if kind == "string" else dict(_INT64)
 
 
-def _id_schema(plan: ReadPlan) -> dict[str, Any]:
+def _id_schema(key_fields: Mapping[str, str]) -> dict[str, Any]:
     return {
         "type": "object",
-        "properties": {name: _key_schema(kind) for name, kind in plan.key_fields.items()},
-        "required": list(plan.key_fields),
+        "properties": {name: _key_schema(kind) for name, kind in key_fields.items()},
+        "required": list(key_fields),
         "additionalProperties": False,
     }
 
@@ -249,7 +265,7 @@ def _feature_facts(feature: Feature) -> dict[str, str]:
     }
 
 
-def docs_page(layout: Layout, models: Mapping[str, LoadedModel], cluster_name: str) -> Callable[[str], str]:
+def docs_page(layout: Layout, models: Sequence[ModelEntry], cluster_name: str) -> Callable[[str], str]:
     """Return what makes the page at `/docs` for the URL that it is asked at: every call with a line
     that can be pasted into a terminal.
 
@@ -266,11 +282,10 @@ def docs_page(layout: Layout, models: Mapping[str, LoadedModel], cluster_name: s
         ],
         "models": [
             {
-                "model": m.model,
-                "example": _json({n: _example(k) for n, k in m.plan.key_fields.items()}),
-                "plan": m.plan,
+                "model": m,
+                "example": _json({n: _example(k) for n, k in m.key_fields.items()}),
             }
-            for m in models.values()
+            for m in models
         ],
         "views": [
             {

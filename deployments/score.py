@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
-import itertools
 import re
-import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
+import msgspec
+
+from millpond.deployments.answers import Answers, iso
+from millpond.deployments.arrow_scores import ARROW_TYPE, arrow_answer, keys_of, wants_arrow
 from millpond.deployments.http import App, Request, Response, Route, decode_json, json_response
 from millpond.deployments.openapi import docs_page, openapi_document
+from millpond.deployments.served import Models, Served
 from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.errors import (
     BadRequest,
-    NotFound,
+    MillpondError,
     TooLarge,
+    TooMany,
     Unauthorized,
     Unavailable,
     UnsupportedMediaType,
-    did_you_mean,
 )
-from millpond.feature_actors.plan import FeatureRows, ReadPlan
-from millpond.models.model import LoadedModel
+from millpond.feature_actors.plan import ReadPlan
 
 __all__ = ["ScoreApp", "ScoreLimits"]
 
@@ -49,7 +52,7 @@ class ScoreApp(App):
     def __init__(
         self,
         client: FeatureClient,
-        models: Mapping[str, LoadedModel],
+        models: Models,
         status: Status,
         limits: ScoreLimits,
         admin_token_sha256: str,
@@ -58,6 +61,7 @@ class ScoreApp(App):
         super().__init__(
             [
                 Route("POST", "/v1/score/", self.post_score),
+                Route("POST", "/v1/score", self.post_scores),
                 Route("GET", "/v1/features/", self.get_features),
                 Route("GET", "/healthz", self.get_healthz),
                 Route("GET", "/readyz", self.get_readyz),
@@ -73,69 +77,113 @@ class ScoreApp(App):
         self._admin_token_sha256 = admin_token_sha256
         layout = client.layout
         self._view_plans = {name: ReadPlan(layout, list(view), f"view `{name}`") for name, view in layout.views.items()}
-        # Ids of answers: unique over replicas by the random half, in order within one.
-        self._id_prefix = secrets.token_hex(6)
-        self._id_numbers = itertools.count(1)
-        self._openapi = openapi_document(layout, models, cluster_name)
-        self._docs = docs_page(layout, models, cluster_name)
+        self._answers = Answers()
+        self._cluster_name = cluster_name
 
     # -- the score journey
 
     async def post_score(self, request: Request) -> Response:
         # 1. Decode the ids.
-        loaded = self._model(request.name)
-        request.allow_query("as_of", "features")
+        served = self._models.served.get(request.name) or await self._models.find(request.name)
+        plan = served.champion.loaded.plan
+        as_of_ms, values = None, False
+        if request.scope.get("query_string"):
+            request.allow_query("as_of", "features")
+            as_of_ms, values = _as_of(request), request.flag("features")
+        if _is_arrow(request):
+            return await self._score_arrow(request, served, as_of_ms, values)
+        body = decode_json(await request.body(self._limits.body_bytes_max))
+        batch = isinstance(body, list)
+        ids = self._ids(body, plan, "$[%d]") if batch else [body]
+        if not (batch or isinstance(body, dict)):
+            self._ids(ids, plan, "$")
+        keys = plan.key_columns(ids, batch=batch)
+        # 2. Read the features, assemble a matrix, predict: together with the requests that wait with this one.
+        if served.canary is None and not batch:
+            scored, row = await served.champion.ask(keys, 1, as_of_ms, values)
+            return Response(200, self._answers.one(served.champion, scored, row))
+        answered = await served.ask(keys, len(ids), as_of_ms, values)
+        # 3. Answer, one per id.
+        if batch and wants_arrow(None, request.header(b"accept")):
+            return arrow_answer(served.model, answered, self._answers.ids(len(ids)))
+        return Response(200, self._answers.list(answered) if batch else self._answers.one(*answered[0]))
+
+    async def _score_arrow(self, request: Request, served: Served, as_of_ms: int | None, values: bool) -> Response:
+        """Answer ids that come as Arrow, in Arrow where JSON is not asked for."""
+        body = await request.body(self._limits.body_bytes_max)
+        keys, n = keys_of(served.champion.loaded.plan, body, self._limits.ids_max)
+        answered = await served.ask(keys, n, as_of_ms, values)
+        if wants_arrow(ARROW_TYPE, request.header(b"accept")):
+            return arrow_answer(served.model, answered, self._answers.ids(n))
+        return Response(200, self._answers.list(answered))
+
+    async def post_scores(self, request: Request) -> Response:
+        """Score each of some ids with each of some models: a list of objects, model to answer."""
+        request.allow_query("as_of")
+        as_of_ms = _as_of(request)
         check_json(request)
         body = decode_json(await request.body(self._limits.body_bytes_max))
-        ids, batch = self._ids(body, loaded.plan)
-        keys = loaded.plan.key_columns(ids, batch=batch)
-        # 2. Read the plan's features and assemble one matrix.
-        rows = await self._client.read(loaded.plan, keys, len(ids), _as_of(request))
-        # A predictor may write into its matrix: the answer has what was read.
-        values_read = loaded.plan.named_values(rows) if request.flag("features") else None
-        # 3. Predict.
-        results = loaded.predict(rows) if ids else []
-        # 4. Answer, one per id.
-        answers = self._answers(loaded, rows, results)
-        if values_read is not None:
-            for answer, values in zip(answers, values_read, strict=True):
-                answer["features"] = values
-        return json_response(answers if batch else answers[0])
+        names, ids = self._several(body)
+        served = [self._models.served.get(name) or await self._models.find(name) for name in names]
+        fields = {name for one in served for name in one.champion.loaded.plan.key_fields}
+        # All are asked before one is waited for: what reads the same is read together.
+        columns = await asyncio.gather(*(self._score_each(one, ids, fields, as_of_ms) for one in served))
+        heads = [msgspec.json.encode(name) + b":" for name in names]
+        objects = [
+            b"{%b}" % b",".join([head + answer for head, answer in zip(heads, row, strict=True)])
+            for row in zip(*columns, strict=True)
+        ]
+        return Response(200, b"[%b]" % b",".join(objects))
 
-    def _model(self, name: str) -> LoadedModel:
-        loaded = self._models.get(name)
-        if loaded is None:
-            raise NotFound(f"no model `{name[:80]}`" + did_you_mean(name[:80], self._models))
-        return loaded
+    async def _score_each(
+        self, served: Served, ids: list[dict[str, Any]], fields: set[str], as_of_ms: int | None
+    ) -> list[bytes]:
+        """Return a model's answer for each id, which has the key `fields` of all models; where it fails, its error."""
+        plan = served.champion.loaded.plan
+        if len(plan.key_fields) != len(fields):
+            # Its own fields, and those that are no model's, to be refused.
+            ids = [{k: v for k, v in one.items() if k in plan.key_fields or k not in fields} for one in ids]
+        keys = plan.key_columns(ids, batch=True, root="$.ids")
+        try:
+            answered = await served.ask(keys, len(ids), as_of_ms)
+        except MillpondError as error:
+            if error.status < 500 and not isinstance(error, TooMany):
+                raise
+            return [msgspec.json.encode(error.as_json())] * len(ids)
+        return [self._answers.one(lane, scored, row) for lane, scored, row in answered]
 
-    def _ids(self, body: Any, plan: ReadPlan) -> tuple[list[dict[str, Any]], bool]:
-        """Return the ids of a request and whether it is a batch."""
-        batch = isinstance(body, list)
-        ids = body if batch else [body]
-        if len(ids) > self._limits.ids_max:
-            raise TooLarge(f"body: {len(ids)} ids; allowed are {self._limits.ids_max} in a request")
+    def _several(self, body: Any) -> tuple[list[str], list[dict[str, Any]]]:
+        """Return the models and the ids of a request for several models."""
+        if not isinstance(body, dict) or body.keys() != {"models", "ids"}:
+            raise BadRequest('body: expected {"models": [...], "ids": [...]} and nothing else', path="$")
+        names, ids = body["models"], body["ids"]
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise BadRequest("body: expected `models` as a list of names, one at least", path="$.models")
+        if len(set(names)) != len(names):
+            raise BadRequest("body: a model is named twice", path="$.models")
+        if not isinstance(ids, list):
+            raise BadRequest(f"body: expected `ids` as a list of objects, got {type(ids).__name__}", path="$.ids")
+        if len(names) * len(ids) > self._limits.ids_max:
+            raise TooLarge(
+                f"body: {len(ids)} ids for {len(names)} models; allowed are {self._limits.ids_max} scores in a request"
+            )
+        return names, self._objects(ids, "an id", "$.ids[%d]")
+
+    def _ids(self, body: list[Any], plan: ReadPlan, path: str) -> list[dict[str, Any]]:
+        if len(body) > self._limits.ids_max:
+            raise TooLarge(f"body: {len(body)} ids; allowed are {self._limits.ids_max} in a request")
+        key = ", ".join(f"`{n}`" for n in plan.key_fields)
+        return self._objects(body, f"{plan.subject}: an id", path, f" with {key}")
+
+    def _objects(self, ids: list[Any], subject: str, path: str, with_key: str = "") -> list[dict[str, Any]]:
         for i, one in enumerate(ids):
             if not isinstance(one, dict):
-                key = ", ".join(f"`{n}`" for n in plan.key_fields)
                 raise BadRequest(
-                    f"{plan.subject}: an id is an object with {key}, got {type(one).__name__}",
-                    path=f"$[{i}]" if batch else "$",
+                    f"{subject} is an object{with_key}, got {type(one).__name__}",
+                    path=path % i if "%" in path else path,
                     code="bad_id",
                 )
-        return ids, batch
-
-    def _answers(self, loaded: LoadedModel, rows: FeatureRows, results: list[Any]) -> list[dict[str, Any]]:
-        return [
-            {
-                "id": f"{self._id_prefix}{next(self._id_numbers):010x}",
-                "model": loaded.model.name,
-                "version": loaded.model.version,
-                "result": result,
-                "as_of": _iso(as_of),
-                "unknown": unknown,
-            }
-            for result, as_of, unknown in zip(results, rows.as_of.tolist(), rows.unknown, strict=True)
-        ]
+        return ids
 
     # -- features of one entity
 
@@ -151,7 +199,7 @@ class ScoreApp(App):
                 "view": view.name,
                 "key": {name: values[0] for name, values in keys.items()},
                 "features": {f.name: values[f.full_name] for f in view},
-                "as_of": _iso(int(rows.as_of[0])),
+                "as_of": iso(int(rows.as_of[0])),
                 "unknown": bool(rows.unknown[0]),
             }
         )
@@ -169,7 +217,9 @@ class ScoreApp(App):
             raise Unavailable(
                 f"{len(waiting)} of {len(shards)} shards are not ready: {progress}", code=code, retry_after_ms=200
             )
-        return json_response({"status": "ready", "shards": len(shards), "models": sorted(self._models)})
+        return json_response(
+            {"status": "ready", "shards": len(shards), "models": sorted(m.model for m in self._models.entries())}
+        )
 
     async def get_status(self, request: Request) -> Response:
         scheme, _, given = (request.header(b"authorization") or "").partition(" ")
@@ -179,16 +229,15 @@ class ScoreApp(App):
                 "this call needs the admin token of the cluster: `Authorization: Bearer ...`; it is in the file "
                 "`admin_token` of the cluster's data directory"
             )
-        models = [
-            {"model": m.model.name, "version": m.model.version, "owner": m.model.owner} for m in self._models.values()
-        ]
+        models = [{"model": m.model, "version": m.version, "owner": m.owner} for m in self._models.entries()]
         return json_response({"shards": await self._status(), "models": models})
 
     async def get_openapi(self, request: Request) -> Response:
-        return json_response(self._openapi)
+        return json_response(openapi_document(self._client.layout, self._models.entries(), self._cluster_name))
 
     async def get_docs(self, request: Request) -> Response:
-        return Response(200, self._docs(_base_url(request)).encode(), "text/html; charset=utf-8")
+        page = docs_page(self._client.layout, self._models.entries(), self._cluster_name)
+        return Response(200, page(_base_url(request)).encode(), "text/html; charset=utf-8")
 
 
 def _base_url(request: Request) -> str:
@@ -204,6 +253,19 @@ def check_json(request: Request) -> None:
     content_type = request.header(b"content-type")
     if content_type is not None and content_type.partition(";")[0].strip().lower() != "application/json":
         raise UnsupportedMediaType(f"body: content type {content_type[:80]!r}; allowed is `application/json`")
+
+
+def _is_arrow(request: Request) -> bool:
+    """Return whether the body is Arrow rather than JSON. Raises `UnsupportedMediaType` if it is neither."""
+    content_type = request.header(b"content-type")
+    if content_type is None or content_type == "application/json":
+        return False
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type not in ("application/json", ARROW_TYPE):
+        raise UnsupportedMediaType(
+            f"body: content type {content_type[:80]!r}; allowed are `application/json` and `{ARROW_TYPE}`"
+        )
+    return media_type == ARROW_TYPE
 
 
 def _as_of(request: Request) -> int | None:
@@ -229,10 +291,3 @@ def _as_of(request: Request) -> int | None:
             path="?as_of",
         )
     return ms
-
-
-def _iso(ms: int) -> str | None:
-    """Return a time as ISO 8601 UTC; None for "no event ever" of an event clock."""
-    if ms < 0:
-        return None
-    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -8,13 +8,19 @@ settings from the environment when it is imported.
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import logging
+import secrets
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from millpond.deployments.deployment import Deployment
 from millpond.deployments.events import EventsApp
+from millpond.deployments.host import HostLimits, ModelHost
 from millpond.deployments.score import ScoreApp, ScoreLimits
 from millpond.feature_actors.calls import CallIngest, CallRead
 from millpond.feature_actors.client import FeatureClient, TimeLimits
@@ -28,7 +34,9 @@ from millpond.feature_actors.reader import MemoryRead
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.source import Source
 from millpond.feature_actors.view import FeatureView
-from millpond.models.definition import Definition, load_models
+from millpond.models.definition import Definition
+from millpond.models.pool import Pool
+from millpond.models.registry import Registry
 
 logger = logging.getLogger("millpond.serving")
 
@@ -37,14 +45,19 @@ __all__ = [
     "SCORE_PREFIX",
     "ServingSpec",
     "app_names",
+    "custom_application",
     "deployment",
     "events_application",
+    "keep_what_is_there",
+    "pool_application",
+    "pool_target",
     "score_application",
     "stay_on_loopback",
 ]
 
 EVENTS_PREFIX = "/v1/events"
 SCORE_PREFIX = "/"
+_SWITCH_INTERVAL_S = 0.0005
 
 
 @dataclass(frozen=True)
@@ -68,11 +81,18 @@ class ServingSpec:
     replicas: int
     requests_ongoing_max: int
     requests_queued_max: int
+    registry_dir: str
+    models: HostLimits
 
 
 def app_names(cluster_name: str) -> tuple[str, str]:
     """Return the names of the events app and the score app."""
     return f"{cluster_name}-events", f"{cluster_name}-score"
+
+
+def pool_target(cluster_name: str, model: str) -> tuple[str, str]:
+    """Return the name and the route prefix of the app of a model's pool: callers do not notice where it answers."""
+    return f"{cluster_name}-pool-{model}", f"{SCORE_PREFIX.rstrip('/')}/v1/score/{model}"
 
 
 def _connect(spec: ServingSpec) -> tuple[FeatureClient, Any]:
@@ -116,6 +136,12 @@ def stay_on_loopback() -> None:
         replica.add_port_to_grpc_server = lambda server, address: bind(server, address.replace("[::]", "127.0.0.1"))
 
 
+def keep_what_is_there() -> None:
+    """Have the garbage collector pass over what a replica has loaded: it would look through all of it now and then."""
+    gc.collect()
+    gc.freeze()
+
+
 class EventsReplica:
     """A process that takes events in."""
 
@@ -123,21 +149,40 @@ class EventsReplica:
         client, _ = _connect(spec)
         self._app = EventsApp(client, spec.bodies, spec.queue)
         self._app.body_timeout_s = spec.body_timeout_s
+        keep_what_is_there()
 
     def __serve_build_asgi_app__(self) -> EventsApp:
         return self._app
 
 
 class ScoreReplica:
-    """A process that holds every model of the definitions and answers scores."""
+    """A process that answers scores, with the models of the registry in memory: those of a pool, or of none."""
 
-    def __init__(self, spec: ServingSpec, definitions: tuple[Definition, ...]) -> None:
+    async def __init__(self, spec: ServingSpec, pool: str | None = None) -> None:  # type: ignore[misc]  # Serve awaits it
+        # A model in a thread must not keep the event loop waiting for the interpreter: 5 ms is Python's default.
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         client, read = _connect(spec)
-        models = load_models(definitions, client.layout)
-        self._app = ScoreApp(client, models, read.status, spec.scores, spec.admin_token_sha256, spec.cluster_name)
+        replica = f"{pool or 'models'}-{secrets.token_hex(4)}"
+        self._host = ModelHost(Registry(Path(spec.registry_dir)), client, replica, pool, spec.models)
+        await self._host.start()
+        self._following = asyncio.get_running_loop().create_task(self._host.follow())
+        self._app = ScoreApp(client, self._host, read.status, spec.scores, spec.admin_token_sha256, spec.cluster_name)
         self._app.body_timeout_s = spec.body_timeout_s
+        keep_what_is_there()
 
     def __serve_build_asgi_app__(self) -> ScoreApp:
+        return self._app
+
+
+class CustomReplica:
+    """A process that holds a deployment of a team's own, made anew from the text of its definition."""
+
+    def __init__(self, spec: ServingSpec, definition: Definition, name: str) -> None:
+        client, _ = _connect(spec)
+        (declared,) = (d for d in definition.instances(Deployment) if d.name == name)
+        self._app = declared.app(client)
+
+    def __serve_build_asgi_app__(self) -> Any:
         return self._app
 
 
@@ -165,6 +210,25 @@ def events_application(spec: ServingSpec) -> Any:
     return deployment(EventsReplica, "Events", spec).bind(spec)
 
 
-def score_application(spec: ServingSpec, definitions: tuple[Definition, ...]) -> Any:
-    """Return the Serve application that scores the models of `definitions`."""
-    return deployment(ScoreReplica, "Score", spec).bind(spec, definitions)
+def score_application(spec: ServingSpec) -> Any:
+    """Return the Serve application that scores the models of no pool."""
+    return deployment(ScoreReplica, "Score", spec).bind(spec)
+
+
+def pool_application(spec: ServingSpec, model: str, pool: Pool) -> Any:
+    """Return the Serve application that scores one model in replicas of its own."""
+    options: dict[str, Any] = {"ray_actor_options": {"num_cpus": pool.cpus}}
+    if pool.pip:
+        options["ray_actor_options"]["runtime_env"] = {"pip": list(pool.pip)}
+    if pool.replicas_max is None:
+        options["num_replicas"] = pool.replicas
+    else:
+        options["num_replicas"] = None
+        options["autoscaling_config"] = {"min_replicas": pool.replicas, "max_replicas": pool.replicas_max}
+    return deployment(ScoreReplica, "Pool", spec).options(**options).bind(spec, model)
+
+
+def custom_application(spec: ServingSpec, definition: Definition, declared: Deployment) -> Any:
+    """Return the Serve application of a deployment of a team's own."""
+    options = {"num_replicas": declared.replicas, "ray_actor_options": {"num_cpus": declared.cpus}}
+    return deployment(CustomReplica, "Custom", spec).options(**options).bind(spec, definition, declared.name)

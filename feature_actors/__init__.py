@@ -18,6 +18,8 @@ from millpond.feature_actors.aggregations import (
     SecondsSinceFirst,
     Std,
     Sum,
+    TopK,
+    TopKCounts,
 )
 from millpond.feature_actors.errors import MillpondError
 from millpond.feature_actors.source import Field, Source
@@ -42,4 +44,6 @@ __all__ = [
     "Source",
     "Std",
     "Sum",
+    "TopK",
+    "TopKCounts",
 ]

@@ -32,6 +32,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from millpond.feature_actors.arrow_stream import ArrowStream
 from millpond.feature_actors.errors import BadRequest, Problem, TooLarge, UnsupportedMediaType, did_you_mean
 from millpond.feature_actors.source import Field, Source
 
@@ -60,9 +61,6 @@ _MISFITS = (
     RecursionError,
     struct.error,
 )
-
-#: The two spellings of the end of an Arrow IPC stream.
-_ARROW_ENDS = (b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0")
 
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 _FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
@@ -277,10 +275,9 @@ class Decoder:
 
     def _decode_arrow(self, body: bytes) -> pa.RecordBatch:
         try:
-            self._check_messages(body)
-            reader = pa.ipc.open_stream(pa.BufferReader(body))
-            self._check_columns(reader.schema)
-            received, rows = self._read(reader)
+            stream = ArrowStream(body, self.limits, "events", self._too_large)
+            self._check_columns(stream.schema)
+            received, rows = stream.columns()
         except (*_MISFITS, MemoryError) as error:
             reason = _shown(str(error).partition("\n")[0], 200)
             problem = (f"{self._body}: not an Arrow IPC stream that can be read: {reason}", "$")
@@ -302,32 +299,6 @@ class Decoder:
             raise self._invalid([problem for _, problem in problems])
         return pa.RecordBatch.from_arrays(arrays, schema=self._schema)
 
-    def _check_messages(self, body: bytes) -> None:
-        """Refuse what must not be read: what says so in its messages' metadata, before it costs memory."""
-        stream = pa.BufferReader(body)
-        rows = count = end = 0
-        for message in pa.ipc.MessageReader.open_stream(stream):
-            end = stream.tell()
-            count += 1
-            if count - 1 > self.limits.batches_max:
-                self._too_large("batches_max", f"more than {self.limits.batches_max} Arrow batches")
-            if message.type == "schema" and count == 1:
-                continue
-            if message.type not in ("record batch", "dictionary"):
-                raise ValueError(f"unexpected {message.type} message")
-            head = _BatchHead.of(message)
-            if head.compressed:
-                raise ValueError("compressed batches are not read; write them without compression")
-            if head.delta:
-                raise ValueError("dictionary deltas are not read; write whole dictionaries")
-            # Buffers start at multiples of 8 within the message: aligned if it is.
-            if head.rows < 0 or (message.body.size and message.body.address % 8):
-                raise ValueError("damaged message")
-            rows += 0 if message.type == "dictionary" else head.rows
-            self._check_rows(rows)
-        if body[end:] not in _ARROW_ENDS:
-            raise ValueError("cut off, or bytes after its end; close the stream writer before sending")
-
     def _check_columns(self, schema: pa.Schema) -> None:
         problems: list[Problem] = []
         for name in dict.fromkeys(schema.names):
@@ -345,26 +316,6 @@ class Decoder:
         problems += self._missing(schema.names, "$[*]")
         if problems:
             raise self._invalid(problems)
-
-    def _read(self, reader: pa.RecordBatchReader) -> tuple[dict[str, pa.Array], int]:
-        """Return the stream's columns, batches joined and dictionaries decoded, and the number of rows."""
-        columns: dict[str, list[pa.Array]] = {name: [] for name in reader.schema.names}
-        spent = rows = 0
-        for batch in reader:
-            spent += batch.get_total_buffer_size()
-            self._check_arrow_bytes(spent)
-            # Nothing of a batch may be touched before this: its offsets and indices may point anywhere.
-            batch.validate(full=True)
-            rows += batch.num_rows
-            for name, array in zip(batch.schema.names, batch.columns, strict=True):
-                if pa.types.is_dictionary(array.type):
-                    spent += pc.sum(pc.binary_length(array.dictionary).take(array.indices)).as_py() or 0
-                    self._check_arrow_bytes(spent)
-                    array = array.dictionary_decode()
-                columns[name].append(array)
-        if not rows:
-            return {n: pa.nulls(0, self._columns[n].type) for n in columns}, 0
-        return {n: a[0] if len(a) == 1 else pa.concat_arrays(a) for n, a in columns.items()}, rows
 
     def _column_problems(self, name: str, column: _Column, array: pa.Array, reason: str) -> list[tuple[int, Problem]]:
         """Return the first bad values of a column that does not fit, with their rows; never none."""
@@ -407,10 +358,6 @@ class Decoder:
     def _check_rows(self, rows: int) -> None:
         if rows > self.limits.rows_max:
             self._too_large("rows_max", f"more than {self.limits.rows_max} events")
-
-    def _check_arrow_bytes(self, size: int) -> None:
-        if size > self.limits.arrow_bytes_max:
-            self._too_large("arrow_bytes_max", f"{size} bytes when decoded")
 
     def _too_large(self, limit: str, got: str) -> NoReturn:
         allowed = getattr(self.limits, limit)
@@ -664,53 +611,6 @@ def _json_int(digits: str) -> int | float:
 
 
 _JSON = json.JSONDecoder(parse_int=_json_int)
-
-
-@dataclass(frozen=True)
-class _BatchHead:
-    """What the metadata of a record batch or dictionary message says, read from its flatbuffer.
-
-    Source: Message.fbs, https://github.com/apache/arrow/blob/main/format/Message.fbs. PyArrow verifies
-    the flatbuffer but shows none of this before it has read, and decompressed, the batch.
-    """
-
-    rows: int
-    compressed: bool
-    delta: bool
-
-    @classmethod
-    def of(cls, message: pa.ipc.Message) -> _BatchHead:
-        """Raises `ValueError` or `struct.error` if the metadata is damaged."""
-        table = memoryview(message.metadata)
-        batch = _child(table, struct.unpack_from("<I", table, 0)[0], 2)
-        delta = False
-        if message.type == "dictionary":
-            is_delta = _member_at(table, batch, 2)
-            delta = bool(is_delta and table[is_delta])
-            batch = _child(table, batch, 1)
-        length = _member_at(table, batch, 0)
-        rows = struct.unpack_from("<q", table, length)[0] if length else 0
-        return cls(rows, bool(_member_at(table, batch, 3)), delta)
-
-
-def _member_at(buffer: memoryview, table: int, member: int) -> int:
-    """Return where a member of a flatbuffer table lies, 0 if it is absent."""
-    vtable = table - struct.unpack_from("<i", buffer, table)[0]
-    if not 0 <= vtable < len(buffer):
-        raise ValueError("damaged message")
-    entry = 4 + 2 * member
-    if entry >= struct.unpack_from("<H", buffer, vtable)[0]:
-        return 0
-    offset: int = struct.unpack_from("<H", buffer, vtable + entry)[0]
-    return table + offset if offset else 0
-
-
-def _child(buffer: memoryview, table: int, member: int) -> int:
-    """Return where the table lies that a member points to."""
-    at = _member_at(buffer, table, member)
-    if not at:
-        raise ValueError("damaged message")
-    return at + int(struct.unpack_from("<I", buffer, at)[0])
 
 
 # How values and names are shown: short, and in valid UTF-8 whatever was sent.

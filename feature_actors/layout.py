@@ -388,7 +388,8 @@ def _spot(where: int, aggregation: Aggregation) -> tuple[Spot, int]:
     window_ms, ttl_ms, exact = aggregation.window_ms, aggregation.ttl_ms, aggregation.exact
     if window_ms is not None:
         past_ms = exact_past_ms(window_ms) if exact else 0
-        return (where, False, tile_width_ms(window_ms), exact), window_ms + past_ms
+        assert aggregation.tile_width_ms is not None
+        return (where, False, aggregation.tile_width_ms, exact), window_ms + past_ms
     # A partial with a ttl starts anew when it has expired, so each ttl has a partial of its own.
     kept = FOR_EVER if ttl_ms is None else ttl_ms
     return (where, True, kept, False), kept
@@ -409,19 +410,19 @@ def _longest_exact(view: FeatureView) -> int | None:
     return max((w for w in windows if w is not None), default=None)
 
 
-def _longest(view: FeatureView) -> tuple[int, int]:
-    """Return the longest window of a view that is not exact, and its longest ttl; `NO` where there is none."""
+def _longest(view: FeatureView) -> tuple[int, int, int]:
+    """Return the longest window of a view that is not exact, the widest tiles that it is kept in, and the view's
+    longest ttl; `NO` where there is none."""
     kept = [f.kept for f in view if f.derived is None]
-    windows = [a.window_ms for a in kept if a.window_ms is not None and not a.exact]
+    windows = [(a.window_ms, a.tile_width_ms or 1) for a in kept if a.window_ms is not None and not a.exact]
     ttls = [FOR_EVER if a.ttl_ms is None else a.ttl_ms for a in kept if a.window_ms is None]
-    return max(windows, default=NO), FOR_EVER if FOR_EVER in ttls else max(ttls, default=NO)
+    return *max(windows, default=(NO, 1)), FOR_EVER if FOR_EVER in ttls else max(ttls, default=NO)
 
 
 def _view_row(table: Table, view: FeatureView, series_before: int) -> list[int]:
     """Return where an entity must have an event to be known to a view, see `program`."""
     where = [where_text(w) for w in table.wheres].index(where_text(view.where))
-    window_ms, ttl_ms = _longest(view)
-    width_ms = 1 if window_ms == NO else tile_width_ms(window_ms)
+    window_ms, width_ms, ttl_ms = _longest(view)
     exact_ms = _longest_exact(view)
     if exact_ms is None:
         return [where, window_ms, width_ms, NO, NO, ttl_ms]
@@ -434,13 +435,13 @@ def _views_keep_ms(views: Sequence[FeatureView]) -> int:
     """Return how long after its last event an entity can be known to one of the views, also when asked of the past."""
     keep = [0]
     for view in views:
-        (window_ms, ttl_ms), exact_ms = _longest(view), _longest_exact(view) or 0
+        (window_ms, width_ms, ttl_ms), exact_ms = _longest(view), _longest_exact(view) or 0
         if ttl_ms == FOR_EVER:
             return FOR_EVER
         past_ms = exact_past_ms(exact_ms)
         keep += [ttl_ms + past_ms, exact_ms + past_ms]
         if window_ms != NO:
-            keep.append(window_ms + tile_width_ms(window_ms) + past_ms)
+            keep.append(window_ms + width_ms + past_ms)
     return max(keep)
 
 

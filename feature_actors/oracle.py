@@ -46,7 +46,7 @@ def sees(aggregation: Aggregation, source: Source, mine: Iterable[Event], as_of_
     for event in mine:
         time, arrival = _time(source, event), _arrival(source, event)
         if aggregation.window_ms is not None:
-            width = _width_ms(aggregation.window_ms)
+            width = _width_ms(aggregation)
             kept = aggregation.window_ms + (min(aggregation.window_ms, _HOUR_MS) if aggregation.exact else 0)
             too_late = time // width < (arrival - kept) // width
             if not too_late and _start(aggregation, as_of_ms) <= time <= as_of_ms:
@@ -68,6 +68,8 @@ def knows(view: FeatureView, mine: Iterable[Event], as_of_ms: int) -> bool:
     times = [_time(view.source, e) for e in mine]
     if max(times, default=as_of_ms) > as_of_ms:  # in the past only what is exact can tell
         kept = [a for a in kept if a.exact]
+    longest = max((a.window_ms or 0 for a in kept if not a.exact), default=0)
+    kept = [a for a in kept if a.window_ms is None or a.exact or a.window_ms == longest]
     return any(_start(a, as_of_ms) <= time <= as_of_ms for a in kept for time in times)
 
 
@@ -75,12 +77,12 @@ def _start(aggregation: Aggregation, as_of_ms: int) -> float:
     """Return the first millisecond that an aggregation looks back to."""
     if aggregation.window_ms is None:
         return -math.inf if aggregation.ttl_ms is None else as_of_ms - aggregation.ttl_ms
-    start, width = as_of_ms - aggregation.window_ms, _width_ms(aggregation.window_ms)
+    start, width = as_of_ms - aggregation.window_ms, _width_ms(aggregation)
     return start + 1 if aggregation.exact else start // width * width
 
 
-def _width_ms(window_ms: int) -> int:
-    return max(width for width in LADDER_MS if 60 * width <= window_ms)
+def _width_ms(aggregation: Aggregation) -> int:
+    return max(width for width in LADDER_MS if aggregation.tiles_min * width <= (aggregation.window_ms or 0))
 
 
 # -- questions
@@ -193,7 +195,16 @@ def right(
         assert given is not None
         return _close(_derived(aggregation, given), got, 0.0)
     values = _values(view, name, seen)
-    return _close(_value_of(aggregation, values, as_of_ms), got, aggregation.slack(values, as_of_ms))
+    want, slack = _value_of(aggregation, values, as_of_ms), aggregation.slack(values, as_of_ms)
+    if slack:
+        want, got = _worth(aggregation, want, values), _worth(aggregation, got, values)
+    return _close(want, got, slack)
+
+
+def _worth(aggregation: Aggregation, value: Any, values: Sequence[tuple[int, Any]]) -> Any:
+    if isinstance(value, list | tuple):
+        return [aggregation.worth(one, values) for one in value]
+    return aggregation.worth(value, values)
 
 
 def _close(want: Any, got: Any, slack: float) -> bool:

@@ -53,7 +53,7 @@ class Feature:
     @property
     def is_text(self) -> bool:
         """Whether its values are strings, which stand beside the matrix."""
-        if self.derived is not None or self.kept.field is None:
+        if self.derived is not None or self.kept.field is None or self.kept.gives_numbers:
             return False
         return bool(self.view.source.fields[self.kept.field].type == "string")
 

@@ -1,7 +1,8 @@
 """Windows and tiles: how long, how wide, and which tiles a window covers.
 
 A window of length W is answered from tiles of one width w, taken from a fixed ladder by W alone:
-the widest width that is at most W/60. Tile k covers the times `[k*w, (k+1)*w)`. Read at `as_of`,
+the widest width that is at most W/60; an aggregation of large partials may have wider ones. Tile k
+covers the times `[k*w, (k+1)*w)`. Read at `as_of`,
 the window covers `[floor((as_of - W)/w)*w, as_of]`: never too short, at most one tile (1.7 %) too
 long. An exact window keeps the milliseconds of its tiles besides and covers `(as_of - W, as_of]`.
 All times and lengths are int64 milliseconds.
@@ -70,13 +71,15 @@ def parse_window_ms(text: str, *, subject: str) -> int:
     return length_ms
 
 
-def tile_width_ms(window_ms: int) -> int:
-    """Return the width of the tiles that answer a window: a function of its length alone.
+def tile_width_ms(window_ms: int, tiles_min: int = TILES_PER_WINDOW_MIN) -> int:
+    """Return the width of the tiles that answer a window: a function of its length, and of how many there are to be.
 
     >>> [tile_width_ms(w) for w in (1_000, 3_600_000, 86_400_000, 2_592_000_000)]
     [10, 60000, 1200000, 43200000]
+    >>> tile_width_ms(86_400_000, tiles_min=12)
+    7200000
     """
-    return max(width for width in LADDER_MS if width * TILES_PER_WINDOW_MIN <= window_ms)
+    return max(width for width in LADDER_MS if width * tiles_min <= window_ms)
 
 
 def exact_past_ms(window_ms: int) -> int:

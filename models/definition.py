@@ -12,6 +12,7 @@ import json
 import linecache
 import sys
 import tempfile
+import threading
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ T = TypeVar("T")
 
 __all__ = ["ARTIFACTS_DIR", "Declared", "Definition", "digest_of", "load_models"]
 
+_RUNNING = threading.RLock()
 #: How the content lies in a folder, whatever the files were called where they came from.
 _TEXT, ARTIFACTS_DIR = "definition.py", "artifacts"
 
@@ -90,36 +92,56 @@ class Definition:
         """The content in 64 hex digits: equal if text and artifacts are, whatever the file is called."""
         return digest_of(self.hashes)
 
+    @property
+    def module_name(self) -> str:
+        """What the module of the text is called in `sys.modules`; it stays there until `forget_module`."""
+        return f"millpond_definition_{hashlib.sha256(self.text.encode()).hexdigest()[:16]}"
+
     def declared(self) -> Declared:
         """Run the text (once a process) and return what it declares: by name, or in a list, tuple or dict of a name."""
-        name = f"millpond_definition_{hashlib.sha256(self.text.encode()).hexdigest()[:16]}"
-        module = sys.modules.get(name)
-        if module is None:
+        values = self._values()
+        models = _each(values, Model)
+        views = _each([*values, *(f.view for m in models for f in (*m.features, *m.reads))], FeatureView)
+        sources = _each([*values, *(v.source for v in views)], Source)
+        return Declared(sources, views, models)
+
+    def instances(self, kind: type[T]) -> tuple[T, ...]:
+        """Run the text (once a process) and return what it has of another kind, such as a layer above declares."""
+        return _each(self._values(), kind)
+
+    def _values(self) -> list[object]:
+        return [one for value in vars(self._module()).values() for one in _contents(value)]
+
+    def _module(self) -> types.ModuleType:
+        name = self.module_name
+        with _RUNNING:  # else another thread would take a module that has not been run to its end
+            module = sys.modules.get(name)
+            if module is not None:
+                return module
             module = types.ModuleType(name)
-            module.__file__ = f"<{self.file_name}>"
-            # Tracebacks and inspect find the text although there may be no such file on this node.
-            linecache.cache[module.__file__] = (
-                len(self.text),
-                None,
-                self.text.splitlines(True),
-                module.__file__,
-            )
+            # Tracebacks and inspect find the text although there may be no such file on this node, or another version.
+            module.__file__ = f"<{self.file_name} {name[-8:]}>"
+            lines = self.text.splitlines(True)
+            linecache.cache[module.__file__] = (len(self.text), None, lines, module.__file__)
             sys.modules[name] = module
             try:
                 exec(compile(self.text, module.__file__, "exec"), module.__dict__)
-            except MillpondError:
-                del sys.modules[name]
-                raise
-            except (Exception, SystemExit) as error:
-                del sys.modules[name]
+            except BaseException as error:
+                forget_module(name)
+                if isinstance(error, MillpondError) or not isinstance(error, Exception | SystemExit):
+                    raise
                 raise DeclarationError(
                     f"definition `{self.file_name}`: does not run: {type(error).__name__}: {error}"
                 ) from error
-        values = [one for value in vars(module).values() for one in _contents(value)]
-        models = _each(values, Model)
-        views = _each([*values, *(f.view for m in models for f in m.features)], FeatureView)
-        sources = _each([*values, *(v.source for v in views)], Source)
-        return Declared(sources, views, models)
+            return module
+
+
+def forget_module(name: str) -> None:
+    """Let go of the module of a definition: what still uses something of it goes on, `declared` runs the text again."""
+    with _RUNNING:
+        module = sys.modules.pop(name, None)
+        if module is not None:
+            linecache.cache.pop(str(module.__file__), None)
 
 
 def digest_of(hashes: Mapping[str, str]) -> str:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 __all__ = ["Features"]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Features:
     """What `predict` gets, in the order in which the model declares its features.
 

@@ -18,21 +18,32 @@ from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.feature_actors.source import check_name, check_owner
 from millpond.feature_actors.view import Feature
 from millpond.models.features import Features
+from millpond.models.pool import Pool
 from millpond.models.reader import FeatureReader, Read, Reads
 
 __all__ = ["Features", "LoadedModel", "Model", "PredictionFailed", "Predictor"]
 
 logger = logging.getLogger("millpond.models")
 
+_FLOATS = {float}
 
-class Predictor(Protocol):
+
+class OneStage(Protocol):
     """Anything with `predict`: n rows in, n results out (numbers, or anything that JSON holds).
 
-    `predict(features, reader)` is given a `FeatureReader` besides, to read more features with. It is never called
-    twice at once. Rows may be of several requests: a result must be of its own row only.
+    It is never called twice at once. Rows may be of several requests: a result must be of its own row only.
     """
 
     def predict(self, features: Features, /) -> Any: ...
+
+
+class TwoStage(Protocol):
+    """The same, for a model that reads more features while it predicts."""
+
+    def predict(self, features: Features, reader: FeatureReader, /) -> Any: ...
+
+
+Predictor = OneStage | TwoStage
 
 
 class PredictionFailed(MillpondError):
@@ -45,12 +56,13 @@ class PredictionFailed(MillpondError):
 class Model:
     """Declare a model.
 
-    version: names one immutable content; another content is another version.
+    version: names one immutable content; another content is another version. Without one, the content names it.
     features: what it reads, `view["name"]`, possibly of views with different keys.
     predictor: called with the path of each artifact to make the thing that predicts. It reads them then: when
         every model is made their folder is removed.
     artifacts: name to file name, beside the file of the definition.
     reads: further features that `predict(features, reader)` reads of whatever ids it likes.
+    pool: `Pool(...)` gives the model replicas of its own; without, it shares those of all models.
 
     Raises `DeclarationError` that names the model and what does not fit.
     """
@@ -63,13 +75,14 @@ class Model:
     artifacts: Mapping[str, str] = field(default_factory=dict)
     about: str = ""
     reads: Sequence[Feature] = ()
+    pool: Pool | None = None
 
     def __post_init__(self) -> None:
         check_name("model", self.name)
         check_owner("model", self.name, self.owner)
-        if not isinstance(self.version, str) or not 0 < len(self.version) <= 63:
+        if not isinstance(self.version, str) or len(self.version) > 63:
             raise DeclarationError(
-                f"model `{self.name}`: version is a text of 1 to 63 characters, got {self.version!r}"
+                f"model `{self.name}`: version is a text of at most 63 characters, got {self.version!r}"
             )
         if not self.features:
             raise DeclarationError(f"model `{self.name}`: no features")
@@ -85,6 +98,8 @@ class Model:
             raise DeclarationError(
                 f"model `{self.name}`: predictor must be a class or a function, got {self.predictor!r}"
             )
+        if self.pool is not None and not isinstance(self.pool, Pool):
+            raise DeclarationError(f"model `{self.name}`: pool must be a `Pool`, got {self.pool!r}")
         for artifact, file in self.artifacts.items():
             if not file or file == ".." or Path(file).name != file:
                 raise DeclarationError(
@@ -103,7 +118,9 @@ class LoadedModel:
         self.model = model
         self.plan = ReadPlan(layout, model.features, model.subject)
         self._reads = Reads(layout, model.reads, model.subject)
-        self._predictor = model.predictor(**{name: str(artifacts_dir / file) for name, file in model.artifacts.items()})
+        self._predictor: Any = model.predictor(
+            **{name: str(artifacts_dir / file) for name, file in model.artifacts.items()}
+        )
         self._two_stage = _takes_a_reader(self._predictor.predict)
 
     def predict(
@@ -123,12 +140,15 @@ class LoadedModel:
         features = Features(rows.matrix, self.plan.names, rows.texts, keys or {})
         reader = FeatureReader(self._reads, read, as_of_ms) if self._two_stage else None
         try:
-            results = self._predictor.predict(features) if reader is None else self._predictor.predict(features, reader)  # type: ignore[call-arg]
-            # These have a length too, which is of something else.
-            single = isinstance(results, Mapping | Set | str | bytes | bytearray)
-            if not single:
-                results = results.tolist() if isinstance(results, np.ndarray) else list(results)
-                count = len(results)
+            results = self._predictor.predict(features) if reader is None else self._predictor.predict(features, reader)
+            single = False
+            if isinstance(results, np.ndarray):
+                results = results.tolist()
+            else:
+                # These have a length too, which is of something else.
+                single = isinstance(results, Mapping | Set | str | bytes | bytearray)
+                results = results if single else list(results)
+            count = len(results)
         except Exception as error:
             if reader is not None and error is reader.failure:  # a shard is to blame, not the model
                 raise
@@ -145,7 +165,7 @@ class LoadedModel:
             )
         if count != n:
             raise PredictionFailed(f"{subject}: predict returned {count} results for {n} rows")
-        if all(type(result) is float for result in results) and all(map(math.isfinite, results)):
+        if set(map(type, results)) == _FLOATS and all(map(math.isfinite, results)):
             return results  # type: ignore[no-any-return]
         try:
             return [_plain_json(result) for result in results]

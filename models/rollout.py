@@ -43,6 +43,11 @@ class Rollout:
     shadow: Version | None = None
     pool: Pool | None = None
 
+    @property
+    def versions(self) -> list[Version]:
+        """Those that are live: the champion first."""
+        return [v for v in (self.champion, self.canary, self.shadow) if v is not None]
+
 
 @dataclass(frozen=True)
 class Roles:

@@ -54,7 +54,6 @@ def version_of(
     *,
     memory_bytes: int = 0,
     predict_us: float = 0.0,
-    pool: Pool | None = None,
     created: datetime | None = None,
 ) -> Version:
     """Return the version that a definition makes of one of its models.
@@ -79,6 +78,6 @@ def version_of(
         features=tuple(f.full_name for f in model.features),
         memory_bytes=memory_bytes,
         predict_us=predict_us,
-        pool=pool,
+        pool=model.pool,
         files=definition.hashes,
     )

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ import pyarrow.compute as pc
 
 from millpond.deployments.events import EventsApp
 from millpond.deployments.http import App
+from millpond.deployments.lane import Lane
 from millpond.deployments.score import ScoreApp, ScoreLimits
+from millpond.deployments.served import Models, Served
 from millpond.feature_actors import (
     Count,
     Derived,
@@ -197,9 +200,10 @@ def make_world(
 
         return [asdict(s.status()) for s in shards]
 
-    loaded = {m.name: LoadedModel(m, layout, Path()) for m in models}
+    threads = ThreadPoolExecutor(4, "predict")
+    served = {m.name: Served(m.name, Lane(LoadedModel(m, layout, Path()), client, threads)) for m in models}
     digest = hashlib.sha256(TOKEN.encode()).hexdigest()
-    score = ScoreApp(client, loaded, status or shards_status, scores or ScoreLimits(), digest, cluster_name)
+    score = ScoreApp(client, Models(served), status or shards_status, scores or ScoreLimits(), digest, cluster_name)
     return World(clock, shards, client, EventsApp(client, bodies or BodyLimits()), score)
 
 

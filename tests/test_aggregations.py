@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +30,8 @@ from millpond.feature_actors import (
     SecondsSinceFirst,
     Std,
     Sum,
+    TopK,
+    TopKCounts,
 )
 from millpond.feature_actors.aggregations import AGGREGATIONS, PARTS, Aggregation, Column, Part, dispatch
 from millpond.feature_actors.clock import ManualClock
@@ -93,7 +96,11 @@ def plain(aggregation: Aggregation, events: Sequence[Event], as_of: int) -> tupl
     return value if isinstance(value, list) else [value], aggregation.slack(seen, as_of)
 
 
-def near(got: Sequence[float], want: Sequence[float], slack: float) -> bool:
+def is_right(aggregation: Aggregation, got: Sequence[float], events: Sequence[Event], as_of: int) -> bool:
+    want, slack = plain(aggregation, events, as_of)
+    if slack:
+        seen = [(t, v) for t, v in events if v is not None or aggregation.takes == "event"]
+        got, want = ([aggregation.worth(one, seen) for one in values] for values in (got, want))
     return len(got) == len(want) and all(
         slack == math.inf or (math.isnan(g) and math.isnan(w)) or g == w or abs(g - w) <= slack
         for g, w in zip(got, want, strict=True)
@@ -117,10 +124,9 @@ def test_tiles_merged_oldest_first_are_all_events_in_one(
     for start, end in itertools.pairwise(edges):
         merged.merge(Partial(aggregation).update([e for e in events if start <= e[0] < end]))
     one = Partial(aggregation).update(events)
-    want, slack = plain(aggregation, events, 100)
-    assert near(one.value(100), want, slack)
-    assert near(merged.value(100), want, slack)
-    if slack == 0:
+    assert is_right(aggregation, one.value(100), events, 100)
+    assert is_right(aggregation, merged.value(100), events, 100)
+    if aggregation.slack([e for e in events if e[1] is not None], 100) == 0:
         assert str(merged.value(100)) == str(one.value(100))
 
 
@@ -139,7 +145,7 @@ def test_init_sets_every_word_to_the_value_of_nothing(aggregation: Aggregation) 
     partial = Partial(aggregation)
     assert np.array_equal(partial.words, Partial(aggregation, garbage=-1).words)
     want, _ = plain(aggregation, [], 100)
-    assert near(partial.value(100), want, 0)
+    assert is_right(aggregation, partial.value(100), [], 100)
     assert aggregation.empty.startswith("0" if want[0] == 0 else "NaN")
 
 
@@ -184,6 +190,9 @@ GOLDEN: dict[Aggregation, tuple[Any, Any, Any]] = {
     Rate(window="60s"): (5 / 60, 2 / 60, 0),
     SecondsSince(window="60s"): (5, 60.999, _NAN),
     SecondsSinceFirst(window="60s"): (9, 60.999, _NAN),
+    # Their tiles are 5 s wide.
+    TopK("v", k=3, window="60s"): ([2, 9, 1], [2, 9, _NAN], [2, 9, _NAN]),
+    TopKCounts("v", k=3, window="60s"): ([1, 1, 1], [1, 1, 0], [1, 1, 0]),
 }
 
 
@@ -209,8 +218,9 @@ def test_the_examples_are_of_every_aggregation_of_this_project() -> None:
 @pytest.mark.parametrize(("place", "as_of"), [(0, 10_000), (1, 65_999), (2, 66_000)])
 def test_the_examples_computed_by_hand(place: int, as_of: int) -> None:
     (got,) = read_at({f"f{i}": a for i, a in enumerate(GOLDEN)}, [(T + t, v) for t, v in EVENTS], [T + as_of])
-    left = [e for e in EVENTS if e[0] >= (as_of - 60_000) // 1000 * 1000]
     for aggregation, value in zip(GOLDEN, got, strict=True):
+        width = aggregation.tile_width_ms
+        left = [e for e in EVENTS if e[0] >= (as_of - 60_000) // width * width]
         want = GOLDEN[aggregation][place]
         np.testing.assert_allclose(value, want, rtol=1e-15, err_msg=repr(aggregation))
         by_definition, _ = plain(aggregation, left, as_of)
@@ -239,18 +249,58 @@ def test_strings_computed_by_hand() -> None:
         "v", owner="tests", source=source("first", None), key=["user"],
         features={
             "last": Last("code"), "first": First("code"), "three": LastN("code", n=3), "none": Last("id", window="1s"),
+            "top": TopK("code", k=3), "counts": TopKCounts("code", k=3),
         },
     )  # fmt: skip
     client, _ = cluster(compile_layout([], [view]), clock=ManualClock(T + 2_000))
     rest = {"id": "", "num": 0, "user": 1, "small": 0, "v": 0.0, "i": 0, "f32": 0.0, "flag": True}
     complete(client.ingest("first", batch(view.source, [
         {**rest, "at": T + 1, "code": "b"}, {**rest, "at": T, "code": "日本語🐟"}, {**rest, "at": T + 2, "code": None},
+        {**rest, "at": T, "code": "日本語🐟"},
     ])))  # fmt: skip
     plan = ReadPlan(client.layout, list(view), "the test")
     rows = complete(client.read(plan, plan.key_columns([{"user": 1}], batch=False), 1))
     (named,) = plan.named_values(rows)
-    assert list(named.pop("v.three")) == ["b", "日本語🐟", None]
+    assert list(named.pop("v.three")) == ["b", "日本語🐟", "日本語🐟"]
+    assert list(named.pop("v.top")) == ["日本語🐟", "b", None]
+    assert named.pop("v.counts") == [2, 1, 0]
     assert named == {"v.last": "b", "v.first": "日本語🐟", "v.none": None}
+
+
+# -- the most frequent
+
+
+@given(
+    events=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20).map(float)), max_size=150),
+    m=st.integers(1, 12),
+    cuts=st.lists(st.integers(0, 60), max_size=4),
+)
+def test_counts_are_never_above_the_truth_nor_further_below_than_stated(
+    events: list[tuple[int, float]], m: int, cuts: list[int]
+) -> None:
+    top, counts = TopK("v", k=m, m=m), TopKCounts("v", k=m, m=m)
+    partials = [Partial(top), Partial(counts)]
+    for start, end in itertools.pairwise([-1, *sorted(cuts), 100]):
+        for partial in partials:
+            partial.merge(Partial(top).update([e for e in events if start <= e[0] < end]))
+    values, ns = (partial.value(100) for partial in partials)
+    answer = {v: n for v, n in zip(values, ns, strict=True) if n}
+    assert len(answer) == sum(not math.isnan(v) for v in values), "no value twice, none without a count"
+    truth = Counter(v for _, v in events)
+    assert all(n <= truth[v] for v, n in answer.items())
+    assert all((m + 1) * (n - answer.get(v, 0)) <= len(events) for v, n in truth.items())
+    if len(truth) <= m:
+        assert answer == truth
+
+
+def test_of_two_values_as_frequent_the_one_seen_more_recently_comes_first() -> None:
+    features = {"top": TopK("v", k=4), "exact": TopK("v", k=4, window="60s", exact=True)}
+    at = [T + 3, T + 1, T + 1, T + 2, T + 2]
+    for values, want in (([1, 2, 3, 4, 4], [4, 1, 3, 2]), ([1, 3, 2, 0.0, -0.0], [0, 1, 2, 3])):
+        (got,) = read_at(features, sorted(zip(at, values, strict=True), key=lambda e: e[0]), [T + 10])
+        assert got == [want, want]
+        (got,) = read_at(features, list(zip(at, values, strict=True)), [T + 10])
+        assert got == [want, want]
 
 
 # -- windows

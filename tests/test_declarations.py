@@ -34,6 +34,8 @@ from millpond.feature_actors import (
     Source,
     Std,
     Sum,
+    TopK,
+    TopKCounts,
 )
 from millpond.feature_actors.aggregations import Aggregation
 from millpond.feature_actors.errors import DeclarationError, NotFound
@@ -233,7 +235,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "aggregation itself": (
         lambda: of(Aggregation("user")),
         "Aggregation: the base of all; say which: Count, First, Last, LastN, Max, Mean, Min, Rate, SecondsSince, "
-        "SecondsSinceFirst, Std, Sum",
+        "SecondsSinceFirst, Std, Sum, TopK, TopKCounts",
     ),
     "sum of nothing": (lambda: of(Sum()), 'Sum: of which field? say Sum("amount")'),
     "sum of a list": (
@@ -276,6 +278,17 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "last 65": (lambda: LastN("price", n=65), "LastN: n is a number from 1 to 64, got 65"),
     "last true": (lambda: LastN("price", n=True), "LastN: n is a number from 1 to 64, got True"),
     "last text": (lambda: LastN("price", n="3"), "LastN: n is a number from 1 to 64, got '3'"),
+    "top k of nothing": (lambda: TopK(k=3), 'TopK: of which field? say TopK("amount")'),
+    "top 0": (lambda: TopK("price", k=0), "TopK: k is a number from 1 to 256, got 0"),
+    "top 257": (lambda: TopKCounts("price", k=257, m=300), "TopKCounts: k is a number from 1 to 256, got 257"),
+    "top true": (lambda: TopK("price", k=True), "TopK: k is a number from 1 to 256, got True"),
+    **{
+        f"top of {m!r}": (
+            lambda m=m: TopK("price", k=10, m=m),  # type: ignore[misc]
+            f"TopK: m, how many values are counted at a time, is a number from k = 10 to 1024, got {m!r}",
+        )
+        for m in (9, 1_025, 32.0)
+    },
     "exact without a window": (
         lambda: Sum("price", exact=True),
         "Sum: exact=True is about the edge of a window; say which window, or leave it out",
@@ -343,13 +356,13 @@ def test_what_does_not_fit_is_refused_by_this_message(case: str) -> None:
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("kind", [Sum, Mean, Std, Min, Max, First, Last, LastN])
+@pytest.mark.parametrize("kind", [Sum, Mean, Std, Min, Max, First, Last, LastN, TopK, TopKCounts])
 @pytest.mark.parametrize("field", ["id", "at"])
 def test_an_aggregation_of_a_field_takes_a_number_and_some_a_string(kind: Any, field: str) -> None:
     of(kind("price")), of(kind("big")), of(kind("paid"))
-    takes = "a number or a string" if kind in (First, Last, LastN) else "a number"
+    takes = "a number or a string" if kind in (First, Last, LastN, TopK, TopKCounts) else "a number"
     if takes.endswith(FIELDS[field]):
-        assert of(kind(field))["f"].is_text
+        assert of(kind(field))["f"].is_text == (kind is not TopKCounts)
         return
     with pytest.raises(DeclarationError) as caught:
         of(kind(field))
@@ -422,6 +435,10 @@ def test_any_change_of_a_definition_makes_another_feature() -> None:
         "exact": id_of(Sum("price", window="1d", exact=True)),
         "n": id_of(LastN("price", window="1d")),
         "another n": id_of(LastN("price", window="1d", n=6)),
+        "top": id_of(TopK("price", window="1d")),
+        "its counts": id_of(TopKCounts("price", window="1d")),
+        "another k": id_of(TopK("price", window="1d", k=6)),
+        "another m": id_of(TopK("price", window="1d", m=33)),
     }
     assert len(set(ids.values())) == len(ids), sorted(ids.items(), key=lambda item: item[1])
 

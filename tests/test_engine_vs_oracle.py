@@ -62,7 +62,7 @@ def telling_times(view: FeatureView, events: Sequence[Event]) -> set[int]:
         for at in {e["at"] for e in events}:
             times |= {at, at - 1}
             if (window := aggregation.window_ms) is not None:
-                width = 1 if aggregation.exact else max(w for w in LADDER_MS if 60 * w <= window)
+                width = 1 if aggregation.exact else max(w for w in LADDER_MS if aggregation.tiles_min * w <= window)
                 gone = at // width * width + width + window - aggregation.exact
                 times |= {at + window, gone - 1, gone}
             elif aggregation.ttl_ms is not None:

@@ -220,6 +220,33 @@ def test_lengths_are_written_as_they_are_declared() -> None:
 # -- the table of the README
 
 
+def test_a_top_says_its_wider_tiles_and_what_they_take_once_for_values_and_counts(
+    capsys: pytest.CaptureFixture[str], file: Path
+) -> None:
+    file.write_text(
+        DEFINITION
+        + """
+from millpond.feature_actors import TopK, TopKCounts
+
+tops = FeatureView("tops", owner="shop", source=orders, key=["user", "category"], features={
+    "prices": TopK("price", k=5, m=20, window="24h"), "counts": TopKCounts("price", k=5, m=20, window="24h"),
+    "ever": TopK("category", k=5),
+})
+"""
+    )
+    view = described(capsys, file)["tops"]
+    prices, counts, ever = view["features"]
+    assert (prices["aggregation"], counts["aggregation"]) == (
+        'TopK("price", k=5, m=20)', 'TopKCounts("price", k=5, m=20)',
+    )  # fmt: skip
+    for line in (prices, counts):
+        assert (line["tile_width_ms"], line["bytes_per_tile"]) == (7_200_000, 8 + 24 * 20)
+        assert line["overhang_percent"] == 8.33
+    assert (ever["tile_width_ms"], ever["bytes_per_entity"]) == (None, 8 + 24 * 32)
+    (series,) = view["kept"]["series"]
+    assert (series["bytes_per_tile"], series["tiles_max"]) == (8 + 8 + 24 * 20, 13)
+
+
 def row_of(kind: type[Aggregation] | type[Derived]) -> str:
     """Return the line of the README's table that an aggregation wants."""
     path = kind.__module__.removeprefix("millpond.").replace(".", "/") + ".py"
@@ -227,8 +254,11 @@ def row_of(kind: type[Aggregation] | type[Derived]) -> str:
     meaning = " ".join(inspect.cleandoc(kind.__doc__).split("\n\n")[0].split())
     memory = "none"
     if issubclass(kind, Aggregation):
-        each = " n" if "n" in {f.name for f in fields(kind)} else ""
-        memory = f"{WORD_BYTES * sum(part.words for part in kind.parts)}{each}"
+        size = "".join(f" {f.name}" for f in fields(kind) if f.name in ("n", "m"))
+        head = sum(part.head_words for part in kind.parts)
+        memory = f"{WORD_BYTES * sum(part.words for part in kind.parts)}{size}" + (
+            f" + {WORD_BYTES * head}" * (head > 0)
+        )
     cells = [f"[`{kind.__name__}`]({path})", meaning, f"`{kind.formula}`", kind.empty, kind.error, memory]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

@@ -182,7 +182,12 @@ def test_a_wrong_content_type_is_told_the_right_ones(world: World) -> None:
         reply, 415, "unsupported_media_type", f"body of `purchases`: content type `text/csv`; allowed are {allowed}"
     )
     reply = world.post_score("churn", {"user_id": 1}, "text/csv")
-    refused(reply, 415, "unsupported_media_type", "body: content type 'text/csv'; allowed is `application/json`")
+    refused(
+        reply,
+        415,
+        "unsupported_media_type",
+        "body: content type 'text/csv'; allowed are `application/json` and `application/vnd.apache.arrow.stream`",
+    )
     still_serves(world)
 
 
@@ -596,8 +601,8 @@ def test_a_wrong_question_for_features_is_refused(
         ("PUT", "/v1/score/churn", 405, "PUT /v1/score/churn: allowed is POST"),
         ("POST", "/v1/features/user_spend", 405, "POST /v1/features/user_spend: allowed is GET"),
         ("DELETE", "/healthz", 405, "DELETE /healthz: allowed is GET"),
-        ("GET", "/nope", 404, "no call GET /nope; there are POST /v1/score/{name}, GET /v1/features/{name}, GET /healthz, GET /readyz, GET /v1/status, GET /openapi.json, GET /docs"),
-        ("POST", "/v1/score/", 404, "no call POST /v1/score/; there are POST /v1/score/{name}, GET /v1/features/{name}, GET /healthz, GET /readyz, GET /v1/status, GET /openapi.json, GET /docs"),
+        ("GET", "/nope", 404, "no call GET /nope; there are POST /v1/score/{name}, POST /v1/score, GET /v1/features/{name}, GET /healthz, GET /readyz, GET /v1/status, GET /openapi.json, GET /docs"),
+        ("POST", "/v1/score/", 404, "no call POST /v1/score/; there are POST /v1/score/{name}, POST /v1/score, GET /v1/features/{name}, GET /healthz, GET /readyz, GET /v1/status, GET /openapi.json, GET /docs"),
         ("POST", "/v1/score/churn/2", 404, "no model `churn/2`; known: `churn`, `offer`; did you mean `churn`?"),
     ],
 )  # fmt: skip
@@ -720,7 +725,7 @@ def test_openapi_describes_a_call_for_each_source_model_and_view(openapi: dict[s
     assert openapi["openapi"] == "3.1.0"
     assert openapi["info"] == {"title": "Millpond: test", "version": "1"}
     assert {(path, *calls) for path, calls in openapi["paths"].items()} == {
-        ("/v1/events/purchases", "post"), ("/v1/events/logins", "post"), ("/v1/score/churn", "post"), ("/v1/score/offer", "post"),
+        ("/v1/events/purchases", "post"), ("/v1/events/logins", "post"), ("/v1/score/churn", "post"), ("/v1/score/offer", "post"), ("/v1/score", "post"),
         *((f"/v1/features/{v.name}", "get") for v in VIEWS), ("/healthz", "get"), ("/readyz", "get"), ("/v1/status", "get"),
     }  # fmt: skip
     for path, calls in openapi["paths"].items():

@@ -64,8 +64,7 @@ GOOD: dict[str, Any] = {
     [
         ({"name": "M"}, "model 'M': a name is lower-case letters, digits and `_`, starts with a letter and has at most 63 characters"),
         ({"owner": " "}, 'model `m`: no owner; say which team owns it with `owner="..."`'),
-        ({"version": ""}, "model `m`: version is a text of 1 to 63 characters, got ''"),
-        ({"version": 1}, "model `m`: version is a text of 1 to 63 characters, got 1"),
+        ({"version": 1}, "model `m`: version is a text of at most 63 characters, got 1"),
         ({"features": []}, "model `m`: no features"),
         ({"features": ["orders_30d"]}, "model `m`: expected features such as view[\"name\"], got 'orders_30d'"),
         ({"features": [user_spend["orders_30d"], user_spend["orders_30d"]]}, "model `m`: feature `user_spend.orders_30d` is named twice"),
@@ -198,7 +197,7 @@ def test_a_definition_travels_between_processes(file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("def", "definition `defs.py`: does not run: SyntaxError: invalid syntax (<defs.py>, line 1)"),
+        ("def", "definition `defs.py`: does not run: SyntaxError: invalid syntax (<defs.py 2098aa16>, line 1)"),
         (
             "import no_such_module",
             "definition `defs.py`: does not run: ModuleNotFoundError: No module named 'no_such_module'",
@@ -237,7 +236,7 @@ def test_a_traceback_shows_the_lines_of_a_definition() -> None:
     except ZeroDivisionError:
         shown = traceback.format_exc()
     linecache.checkcache()
-    assert 'File "<defs.py>", line 2, in fails' in shown
+    assert re.search(r'File "<defs.py [0-9a-f]{8}>", line 2, in fails', shown)
     assert "return 1 / 0  # here" in shown
 
 

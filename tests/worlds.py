@@ -149,13 +149,16 @@ def aggregations(draw: st.DrawFn, kind: type[Aggregation] | None = None) -> Aggr
     """Any aggregation: what there is, and what each takes, is asked of the classes."""
     kind = kind or draw(st.sampled_from(AGGREGATIONS))
     window = draw(_WINDOWS if kind.needs_window else _WINDOWS_OR_NONE)
+    own = {name: draw(setting) for name, setting in _own_settings(kind).items()}
+    # One that has two sizes, such as a k out of m, names the smaller one first.
+    sizes = iter(sorted(size for size in own.values() if type(size) is int))
     return kind(
         draw(_FIELDS[kind.takes]),
         window=window,
         ttl=draw(_TTLS) if window is None else None,
         where=draw(_WHERES),
         exact=window is not None and draw(_BOOLEANS),
-        **{name: draw(setting) for name, setting in _own_settings(kind).items()},
+        **{name: next(sizes) if type(one) is int else one for name, one in own.items()},
     )
 
 
@@ -187,8 +190,9 @@ def derived(draw: st.DrawFn, numbers: list[str], wide: list[str]) -> Derived:
 @st.composite
 def views(draw: st.DrawFn, name: str, of: Source) -> FeatureView:
     features: dict[str, Aggregation | Derived] = {f"f{i}": draw(aggregations()) for i in range(draw(st.integers(1, 5)))}
-    numbers = [f for f, a in features.items() if a.width == 1 and a.field not in TEXTS]
-    wide = [f for f, a in features.items() if a.width > 1 and a.field not in TEXTS]
+    of_numbers = {f: a for f, a in features.items() if a.field not in TEXTS or a.gives_numbers}
+    numbers = [f for f, a in of_numbers.items() if a.width == 1]
+    wide = [f for f, a in of_numbers.items() if a.width > 1]
     for i in range(draw(st.integers(0, 2)) if numbers or wide else 0):
         features[f"d{i}"] = draw(derived(numbers, wide))
         numbers.append(f"d{i}")

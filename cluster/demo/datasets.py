@@ -23,7 +23,7 @@ from pathlib import Path
 
 from millpond.feature_actors.errors import MillpondError
 
-__all__ = ["LIFETIMES", "NYCFLIGHTS13", "Dataset", "DatasetError", "datasets_folder", "fetch"]
+__all__ = ["LIFETIMES", "NYCFLIGHTS13", "RECBOLE", "Dataset", "DatasetError", "datasets_folder", "fetch"]
 
 #: pip gives up on a dead network by itself; this is for a link that trickles.
 FETCH_SECONDS_MAX = 600
@@ -67,6 +67,20 @@ LIFETIMES = Dataset(
     "0.11.3",
     {
         "lifetimes/datasets/CDNOW_master.txt": ("eff6889ed364c5199d6eacbbeb7a6d559971df4406ac876f322c373f00a072ef"),
+    },
+)
+
+#: MovieLens 100k, ratings of films. Source: GroupLens, F. M. Harper and J. A. Konstan, The MovieLens Datasets (2015).
+RECBOLE = Dataset(
+    "recbole",
+    "1.2.1",
+    {
+        "recbole/dataset_example/ml-100k/ml-100k.inter": (
+            "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff"
+        ),
+        "recbole/dataset_example/ml-100k/ml-100k.item": (
+            "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532"
+        ),
     },
 )
 

@@ -31,6 +31,8 @@ from millpond.feature_actors.aggregations.seconds_since import SecondsSince
 from millpond.feature_actors.aggregations.seconds_since_first import SecondsSinceFirst
 from millpond.feature_actors.aggregations.std import Std
 from millpond.feature_actors.aggregations.sum import Sum
+from millpond.feature_actors.aggregations.top_k import TopK
+from millpond.feature_actors.aggregations.top_k_counts import TopKCounts
 
 __all__ = [
     "AGGREGATIONS",
@@ -53,6 +55,8 @@ __all__ = [
     "SecondsSinceFirst",
     "Std",
     "Sum",
+    "TopK",
+    "TopKCounts",
     "where_text",
 ]
 

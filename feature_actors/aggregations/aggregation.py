@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from millpond.feature_actors.errors import DeclarationError
-from millpond.feature_actors.windows import parse_window_ms
+from millpond.feature_actors.windows import TILES_PER_WINDOW_MIN, parse_window_ms, tile_width_ms
 
 __all__ = [
     "AFTER_ALL",
@@ -60,9 +60,10 @@ class Part:
 
     #: Whether it looks at a field; else at events, and `value` means nothing.
     takes_field: ClassVar[bool] = True
-    #: Words of memory; for a part with a size `n`, of each of its n items.
+    #: Words of memory; for a part with a size `n`, of each of its n items, which stand behind `head_words` of them all.
     words: ClassVar[int]
-    #: Which of those words are values of the field as they came, NaN for none; those of strings are addresses.
+    head_words: ClassVar[int] = 0
+    #: Which of an item's words are values of the field as they came, NaN for none; those of strings are addresses.
     value_words: ClassVar[tuple[int, ...]] = ()
 
     def __init_subclass__(cls) -> None:
@@ -93,7 +94,13 @@ class Column:
 
     @property
     def words(self) -> int:
-        return self.part.words * self.n
+        return self.part.head_words + self.part.words * self.n
+
+    @property
+    def value_words(self) -> list[int]:
+        """The words of it that are values of the field."""
+        part = self.part
+        return [part.head_words + k * part.words + word for k in range(self.n) for word in part.value_words]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +125,11 @@ class Aggregation:
     parts: ClassVar[tuple[type[Part], ...]]
     #: What it looks at: numbers, anything that has a value (numbers and strings), or events.
     takes: ClassVar[Literal["number", "value", "event"]] = "number"
+    #: Whether its value is a number even of a field of strings: a count of them, say.
+    gives_numbers: ClassVar[bool] = False
+    #: Its window is kept in so many tiles or more, so that an answer covers at most a window / tiles_min too much. An
+    #: aggregation whose partials are of many words may say fewer.
+    tiles_min: ClassVar[int] = TILES_PER_WINDOW_MIN
     #: Whether it must have a window.
     needs_window: ClassVar[bool] = False
     #: For people, in tables: its formula over the values x at times t seen, what it is of nothing, how far
@@ -133,7 +145,10 @@ class Aggregation:
 
     @staticmethod
     def finalize(p: Any, f: Any, a: Any, b: Any, k: Any, as_of: Any, window: Any) -> Any:
-        """Read value k of a partial whose first part lies at a and second at b; as_of and window in ms."""
+        """Read value k of a partial whose first part lies at a and second at b; as_of and window in ms.
+
+        Called for k = 0, 1, ... in this order, of a partial that is the reader's own: it may be put in order.
+        """
         raise NotImplementedError
 
     def plain(self, seen: Seen, as_of_ms: int) -> Any:
@@ -143,6 +158,11 @@ class Aggregation:
     def slack(self, seen: Seen, as_of_ms: int) -> float:
         """Return how far from `plain` a value may be: `error`, for these events."""
         return 0.0
+
+    def worth(self, value: Any, seen: Seen) -> float:
+        """Return what of a value is as near as `slack` to the same of the right one's, where that is not 0: by itself
+        the value, which is a number then."""
+        return float(value)
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -181,6 +201,11 @@ class Aggregation:
     @cached_property
     def ttl_ms(self) -> int | None:
         return None if self.ttl is None else parse_window_ms(self.ttl, subject="ttl")
+
+    @cached_property
+    def tile_width_ms(self) -> int | None:
+        """The width of the tiles in which its window is kept."""
+        return None if self.window_ms is None else tile_width_ms(self.window_ms, self.tiles_min)
 
     @property
     def width(self) -> int:

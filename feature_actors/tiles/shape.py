@@ -80,7 +80,7 @@ def shape_of(table: Table) -> TableShape:
 
 def _shape_of(column: Column, table: Table) -> ColumnShape:
     is_text = column.field is not None and table.source.fields[column.field].type == "string"
-    texts = tuple(k * column.part.words + w for k in range(column.n) for w in column.part.value_words if is_text)
+    texts = tuple(column.value_words) if is_text else ()
     return ColumnShape(column.part.__name__, column.field, column.n, column.words, texts)
 
 

@@ -1,0 +1,274 @@
+"""Deploying: models are checked here, written to the registry, and waited for until every replica has them.
+
+1. Check, in this process: nothing that goes wrong in a model's code can harm one that serves. Its features are kept by
+   the cluster; it loads; it predicts from real features (of the ids given, else of an entity that nobody knows), and
+   what it returns is JSON. How long a prediction takes and what the model takes of memory is measured.
+2. Publish, in one transaction of the registry. What fails before has changed nothing.
+3. Wait until each replica that lives has reported it live. If one cannot load it, the rollout is rolled back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from millpond.deployments.host import is_alive
+from millpond.feature_actors.client import FeatureClient
+from millpond.feature_actors.clock import EventClock, WallClock
+from millpond.feature_actors.errors import (
+    BadRequest,
+    DeclarationError,
+    MillpondError,
+    NotFound,
+    Unavailable,
+    did_you_mean,
+)
+from millpond.feature_actors.layout import Layout, compile_layout
+from millpond.feature_actors.plan import FeatureRows, ReadPlan
+from millpond.feature_actors.ports import LocalIngest, LocalRead, ReadPort
+from millpond.feature_actors.reader import MemoryRead
+from millpond.feature_actors.shard import Shard
+from millpond.feature_actors.shard_map import ShardMap
+from millpond.models.definition import Definition
+from millpond.models.model import LoadedModel, Model
+from millpond.models.registry import Registry
+from millpond.models.rollout import Role
+from millpond.models.version import Version, version_of
+
+__all__ = [
+    "Running",
+    "check_models",
+    "client_of",
+    "nobody",
+    "publish",
+    "roll_back",
+    "share_of",
+    "wait_until_live",
+]
+
+_CALLS, _CALLS_S_MAX = 9, 1.0
+#: A replica polls ten times a second; a load takes what it takes. The replicas of a pool may have to be installed.
+_LIVE_S_MAX, _POOL_S_MAX = 30.0, 600.0
+_POLL_S = 0.01
+
+
+@dataclass(frozen=True)
+class Running:
+    """A running cluster, as a process beside it sees it: its views, and its shards' memory to read from."""
+
+    url: str
+    layout: Layout
+    client: FeatureClient
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Running:
+        """Return the cluster that `cluster.running` found."""
+        declared = [Definition(name, text).declared() for name, text in state["definitions"]]
+        layout = compile_layout([s for d in declared for s in d.sources], [v for d in declared for v in d.views])
+        shard_map = ShardMap.even(state["slots"], state["shards"])
+        return cls(state["url"], layout, client_of(layout, shard_map, Path(state["memory_dir"]), state["clock"]))
+
+
+def client_of(layout: Layout, shard_map: ShardMap, memory_dir: Path, clock: str) -> FeatureClient:
+    """Return a client that reads the shards' memory, and cannot write."""
+    read = MemoryRead(shard_map, memory_dir)
+    return FeatureClient(layout, shard_map, LocalIngest([]), read, WallClock() if clock == "wall" else EventClock())
+
+
+@contextmanager
+def nobody(layout: Layout) -> Iterator[FeatureClient]:
+    """Give a client of a shard without events: what is read of it are the features of entities that nobody knows."""
+    shard_map = ShardMap.even(1, 1)
+    shard = Shard(layout, shard_map, 0)
+    reads: ReadPort = LocalRead([shard])
+    yield FeatureClient(layout, shard_map, LocalIngest([shard]), reads, WallClock())
+
+
+# -- 1. check
+
+
+def check_models(
+    definition: Definition,
+    layout: Layout,
+    client: FeatureClient,
+    ids: Sequence[Mapping[str, Any]] = (),
+    only: Sequence[str] = (),
+) -> list[Version]:
+    """Return the versions that a definition makes of its models, each tried out.
+
+    ids: to predict for; of each model those that have its key fields. only: the names of models, of all if empty.
+    Raises `DeclarationError` that names the model and what is wrong with it.
+    """
+    models = definition.declared().models
+    if not models:
+        raise DeclarationError(f"definition `{definition.file_name}`: declares no model")
+    names = [m.name for m in models]
+    for name in only:
+        if name not in names:
+            raise NotFound(f"definition `{definition.file_name}`: no model `{name}`" + did_you_mean(name, names))
+    if len(set(names)) != len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise DeclarationError(f"two models are named `{twice}`")
+    with tempfile.TemporaryDirectory(prefix="millpond-") as folder:
+        for name, content in definition.artifacts.items():
+            (Path(folder) / name).write_bytes(content)
+        return [
+            _check(definition, model, layout, client, ids, Path(folder))
+            for model in models
+            if not only or model.name in only
+        ]
+
+
+def _check(
+    definition: Definition,
+    model: Model,
+    layout: Layout,
+    client: FeatureClient,
+    ids: Sequence[Mapping[str, Any]],
+    artifacts_dir: Path,
+) -> Version:
+    _check_features(model, layout)
+    for artifact, file in model.artifacts.items():
+        if file not in definition.artifacts:
+            raise DeclarationError(
+                f"model `{model.name}`: artifact `{artifact}` is `{file}`, which does not lie beside "
+                f"`{definition.file_name}`; train the model first"
+            )
+    ReadPlan(layout, model.features, model.subject)  # what the first one brings into memory is not this model's
+    gc.collect()
+    before = _resident_bytes()
+    try:
+        loaded = LoadedModel(model, layout, artifacts_dir)
+    except MillpondError:
+        raise
+    except Exception as error:
+        raise DeclarationError(
+            f"model `{model.name}`: its predictor does not load: {type(error).__name__}: {error}"
+        ) from error
+    plan = loaded.plan
+    own = [one for one in ids if one.keys() == plan.key_fields.keys()]
+    if ids and not own:
+        key = ", ".join(f"`{n}`" for n in plan.key_fields)
+        raise BadRequest(f"model `{model.name}`: none of the ids to try it on has its key ({key}) and nothing else")
+    tried = own or [{name: 0 if kind == "int64" else "" for name, kind in plan.key_fields.items()}]
+    call_s = asyncio.run(_try(loaded, client, tried))
+    return version_of(
+        definition, model, plan.key_fields, memory_bytes=max(0, _resident_bytes() - before), predict_us=call_s * 1e6
+    )
+
+
+def _check_features(model: Model, layout: Layout) -> None:
+    for feature in (*model.features, *model.reads):
+        known = layout.views.get(feature.view.name)
+        if known is None or feature.wire_name not in {f.wire_name for f in known}:
+            raise DeclarationError(
+                f"model `{model.name}`: reads `{feature.full_name}`, which the cluster does not keep; "
+                "start it with the definition"
+            )
+
+
+async def _try(loaded: LoadedModel, client: FeatureClient, ids: Sequence[Mapping[str, Any]]) -> float:
+    """Predict for all ids together, then for the first alone, again and again; return the median of the seconds."""
+    loop = asyncio.get_running_loop()
+
+    def read(plan: ReadPlan, keys: Mapping[str, Sequence[Any]], n: int, as_of_ms: int | None) -> FeatureRows:
+        return asyncio.run_coroutine_threadsafe(client.read(plan, keys, n, as_of_ms), loop).result()
+
+    async def predict(some: Sequence[Mapping[str, Any]]) -> float:
+        keys = loaded.plan.key_columns(some, batch=True)
+        rows = await client.read(loaded.plan, keys, len(some))
+
+        def call() -> float:
+            begun = time.perf_counter()
+            loaded.predict(rows, keys, read)
+            return time.perf_counter() - begun
+
+        return await asyncio.to_thread(call)
+
+    try:
+        await predict([*ids, ids[0]])
+        begun, taken = time.perf_counter(), [await predict(ids[:1])]
+        while len(taken) < _CALLS and time.perf_counter() - begun < _CALLS_S_MAX:
+            taken.append(await predict(ids[:1]))
+    except MillpondError as error:
+        if (cause := error.__cause__) is None:
+            raise
+        # Here, unlike in an answer, its author is the one who reads it.
+        raise DeclarationError(
+            f"{loaded.model.subject}: predict fails on {dict(ids[0])}: {type(cause).__name__}: {cause}"
+        ) from error
+    return statistics.median(taken)
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+# -- 2. publish
+
+
+def publish(
+    registry: Registry,
+    definition: Definition,
+    versions: Sequence[Version],
+    as_: Role = "champion",
+    share: float | None = None,
+) -> int:
+    """Write versions to the registry and make them live, all or none; return the generation."""
+    registry.add(definition, versions)
+    return registry.deploy(versions, as_, share)
+
+
+# -- 3. wait
+
+
+def wait_until_live(registry: Registry, generation: int, versions: Sequence[Version] = ()) -> int:
+    """Return how many replicas have a generation, when all that live have.
+
+    Raises `Unavailable` if one does not have it in time, or cannot load one of `versions`.
+    """
+    pools = {v.model for v in versions} & {name for name, r in registry.rollouts().items() if r.pool is not None}
+    begun = time.monotonic()
+    while True:
+        reports = {name: one for name, one in registry.reports().items() if is_alive(one)}
+        for one in reports.values():
+            for version in versions:
+                if (why := one["failed"].get(f"{version.model}@{version.version}")) is not None:
+                    raise Unavailable(why, code="model_broken")
+        behind = sorted(name for name, one in reports.items() if one["generation"] < generation)
+        hosted = {one["pool"] for one in reports.values()}
+        missing = sorted(pools - hosted)
+        if reports and not behind and not missing:
+            return len(reports)
+        limit_s = _POOL_S_MAX if missing else _LIVE_S_MAX
+        if time.monotonic() - begun > limit_s:
+            what = f"the pools {missing} have not started" if missing else f"replicas {behind} are behind"
+            raise Unavailable(f"generation {generation} of the registry is not live after {limit_s:g} s: {what}")
+        time.sleep(_POLL_S)
+
+
+def roll_back(registry: Registry, versions: Sequence[Version]) -> None:
+    """Undo what `publish` did last with versions; a model that was not there before has nothing to go back to."""
+    for version in versions:
+        try:
+            registry.rollback(version.model)
+        except MillpondError:
+            continue
+
+
+def share_of(text: str) -> float:
+    """Return a share such as `5%` or `0.05`. Raises `BadRequest`."""
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise BadRequest(f"share: got {text!r}; expected such as `5%` or `0.05`") from None

@@ -1,0 +1,63 @@
+"""Pools: Serve apps for the models that have replicas of their own, kept as the registry wants them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+
+from millpond.deployments.serving import ServingSpec, pool_application, pool_target
+from millpond.models.pool import Pool
+from millpond.models.registry import Registry
+
+__all__ = ["PoolKeeper"]
+
+logger = logging.getLogger("millpond.pools")
+
+_POLL_S = 0.2
+
+
+class PoolKeeper:
+    """Start and stop pools, in a thread of its own, as long as the cluster runs.
+
+    Until a pool answers, the replicas of all models answer its model. A pool that cannot start is tried again when
+    the registry changes.
+    """
+
+    def __init__(self, spec: ServingSpec) -> None:
+        self._spec = spec
+        self._running: dict[str, Pool] = {}
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="pools", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Keep them no longer; they end with the cluster."""
+        self._stopping.set()
+        self._thread.join()
+
+    def _keep(self) -> None:
+        registry, seen = Registry(Path(self._spec.registry_dir)), -1
+        while not self._stopping.wait(_POLL_S):
+            try:
+                generation = registry.generation()
+                if generation != seen:
+                    self._change({name: r.pool for name, r in registry.rollouts().items() if r.pool is not None})
+                    seen = generation
+            except Exception:  # the replicas of all models answer meanwhile
+                logger.exception("the pools cannot be changed")
+                seen = -1 if self._stopping.wait(5) else generation
+        registry.close()
+
+    def _change(self, wanted: dict[str, Pool]) -> None:
+        from ray import serve
+
+        for model in self._running.keys() - wanted.keys():
+            name, _ = pool_target(self._spec.cluster_name, model)
+            serve.delete(name)
+            del self._running[model]
+        for model, pool in wanted.items():
+            if self._running.get(model) != pool:
+                name, prefix = pool_target(self._spec.cluster_name, model)
+                serve.run(pool_application(self._spec, model, pool), name=name, route_prefix=prefix)
+                self._running[model] = pool

@@ -1,0 +1,69 @@
+"""Answers of scores as JSON, put together from parts that are encoded already.
+
+`{"id", "model", "version", "result", "as_of", "unknown"}`, one object per id: for a thousand of them a dictionary
+each would cost more than their features and predictions.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from millpond.deployments.lane import Lane, Scored
+
+__all__ = ["Answers", "iso"]
+
+_encode = msgspec.json.Encoder().encode
+
+
+def iso(ms: int) -> str | None:
+    """Return a time as ISO 8601 UTC with milliseconds; None for "no event ever" of an event clock.
+
+    >>> iso(1_700_000_000_042)
+    '2023-11-14T22:13:20.042Z'
+    """
+    if ms < 0:
+        return None
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(ms // 1_000))}.{ms % 1_000:03}Z"
+
+
+class Answers:
+    """Make answers, each with an id of its own: unique over replicas by its random half, in order within one."""
+
+    def __init__(self) -> None:
+        self._prefix = b'{"id":"' + secrets.token_hex(6).encode()
+        self._numbers = itertools.count(1)
+        # Times of answers that follow each other are mostly the same.
+        self._ms, self._as_of = -1, b"null"
+
+    def one(self, lane: Lane, scored: Scored, row: int) -> bytes:
+        """Return the answer of a row that a lane has scored."""
+        rows, unknown = scored.rows, scored.rows.unknown[row]
+        return b'%b%010x%b%b,"as_of":%b,"unknown":%b%b}' % (
+            self._prefix,
+            next(self._numbers),
+            lane.label,
+            _encode(scored.results[row]),
+            self._time(int(rows.as_of[row])),
+            _encode(unknown) if unknown else b"[]",
+            b"" if scored.values is None else b',"features":' + _encode(scored.values[row]),
+        )
+
+    def list(self, answered: Iterable[tuple[Lane, Scored, int]]) -> bytes:
+        """Return the answers of several rows as a JSON array."""
+        return b"[%b]" % b",".join([self.one(lane, scored, row) for lane, scored, row in answered])
+
+    def ids(self, n: int) -> Sequence[str]:
+        """Return n ids of answers."""
+        prefix = self._prefix.decode().removeprefix('{"id":"')
+        return [f"{prefix}{number:010x}" for number in itertools.islice(self._numbers, n)]
+
+    def _time(self, ms: int) -> bytes:
+        if ms != self._ms:
+            text = iso(ms)
+            self._ms, self._as_of = ms, b"null" if text is None else b'"%b"' % text.encode()
+        return self._as_of

@@ -1,0 +1,309 @@
+"""The models of a replica: as the registry has them, loaded off the event loop, within a budget of memory.
+
+Promises:
+- A change of the registry is live within `POLL_S` and the time of a load; until all of it is loaded, what was live
+  answers. Requests see the rollout before or after a change, nothing between.
+- A version that does not load leaves its model as it was, if that answered, and other models alone; the replica's
+  report says why.
+- Over the budget those asked longest ago leave the memory, when nothing of them is under way; they are loaded again
+  when they are asked for.
+- The replica reports to the registry what it has, so that whoever deploys knows when every replica has it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from millpond.deployments.lane import Lane, LaneLimits
+from millpond.deployments.served import ModelEntry, Models, Served, Shadow
+from millpond.feature_actors.client import FeatureClient
+from millpond.feature_actors.errors import MillpondError, NotFound, Unavailable, did_you_mean
+from millpond.feature_actors.tiles.memory import started_ticks
+from millpond.models.definition import Definition, forget_module
+from millpond.models.model import LoadedModel
+from millpond.models.registry import Registry
+from millpond.models.rollout import Rollout
+from millpond.models.version import Version
+
+__all__ = ["HostLimits", "ModelHost", "is_alive"]
+
+logger = logging.getLogger("millpond.host")
+
+#: How often the registry is asked whether something has changed.
+POLL_S = 0.1
+#: How often the replica says how its models do.
+_REPORT_S = 1.0
+_LOADS_AT_ONCE = 2
+_PREDICT_THREADS_MAX = 64
+#: What a model takes besides what was measured: a plan, a lane.
+_MODEL_BYTES = 65_536
+
+Id = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class HostLimits:
+    """memory_bytes_max: of all models of a replica together, as each was measured when it was deployed."""
+
+    memory_bytes_max: int = 4 << 30
+    lanes: LaneLimits = field(default_factory=LaneLimits)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    version: Version
+    lane: Lane
+    #: Of the definition's code.
+    module_name: str
+
+
+class ModelHost(Models):
+    """Answer what is live in a registry.
+
+    replica: its name in the reports. pool: the model that this replica is a pool for; None for those of no pool.
+    The others of a pool are loaded when they are asked for nevertheless: a pool may be on its way.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        client: FeatureClient,
+        replica: str,
+        pool: str | None = None,
+        limits: HostLimits = HostLimits(),
+    ) -> None:
+        super().__init__()
+        self._registry = registry
+        self._client = client
+        self._replica = replica
+        self._pool = pool
+        self._limits = limits
+        self._loads = ThreadPoolExecutor(_LOADS_AT_ONCE, "load")
+        self._predictions = ThreadPoolExecutor(_PREDICT_THREADS_MAX, "predict")
+        # One thread asks the registry, which keeps a connection for each.
+        self._asks = ThreadPoolExecutor(1, "registry")
+        self._generation = -1
+        self._rollouts: dict[str, Rollout] = {}
+        self._loaded: dict[Id, _Loaded] = {}
+        self._failed: dict[Id, str] = {}
+        self._finding: dict[str, asyncio.Task[None]] = {}
+        self._reported: dict[str, Any] | None = None
+        self._reported_s = 0.0
+
+    # -- what is asked
+
+    async def find(self, name: str) -> Served:
+        """Load a model that is live and not in memory. Raises `NotFound`; `Unavailable` if it does not load."""
+        while (served := self.served.get(name)) is None:
+            rollout = self._rollouts.get(name)
+            if rollout is None or rollout.champion is None:
+                raise NotFound(f"no model `{name[:80]}`" + did_you_mean(name[:80], self._rollouts))
+            if (why := self._failed.get(_id(rollout.champion))) is not None:
+                raise Unavailable(f"{why}; deploy a version that does, or roll back", code="model_broken",
+                                  retry_after_ms=10_000)  # fmt: skip
+            if name not in self._finding:
+                self._finding[name] = asyncio.create_task(self._bring([rollout], asked=True))
+                self._finding[name].add_done_callback(lambda _: self._finding.pop(name, None))
+            await asyncio.shield(self._finding[name])
+        return served
+
+    def entries(self) -> list[ModelEntry]:
+        versions = [r.champion for r in self._rollouts.values() if r.champion is not None]
+        return [ModelEntry(v.model, v.version, v.owner, v.about, v.key_fields, v.features) for v in versions]
+
+    # -- following the registry
+
+    async def start(self) -> None:
+        """Load what is live, as far as it fits in memory."""
+        await self._follow_change()
+        await self._report()
+
+    async def follow(self) -> None:
+        """Follow the registry for ever."""
+        while True:
+            await asyncio.sleep(POLL_S)
+            try:
+                if await self._ask(self._registry.generation) != self._generation:
+                    await self._follow_change()
+                    self._reported_s = 0.0
+                if time.monotonic() - self._reported_s >= _REPORT_S:
+                    await self._report()
+            except Exception:  # what is live goes on; the next turn tries again
+                logger.exception("the registry cannot be followed")
+                await asyncio.sleep(_REPORT_S)
+
+    async def _follow_change(self) -> None:
+        generation = await self._ask(self._registry.generation)  # before the rollouts, which may be newer then
+        rollouts = await self._ask(self._registry.rollouts)
+        before, self._rollouts = self._rollouts, rollouts
+        changed = [r for name, r in rollouts.items() if before.get(name) != r]
+        live = {_id(version) for rollout in rollouts.values() for version in rollout.versions}
+        self._failed = {i: why for i, why in self._failed.items() if i in live}
+        mine = [r for r in changed if r.model in self.served or self._is_mine(r)]
+        mine.sort(key=lambda r: r.model not in self.served)
+        await self._bring(mine)
+        self.served = {name: served for name, served in self.served.items() if name in rollouts}
+        self._forget_unused()
+        self._generation = generation
+
+    def _is_mine(self, rollout: Rollout) -> bool:
+        return rollout.model == self._pool if self._pool is not None else rollout.pool is None
+
+    async def _bring(self, rollouts: Iterable[Rollout], *, asked: bool = False) -> None:
+        """Load what rollouts need and have it answer from then on.
+
+        What does not fit in memory stays out, unless it is asked for or answers already: then others go.
+        """
+        used, brought = self.memory_bytes, []
+        for rollout in rollouts:
+            missing = [v for v in rollout.versions if _id(v) not in self._loaded]
+            used += sum(map(_bytes, missing))
+            if asked or rollout.model in self.served or used <= self._limits.memory_bytes_max:
+                brought.append((rollout, missing))
+            else:
+                used -= sum(map(_bytes, missing))
+        await asyncio.gather(*(self._load(version) for _, missing in brought for version in missing))
+        served = dict(self.served)
+        for rollout, _ in brought:
+            # If it has changed once more meanwhile, whoever saw that brings it.
+            if self._rollouts.get(rollout.model) == rollout and (one := self._serve(rollout)) is not None:
+                served[rollout.model] = one
+        self.served = served
+        self._evict({rollout.model for rollout, _ in brought} if asked else set())
+
+    def _serve(self, rollout: Rollout) -> Served | None:
+        """Return a rollout as far as its versions are loaded; None if its champion is not."""
+        assert rollout.champion is not None
+        champion = self._loaded.get(_id(rollout.champion))
+        if champion is None:
+            return None
+        canary = self._loaded.get(_id(rollout.canary)) if rollout.canary else None
+        shadow = self._loaded.get(_id(rollout.shadow)) if rollout.shadow else None
+        before = self.served.get(rollout.model)
+        compare = None
+        if shadow is not None:
+            same = before is not None and before.shadow is not None
+            if same and before.champion is champion.lane and before.shadow.lane is shadow.lane:  # type: ignore[union-attr]
+                compare = before.shadow  # type: ignore[union-attr]
+            else:
+                compare = Shadow(champion.lane, shadow.lane, self._client)
+        champion.lane.compare = compare
+        if canary is not None:
+            canary.lane.compare = None
+        if canary is None:
+            return Served(rollout.model, champion.lane, shadow=compare)
+        return Served(rollout.model, champion.lane, canary.lane, rollout.share, compare)
+
+    # -- loading
+
+    async def _load(self, version: Version) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            definition, loaded = await loop.run_in_executor(self._loads, self._load_now, version)
+        except Exception as error:
+            why = f"{version.subject} does not load: {error if isinstance(error, MillpondError) else repr(error)}"
+            logger.warning("%s", why, exc_info=not isinstance(error, MillpondError))
+            self._failed[_id(version)] = why
+            return
+        if _id(version) not in self._loaded:
+            lane = Lane(loaded, self._client, self._predictions, self._limits.lanes, version.predict_us / 1e6)
+            self._loaded[_id(version)] = _Loaded(version, lane, definition.module_name)
+
+    def _load_now(self, version: Version) -> tuple[Definition, LoadedModel]:
+        definition = self._registry.definition(version)
+        (model,) = (m for m in definition.declared().models if m.name == version.model)
+        named = replace(model, version=version.version)
+        return definition, LoadedModel(named, self._client.layout, self._registry.artifacts_dir(version))
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the models in memory take, as each was measured."""
+        return sum(_bytes(one.version) for one in self._loaded.values())
+
+    def _evict(self, keep: set[str]) -> None:
+        """Let those go that were asked longest ago, until the rest fits."""
+        served = dict(self.served)
+        for name in sorted(served, key=lambda name: served[name].champion.asked_s):
+            if self.memory_bytes <= self._limits.memory_bytes_max:
+                break
+            of = [one for one in self._loaded.values() if one.version.model == name]
+            if name not in keep and all(one.lane.idle for one in of):
+                del served[name]
+                for one in of:
+                    self._drop(one)
+        self.served = served
+
+    def _forget_unused(self) -> None:
+        """Let go of the versions that nothing answers with; of each model one is kept, to roll back to at once."""
+        answering = {id(lane) for served in self.served.values() for lane in served.lanes}
+        spare: dict[str, _Loaded] = {}
+        for one in sorted(self._loaded.values(), key=lambda one: one.lane.asked_s, reverse=True):
+            if id(one.lane) in answering:
+                continue
+            fits = self.memory_bytes <= self._limits.memory_bytes_max and one.version.model in self.served
+            if (spare.setdefault(one.version.model, one) is not one or not fits) and one.lane.idle:
+                self._drop(one)
+
+    def _drop(self, one: _Loaded) -> None:
+        del self._loaded[_id(one.version)]
+        if all(other.module_name != one.module_name for other in self._loaded.values()):
+            forget_module(one.module_name)
+
+    # -- reports
+
+    async def _report(self) -> None:
+        report = self.report()
+        await self._ask(lambda: self._registry.report(self._replica, report))
+        self._reported_s = time.monotonic()
+
+    def report(self) -> dict[str, Any]:
+        """Return how this replica's models do: what `millpond models` adds up over the replicas."""
+        return {
+            "pid": os.getpid(),
+            "started_ticks": started_ticks(os.getpid()),
+            "pool": self._pool,
+            "generation": self._generation,
+            "at_ms": time.time_ns() // 1_000_000,
+            "memory_bytes": self.memory_bytes,
+            "failed": {f"{model}@{version}": why for (model, version), why in self._failed.items()},
+            "versions": {
+                f"{model}@{version}": {
+                    **asdict(one.lane.counts),
+                    "call_us": round(one.lane.call_s * 1e6, 1),
+                    "in_threads": one.lane.in_threads,
+                }
+                for (model, version), one in self._loaded.items()
+            },
+            "shadows": {
+                name: {
+                    "champion": served.champion.loaded.model.version,
+                    "shadow": served.shadow.lane.loaded.model.version,
+                    **served.shadow.disagreement.as_json(),
+                }
+                for name, served in self.served.items()
+                if served.shadow is not None
+            },
+        }
+
+    async def _ask(self, question: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._asks, question)
+
+
+def is_alive(report: Mapping[str, Any]) -> bool:
+    """Return whether the replica that reported still runs."""
+    return bool(started_ticks(report["pid"]) == report["started_ticks"])
+
+
+def _id(version: Version) -> Id:
+    return version.model, version.version
+
+
+def _bytes(version: Version) -> int:
+    return version.memory_bytes + _MODEL_BYTES

@@ -1,0 +1,418 @@
+"""A lane: the requests for one model version, scored together where they wait anyway.
+
+Promises:
+- No request waits for company. What one turn of the event loop brings is read and predicted in one go; so is what
+  comes while an earlier prediction of the model runs. As long as each turn brings one, it is scored as it comes.
+- `predict` of a model is never called twice at once.
+- A quick model (half a millisecond a call, by the last nine) is called on the event loop: a thread would cost more. A
+  slower one is called in a thread, and the models beside it go on. Its requests have a time limit (504), and their
+  number is limited (429); what has begun keeps its place until `predict` returns, for nothing can stop it.
+- A request that a model fails on fails alone: a batch that fails is asked again request by request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+
+from millpond.feature_actors.client import FeatureClient
+from millpond.feature_actors.errors import MillpondError, TooMany, Unavailable
+from millpond.feature_actors.plan import FeatureRows, ReadPlan
+from millpond.models.model import LoadedModel
+
+__all__ = ["Lane", "LaneCounts", "LaneLimits", "ModelBusy", "PredictTimeout", "Scored"]
+
+logger = logging.getLogger("millpond.lane")
+
+#: A call of `predict` with few rows that takes longer is slow.
+INLINE_S_MAX = 0.0005
+#: How many of the last calls tell whether a model is slow: most of them.
+_CALLS = 9
+_ALL_CALLS = (1 << _CALLS) - 1
+#: Rows up to which a call is taken to cost the same; one with more may take as much longer as it has more.
+_FEW_ROWS = 32
+#: A prediction of many rows that is expected to take longer than this runs in a thread, whatever the model.
+_LOOP_S_MAX = 0.005
+#: Requests are joined up to so many rows.
+_JOINED_ROWS_MAX = 1_024
+_ENDS = Unavailable("the replica ends; retry", retry_after_ms=100)
+_BUSY_TRIES, _BUSY_WAIT_S = 25, 0.0002
+
+
+class ModelBusy(TooMany):
+    """As many requests as its limit allows wait for a slow model, or are under way in it."""
+
+    code = "model_busy"
+
+
+class PredictTimeout(MillpondError):
+    """The model did not answer within its time limit."""
+
+    code, status = "predict_timeout", 504
+
+
+@dataclass(frozen=True)
+class LaneLimits:
+    """predict_s: how long a request of a slow model may take. requests_max: how many of them may be under way."""
+
+    predict_s: float = 2.0
+    requests_max: int = 128
+
+
+@dataclass(slots=True)
+class LaneCounts:
+    """What became of a lane's requests: `failed` by the model, over its time limit, over the limit of their number."""
+
+    requests: int = 0
+    ids: int = 0
+    calls: int = 0
+    failed: int = 0
+    timeouts: int = 0
+    refused: int = 0
+
+
+@dataclass(slots=True)
+class Scored:
+    """What requests that were scored together got: their rows, one result a row, and each row's features if asked."""
+
+    rows: FeatureRows
+    results: list[Any]
+    values: list[dict[str, Any]] | None
+
+
+@dataclass(slots=True, eq=False)
+class _Ask:
+    keys: Mapping[str, Sequence[Any]]
+    n: int
+    as_of_ms: int | None
+    values: bool
+    rows: FeatureRows | None
+    answer: asyncio.Future[tuple[Scored, int]]
+    #: Whether it is scored by itself: nothing else is as of its time, or it has made others fail.
+    alone: bool
+    timer: asyncio.TimerHandle | None = None
+
+
+@dataclass(slots=True)
+class _Batch:
+    asks: list[_Ask]
+    keys: Mapping[str, Sequence[Any]]
+    n: int
+    rows: FeatureRows | None = None
+    values: list[dict[str, Any]] | None = None
+    compared: FeatureRows | None = None
+    reading: asyncio.Task[FeatureRows] | None = None
+
+
+class Compare(Protocol):
+    """What is done with a batch beside answering it; neither method may raise. See `rollout.Shadow`."""
+
+    def before(self, keys: Mapping[str, Sequence[Any]], rows: FeatureRows) -> FeatureRows | None:
+        """Return the rows to compare by, taken before `predict` may write into the batch's; None not to compare."""
+
+    def after(self, keys: Mapping[str, Sequence[Any]], rows: FeatureRows, results: list[Any]) -> None:
+        """Go on when the answer is on its way."""
+
+
+class Lane:
+    """Score requests for one loaded model.
+
+    threads: where slow models are called. predict_s: what a call took when the model was checked.
+    compare: told of every live batch.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        client: FeatureClient,
+        threads: Executor,
+        limits: LaneLimits = LaneLimits(),
+        predict_s: float = 0.0,
+    ) -> None:
+        self.loaded = loaded
+        #: What stands in each of its answers.
+        self.label = _label(loaded.model.name, loaded.model.version)
+        self.counts = LaneCounts()
+        #: When it was asked last, by the event loop's clock.
+        self.asked_s = 0.0
+        self.compare: Compare | None = None
+        self._client = client
+        self._threads = threads
+        self._limits = limits
+        #: A bit for each of the last calls: whether it was slow.
+        self._slow_calls = _ALL_CALLS if predict_s > INLINE_S_MAX else 0
+        self._row_s = 0.0
+        self.call_s = predict_s
+        self.in_threads = predict_s > INLINE_S_MAX
+        self._waiting: deque[_Ask] = deque()
+        self._ready: deque[_Batch] = deque()
+        #: Whether a turn of the event loop brings one request, as the last ones did: it need not wait for its end then.
+        self._alone = True
+        self._turn_comes = False
+        #: The batch that a thread is busy with.
+        self._running: _Batch | None = None
+
+    @property
+    def idle(self) -> bool:
+        return not (self._waiting or self._ready or self._running or self._turn_comes)
+
+    @property
+    def under_way(self) -> int:
+        """How many requests wait or are being predicted."""
+        read = sum(len(batch.asks) for batch in self._ready)
+        return len(self._waiting) + read + (len(self._running.asks) if self._running else 0)
+
+    def ask(
+        self,
+        keys: Mapping[str, Sequence[Any]],
+        n: int,
+        as_of_ms: int | None = None,
+        values: bool = False,
+        rows: FeatureRows | None = None,
+    ) -> asyncio.Future[tuple[Scored, int]]:
+        """Ask for scores of n ids; return a future of what was scored together, and the first row of this request.
+
+        keys: as `ReadPlan.key_columns` returns them. values: whether the features read are wanted, too. rows: the
+        features, if they have been read.
+        Raises `ModelBusy`. The future raises `PredictionFailed`, `PredictTimeout`, and what a read does.
+        """
+        counts = self.counts
+        counts.requests += 1
+        counts.ids += n
+        loop = asyncio.get_running_loop()
+        self.asked_s = loop.time()
+        alone = as_of_ms is not None or rows is not None
+        ask = _Ask(keys, n, as_of_ms, values, rows, loop.create_future(), alone)
+        if self.in_threads or self._running is not None:
+            if self.under_way >= self._limits.requests_max:
+                counts.refused += 1
+                raise ModelBusy(
+                    f"{self.loaded.model.subject}: {self._limits.requests_max} requests wait for it or are under way; "
+                    "allowed are no more (setting `model_requests_max`); retry, or give the model a pool of its own",
+                    retry_after_ms=1_000,
+                )
+            self._limit(ask)
+        self._waiting.append(ask)
+        if not self._turn_comes:
+            self._turn_comes = True
+            if self._alone:
+                loop.call_soon(self._look_for_company)
+                self._take_turns()
+            else:
+                loop.call_soon(self._take_turn)
+        elif self._alone:  # the second of this turn of the loop: from now on they are scored together
+            self._alone = False
+            loop.call_soon(self._take_turn)
+        return ask.answer
+
+    # -- a turn: read and predict what waits
+
+    def _look_for_company(self) -> None:
+        """End the turn of a request that was scored at once, unless another one came in it."""
+        if self._alone:
+            self._turn_comes = False
+
+    def _take_turn(self) -> None:
+        self._turn_comes = False
+        self._alone = len(self._waiting) == 1
+        self._take_turns()
+
+    def _take_turns(self) -> None:
+        while self._running is None and (self._ready or self._waiting):
+            if self._ready:
+                self._score(self._ready.popleft())
+                continue
+            batch = self._join()
+            if batch is not None:
+                self._score(batch)
+
+    def _join(self) -> _Batch | None:
+        """Take the oldest request that waits, and what can be scored with it."""
+        asks: list[_Ask] = []
+        n = 0
+        while self._waiting:
+            ask = self._waiting[0]
+            if not ask.answer.done():  # else nobody waits for it any more
+                if asks and (ask.alone or n + ask.n > _JOINED_ROWS_MAX):
+                    break
+                asks.append(ask)
+                n += ask.n
+            self._waiting.popleft()
+            if ask.alone and asks:
+                break
+        if not asks:
+            return None
+        keys = asks[0].keys
+        if len(asks) > 1:
+            keys = {name: [value for ask in asks for value in ask.keys[name]] for name in keys}
+        return _Batch(asks, keys, n, asks[0].rows)
+
+    def _score(self, batch: _Batch) -> None:
+        """Read a batch, and predict it if that has not to be waited for."""
+        try:
+            if batch.rows is None:
+                batch.rows = self._client.read_now(self.loaded.plan, batch.keys, batch.n, batch.asks[0].as_of_ms)
+            if batch.rows is None:
+                self._wait_for_rows(batch)
+            else:
+                self._predict(batch, batch.rows)
+        except Exception as error:
+            self._fail(batch, error)
+
+    def _wait_for_rows(self, batch: _Batch) -> None:
+        reading = self._client.read(self.loaded.plan, batch.keys, batch.n, batch.asks[0].as_of_ms)
+        # Kept in the batch: the event loop itself would let go of a task that nobody holds.
+        batch.reading = asyncio.get_running_loop().create_task(reading)
+        batch.reading.add_done_callback(lambda done: self._has_rows(batch, done))
+
+    def _has_rows(self, batch: _Batch, done: asyncio.Task[FeatureRows]) -> None:
+        if done.cancelled():
+            self._fail(batch, _ENDS)
+        elif (error := done.exception()) is not None:
+            self._fail(batch, error)
+        else:
+            batch.rows = done.result()
+            self._ready.append(batch)
+        self._take_turns()
+
+    def _predict(self, batch: _Batch, rows: FeatureRows) -> None:
+        if any(ask.values for ask in batch.asks):  # a predictor may write into its matrix: the answer has what was read
+            batch.values = self.loaded.plan.named_values(rows)
+        if self.compare is not None and batch.asks[0].as_of_ms is None:
+            batch.compared = self.compare.before(batch.keys, rows)
+        if batch.n == 0:
+            return self._answer(batch, rows, [])
+        if self.in_threads or self._row_s * batch.n > _LOOP_S_MAX:
+            return self._predict_in_thread(batch, rows)
+        begun = time.perf_counter()
+        try:
+            results = self.loaded.predict(rows, batch.keys, self._read_here, batch.asks[0].as_of_ms)
+        finally:
+            self._note(time.perf_counter() - begun, batch.n)
+        return self._answer(batch, rows, results)
+
+    def _predict_in_thread(self, batch: _Batch, rows: FeatureRows) -> None:
+        self._running = batch
+        loop = asyncio.get_running_loop()
+        for ask in batch.asks:
+            self._limit(ask)
+
+        def read(plan: ReadPlan, keys: Mapping[str, Sequence[Any]], n: int, as_of_ms: int | None) -> FeatureRows:
+            # The memories are the event loop's: it may map a successor's at any moment.
+            return asyncio.run_coroutine_threadsafe(self._client.read(plan, keys, n, as_of_ms), loop).result()
+
+        def predict() -> tuple[list[Any] | Exception, float]:
+            begun = time.perf_counter()
+            try:
+                return self.loaded.predict(rows, batch.keys, read, batch.asks[0].as_of_ms), time.perf_counter() - begun
+            except Exception as error:
+                return error, time.perf_counter() - begun
+
+        def returned(done: asyncio.Future[tuple[list[Any] | Exception, float]]) -> None:
+            self._running = None
+            if done.cancelled():
+                return self._fail(batch, _ENDS)
+            outcome, seconds = done.result()
+            self._note(seconds, batch.n)
+            if isinstance(outcome, Exception):
+                self._fail(batch, outcome)
+            else:
+                self._answer(batch, rows, outcome)
+            return self._take_turns()
+
+        loop.run_in_executor(self._threads, predict).add_done_callback(returned)
+
+    def _read_here(
+        self, plan: ReadPlan, keys: Mapping[str, Sequence[Any]], n: int, as_of_ms: int | None
+    ) -> FeatureRows:
+        """Read for a model that is called on the event loop, which must not wait for long."""
+        for _ in range(_BUSY_TRIES):
+            rows = self._client.read_now(plan, keys, n, as_of_ms)
+            if rows is not None:
+                return rows
+            time.sleep(_BUSY_WAIT_S)
+        # What cannot be read at once is called for: this model's place is in a thread from now on.
+        self.in_threads, self._slow_calls = True, _ALL_CALLS
+        raise Unavailable(f"{plan.subject}: a slot of an entity is being written; retry", retry_after_ms=100)
+
+    # -- answers
+
+    def _answer(self, batch: _Batch, rows: FeatureRows, results: list[Any]) -> None:
+        scored, first = Scored(rows, results, batch.values), 0
+        for ask in batch.asks:
+            if not ask.answer.done():
+                ask.answer.set_result((scored, first))
+            if ask.timer is not None:
+                ask.timer.cancel()
+            first += ask.n
+        if batch.compared is not None and self.compare is not None:
+            self.compare.after(batch.keys, batch.compared, results)
+
+    def _fail(self, batch: _Batch, error: BaseException) -> None:
+        if len(batch.asks) > 1:  # it may be the fault of one
+            for ask in reversed(batch.asks):
+                ask.alone = True
+                self._waiting.appendleft(ask)
+            return
+        (ask,) = batch.asks
+        if not isinstance(error, MillpondError):  # a bug of ours: it is raised where the request is answered
+            self.counts.failed += 1
+        else:
+            self.counts.failed += error.status == 500
+        if ask.timer is not None:
+            ask.timer.cancel()
+        if not ask.answer.done():
+            ask.answer.set_exception(error)
+
+    # -- limits
+
+    def _limit(self, ask: _Ask) -> None:
+        if ask.timer is None:
+            ask.timer = asyncio.get_running_loop().call_later(self._limits.predict_s, self._expire, ask)
+
+    def _expire(self, ask: _Ask) -> None:
+        if ask.answer.done():
+            return
+        self.counts.timeouts += 1
+        ask.answer.set_exception(
+            PredictTimeout(
+                f"{self.loaded.model.subject}: no result within {self._limits.predict_s:g} s (setting "
+                "`predict_timeout_s`); the model's owner has to look, or give it a pool of its own"
+            )
+        )
+        if ask in self._waiting:
+            self._waiting.remove(ask)
+
+    def _note(self, seconds: float, n: int) -> None:
+        """Learn from a call how long the model takes, and where it is to be called."""
+        counts = self.counts
+        counts.calls += 1
+        if n > _FEW_ROWS:
+            row_s = seconds / n
+            self._row_s = row_s if self._row_s == 0 else self._row_s + 0.2 * (row_s - self._row_s)
+        else:
+            self.call_s += 0.2 * (seconds - self.call_s)
+        slow = seconds > INLINE_S_MAX * max(1.0, n / _FEW_ROWS)
+        self._slow_calls = calls = (self._slow_calls << 1 | slow) & _ALL_CALLS
+        if self.in_threads:
+            if calls == 0:
+                self.in_threads = False
+                logger.info("%s: quick again, called on the event loop", self.loaded.model.subject)
+        elif slow and calls.bit_count() > _CALLS // 2:
+            self.in_threads = True
+            logger.warning(
+                "%s: predict takes %.1f ms, called in a thread", self.loaded.model.subject, self.call_s * 1_000
+            )
+
+
+def _label(model: str, version: str) -> bytes:
+    """Return what stands in an answer between its id and its result, as JSON."""
+    return b'","model":%b,"version":%b,"result":' % (msgspec.json.encode(model), msgspec.json.encode(version))
