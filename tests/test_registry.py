@@ -124,7 +124,7 @@ def test_versions_are_made_of_what_a_definition_declares() -> None:
     churn, offer = definition.declared().models
     time = datetime(2026, 1, 2, 12, 0, 0, 5_900, tzinfo=UTC)
     pool = Pool(replicas=2)
-    made = version_of(definition, churn, USER, memory_bytes=5, predict_us=1.5, pool=pool, created=time)
+    made = version_of(definition, replace(churn, pool=pool), USER, memory_bytes=5, predict_us=1.5, created=time)
     assert made == Version(
         model="churn", version="3", digest=definition.digest, file_name="spend.py", owner="retention", about="",
         created="2026-01-02T12:00:00.005Z", key_fields=USER,
@@ -136,12 +136,8 @@ def test_versions_are_made_of_what_a_definition_declares() -> None:
 
 def test_a_model_without_a_version_is_called_after_its_content() -> None:
     definition = Definition("spend.py", DEFINITION.replace('version="3", ', ""))
-    churn, _ = Definition("spend.py", DEFINITION).declared().models
-    object.__setattr__(churn, "version", "")
-    try:
-        assert version_of(definition, churn, USER).version == definition.digest[:12]
-    finally:
-        object.__setattr__(churn, "version", "3")
+    for model in definition.declared().models:
+        assert version_of(definition, model, USER).version == definition.digest[:12]
 
 
 def test_a_version_that_cannot_be_printed_is_refused() -> None:
