@@ -691,12 +691,14 @@ def test_a_content_is_synced_before_it_has_its_name_and_its_name_before_the_inde
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
+    synced: set[int] = set()
     folder = registry.artifacts_dir(V[0]).parents[1]
 
     def recorded(descriptor: int, sync: Callable[[int], None] = os.fsync) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
         seen = registry.models()
         order.append(f"{path.relative_to(folder)}{' named' if (folder / CONTENTS[0].digest).exists() else ''} {seen}")
+        synced.add(os.fstat(descriptor).st_ino)
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", recorded)
@@ -706,6 +708,7 @@ def test_a_content_is_synced_before_it_has_its_name_and_its_name_before_the_inde
         f"{new} []", f"{new}/artifacts []", f"{new}/artifacts/weights.npy []", f"{new}/definition.py []",
     ]  # fmt: skip
     assert order[4:] == [". named []"]
+    assert {path.stat().st_ino for path in (folder, *folder.rglob("*"))} <= synced
 
 
 _REFUSED = 3
