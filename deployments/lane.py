@@ -222,7 +222,7 @@ class Lane:
                 loop.call_soon(self._take_turn)
         elif self._alone:  # the second of this turn of the loop: from now on they are scored together
             self._alone = False
-            loop.call_soon(self._take_turn)
+            loop.call_soon(self._take_company)
         return ask.answer
 
     # -- a turn: read and predict what waits
@@ -231,6 +231,11 @@ class Lane:
         """End the turn of a request that was scored at once, unless another one came in it."""
         if self._alone:
             self._turn_comes = False
+
+    def _take_company(self) -> None:
+        """Take the rest of a turn whose first request was scored at once."""
+        self._turn_comes = False
+        self._take_turns()
 
     def _take_turn(self) -> None:
         self._turn_comes = False
