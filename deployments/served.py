@@ -107,7 +107,10 @@ class Shadow:
         return mine
 
     def after(self, keys: Mapping[str, Sequence[Any]], rows: FeatureRows, results: list[Any]) -> None:
-        """Ask the shadow; it takes its turn after the answers that are ready now have been sent."""
+        """Ask the shadow, after the answers that are ready now have been sent."""
+        asyncio.get_running_loop().call_soon(self._ask, keys, rows, results)
+
+    def _ask(self, keys: Mapping[str, Sequence[Any]], rows: FeatureRows, results: list[Any]) -> None:
         try:
             answer = self.lane.ask(keys, len(results), rows=rows)
         except ModelBusy:
