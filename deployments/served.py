@@ -91,7 +91,9 @@ class Shadow:
         self.lane = lane
         self.disagreement = Disagreement()
         self._client = client
-        self._same_features = champion.loaded.plan.features == lane.loaded.plan.features
+        # Of two definitions, the features are not the same objects.
+        mine, theirs = ([f.wire_name for f in of.loaded.plan.features] for of in (lane, champion))
+        self._same_features = mine == theirs
 
     def before(self, keys: Mapping[str, Sequence[Any]], rows: FeatureRows) -> FeatureRows | None:
         """Return rows of the shadow's features, as of the same moment as the champion's."""
