@@ -99,7 +99,8 @@ class Shadow:
         """Return rows of the shadow's features, as of the same moment as the champion's."""
         n = len(rows.matrix)
         if self._same_features:
-            return FeatureRows(rows.matrix.copy(), rows.as_of, rows.unknown, rows.texts)
+            texts = {name: list(column) for name, column in rows.texts.items()}
+            return FeatureRows(rows.matrix.copy(), rows.as_of, rows.unknown, texts)
         try:
             mine = self._client.read_now(self.lane.loaded.plan, keys, n)
         except MillpondError:
