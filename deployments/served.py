@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ from millpond.feature_actors.plan import FeatureRows
 __all__ = ["Disagreement", "ModelEntry", "Models", "Served", "Shadow", "is_canary"]
 
 _EXAMPLES_MAX = 10
+_LARGEST = sys.float_info.max
 
 
 def is_canary(model: str, keys: Mapping[str, Sequence[Any]], n: int, share: float) -> npt.NDArray[np.bool_]:
@@ -58,8 +60,8 @@ class Disagreement:
         difference = 0.0 if champion == shadow else float("inf")
         if _is_number(champion) and _is_number(shadow):
             self.numbers += 1
-            difference = abs(champion - shadow)
-            self.abs_sum += difference
+            difference = _difference(champion, shadow)
+            self.abs_sum = min(self.abs_sum + difference, _LARGEST)
             self.abs_max = max(self.abs_max, difference)
         if champion == shadow:
             return
@@ -78,6 +80,14 @@ class Disagreement:
             "abs_max": self.abs_max,
             "examples": [example for _, _, example in sorted(self._worst, key=lambda worst: worst[:2], reverse=True)],
         }
+
+
+def _difference(one: float, other: float) -> float:
+    """Return how far two numbers are apart, as far as a float and a report can tell."""
+    try:
+        return float(min(abs(one - other), _LARGEST))
+    except OverflowError:  # of an integer that is larger than any float
+        return _LARGEST
 
 
 def _is_number(value: Any) -> bool:
