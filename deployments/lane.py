@@ -8,6 +8,7 @@ Promises:
   slower one is called in a thread, and the models beside it go on. Its requests have a time limit (504), and their
   number is limited (429); what has begun keeps its place until `predict` returns, for nothing can stop it.
 - A request that a model fails on fails alone: a batch that fails is asked again request by request.
+- What a model of two stages reads is there at once, or the model is asked again in a thread, which can wait for it.
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ _LOOP_S_MAX = 0.005
 _JOINED_ROWS_MAX = 1_024
 _ENDS = Unavailable("the replica ends; retry", retry_after_ms=100)
 _BUSY_TRIES, _BUSY_WAIT_S = 25, 0.0002
+
+
+class _ReadWaits(Unavailable):
+    """What a model reads while it is called on the event loop cannot be had at once."""
 
 
 class ModelBusy(TooMany):
@@ -166,6 +171,8 @@ class Lane:
         self._row_s = 0.0
         self.call_s = predict_s
         self.in_threads = predict_s > INLINE_S_MAX
+        #: Whether what it reads while it predicts has had to be waited for.
+        self._reads_wait = False
         self._waiting: deque[_Ask] = deque()
         #: Batches that are being read, and those that have been. (The event loop itself would let go of a task that
         #: nobody holds.)
@@ -349,8 +356,8 @@ class Lane:
                 return rows
             time.sleep(_BUSY_WAIT_S)
         # What cannot be read at once is called for: this model's place is in a thread from now on.
-        self.in_threads, self._slow_calls = True, _ALL_CALLS
-        raise Unavailable(f"{plan.subject}: a slot of an entity is being written; retry", retry_after_ms=100)
+        self.in_threads = self._reads_wait = True
+        raise _ReadWaits(f"{plan.subject}: a slot of an entity is being written; retry", retry_after_ms=100)
 
     # -- answers
 
@@ -367,7 +374,8 @@ class Lane:
             self.compare.after(batch.keys, batch.compared, results)
 
     def _fail(self, batch: Batch, error: BaseException) -> None:
-        if len(batch.asks) > 1:  # it may be the fault of one
+        # It may be the fault of one; or nobody's, and a thread can wait for it (with rows that no predictor has had).
+        if len(batch.asks) > 1 or (isinstance(error, _ReadWaits) and batch.asks[0].rows is None):
             for ask in reversed(batch.asks):
                 ask.alone = True
                 self._waiting.appendleft(ask)
@@ -413,7 +421,7 @@ class Lane:
         slow = seconds > INLINE_S_MAX * max(1.0, n / _FEW_ROWS)
         self._slow_calls = calls = (self._slow_calls << 1 | slow) & _ALL_CALLS
         if self.in_threads:
-            if calls == 0:
+            if calls == 0 and not self._reads_wait:
                 self.in_threads = False
                 logger.info("%s: quick again, called on the event loop", self.loaded.model.subject)
         elif slow and calls.bit_count() > _CALLS // 2:
