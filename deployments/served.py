@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ from millpond.feature_actors.plan import FeatureRows
 __all__ = ["Disagreement", "ModelEntry", "Models", "Served", "Shadow", "is_canary"]
 
 _EXAMPLES_MAX = 10
+_LARGEST = sys.float_info.max
 
 
 def is_canary(model: str, keys: Mapping[str, Sequence[Any]], n: int, share: float) -> npt.NDArray[np.bool_]:
@@ -58,8 +60,8 @@ class Disagreement:
         difference = 0.0 if champion == shadow else float("inf")
         if _is_number(champion) and _is_number(shadow):
             self.numbers += 1
-            difference = abs(champion - shadow)
-            self.abs_sum += difference
+            difference = _difference(champion, shadow)
+            self.abs_sum = min(self.abs_sum + difference, _LARGEST)
             self.abs_max = max(self.abs_max, difference)
         if champion == shadow:
             return
@@ -80,6 +82,14 @@ class Disagreement:
         }
 
 
+def _difference(one: float, other: float) -> float:
+    """Return how far two numbers are apart, as far as a float and a report can tell."""
+    try:
+        return float(min(abs(one - other), _LARGEST))
+    except OverflowError:  # of an integer that is larger than any float
+        return _LARGEST
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -91,13 +101,16 @@ class Shadow:
         self.lane = lane
         self.disagreement = Disagreement()
         self._client = client
-        self._same_features = champion.loaded.plan.features == lane.loaded.plan.features
+        # Of two definitions, the features are not the same objects.
+        mine, theirs = ([f.wire_name for f in of.loaded.plan.features] for of in (lane, champion))
+        self._same_features = mine == theirs
 
     def before(self, keys: Mapping[str, Sequence[Any]], rows: FeatureRows) -> FeatureRows | None:
         """Return rows of the shadow's features, as of the same moment as the champion's."""
         n = len(rows.matrix)
         if self._same_features:
-            return FeatureRows(rows.matrix.copy(), rows.as_of, rows.unknown, rows.texts)
+            texts = {name: list(column) for name, column in rows.texts.items()}
+            return FeatureRows(rows.matrix.copy(), rows.as_of, rows.unknown, texts)
         try:
             mine = self._client.read_now(self.lane.loaded.plan, keys, n)
         except MillpondError:
@@ -107,7 +120,10 @@ class Shadow:
         return mine
 
     def after(self, keys: Mapping[str, Sequence[Any]], rows: FeatureRows, results: list[Any]) -> None:
-        """Ask the shadow; it takes its turn after the answers that are ready now have been sent."""
+        """Ask the shadow, after the answers that are ready now have been sent."""
+        asyncio.get_running_loop().call_soon(self._ask, keys, rows, results)
+
+    def _ask(self, keys: Mapping[str, Sequence[Any]], rows: FeatureRows, results: list[Any]) -> None:
         try:
             answer = self.lane.ask(keys, len(results), rows=rows)
         except ModelBusy:

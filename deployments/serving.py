@@ -137,7 +137,7 @@ def stay_on_loopback() -> None:
 
 
 def keep_what_is_there() -> None:
-    """Have the garbage collector pass over what a replica has loaded: to look through it all took 100 ms, now and then."""
+    """Have the garbage collector pass over what a replica has loaded: it would look through all of it now and then."""
     gc.collect()
     gc.freeze()
 

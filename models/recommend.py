@@ -39,18 +39,14 @@ def view(name: str, key: list[str], features: dict[str, Any]) -> FeatureView:
     return FeatureView(name, owner="recommendations", source=ratings, key=key, features=features)
 
 
+_top: dict[str, Any] = {"k": CANDIDATES, "m": 512}
 genre_films = view(
-    "genre_films",
-    ["genre"],
-    {"films": TopK("film_id", k=CANDIDATES, m=512), "counts": TopKCounts("film_id", k=CANDIDATES, m=512)},
+    "genre_films", ["genre"], {"films": TopK("film_id", **_top), "counts": TopKCounts("film_id", **_top)}
 )
 user_taste = view("user_taste", ["user_id"], {"ratings": Count(), "year": Mean("year"), "spread_years": Std("year")})
 user_genre = view("user_genre", ["user_id", "genre"], {"ratings": Count(), "year": Mean("year")})
-genre_film = view(
-    "genre_film",
-    ["genre", "film_id"],
-    {"ratings_30d": Count(window="30d"), "mean_stars": Mean("stars"), "year": Last("year")},
-)
+_film = {"ratings_30d": Count(window="30d"), "mean_stars": Mean("stars"), "year": Last("year")}
+genre_film = view("genre_film", ["genre", "film_id"], _film)
 user_film = view("user_film", ["user_id", "film_id"], {"ratings": Count()})
 
 #: What is read of the user and genre of a request; and then of each candidate.
@@ -68,8 +64,7 @@ def candidates(features: Features) -> tuple[Ints, dict[str, Any]]:
 
 def is_new(more: Features) -> npt.NDArray[np.bool_]:
     """Return which candidates their users have not rated yet, bool [m]."""
-    rated: npt.NDArray[np.bool_] = more.matrix[:, 3] > 0
-    return ~rated
+    return more.matrix[:, 3] == 0  # type: ignore[no-any-return]
 
 
 def inputs(features: Features, rows: Ints, more: Features) -> Floats:
@@ -103,7 +98,7 @@ class Popular:
         scores = self.scores(features, rows, more)
         shown: list[list[dict[str, Any]]] = [[] for _ in features.matrix]
         new = np.flatnonzero(is_new(more))
-        for i in new[np.lexsort((-scores[new], rows[new]))].tolist():  # ties: who is rated more in all
+        for i in new[np.lexsort((-scores[new], rows[new]))].tolist():  # ties: the more rated in all
             if len(shown[rows[i]]) < SHOWN:
                 shown[rows[i]].append({"film_id": key["film_id"][i], "score": float(scores[i])})
         return shown
@@ -126,7 +121,6 @@ class Recommend(Popular):
 
 recommend = Model(
     "recommend",
-    version="1",
     owner="recommendations",
     about="Ten films of a genre for a user who has not rated them, the best first.",
     features=FEATURES,
@@ -136,7 +130,6 @@ recommend = Model(
 )
 popular = Model(
     "popular",
-    version="1",
     owner="recommendations",
     about="Ten films of a genre that the user has not rated, those that most rated in the last 30 days.",
     features=FEATURES,
@@ -146,8 +139,7 @@ popular = Model(
 
 
 def train(given: Floats, rated: npt.NDArray[np.bool_], path: str) -> None:
-    """Train on the `inputs` of candidates, float64 [m, 7], and whether the user has rated each since; write the
-    artifact."""
+    """Train on `inputs`, float64 [m, 7], and whether the user has rated each since, and write the artifact."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 

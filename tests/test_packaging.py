@@ -14,6 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from apps import make_world
+from http_server import Behind, serve
+
+from millpond.feature_actors.clock import WallClock
+from millpond.feature_actors.layout import compile_layout
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("feature_actors", "models", "deployments", "cluster", "bench")
@@ -110,7 +115,7 @@ def test_the_core_the_models_and_the_http_apps_do_not_load_ray() -> None:
     """Not even by a detour: what they import, and what that imports."""
     code = (
         "import sys, millpond.deployments.score, millpond.deployments.events, millpond.deployments.serving, "
-        "millpond.models.flight_delay, millpond.models.churn, millpond.cluster.cli; "
+        "millpond.models.flight_delay, millpond.models.churn, millpond.models.recommend, millpond.cluster.cli; "
         "print(sorted({m.split('.')[0] for m in sys.modules} & {'ray', 'sklearn', 'fastapi', 'starlette', 'httpx'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -118,7 +123,7 @@ def test_the_core_the_models_and_the_http_apps_do_not_load_ray() -> None:
 
 
 def test_the_examples_are_short_and_say_nothing_of_ray() -> None:
-    for name in ("flight_delay.py", "churn.py"):
+    for name in ("flight_delay.py", "churn.py", "recommend.py"):
         text = (ROOT / "models" / name).read_text()
         assert len(text.splitlines()) < 150
         assert not re.search(r"\bray\b", text, re.IGNORECASE)
@@ -180,6 +185,7 @@ def test_the_readme_gives_the_two_commands(readme: str) -> None:
 def test_every_command_and_setting_that_the_readme_names_is_one(readme: str) -> None:
     from dataclasses import fields
 
+    from millpond.cluster.cli import _parser
     from millpond.cluster.config import Config
 
     commands = set(
@@ -187,17 +193,28 @@ def test_every_command_and_setting_that_the_readme_names_is_one(readme: str) -> 
             r"\bmillpond (demo|[a-z]+)\b(?=[ `\n])", "\n".join(re.findall(r"```\w*\n(.*?)```", readme, re.DOTALL))
         )
     )
-    assert commands <= {"demo", "up", "status", "down", "config", "features", "bench"}, commands
+    (sub,) = (action for action in _parser()._actions if isinstance(action.choices, dict))
+    assert sub.choices is not None
+    assert commands <= set(sub.choices), commands
     variables = set(re.findall(r"\bMILLPOND_([A-Z_]+)\b", readme))
     assert {v.lower() for v in variables} <= {f.name for f in fields(Config)} | {"datasets", "examples"}
 
 
 def test_the_python_of_the_readme_runs_and_prints_what_it_says(readme: str, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict[str, Any] = {"__name__": "readme"}
-    for block in blocks:
+    for block in blocks[:3]:
         exec(compile(block, "README.md", "exec"), names)
+    # The last block calls a cluster, which serves what the first one has declared.
+    world = make_world([names["spender"]], layout=compile_layout([], [names["user_spend"]]), clock=WallClock())
+    other = {**names["events"].to_pylist()[0], "user_id": 99}  # kernels take longer to compile than a client waits
+    assert world.post_events("purchases", {**other, "paid_at": other["paid_at"].isoformat()}).status == 200
+    assert world.post_score("spender", [{"user_id": 1}]).status == 200
+    with serve(Behind(world)) as url:
+        assert blocks[3].count("http://127.0.0.1:8000") == 1
+        exec(compile(blocks[3].replace("http://127.0.0.1:8000", url), "README.md", "exec"), names)
+    assert (names["ack"].accepted, names["sender"].ack.accepted, names["spend"].features["orders_30d"]) == (3, 1, 1.0)
     assert names["rows"].matrix.tolist() == [[1.0, 0.0, 12.5], [2.0, 1.0, 36.25]]
     assert capsys.readouterr().out.split() == ["[[", "1.", "0.", "12.5", "]", "[", "2.", "1.", "36.25]]"]
     # An unknown user has a mean of NaN, which the model has to say something about.

@@ -1,7 +1,7 @@
-"""The ratings of MovieLens 100k, of films by users of a web site, as a source of events and as questions to a recommender.
+"""The ratings of MovieLens 100k as a source of events, and as questions to a recommender of films.
 
-943 users gave 100,000 ratings to 1,682 films from September 1997 to April 1998, most of them at one sitting. Times are of
-whole seconds. A film has one to six genres, and each rating is an event for each of them.
+943 users of a web site gave 100,000 ratings to 1,682 films from September 1997 to April 1998, most of them at one
+sitting. Times are of whole seconds. A film has one to six genres, and each rating is an event for each of them.
 """
 
 from __future__ import annotations

@@ -191,7 +191,7 @@ def instants(table: pa.Table, column: str) -> npt.NDArray[np.datetime64]:
 
 
 def parity(
-    answers: Sequence[Mapping[str, Any] | None], model: Model, offline: FeatureRows, results: Sequence[float]
+    answers: Sequence[Mapping[str, Any] | None], model: Model, offline: FeatureRows, results: Sequence[Any]
 ) -> int:
     """Count the live answers that equal the training set bit for bit: features, result, as-of, unknown views.
 
@@ -204,7 +204,9 @@ def parity(
     for row, (answer, want, result) in enumerate(zip(answers, offline.matrix, results, strict=True)):
         if answer is None:
             continue
-        got = np.array([np.nan if answer["features"][n] is None else answer["features"][n] for n in names])
+        given = [answer["features"][n] for n in names]
+        flat = [one for value in given for one in (value if isinstance(value, list) else [value])]
+        got = np.array([np.nan if one is None else one for one in flat], np.float64)
         equal += (
             answer["result"] == result
             and answer["as_of"] == f"{as_of[row]}Z"
@@ -295,7 +297,7 @@ def keep_serving(stage: Stage, cluster: Cluster, model: str, key: Mapping[str, A
 
 def offline_model(stage: Stage, model: Model) -> LoadedModel:
     """Load a model from the artifacts that the demo trained, outside any cluster."""
-    views = {f.view.name: f.view for f in model.features}
+    views = {f.view.name: f.view for f in (*model.features, *model.reads)}
     return LoadedModel(model, compile_layout([], views.values()), stage.artifacts_dir)
 
 

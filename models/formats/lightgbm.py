@@ -23,9 +23,10 @@ _OF_NODES = (
     "split_feature", "split_gain", "threshold", "decision_type", "left_child", "right_child", "internal_value",
     "internal_weight", "internal_count",
 )  # fmt: skip
-_NUMBERS = re.compile(r"[-+.0-9a-z ]*")
+_NUMBER = r"-?(?:\d{1,20}(?:\.\d{1,20})?(?:e[-+]\d{1,3})?|inf|nan)"
+_NUMBERS = re.compile(rf"(?:{_NUMBER}(?: {_NUMBER})*)?", re.ASCII)
 _END = b"end of trees\n"
-_TAIL = re.compile(rb"\nfeature_importances:\n.*\nend of parameters\n\npandas_categorical:[^\n]*\n?", re.DOTALL)
+_TAIL = re.compile(rb"\nfeature_importances:\n.*\nend of parameters\n\npandas_categorical:[^\n]+\n", re.DOTALL)
 
 
 class LightGBMPredictor:

@@ -81,12 +81,12 @@ class SklearnPredictor:
         if refused := sorted((types | untrusted) - allowed):
             raise ModelFileRefused(
                 model, f"has the types {refused}",
-                "only TRUSTED_TYPES are made; export the model otherwise or, if you know them to be harmless, trust them by "
-                "name: functools.partial(SklearnPredictor, trusted=[...])",
+                "only TRUSTED_TYPES are made; export the model otherwise or, if you know them to be harmless, trust "
+                "them by name: functools.partial(SklearnPredictor, trusted=[...])",
             )  # fmt: skip
         if versions != {sklearn.__version__}:
             raise ModelFileRefused(
-                model, f"is of scikit-learn {', '.join(sorted(versions)) or 'of no version'}",
+                model, f"is of scikit-learn {', '.join(sorted(versions)) or 'no version'}",
                 f"expected {sklearn.__version__}, which is installed; train it again",
             )  # fmt: skip
         try:

@@ -22,6 +22,8 @@ _OF_NODES = (
     "left_children", "right_children", "parents", "split_indices", "split_type", "split_conditions", "default_left",
     "base_weights", "loss_changes", "sum_hessian",
 )  # fmt: skip
+#: Of the root.
+_NO_PARENT = 2**31 - 1
 
 
 class XGBoostPredictor:
@@ -75,7 +77,11 @@ def _check(document: Any) -> int:
     n_groups = max(int(of_learner["num_class"]), int(of_learner.get("num_target", 1)), 1)
     if not trees or int(model["gbtree_model_param"]["num_trees"]) != len(trees) or len(groups) != len(trees):
         raise ValueError("another number of trees than it says")
-    if set(groups) != set(range(n_groups)) or len(booster.get("weight_drop", trees)) != len(trees):
+    if (
+        n_groups > len(trees)
+        or set(groups) != set(range(n_groups))
+        or len(booster.get("weight_drop", trees)) != len(trees)
+    ):
         raise ValueError(f"trees are not of {n_groups} classes")
     steps = np.array(model.get("iteration_indptr", [0, len(trees)]))
     if steps[0] != 0 or steps[-1] != len(trees) or (np.diff(steps) < 0).any():
@@ -89,17 +95,20 @@ def _check(document: Any) -> int:
 
 def _check_tree(tree: Any, number: int, features: int) -> None:
     n = int(tree["tree_param"]["num_nodes"])
-    if any(len(tree[name]) != n for name in _OF_NODES) or n < 1:
-        raise ValueError(f"tree {number} has not {n} nodes")
-    if any(tree["split_type"]) or int(tree["tree_param"]["size_leaf_vector"]) > 1:
+    if any(len(tree[name]) != n for name in _OF_NODES) or n < 1 or tree["id"] != number:
+        raise ValueError(f"tree {number} has not {n} nodes, or not its place")
+    if any(tree["split_type"]) or tree["categories"] or int(tree["tree_param"]["size_leaf_vector"]) > 1:
         raise ValueError(f"tree {number} has categorical splits or leaves of several values")
     left, right, split = (
         np.array(tree[name], np.int64) for name in ("left_children", "right_children", "split_indices")
     )
-    inner = left != -1
+    nodes = np.flatnonzero(left != -1)
+    children, parents = np.concatenate([left[nodes], right[nodes]]), np.array(tree["parents"], np.int64)
     if (
-        ((right != -1) != inner).any()
-        or not is_tree(np.concatenate([left[inner], right[inner]]), n)
-        or not ((split[inner] >= 0) & (split[inner] < features)).all()
+        not np.array_equal(nodes, np.flatnonzero(right != -1))
+        or not is_tree(children, n)
+        or not np.array_equal(parents[children], np.tile(nodes, 2))
+        or not (((parents >= 0) & (parents < n)) | (parents == _NO_PARENT)).all()
+        or not ((split[nodes] >= 0) & (split[nodes] < features)).all()
     ):
         raise ValueError(f"tree {number} has nodes that lead nowhere")
