@@ -28,6 +28,7 @@ USERS = range(1, 41)
 SPEND = [user_spend["orders_30d"], user_spend["spend_30d"], user_spend["recency_s"]]
 #: Threads for predictions, of all tests.
 THREADS = ThreadPoolExecutor(8, "tested")
+LIMITS = LaneLimits()
 
 
 class WaitedRead:
@@ -132,7 +133,7 @@ def lane_of(
     predictor: Any,
     client: FeatureClient,
     *,
-    limits: LaneLimits = LaneLimits(),
+    limits: LaneLimits = LIMITS,
     predict_s: float = 0.0,
     features: Sequence[Any] = SPEND,
     reads: Sequence[Any] = (),
