@@ -216,11 +216,10 @@ class Client:
 
     def close(self) -> None:
         """Close its senders, and the connections. Raises `NotSent` if a sender could not send everything."""
-        try:
+        with contextlib.ExitStack() as stack:  # each is closed, whatever another raises
+            stack.callback(self._http.close)
             for sender in self._senders:
-                sender.close()
-        finally:
-            self._http.close()
+                stack.callback(sender.close)
 
     def __enter__(self) -> Client:
         return self

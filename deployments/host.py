@@ -23,8 +23,10 @@ from typing import Any
 
 from millpond.deployments.lane import Lane, LaneLimits
 from millpond.deployments.served import ModelEntry, Models, Served, Shadow
+from millpond.deployments.turns import Turns
 from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.errors import MillpondError, NotFound, Unavailable, did_you_mean
+from millpond.feature_actors.plan_set import PlanSet
 from millpond.feature_actors.tiles.memory import started_ticks
 from millpond.models.definition import Definition, forget_module
 from millpond.models.model import LoadedModel
@@ -89,6 +91,7 @@ class ModelHost(Models):
         self._predictions = ThreadPoolExecutor(_PREDICT_THREADS_MAX, "predict")
         # One thread asks the registry, which keeps a connection for each.
         self._asks = ThreadPoolExecutor(1, "registry")
+        self._turns = Turns(client)
         self._generation = -1
         self._rollouts: dict[str, Rollout] = {}
         self._loaded: dict[Id, _Loaded] = {}
@@ -176,6 +179,7 @@ class ModelHost(Models):
             if self._rollouts.get(rollout.model) == rollout and (one := self._serve(rollout)) is not None:
                 served[rollout.model] = one
         self.served = served
+        self._turns.plans = PlanSet([one.lane.loaded.plan for one in self._loaded.values()])
         self._evict({rollout.model for rollout, _ in brought} if asked else set())
 
     def _serve(self, rollout: Rollout) -> Served | None:
@@ -213,7 +217,8 @@ class ModelHost(Models):
             self._failed[_id(version)] = why
             return
         if _id(version) not in self._loaded:
-            lane = Lane(loaded, self._client, self._predictions, self._limits.lanes, version.predict_us / 1e6)
+            predict_s = version.predict_us / 1e6
+            lane = Lane(loaded, self._client, self._predictions, self._limits.lanes, predict_s, self._turns)
             self._loaded[_id(version)] = _Loaded(version, lane, definition.module_name)
 
     def _load_now(self, version: Version) -> tuple[Definition, LoadedModel]:

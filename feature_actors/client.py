@@ -25,6 +25,7 @@ from millpond.feature_actors.keys import Hashes, hash_columns
 from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.log.record import HomeRecord
 from millpond.feature_actors.plan import FeatureRows, Question, ReadPlan
+from millpond.feature_actors.plan_set import PlanSet
 from millpond.feature_actors.ports import IngestPort, ReadPort, all_of, each_of
 from millpond.feature_actors.routes import shards_of_keys
 from millpond.feature_actors.shard_map import ShardMap
@@ -215,6 +216,21 @@ class FeatureClient:
             return plan.no_rows()
         answer = self._read.read_now(self._question(plan, keys, n, as_of_ms))
         return None if answer is None else plan.rows(answer)
+
+    def read_together_now(
+        self, plans: PlanSet, asked: Sequence[tuple[ReadPlan, Sequence[int]]]
+    ) -> list[FeatureRows] | None:
+        """Read for ids of several plans of a set in one go, as of now; return None if one has to wait for an answer."""
+        numbers = [number for plan, keys in asked for number in [plans.numbers[plan]] * len(keys)]
+        words = [word for _, keys in asked for word in keys]
+        answer = self._read.read_now(plans.question(numbers, words, self._clock.now_ms()))
+        if answer is None:
+            return None
+        rows, start = [], 0
+        for plan, keys in asked:
+            rows.append(plan.rows(plans.part(answer, plan, start, start + len(keys))))
+            start += len(keys)
+        return rows
 
     def _question(self, plan: ReadPlan, keys: Mapping[str, Sequence[Any]], n: int, as_of_ms: int | None) -> Question:
         as_of = None if as_of_ms is None else np.full(n, as_of_ms, np.int64)

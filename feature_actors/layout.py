@@ -159,7 +159,12 @@ class PlanProgram:
     wire_names: tuple[str, ...]
     layout_digest: int
     _parts: Words
-    _rest: tuple[Words, Words, Words, Words, Words, int, int]
+    _rest: tuple[Words, Words, Words, Words, Words, int, int, int, int]
+
+    @cached_property
+    def plans(self) -> Words:
+        """For the kernels that read: all ids are of this plan."""
+        return np.array([[0, len(self._parts) - 1]], np.int64)
 
     _programs: dict[int, ReadProgram] = field(default_factory=dict, repr=False)
 
@@ -190,6 +195,19 @@ class Layout:
             table = _compile_table(len(self.tables), self.sources[source], key, its_views, before)
             self.tables.append(table)
             before += table.slot_words
+        # The series of all tables, that every plan refers to.
+        self._series_before = np.cumsum([0, *(len(t.series) for t in self.tables)]).tolist()
+        series, columns_before = [], 0
+        for table in self.tables:
+            of_table = table.series_program.copy()
+            of_table[:, S_COLUMN] += columns_before
+            columns_before += len(table.column_program)
+            series.append(of_table)
+        columns = [table.column_program for table in self.tables]
+        self._series_columns = (
+            np.concatenate([_Lines(11).array, *series]),
+            np.concatenate([_Lines(5).array, *columns]),
+        )
 
     @cached_property
     def digest(self) -> int:
@@ -247,18 +265,13 @@ class Layout:
         keys = tuple(dict.fromkeys(tuple(v.key) for v in views.values()))
         tables = list({t.number: t for t in map(self.table_of, views.values())}.values())
         parts: list[list[int]] = []
-        series_rows, column_rows, scan_rows = _Lines(11), _Lines(5), _Lines(2)
-        feature_rows, view_rows = _Lines(6), _Lines(7)
+        scan_rows, feature_rows, view_rows = _Lines(2), _Lines(6), _Lines(7)
         for table in tables:
             parts.append([
                 0, table.slot_words, table.row_words, keys.index(table.key), len(scan_rows), len(feature_rows),
                 len(view_rows),
             ])  # fmt: skip
-            series_before, scans_before = len(series_rows), len(scan_rows)
-            of_series = table.series_program.copy()
-            of_series[:, S_COLUMN] += len(column_rows)
-            series_rows += of_series.tolist()
-            column_rows += table.column_program.tolist()
+            series_before, scans_before = self._series_before[table.number], len(scan_rows)
             scans: dict[tuple[int, int], int] = {}
             rows = []
             for feature, out in zip(features, first, strict=False):
@@ -297,8 +310,8 @@ class Layout:
             layout_digest=self.digest,
             _parts=np.array(parts, np.int64),
             _rest=(
-                series_rows.array, column_rows.array, scan_rows.array, feature_rows.array, view_rows.array, past_ms,
-                words,
+                *self._series_columns, scan_rows.array, feature_rows.array, view_rows.array, past_ms, words,
+                len(parts) - 1, len(scan_rows),
             ),
         )  # fmt: skip
 

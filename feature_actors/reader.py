@@ -81,10 +81,11 @@ class MemoryReader:
         Raises `AsOfInPast`; `_Busy` and `_Moved` if it has to be tried again.
         """
         program = question.program
+        plans = program.plans if question.plans is None else question.plans
         code, row, detail = read_rows(
             self._bases, self._controls, self._epochs, self._owners, program.layout_digest,
-            program.arrays(len(self._owners)), question.hashes, start, question.clock, question.event_clock,
-            question.as_of is not None, answer.as_of, answer.values, answer.known,
+            program.arrays(len(self._owners)), plans, question.hashes, start, question.clock,
+            question.event_clock, question.as_of is not None, answer.as_of, answer.values, answer.known,
         )  # fmt: skip
         if code == DONE:
             answer.all_known = start == 0 and row == 0

@@ -49,11 +49,12 @@ class TableProgram(NamedTuple):
 
 
 class ReadProgram(NamedTuple):
-    """How to read one plan's features, over all its tables.
+    """How to read features of one plan, over all its tables, or of several plans.
 
-    parts int64 [tables + 1, 7]: the last line only says where the scans, features and views end; series and columns
-    as in `TableProgram`, table after table; scans int64 [scans, 2], features int64 [features, 6], views int64
-    [views, 7]; past_ms: how long ago the plan may be read as of, 0 if it is not exact; words: room for any partial.
+    parts int64 [tables + 1, 7], plan after plan: the last line of each only says where its scans, features and views
+    end; series and columns as in `TableProgram`, of all tables of the layout; scans int64 [scans, 2], features int64
+    [features, 6], views int64 [views, 7]; past_ms: how long ago the plan may be read as of, 0 if it is not exact;
+    words: room for any partial; parts_max, scans_max: most of one plan.
     """
 
     parts: Any
@@ -64,3 +65,5 @@ class ReadProgram(NamedTuple):
     views: Any
     past_ms: Any
     words: Any
+    parts_max: Any
+    scans_max: Any

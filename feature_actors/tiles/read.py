@@ -202,7 +202,7 @@ def _read_row(
     row: Any, program: Any, part: Any, as_of: Any, out: Any, known: Any, i: Any,
 ) -> Any:  # fmt: skip
     """Read part of a plan from a row, 0 if there is none, into line i; return False if the data is torn."""
-    parts, series, columns, scans, features, views, _, _ = program
+    parts, series, columns, scans, features, views, _, _, _, _ = program
     scanned = -1
     window = np.int64(0)
     for feature in range(parts[part, P_FEATURE], parts[part + 1, P_FEATURE]):
@@ -303,7 +303,7 @@ def _shards_time(bases: Any, event_clock: Any) -> Any:
 
 @inner
 def _look_ahead(
-    bases: Any, owners: Any, program: Any, hashes: Any, start: Any, end: Any, rows: Any, tiles: Any
+    bases: Any, owners: Any, program: Any, plans: Any, hashes: Any, start: Any, end: Any, rows: Any, tiles: Any
 ) -> None:
     """Ask for the memory of the ids from start to end, so that it is on its way while the first of them are read.
 
@@ -315,8 +315,11 @@ def _look_ahead(
     steps = 4 if end - start == 1 else _STEPS_AHEAD
     for step in range(steps):
         under_way = step < 4
-        for part in range(parts.shape[0] - 1):
-            for i in range(start, end):
+        for i in range(start, end):
+            plan = i if plans.shape[0] > 1 else 0
+            first = plans[plan, 0]
+            first_scan = parts[first, P_SCAN]
+            for part in range(first, plans[plan, 1]):
                 hi = hashes[parts[part, P_KEY], i, 1]
                 slot_number = np.int64(np.uint64(hi) % slots)
                 if owners[slot_number] < 0:
@@ -324,7 +327,7 @@ def _look_ahead(
                 words, _, halves = views_at(bases[owners[slot_number]])
                 limit = words[M_LIMIT]
                 if step >= 2:
-                    row = rows[part, i - start]
+                    row = rows[part - first, i - start]
                     if row == 0:
                         continue
                     for scan in range(parts[part, P_SCAN], parts[part + 1, P_SCAN]):
@@ -333,19 +336,19 @@ def _look_ahead(
                             if step == 2:
                                 tile: Any = np.int64(halves[2 * row + series[s, S_ROW_AT]])
                             else:
-                                tile = tiles[scan, i - start]
+                                tile = tiles[scan - first_scan, i - start]
                                 if tile <= 0 or tile >= limit:
                                     continue
                                 tile = next_of(halves, tile)
                                 if step > 3 and tile == np.int64(halves[2 * row + series[s, S_ROW_AT]]):
                                     tile = 0  # round
                                 under_way = True
-                            tiles[scan, i - start] = tile
+                            tiles[scan - first_scan, i - start] = tile
                             prefetch(words, tile)
                     continue
                 slot = parts[part, P_SLOTS_AT] + slot_number * parts[part, P_SLOT_WORDS]
                 index, places = words[slot + H_INDEX_AT], words[slot + H_PLACES]
-                rows[part, i - start] = 0
+                rows[part - first, i - start] = 0
                 if places <= 0 or index <= 0 or places > limit or index > limit - places:
                     continue
                 mark = mark_of(words, hashes[parts[part, P_KEY], i, 0])
@@ -360,7 +363,7 @@ def _look_ahead(
                     if entry >> np.uint64(32) == mark:
                         row = np.int64(entry & np.uint64(NUMBER_MASK))
                         if row + parts[part, P_ROW_WORDS] <= limit:
-                            rows[part, i - start] = row
+                            rows[part - first, i - start] = row
                             prefetch(words, row)
                             prefetch(words, row + parts[part, P_ROW_WORDS] - 1)
                         break
@@ -371,14 +374,15 @@ def _look_ahead(
 
 @kernel
 def read_rows(
-    bases: Any, controls: Any, epochs: Any, owners: Any, layout: Any, program: Any, hashes: Any, start: Any,
+    bases: Any, controls: Any, epochs: Any, owners: Any, layout: Any, program: Any, plans: Any, hashes: Any, start: Any,
     clock: Any, event_clock: Any, asked: Any, as_of: Any, out: Any, known: Any,
 ) -> Any:  # fmt: skip
     """Read a plan's features of n ids: everything about one id as of one time.
 
     bases, controls, epochs int64 [shards]: where the shard's memory and control page lie (0: there is none), and the
     epoch of that memory; owners int64 [slots]: the shard of each slot, -1 to leave it out; layout: digest that the
-    memories must bear. program: a `ReadProgram`. hashes int64 [keys, n, 2]. start: the first id to read. clock int64
+    memories must bear. program: a `ReadProgram`. plans int64 [n, 2], or [1, 2] for all ids: from where to where the
+    parts of an id's plan stand. hashes int64 [keys, n, 2]. start: the first id to read. clock int64
     [n]: now in ms, or `NO_CLOCK`; event_clock: whether the shards have the newest arrival for time. asked: whether to
     read as of `as_of` as given; else it is set to the latest of the clock, the shards' time, and the newest event of
     the rows read. as_of int64 [n]; out float64 [n, columns]; known bool [n, views].
@@ -398,25 +402,26 @@ def read_rows(
             return FOREIGN, start, shard
     scratch = np.empty(program.words, np.int64)
     scratch_floats = scratch.view(np.float64)
-    n_parts = program.parts.shape[0] - 1
-    rows = np.empty((n_parts, _AHEAD), np.int64)
-    tiles = np.empty((program.scans.shape[0], _AHEAD), np.int64)
+    rows = np.empty((program.parts_max, _AHEAD), np.int64)
+    tiles = np.empty((program.scans_max, _AHEAD), np.int64)
     slots = np.uint64(owners.shape[0])
     unknown = 0
     for i in range(start, as_of.shape[0]):
         if (i - start) % _AHEAD == 0:
-            _look_ahead(bases, owners, program, hashes, i, min(i + _AHEAD, as_of.shape[0]), rows, tiles)
+            _look_ahead(bases, owners, program, plans, hashes, i, min(i + _AHEAD, as_of.shape[0]), rows, tiles)
         live = max(clock[i], _shards_time(bases, event_clock))
         at = as_of[i] if asked else live
-        part, again = 0, 0
+        plan = i if plans.shape[0] > 1 else 0
+        first, last = plans[plan, 0], plans[plan, 1]
+        part, again = first, 0
         while True:
-            if part == n_parts:
+            if part == last:
                 # Events that arrived meanwhile may have pushed out of sight what a read as of before them still sees.
                 live = max(live, _shards_time(bases, event_clock))
                 if asked or live <= at:
                     break
                 at = live
-                part = 0
+                part = first
                 again += 1
                 if again > _TRIES:
                     return BUSY, i, 0
@@ -436,15 +441,15 @@ def read_rows(
             if not asked and read_at > at:
                 # Events of this key are newer than the clock: what was read before is read anew as of then.
                 at = read_at
-                if part > 1:
+                if part > first + 1:
                     again += 1
                     if again > _TRIES:
                         return BUSY, i, shard
-                    part = 0
+                    part = first
         if asked and at < live - program.past_ms:
             return PAST, i, live
         as_of[i] = at
-        for v in range(known.shape[1]):
+        for v in range(program.parts[last, P_VIEW] - program.parts[first, P_VIEW]):
             unknown += not known[i, v]
     return DONE, unknown, 0
 

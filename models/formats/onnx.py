@@ -27,8 +27,9 @@ _PROTO = {
     "Training": {"initialization": (1, "Graph"), "algorithm": (2, "Graph")},
     "Function": {"node": (7, "Node"), "opset_import": (9, "Opset"), "attribute_proto": (11, "Attribute")},
     "Graph": {"node": (1, "Node"), "initializer": (5, "Tensor"), "sparse_initializer": (15, "Sparse")},
-    "Node": {"attribute": (5, "Attribute"), "domain": (7, "string")},
+    "Node": {"op_type": (4, "string"), "attribute": (5, "Attribute"), "domain": (7, "string")},
     "Attribute": {
+        "name": (1, "string"), "ints": (8, "int64"), "strings": (9, "bytes"),
         "t": (5, "Tensor"), "g": (6, "Graph"), "tensors": (10, "Tensor"), "graphs": (11, "Graph"),
         "sparse_tensor": (22, "Sparse"), "sparse_tensors": (23, "Sparse"),
     },
@@ -36,6 +37,9 @@ _PROTO = {
     "Tensor": {"external_data": (13, "Entry"), "data_location": (14, "int32")},
     "Entry": {},
 }  # fmt: skip
+#: Numbers of types in a protobuf descriptor.
+_SCALARS = {"int64": 3, "int32": 5, "string": 9, "bytes": 12}
+_TREES = {"TreeEnsembleClassifier", "TreeEnsembleRegressor"}
 
 
 class OnnxPredictor:
@@ -48,7 +52,7 @@ class OnnxPredictor:
     def __init__(self, model: str, *, output: str | None = None, all_classes: bool = False, threads: int = 1) -> None:
         runtime = library("onnxruntime", "ONNX", "onnx")
         content = read_file(model, "an ONNX model")
-        _check_closed(content, model)
+        _check(content, model)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -90,8 +94,8 @@ def _output(outputs: list[Any], wanted: str | None, path: str) -> str:
     return wanted
 
 
-def _check_closed(content: bytes, path: str) -> None:
-    """Refuse a model with weights in other files or at an address, which onnxruntime would read, or without its end."""
+def _check(content: bytes, path: str) -> None:
+    """Refuse what onnxruntime does not: weights in other files or at an address, a lost end, trees with circles."""
     try:
         model = _model_message().FromString(content)
     except Exception as error:
@@ -105,8 +109,28 @@ def _check_closed(content: bytes, path: str) -> None:
             )  # fmt: skip
         if message.DESCRIPTOR.name in domains:
             domains[message.DESCRIPTOR.name] |= {domain or "ai.onnx" for domain in message.domain or [""]}
+        if message.DESCRIPTOR.name == "Node" and _TREES & {*message.op_type} and not _are_trees(message.attribute):
+            raise ModelFileRefused(path, "has trees with nodes that lead nowhere", "expected a whole ONNX model")
     if not domains["Node"] or not domains["Node"] <= domains["Opset"]:
         raise ModelFileRefused(path, "has no opset for some of its operators", "expected a whole ONNX model")
+
+
+def _are_trees(given: Any) -> bool:
+    """Tell whether the nodes of an ensemble have children of their own tree, no child twice and none that is first."""
+    attributes = {name: one for one in given for name in one.name}
+    named = ("nodes_treeids", "nodes_nodeids", "nodes_truenodeids", "nodes_falsenodeids")
+    if any(name not in attributes for name in (*named, "nodes_modes")) or len(attributes) != len(given):
+        return False
+    trees, ids, *ways = (np.array(attributes[name].ints, np.int64) for name in named)
+    inner = np.array([mode != b"LEAF" for mode in attributes["nodes_modes"].strings], np.bool_)
+    if any(len(one) != len(ids) for one in (trees, *ways, inner)):
+        return False
+    places = {place: i for i, place in enumerate(zip(trees.tolist(), ids.tolist(), strict=True))}
+    children = [
+        places.get(place) for way in ways for place in zip(trees[inner].tolist(), way[inner].tolist(), strict=True)
+    ]
+    firsts = np.unique(trees, return_index=True)[1].tolist()
+    return None not in children and len({*children, *firsts}) == len(children) + len(firsts) and len(places) == len(ids)
 
 
 def _messages(message: Any) -> Iterator[Any]:
@@ -127,7 +151,7 @@ def _model_message() -> Any:
         message = file.message_type.add(name=name)
         for field, (number, of) in fields.items():
             # All are repeated: what a file gives twice is seen twice, while its readers may take either or both.
-            scalar = {"int32": 5, "string": 9}.get(of)
+            scalar = _SCALARS.get(of)
             kind = {"type": scalar} if scalar else {"type": 11, "type_name": f".millpond_onnx.{of}"}
             message.field.add(name=field, number=number, label=3, **kind)
     pool = descriptor_pool.DescriptorPool()

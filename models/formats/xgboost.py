@@ -95,9 +95,9 @@ def _check(document: Any) -> int:
 
 def _check_tree(tree: Any, number: int, features: int) -> None:
     n = int(tree["tree_param"]["num_nodes"])
-    if any(len(tree[name]) != n for name in _OF_NODES) or n < 1:
-        raise ValueError(f"tree {number} has not {n} nodes")
-    if any(tree["split_type"]) or int(tree["tree_param"]["size_leaf_vector"]) > 1:
+    if any(len(tree[name]) != n for name in _OF_NODES) or n < 1 or tree["id"] != number:
+        raise ValueError(f"tree {number} has not {n} nodes, or not its place")
+    if any(tree["split_type"]) or tree["categories"] or int(tree["tree_param"]["size_leaf_vector"]) > 1:
         raise ValueError(f"tree {number} has categorical splits or leaves of several values")
     left, right, split = (
         np.array(tree[name], np.int64) for name in ("left_children", "right_children", "split_indices")

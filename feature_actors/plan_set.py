@@ -1,0 +1,90 @@
+"""A set of plans that are read together: ids of many models in one compiled call, each by the plan of its model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from millpond.feature_actors.keys import hash_words
+from millpond.feature_actors.layout import PlanProgram
+from millpond.feature_actors.plan import Answer, Ints, Question, ReadPlan
+from millpond.feature_actors.tiles.program import F_SCAN, P_FEATURE, P_SCAN, P_VIEW, ReadProgram
+from millpond.feature_actors.tiles.read import NO_CLOCK
+
+__all__ = ["PlanSet"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Programs(PlanProgram):
+    """The programs of several plans, one after the other."""
+
+    of: tuple[PlanProgram, ...] = ()
+
+    def arrays(self, n_slots: int) -> ReadProgram:
+        if n_slots not in self._programs:
+            self._programs[n_slots] = _joined([program.arrays(n_slots) for program in self.of])
+        return self._programs[n_slots]
+
+
+def _joined(programs: Sequence[ReadProgram]) -> ReadProgram:
+    parts, features = [], []
+    before = np.zeros(3, np.int64)
+    for one in programs:
+        parts.append(one.parts.copy())
+        parts[-1][:, [P_SCAN, P_FEATURE, P_VIEW]] += before
+        features.append(one.features.copy())
+        features[-1][:, F_SCAN] += before[0]
+        before += len(one.scans), len(one.features), len(one.views)
+    first = programs[0]
+    return ReadProgram(
+        np.concatenate(parts),
+        first.series,
+        first.columns,
+        np.concatenate([one.scans for one in programs]),
+        np.concatenate(features),
+        np.concatenate([one.views for one in programs]),
+        0,
+        max(one.words for one in programs),
+        max(one.parts_max for one in programs),
+        max(one.scans_max for one in programs),
+    )
+
+
+class PlanSet:
+    """Plans of one layout whose ids are one int64 field, and which read no strings: the others are not taken in."""
+
+    def __init__(self, plans: Sequence[ReadPlan]) -> None:
+        taken = [p for p in plans if list(p.key_fields.values()) == ["int64"] and not p.program.texts]
+        #: The number of each plan in the set.
+        self.numbers: dict[ReadPlan, int] = {plan: number for number, plan in enumerate(taken)}
+        if not taken:
+            return
+        programs = tuple(plan.program for plan in taken)
+        lines = np.cumsum([0, *(p.plans[0, 1] + 1 for p in programs)])
+        self._plans: Ints = np.stack([lines[:-1], lines[1:] - 1], axis=1)
+        views = max((p.view_names for p in programs), key=len)
+        first = programs[0]
+        self._program = _Programs(
+            max(p.width for p in programs), (), (), (), 0, first.keys, (), views, (), first.layout_digest,
+            first._parts, first._rest, of=programs,
+        )  # fmt: skip
+
+    def question(self, numbers: Sequence[int], keys: Sequence[int], clock_ms: int | None) -> Question:
+        """Return the question about n ids as of now. numbers: n numbers of plans; keys: n values, int64."""
+        n = len(keys)
+        hashes = hash_words(np.array([keys], np.int64).view(np.uint64)).reshape(1, n, 2)
+        clock = np.full(n, NO_CLOCK if clock_ms is None else clock_ms, np.int64)
+        plans = self._plans[numbers] if n > 1 else self._plans[numbers[0] : numbers[0] + 1]
+        return Question(self._program, hashes.view(np.int64), clock, clock_ms is None, None, plans)
+
+    def part(self, answer: Answer, plan: ReadPlan, start: int, end: int) -> Answer:
+        """Return the answer of a plan's ids, which stand together from start to end."""
+        program = plan.program
+        return Answer(
+            answer.as_of[start:end],
+            np.ascontiguousarray(answer.values[start:end, : program.width]),
+            answer.known[start:end, : len(program.view_names)],
+            all_known=answer.all_known,
+        )
