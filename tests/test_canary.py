@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Callable, Coroutine
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
-from apps import DEFINITION, taste, user_spend
+from apps import DEFINITION, NOW, make_world, purchase, taste, user_spend
 from hypothesis import given
 from hypothesis import strategies as st
 from lanes import (
@@ -22,6 +22,7 @@ from lanes import (
     client_over,
     lane_of,
     result_of,
+    run,
     shards_with_spend,
     turn,
     until,
@@ -30,6 +31,7 @@ from lanes import (
 from millpond.deployments.lane import Lane, LaneLimits, ModelBusy
 from millpond.deployments.served import Disagreement, Served, Shadow, is_canary
 from millpond.feature_actors.errors import Unavailable
+from millpond.feature_actors.layout import compile_layout
 from millpond.models.definition import Definition
 from millpond.models.model import PredictionFailed
 
@@ -40,19 +42,6 @@ INTS, TEXTS = st.integers(-(2**63), 2**63 - 1), st.text("ab0é", max_size=9)
 @pytest.fixture(scope="module")
 def shards() -> Any:
     return shards_with_spend()
-
-
-def run(story: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run a story in an event loop; what goes wrong in a callback of it fails it."""
-    wrong: list[Any] = []
-
-    async def told() -> None:
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: wrong.append(context))
-        await asyncio.wait_for(story(), PATIENCE_S)
-        await turn()
-
-    asyncio.run(told())
-    assert wrong == []
 
 
 # -- which ids
@@ -267,10 +256,6 @@ def test_a_shadow_compares_the_same_rows(shards: Any, features: str, predict_s: 
 
 def test_a_predictor_that_writes_into_what_it_gets_disturbs_neither_shadow_nor_features() -> None:
     """Matrix and strings, in the features that the client asked for and in those that the shadow gets."""
-    from apps import NOW, make_world, purchase
-
-    from millpond.feature_actors.layout import compile_layout
-
     world = make_world([], layout=compile_layout([], [taste, user_spend]))
     world.post_events("purchases", [purchase("a", 1, 4.0, NOW, book_id="x"), purchase("b", 1, 6.0, NOW, book_id="y")])
 
@@ -342,8 +327,6 @@ def test_a_shadow_that_fails_or_is_busy_is_counted_and_nobody_notices(shards: An
 
 def test_what_is_as_of_a_time_is_not_compared(shards: Any) -> None:
     async def story() -> None:
-        from apps import NOW
-
         client, _ = client_over(shards)
         champion, lane = lane_of(Predicts(), client), lane_of(Predicts(), client, version="2")
         shadowed(champion, lane, client)
@@ -417,8 +400,6 @@ def test_a_disagreement_is_what_a_list_of_all_would_say(pairs: list[tuple[Any, A
 
 
 def test_a_disagreement_of_any_size_can_be_reported() -> None:
-    import msgspec
-
     disagreement = Disagreement()
     rng = random.Random(3)
     for i in range(40):
