@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from apps import LAYOUT, NOW, make_world, purchase, user_spend
 
 from millpond.deployments.lane import Lane, LaneLimits, Scored
+from millpond.deployments.turns import Turns
 from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.clock import ManualClock
 from millpond.feature_actors.plan import Answer, Question
@@ -28,6 +29,7 @@ USERS = range(1, 41)
 SPEND = [user_spend["orders_30d"], user_spend["spend_30d"], user_spend["recency_s"]]
 #: Threads for predictions, of all tests.
 THREADS = ThreadPoolExecutor(8, "tested")
+LIMITS = LaneLimits()
 
 
 class WaitedRead:
@@ -132,18 +134,19 @@ def lane_of(
     predictor: Any,
     client: FeatureClient,
     *,
-    limits: LaneLimits = LaneLimits(),
+    limits: LaneLimits = LIMITS,
     predict_s: float = 0.0,
     features: Sequence[Any] = SPEND,
     reads: Sequence[Any] = (),
     name: str = "m",
     version: str = "1",
     threads: Executor = THREADS,
+    turns: Turns | None = None,
 ) -> Lane:
     model = Model(
         name, version=version, owner="tests", features=features, predictor=lambda: predictor, reads=reads
     )  # fmt: skip
-    return Lane(LoadedModel(model, client.layout, Path()), client, threads, limits, predict_s)
+    return Lane(LoadedModel(model, client.layout, Path()), client, threads, limits, predict_s, turns)
 
 
 def ask(lane: Lane, *users: Any, **options: Any) -> asyncio.Future[tuple[Scored, int]]:
@@ -168,5 +171,14 @@ async def until(condition: Callable[[], Any], what: str) -> None:
         await asyncio.sleep(0.001)
 
 
-def keys_of(*users: Any) -> Mapping[str, list[Any]]:
-    return {"user_id": list(users)}
+def run(story: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run a story in an event loop; what goes wrong in a callback of it fails it."""
+    wrong: list[Any] = []
+
+    async def told() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: wrong.append(context))
+        await asyncio.wait_for(story(), PATIENCE_S)
+        await turn()
+
+    asyncio.run(told())
+    assert wrong == []
