@@ -26,7 +26,6 @@ from millpond.deployments.served import ModelEntry, Models, Served, Shadow
 from millpond.deployments.turns import Turns
 from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.errors import MillpondError, NotFound, Unavailable, did_you_mean
-from millpond.feature_actors.plan_set import PlanSet
 from millpond.feature_actors.tiles.memory import started_ticks
 from millpond.models.definition import Definition, forget_module
 from millpond.models.model import LoadedModel
@@ -179,8 +178,10 @@ class ModelHost(Models):
             if self._rollouts.get(rollout.model) == rollout and (one := self._serve(rollout)) is not None:
                 served[rollout.model] = one
         self.served = served
-        self._turns.plans = PlanSet([one.lane.loaded.plan for one in self._loaded.values()])
         self._evict({rollout.model for rollout, _ in brought} if asked else set())
+        plans = [one.lane.loaded.plan for one in self._loaded.values()]
+        loop = asyncio.get_running_loop()
+        self._turns.plans = await loop.run_in_executor(self._loads, self._client.plan_set, plans)
 
     def _serve(self, rollout: Rollout) -> Served | None:
         """Return a rollout as far as its versions are loaded; None if its champion is not."""

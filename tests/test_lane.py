@@ -34,7 +34,6 @@ from millpond.deployments.lane import Lane, LaneLimits, ModelBusy, PredictTimeou
 from millpond.deployments.turns import Turns
 from millpond.feature_actors.errors import AsOfInPast, Unavailable
 from millpond.feature_actors.plan import FeatureRows
-from millpond.feature_actors.plan_set import PlanSet
 from millpond.models.model import PredictionFailed
 
 SLOW_S = 0.01
@@ -740,7 +739,7 @@ def test_lanes_that_share_their_turns_answer_as_each_would_alone(
             )
             for i, (features, _) in enumerate(OF_LANES)
         ]  # fmt: skip
-        together.plans = PlanSet([lanes[i].loaded.plan for i in sorted(in_set)])
+        together.plans = client.plan_set([lanes[i].loaded.plan for i in sorted(in_set)])
         asked = []
         for requests in turns:
             for i, users, late in requests:
