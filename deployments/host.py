@@ -198,9 +198,9 @@ class ModelHost(Models):
                 compare = before.shadow  # type: ignore[union-attr]
             else:
                 compare = Shadow(champion.lane, shadow.lane, self._client)
-        champion.lane.compare = compare
-        if canary is not None:
-            canary.lane.compare = None
+        for one in (champion, canary, shadow):  # each may have been the champion before
+            if one is not None:
+                one.lane.compare = compare if one is champion else None
         if canary is None:
             return Served(rollout.model, champion.lane, shadow=compare)
         return Served(rollout.model, champion.lane, canary.lane, rollout.share, compare)
