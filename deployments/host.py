@@ -209,23 +209,26 @@ class ModelHost(Models):
 
     async def _load(self, version: Version) -> None:
         loop = asyncio.get_running_loop()
+        definition = None
         try:
-            definition, loaded = await loop.run_in_executor(self._loads, self._load_now, version)
-        except Exception as error:
+            definition = await loop.run_in_executor(self._loads, self._registry.definition, version)
+            loaded = await loop.run_in_executor(self._loads, self._load_now, definition, version)
+        except (Exception, SystemExit) as error:
             why = f"{version.subject} does not load: {error if isinstance(error, MillpondError) else repr(error)}"
             logger.warning("%s", why, exc_info=not isinstance(error, MillpondError))
             self._failed[_id(version)] = why
+            if definition is not None:
+                self._forget_module(definition.module_name)
             return
         if _id(version) not in self._loaded:
             predict_s = version.predict_us / 1e6
             lane = Lane(loaded, self._client, self._predictions, self._limits.lanes, predict_s, self._turns)
             self._loaded[_id(version)] = _Loaded(version, lane, definition.module_name)
 
-    def _load_now(self, version: Version) -> tuple[Definition, LoadedModel]:
-        definition = self._registry.definition(version)
+    def _load_now(self, definition: Definition, version: Version) -> LoadedModel:
         (model,) = (m for m in definition.declared().models if m.name == version.model)
         named = replace(model, version=version.version)
-        return definition, LoadedModel(named, self._client.layout, self._registry.artifacts_dir(version))
+        return LoadedModel(named, self._client.layout, self._registry.artifacts_dir(version))
 
     @property
     def memory_bytes(self) -> int:
@@ -258,8 +261,12 @@ class ModelHost(Models):
 
     def _drop(self, one: _Loaded) -> None:
         del self._loaded[_id(one.version)]
-        if all(other.module_name != one.module_name for other in self._loaded.values()):
-            forget_module(one.module_name)
+        self._forget_module(one.module_name)
+
+    def _forget_module(self, name: str) -> None:
+        """Let go of a module, unless a version in memory is of it."""
+        if all(one.module_name != name for one in self._loaded.values()):
+            forget_module(name)
 
     # -- reports
 
