@@ -252,7 +252,8 @@ class ModelHost(Models):
         """Let go of the versions that nothing answers with; of each model one is kept, to roll back to at once."""
         answering = {id(lane) for served in self.served.values() for lane in served.lanes}
         spare: dict[str, _Loaded] = {}
-        for one in sorted(self._loaded.values(), key=lambda one: one.lane.asked_s, reverse=True):
+        # Asked last; of those that were not, loaded last.
+        for one in sorted(reversed(self._loaded.values()), key=lambda one: one.lane.asked_s, reverse=True):
             if id(one.lane) in answering:
                 continue
             fits = self.memory_bytes <= self._limits.memory_bytes_max and one.version.model in self.served
