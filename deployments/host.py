@@ -236,7 +236,8 @@ class ModelHost(Models):
         return sum(_bytes(one.version) for one in self._loaded.values())
 
     def _evict(self, keep: set[str]) -> None:
-        """Let those go that were asked longest ago, until the rest fits."""
+        """Let those go that nothing answers with, then those that were asked longest ago, until the rest fits."""
+        self._forget_unused()
         served = dict(self.served)
         for name in sorted(served, key=lambda name: served[name].champion.asked_s):
             if self.memory_bytes <= self._limits.memory_bytes_max:
@@ -251,10 +252,12 @@ class ModelHost(Models):
     def _forget_unused(self) -> None:
         """Let go of the versions that nothing answers with; of each model one is kept, to roll back to at once."""
         answering = {id(lane) for served in self.served.values() for lane in served.lanes}
+        # These may be about to answer: others of their rollout are still being loaded.
+        live = {_id(version) for rollout in self._rollouts.values() for version in rollout.versions}
         spare: dict[str, _Loaded] = {}
         # Asked last; of those that were not, loaded last.
         for one in sorted(reversed(self._loaded.values()), key=lambda one: one.lane.asked_s, reverse=True):
-            if id(one.lane) in answering:
+            if id(one.lane) in answering or _id(one.version) in live:
                 continue
             fits = self.memory_bytes <= self._limits.memory_bytes_max and one.version.model in self.served
             if (spare.setdefault(one.version.model, one) is not one or not fits) and one.lane.idle:
