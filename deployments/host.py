@@ -191,6 +191,8 @@ class ModelHost(Models):
         canary = self._loaded.get(_id(rollout.canary)) if rollout.canary else None
         shadow = self._loaded.get(_id(rollout.shadow)) if rollout.shadow else None
         before = self.served.get(rollout.model)
+        if before is not None:
+            champion.lane.asked_s = max(champion.lane.asked_s, before.champion.asked_s)
         compare = None
         if shadow is not None:
             same = before is not None and before.shadow is not None
