@@ -245,6 +245,9 @@ class ModelHost(Models):
             if self.memory_bytes <= self._limits.memory_bytes_max:
                 break
             of = [one for one in self._loaded.values() if one.version.model == name]
+            rollout = self._rollouts.get(name)
+            if rollout is not None and rollout.champion is not None and _id(rollout.champion) in self._failed:
+                continue  # it answers with a former version, which could not be found again
             if name not in keep and all(one.lane.idle for one in of):
                 del served[name]
                 for one in of:
