@@ -42,6 +42,8 @@ logger = logging.getLogger("millpond.host")
 POLL_S = 0.1
 #: How often the replica says how its models do.
 _REPORT_S = 1.0
+#: How often a version is tried again that the registry could not give.
+_AGAIN_S = 5.0
 _LOADS_AT_ONCE = 2
 _PREDICT_THREADS_MAX = 64
 #: What a model takes besides what was measured: a plan, a lane.
@@ -96,6 +98,9 @@ class ModelHost(Models):
         self._rollouts: dict[str, Rollout] = {}
         self._loaded: dict[Id, _Loaded] = {}
         self._failed: dict[Id, str] = {}
+        #: Of those that failed, what the registry could not give; and when all was looked at last.
+        self._unread: set[Id] = set()
+        self._followed_s = 0.0
         self._finding: dict[str, asyncio.Task[None]] = {}
         self._reported: dict[str, Any] | None = None
         self._reported_s = 0.0
@@ -133,7 +138,8 @@ class ModelHost(Models):
         while True:
             await asyncio.sleep(POLL_S)
             try:
-                if await self._ask(self._registry.generation) != self._generation:
+                changed = await self._ask(self._registry.generation) != self._generation
+                if changed or (self._unread and time.monotonic() - self._followed_s >= _AGAIN_S):
                     await self._follow_change()
                     self._reported_s = 0.0
                 if time.monotonic() - self._reported_s >= _REPORT_S:
@@ -146,7 +152,10 @@ class ModelHost(Models):
         generation = await self._ask(self._registry.generation)  # before the rollouts, which may be newer then
         rollouts = await self._ask(self._registry.rollouts)
         before, self._rollouts = self._rollouts, rollouts
-        changed = [r for name, r in rollouts.items() if before.get(name) != r]
+        again, self._unread = self._unread, set()
+        changed = [
+            r for name, r in rollouts.items() if before.get(name) != r or any(_id(v) in again for v in r.versions)
+        ]
         live = {_id(version) for rollout in rollouts.values() for version in rollout.versions}
         self._failed = {i: why for i, why in self._failed.items() if i in live}
         mine = [r for r in changed if r.model in self.served or self._is_mine(r)]
@@ -154,7 +163,7 @@ class ModelHost(Models):
         await self._bring(mine)
         self.served = {name: served for name, served in self.served.items() if name in rollouts}
         self._forget_unused()
-        self._generation = generation
+        self._generation, self._followed_s = generation, time.monotonic()
 
     def _is_mine(self, rollout: Rollout) -> bool:
         return rollout.model == self._pool if self._pool is not None else rollout.pool is None
@@ -219,9 +228,12 @@ class ModelHost(Models):
             why = f"{version.subject} does not load: {error if isinstance(error, MillpondError) else repr(error)}"
             logger.warning("%s", why, exc_info=not isinstance(error, MillpondError))
             self._failed[_id(version)] = why
-            if definition is not None:
+            if definition is None:
+                self._unread.add(_id(version))
+            else:
                 self._forget_module(definition.module_name)
             return
+        self._failed.pop(_id(version), None)
         if _id(version) not in self._loaded:
             predict_s = version.predict_us / 1e6
             lane = Lane(loaded, self._client, self._predictions, self._limits.lanes, predict_s, self._turns)
