@@ -273,7 +273,8 @@ class ModelHost(Models):
         live = {_id(version) for rollout in self._rollouts.values() for version in rollout.versions}
         spare: dict[str, _Loaded] = {}
         # Asked last; of those that were not, loaded last.
-        for one in sorted(reversed(self._loaded.values()), key=lambda one: one.lane.asked_s, reverse=True):
+        loaded = [*self._loaded.values()][::-1]
+        for one in sorted(loaded, key=lambda one: one.lane.asked_s, reverse=True):
             if id(one.lane) in answering or _id(one.version) in live:
                 continue
             fits = self.memory_bytes <= self._limits.memory_bytes_max and one.version.model in self.served
