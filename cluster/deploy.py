@@ -41,7 +41,7 @@ from millpond.feature_actors.reader import MemoryRead
 from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.models.definition import Definition
-from millpond.models.model import LoadedModel, Model
+from millpond.models.model import LoadedModel, Model, PredictionFailed
 from millpond.models.registry import Registry
 from millpond.models.rollout import Role
 from millpond.models.version import Version, version_of
@@ -210,7 +210,7 @@ async def _try(loaded: LoadedModel, client: FeatureClient, ids: Sequence[Mapping
         begun, taken = time.perf_counter(), [await predict(ids[:1])]
         while len(taken) < _CALLS and time.perf_counter() - begun < _CALLS_S_MAX:
             taken.append(await predict(ids[:1]))
-    except MillpondError as error:
+    except PredictionFailed as error:
         if (cause := error.__cause__) is None:
             raise
         # Here, unlike in an answer, its author is the one who reads it.
