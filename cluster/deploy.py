@@ -255,7 +255,7 @@ def wait_until_live(registry: Registry, generation: int, versions: Sequence[Vers
     begun = time.monotonic()
     while True:
         reports = {name: one for name, one in registry.reports().items() if is_alive(one)}
-        for one in reports.values():
+        for one in (one for one in reports.values() if one["generation"] >= generation):
             for version in versions:
                 if (why := one["failed"].get(f"{version.model}@{version.version}")) is not None:
                     raise Unavailable(why, code="model_broken")
