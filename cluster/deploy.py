@@ -239,8 +239,7 @@ def publish(
     share: float | None = None,
 ) -> int:
     """Write versions to the registry and make them live, all or none; return the generation."""
-    registry.add(definition, versions)
-    return registry.deploy(versions, as_, share)
+    return registry.publish(definition, versions, as_, share)
 
 
 # -- 3. wait
