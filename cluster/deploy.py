@@ -43,7 +43,7 @@ from millpond.feature_actors.shard_map import ShardMap
 from millpond.models.definition import Definition
 from millpond.models.model import LoadedModel, Model, PredictionFailed
 from millpond.models.registry import Registry
-from millpond.models.rollout import Role
+from millpond.models.rollout import Role, Rollout
 from millpond.models.version import Version, version_of
 
 __all__ = [
@@ -270,13 +270,20 @@ def wait_until_live(registry: Registry, generation: int, versions: Sequence[Vers
         time.sleep(_POLL_S)
 
 
-def roll_back(registry: Registry, versions: Sequence[Version]) -> None:
-    """Undo what `publish` did last with versions; a model that was not there before has nothing to go back to."""
-    for version in versions:
-        try:
-            registry.rollback(version.model)
-        except MillpondError:
-            continue
+def roll_back(registry: Registry, before: Mapping[str, Rollout], versions: Sequence[Version]) -> str:
+    """Undo what `publish` did with versions, and say so; before: the rollouts then.
+
+    A model of which nothing was live has nothing to go back to.
+    """
+    now = registry.rollouts()
+    changed = [v.model for v in versions if now.get(v.model) != before.get(v.model)]
+    back, new = [m for m in changed if m in before], [m for m in changed if m not in before]
+    for model in back:
+        registry.rollback(model)
+    said = ["rolled back" if back == changed else f"rolled back: {', '.join(back)}"] if back else []
+    if new:
+        said.append(f"nothing to roll back to, and so still broken: {', '.join(new)}; deploy what loads, or retire it")
+    return "; ".join(said) or "nothing was changed: it was live already"
 
 
 def share_of(text: str) -> float:

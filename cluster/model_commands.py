@@ -81,13 +81,14 @@ def deploy_file(
     cluster = Running.of(state)
     versions = check_models(definition, cluster.layout, cluster.client, ids, only)
     with open_registry(config) as registry:
+        before = registry.rollouts()
         generation = publish(registry, definition, versions, as_, share)
         published_s = time.perf_counter() - begun
         try:
             replicas = wait_until_live(registry, generation, versions)
         except MillpondError as error:
-            roll_back(registry, versions)
-            raise Unavailable(f"{error.message}; rolled back", code=error.code) from error
+            done = roll_back(registry, before, versions)
+            raise Unavailable(f"{error.message}; {done}", code=error.code) from error
     return {
         "models": [
             {"model": v.model, "version": v.version, "as": as_, "predict_us": round(v.predict_us, 1),
