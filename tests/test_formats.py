@@ -199,7 +199,7 @@ def skops_network() -> Any:
     from sklearn.neural_network import MLPClassifier
     from sklearn.preprocessing import StandardScaler
 
-    return pipeline(SimpleImputer(), StandardScaler(), MLPClassifier((8,), max_iter=300, random_state=1))
+    return pipeline(SimpleImputer(), StandardScaler(), MLPClassifier((8,), tol=0.01, random_state=1))
 
 
 def skops_forest() -> Any:
@@ -671,6 +671,8 @@ def external(where: str, location: str) -> bytes:
         entry.key, entry.value = key, value
     if where == "unsaid":
         weights.data_location = Tensor.DEFAULT
+    if where == "nowhere":
+        weights.ClearField("external_data")
     inputs = [helper.make_tensor_value_info("x", Tensor.DOUBLE, [None, 7])]
     outputs = [helper.make_tensor_value_info("y", Tensor.DOUBLE, [None, 1])]
     given, nodes, functions = [], [helper.make_node("MatMul", ["x", "w"], ["y"])], []
@@ -702,7 +704,7 @@ def test_an_onnx_model_with_weights_elsewhere_is_refused(tmp_path: Path, trained
         "absolute": str(tmp_path / "weights.bin"), "beside": "weights.bin", "above": f"../{tmp_path.name}/weights.bin",
         "memory": "*/_ORT_MEM_ADDR_/*",
     }  # fmt: skip
-    kinds = ("initializer", "unsaid", "constant", "branch", "function", "sparse")
+    kinds = ("initializer", "unsaid", "nowhere", "constant", "branch", "function", "sparse")
     files = {f"{kind}-{name}": external(kind, place) for kind in kinds for name, place in places.items()}
     for outcome in outcomes(tmp_path, model, files).values():
         refused_by_name(model, outcome)
@@ -809,8 +811,8 @@ def lightgbm_lines(content: bytes, name: str, change: Callable[[str], str]) -> b
 LIGHTGBM_LINES: dict[str, tuple[str, Callable[[str], str]]] = {
     "feature": ("split_feature", lambda v: re.sub(r"^\d+", "7", v)),
     "negative feature": ("split_feature", lambda v: re.sub(r"^\d+", "-1", v)),
-    "child": ("left_child", lambda v: re.sub(r"^-?\d+", "99999", v)),
-    "circle": ("left_child", lambda v: re.sub(r"^-?\d+", "0", v)),
+    "child": ("left_child", lambda v: re.sub(r"(?<![-\d])\d+", "99999", v, count=1)),
+    "circle": ("left_child", lambda v: re.sub(r"(?<![-\d])\d+", "0", v, count=1)),
     "leaf": ("right_child", lambda v: re.sub(r"-\d+", "-999", v, count=1)),
     "leaves": ("num_leaves", lambda v: "9999"),
     "no leaves": ("num_leaves", lambda v: "0"),
@@ -852,7 +854,7 @@ def xgboost_changes() -> Iterator[tuple[str, Callable[[Any], None]]]:
     yield "feature", in_tree("split_indices", 7)
     yield "category", in_tree("split_type", 1)
     yield "parent", in_tree("parents", 10**6)
-    yield "place", lambda learner: learner["gradient_booster"]["model"]["trees"][0].update(id=999)
+    yield "place", lambda learner: learner["gradient_booster"]["model"]["trees"][0].update(id=1)
     yield "lengths", lambda learner: learner["gradient_booster"]["model"]["trees"][0]["base_weights"].pop()
     yield "trees", lambda learner: learner["gradient_booster"]["model"]["trees"].pop()
     yield "groups", lambda learner: learner["gradient_booster"]["model"]["tree_info"].__setitem__(0, 9)
