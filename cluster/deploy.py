@@ -143,7 +143,10 @@ def _check(
                 f"model `{model.name}`: artifact `{artifact}` is `{file}`, which does not lie beside "
                 f"`{definition.file_name}`; train the model first"
             )
-    ReadPlan(layout, model.features, model.subject)  # what the first one brings into memory is not this model's
+    plan = ReadPlan(layout, model.features, model.subject)
+    tried = _ids_for(plan, ids)
+    # What the first read of all brings into memory is not this model's.
+    asyncio.run(client.read(plan, plan.key_columns(tried, batch=True), len(tried)))
     gc.collect()
     before = _resident_bytes()
     try:
@@ -154,16 +157,19 @@ def _check(
         raise DeclarationError(
             f"model `{model.name}`: its predictor does not load: {type(error).__name__}: {error}"
         ) from error
-    plan = loaded.plan
-    own = [one for one in ids if one.keys() == plan.key_fields.keys()]
-    if ids and not own:
-        key = ", ".join(f"`{n}`" for n in plan.key_fields)
-        raise BadRequest(f"model `{model.name}`: none of the ids to try it on has its key ({key}) and nothing else")
-    tried = own or [{name: 0 if kind == "int64" else "" for name, kind in plan.key_fields.items()}]
     call_s = asyncio.run(_try(loaded, client, tried))
     return version_of(
         definition, model, plan.key_fields, memory_bytes=max(0, _resident_bytes() - before), predict_us=call_s * 1e6
     )
+
+
+def _ids_for(plan: ReadPlan, ids: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return those of `ids` that have the key fields of a plan, or without any an id that nobody knows."""
+    own = [one for one in ids if one.keys() == plan.key_fields.keys()]
+    if ids and not own:
+        key = ", ".join(f"`{n}`" for n in plan.key_fields)
+        raise BadRequest(f"{plan.subject}: none of the ids to try it on has its key ({key}) and nothing else")
+    return own or [{name: 0 if kind == "int64" else "" for name, kind in plan.key_fields.items()}]
 
 
 def _check_features(model: Model, layout: Layout) -> None:

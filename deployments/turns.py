@@ -11,7 +11,6 @@ import logging
 from typing import TYPE_CHECKING
 
 from millpond.feature_actors.client import FeatureClient
-from millpond.feature_actors.plan_set import PlanSet
 
 if TYPE_CHECKING:
     from millpond.deployments.lane import Lane
@@ -26,7 +25,7 @@ class Turns:
 
     def __init__(self, client: FeatureClient) -> None:
         #: The plans that can be read together.
-        self.plans = PlanSet([])
+        self.plans = client.plan_set([])
         self._client = client
         self._lanes: dict[Lane, None] = {}
         self._asked = 0

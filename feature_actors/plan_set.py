@@ -55,7 +55,7 @@ def _joined(programs: Sequence[ReadProgram]) -> ReadProgram:
 class PlanSet:
     """Plans of one layout whose ids are one int64 field, and which read no strings: the others are not taken in."""
 
-    def __init__(self, plans: Sequence[ReadPlan]) -> None:
+    def __init__(self, plans: Sequence[ReadPlan], n_slots: int) -> None:
         taken = [p for p in plans if list(p.key_fields.values()) == ["int64"] and not p.program.texts]
         #: The number of each plan in the set.
         self.numbers: dict[ReadPlan, int] = {plan: number for number, plan in enumerate(taken)}
@@ -70,6 +70,7 @@ class PlanSet:
             max(p.width for p in programs), (), (), (), 0, first.keys, (), views, (), first.layout_digest,
             first._parts, first._rest, of=programs,
         )  # fmt: skip
+        self._program.arrays(n_slots)  # made now, not by the first read
 
     def question(self, numbers: Sequence[int], keys: Sequence[int], clock_ms: int | None) -> Question:
         """Return the question about n ids as of now. numbers: n numbers of plans; keys: n values, int64."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from apps import LAYOUT, NOW, make_world, purchase, user_spend
+from apps import DEFINITION, LAYOUT, NOW, make_world, purchase, user_spend
 
 from millpond.deployments.lane import Lane, LaneLimits, Scored
+from millpond.deployments.turns import Turns
 from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.clock import ManualClock
 from millpond.feature_actors.plan import Answer, Question
@@ -20,7 +22,10 @@ from millpond.feature_actors.ports import LocalIngest, LocalRead, ReadPort
 from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.models import Features, Model
+from millpond.models.definition import Definition, forget_module
 from millpond.models.model import LoadedModel
+from millpond.models.registry import Registry
+from millpond.models.version import Version, version_of
 
 #: Nothing that a test waits for takes so long.
 PATIENCE_S = 20.0
@@ -28,6 +33,10 @@ USERS = range(1, 41)
 SPEND = [user_spend["orders_30d"], user_spend["spend_30d"], user_spend["recency_s"]]
 #: Threads for predictions, of all tests.
 THREADS = ThreadPoolExecutor(8, "tested")
+LIMITS = LaneLimits()
+#: For definitions, which are run in this process: what holds up the loading of a version, how often each was loaded.
+HOLDS: dict[str, Held] = {}
+LOADS: Counter[str] = Counter()
 
 
 class WaitedRead:
@@ -132,18 +141,19 @@ def lane_of(
     predictor: Any,
     client: FeatureClient,
     *,
-    limits: LaneLimits = LaneLimits(),
+    limits: LaneLimits = LIMITS,
     predict_s: float = 0.0,
     features: Sequence[Any] = SPEND,
     reads: Sequence[Any] = (),
     name: str = "m",
     version: str = "1",
     threads: Executor = THREADS,
+    turns: Turns | None = None,
 ) -> Lane:
     model = Model(
         name, version=version, owner="tests", features=features, predictor=lambda: predictor, reads=reads
     )  # fmt: skip
-    return Lane(LoadedModel(model, client.layout, Path()), client, threads, limits, predict_s)
+    return Lane(LoadedModel(model, client.layout, Path()), client, threads, limits, predict_s, turns)
 
 
 def ask(lane: Lane, *users: Any, **options: Any) -> asyncio.Future[tuple[Scored, int]]:
@@ -168,5 +178,54 @@ async def until(condition: Callable[[], Any], what: str) -> None:
         await asyncio.sleep(0.001)
 
 
-def keys_of(*users: Any) -> Mapping[str, list[Any]]:
-    return {"user_id": list(users)}
+def run(story: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run a story in an event loop; what goes wrong in a callback of it fails it."""
+    wrong: list[Any] = []
+
+    async def told() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: wrong.append(context))
+        await asyncio.wait_for(story(), PATIENCE_S)
+        await turn()
+
+    asyncio.run(told())
+    assert wrong == []
+
+
+#: What `definition` puts in for the views of `apps.DEFINITION`, which a model reads.
+_VIEWS = DEFINITION.partition("class Total")[0]
+
+
+def definition(
+    model: str, version: str, result: str | None = None, *, load: str = "", pool: str = "None", artifact: bytes = b""
+) -> Definition:
+    """A definition of one model of `user_id`.
+
+    result: the text of what each row gets, its version if there is none. load: lines that are run when it is loaded.
+    """
+    label = f"{model}@{version}"
+    text = f"""{_VIEWS}
+from lanes import HOLDS, LOADS
+from millpond.models import Pool
+
+class Predictor:
+    def __init__(self, weights=None):
+        LOADS[{label!r}] += 1
+        if {label!r} in HOLDS:
+            HOLDS[{label!r}]()
+        {load}
+    def predict(self, features):
+        return [{result or repr(version)} for row in features.matrix.tolist()]
+
+{model} = Model({model!r}, version={version!r}, owner="tests", about="For tests.", predictor=Predictor, pool={pool},
+                features=[user_spend["orders_30d"]], artifacts={{"weights": "weights.npy"}})
+"""
+    return Definition(f"{model}.py", text, {"weights.npy": artifact})
+
+
+def version_in(registry: Registry, made: Definition, *, memory_bytes: int = 0, predict_us: float = 5.0) -> Version:
+    """Add the one version of a definition to a registry."""
+    (model,) = made.declared().models
+    version = version_of(made, model, {"user_id": "int64"}, memory_bytes=memory_bytes, predict_us=predict_us)
+    registry.add(made, [version])
+    forget_module(made.module_name)  # who loads it is another process, which has not run it yet
+    return version

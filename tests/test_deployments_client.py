@@ -471,7 +471,7 @@ def test_several_models_are_asked_about_the_same_ids(scene: Scene) -> None:
     assert scene.requests == before + 5
     assert [a["offer"].result for a in answers] == [s.result for s in scene.client.score("offer", ids)]
     assert {type(a["broken"]) for a in answers} == {RequestFailed}
-    assert (answers[0]["broken"].code, answers[0]["broken"].status) == ("prediction_failed", None)
+    assert (answers[0]["broken"].code, answers[0]["broken"].status) == ("prediction_failed", 500)
     assert isinstance(answers[4]["offer"], Score)
     assert answers[4]["offer"].as_of == NOW_TIME
     assert scene.client.score_many(["offer"], []) == []

@@ -1,17 +1,16 @@
-# ruff: noqa: E501  (messages stand whole)
 """A lane: requests get together what they would get alone, no model holds up another, nobody waits for ever."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
 import pytest
-from apps import user_spend
+from apps import NOW, user_spend
 from hypothesis import given
 from hypothesis import strategies as st
 from lanes import (
@@ -22,17 +21,18 @@ from lanes import (
     ask,
     busy,
     client_over,
-    keys_of,
     lane_of,
     result_of,
     results,
+    run,
     shards_with_spend,
     turn,
     until,
 )
 
 from millpond.deployments.lane import Lane, LaneLimits, ModelBusy, PredictTimeout
-from millpond.feature_actors.errors import AsOfInPast, MillpondError, Unavailable
+from millpond.deployments.turns import Turns
+from millpond.feature_actors.errors import AsOfInPast, Unavailable
 from millpond.feature_actors.plan import FeatureRows
 from millpond.models.model import PredictionFailed
 
@@ -43,19 +43,6 @@ SHORT = LaneLimits(predict_s=0.05, requests_max=3)
 @pytest.fixture(scope="module")
 def shards() -> Any:
     return shards_with_spend()
-
-
-def run(story: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run a story in an event loop; what goes wrong in a callback of it fails it."""
-    wrong: list[Any] = []
-
-    async def told() -> None:
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: wrong.append(context))
-        await asyncio.wait_for(story(), PATIENCE_S)
-        await turn()
-
-    asyncio.run(told())
-    assert wrong == []
 
 
 def counts(lane: Lane) -> dict[str, int]:
@@ -154,8 +141,6 @@ def test_requests_are_joined_up_to_a_number_of_rows(shards: Any) -> None:
 
 def test_a_request_as_of_a_time_is_not_joined(shards: Any) -> None:
     async def story() -> None:
-        from apps import NOW
-
         predictor = Predicts()
         lane = lane_of(predictor, client_over(shards)[0])
         await all_come_together(lane)
@@ -241,18 +226,12 @@ def test_a_model_that_would_end_the_process_fails(shards: Any, predict_s: float)
 @pytest.mark.parametrize("predict_s", [0.0, SLOW_S], ids=["inline", "threads"])
 def test_a_bug_of_ours_leaves_nobody_waiting(shards: Any, predict_s: float) -> None:
     async def story() -> None:
-        client, port = client_over(shards)
-        lane = lane_of(Predicts(), client, predict_s=predict_s)
+        lane = lane_of(Predicts(), client_over(shards)[0], predict_s=predict_s)
         wrong = {"book_id": ["b"]}  # of another plan
-        for answers in ([lane.ask(wrong, 1)], [ask(lane, 1), lane.ask(wrong, 1), lane.ask(wrong, 1)]):
+        for _ in range(2):  # in the first turn, the first is scored at once
+            answers = [lane.ask(wrong, 1), ask(lane, 1), lane.ask(wrong, 1), ask(lane, 2)]
             got = await asyncio.wait_for(asyncio.gather(*answers, return_exceptions=True), PATIENCE_S)
-            assert [type(g) for g in got if not isinstance(g, tuple)] == [KeyError] * sum(
-                a is not answers[0] or len(answers) == 1 for a in answers
-            )
-        await all_come_together(lane)
-        answers = [ask(lane, 1), lane.ask(wrong, 1), ask(lane, 2)]
-        got = await asyncio.wait_for(asyncio.gather(*answers, return_exceptions=True), PATIENCE_S)
-        assert [type(g) for g in got] == [tuple, KeyError, tuple]
+            assert [type(g) for g in got] == [KeyError, tuple, KeyError, tuple]
 
         class Breaks:
             """Compares, and has a bug."""
@@ -473,8 +452,6 @@ def test_a_hung_model_times_out_keeps_its_place_and_refuses_who_is_too_many(shar
 @pytest.mark.parametrize("waited", [False, True], ids=["now", "waited"])
 def test_who_waited_already_when_a_call_hangs_times_out_too(shards: Any, waited: bool) -> None:
     async def story() -> None:
-        from apps import NOW
-
         held = Held()
         client, port = client_over(shards, waited=True)
         port.now = not waited
@@ -612,7 +589,7 @@ def test_a_model_of_two_stages_reads_while_it_predicts(shards: Any, predict_s: f
             predictor.threads.clear()
             for _ in range(20):
                 assert await results(ask(lane, 1)) == [[1.0, 2.0, 3.0]]
-        if waited:  # also one that is quick: it would hold up the event loop again and again
+        if waited and not predict_s:  # a quick one, too, stays there: it would hold up the event loop again and again
             assert predictor.threads == {"tested"}
 
     run(story)
@@ -638,8 +615,6 @@ def test_the_second_stage_is_as_of_the_request(shards: Any) -> None:
             return (again.matrix[:, 0] - features.matrix[:, 2]).tolist()
 
     async def story() -> None:
-        from apps import NOW
-
         for predict_s in (0.0, SLOW_S):
             lane = lane_of(Ages(), client_over(shards)[0], predict_s=predict_s, reads=[user_spend["recency_s"]])
             for as_of_ms in (None, NOW + 5_000):
@@ -697,8 +672,6 @@ def test_requests_get_together_what_they_get_alone(
     """Turns of requests: ids, as of so much later, whether features are wanted, whether the client goes."""
 
     async def story() -> None:
-        from apps import NOW
-
         predictor = Predicts(bad=sorted(bad))
         lane = lane_of(predictor, client_over(shards, waited=waited)[0], predict_s=predict_s)
         asked = []
@@ -732,8 +705,52 @@ def test_requests_get_together_what_they_get_alone(
     run(story)
 
 
-def test_errors_of_lanes_are_errors_of_ours() -> None:
-    assert issubclass(ModelBusy, MillpondError)
-    assert issubclass(PredictTimeout, MillpondError)
-    assert keys_of(1) == {"user_id": [1]}
-    assert len(SPEND) == 3
+#: Features of lanes that share turns, and what `Predicts` returns of them for a user.
+OF_LANES: list[tuple[list[Any], Callable[[int, float], list[Any]]]] = [
+    (SPEND, lambda u, late_s: [u, u * u, u + late_s, u]),
+    (SPEND[::-1], lambda u, late_s: [u + late_s, u * u, u, u]),
+    ([user_spend["last_price"]], lambda u, late_s: [u, u]),
+    ([user_spend["last_price"], *SPEND], lambda u, late_s: [u, u, u * u, u + late_s, u]),
+]
+
+
+@given(
+    turns=st.lists(
+        st.lists(st.tuples(st.integers(0, 3), st.lists(st.integers(1, 40), max_size=3), st.booleans()), max_size=8),
+        max_size=5,
+    ),
+    in_set=st.sets(st.integers(0, 3)),
+    threads=st.sets(st.integers(0, 3)),
+    bad=st.sets(st.integers(1, 40), max_size=2),
+    waited=st.booleans(),
+)
+def test_lanes_that_share_their_turns_answer_as_each_would_alone(
+    shards: Any, turns: list[list[Any]], in_set: set[int], threads: set[int], bad: set[int], waited: bool
+) -> None:
+    """Turns of requests: of which lane, ids, whether as of a later time. in_set: lanes that can be read together."""
+
+    async def story() -> None:
+        client, _ = client_over(shards, waited=waited)
+        together = Turns(client)
+        lanes = [
+            lane_of(
+                Predicts(bad=sorted(bad)), client, name=f"m{i}", features=features, turns=together,
+                predict_s=SLOW_S if i in threads else 0.0,
+            )
+            for i, (features, _) in enumerate(OF_LANES)
+        ]  # fmt: skip
+        together.plans = client.plan_set([lanes[i].loaded.plan for i in sorted(in_set)])
+        asked = []
+        for requests in turns:
+            for i, users, late in requests:
+                asked.append((ask(lanes[i], *users, as_of_ms=NOW + 500 if late else None), i, users, late))
+            await turn()
+        for answer, i, users, late in asked:
+            if bad & set(users):
+                with pytest.raises(PredictionFailed, match=f"model `m{i}`"):
+                    await answer
+            else:
+                assert await results(answer, len(users)) == [OF_LANES[i][1](u, 0.5 * late) for u in users]
+        await until(lambda: all(lane.idle for lane in lanes), "the lanes to be done")
+
+    run(story)

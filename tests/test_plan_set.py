@@ -11,7 +11,6 @@ from worlds import USERS, World, batch, cluster, worlds
 
 from millpond.feature_actors.clock import ManualClock
 from millpond.feature_actors.plan import ReadPlan
-from millpond.feature_actors.plan_set import PlanSet
 from millpond.feature_actors.ports import complete
 
 
@@ -30,7 +29,7 @@ def test_ids_of_many_plans_get_what_each_plan_gets_alone(world: World, n_shards:
         view = draw.choice(world.views)
         features = draw.sample(list(view), draw.randrange(1, len(list(view)) + 1))
         plans.append(ReadPlan(layout, features, f"plan {number}"))
-    together = PlanSet(plans)
+    together = client.plan_set(plans)
     assert set(together.numbers) == {
         p for p in plans if list(p.key_fields.values()) == ["int64"] and not p.program.texts
     }
