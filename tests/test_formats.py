@@ -11,9 +11,10 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -763,7 +764,34 @@ def test_a_zipmap_is_told_how_to_leave_it_out(trained: Callable[[str], Trained])
         load(model.definition(written))
 
 
-# -- files that a format allows and its library would follow out of bounds
+# -- files that a format allows and its library would follow out of bounds, or for ever
+
+
+@pytest.mark.parametrize("wrong", ["itself", "the first", "another's child", "nothing", "a number twice", "two trees"])
+def test_onnxruntime_is_given_no_tree_with_a_circle(wrong: str, trained: Callable[[str], Trained]) -> None:
+    import onnx
+
+    model = trained("onnx of classes")
+    graph = onnx.load_from_string(model.content)
+    (ensemble,) = (node for node in graph.graph.node if node.op_type == "TreeEnsembleClassifier")
+    of = {one.name.removeprefix("nodes_"): one for one in ensemble.attribute}
+    trees, ids, true, false = (of[name].ints for name in ("treeids", "nodeids", "truenodeids", "falsenodeids"))
+    first, inner, *_ = (i for i, mode in enumerate(of["modes"].strings) if mode != b"LEAF")
+    assert (first, trees[inner]) == (0, trees[first])
+    if wrong == "itself":
+        true[inner] = ids[inner]
+    elif wrong == "the first":
+        true[inner] = ids[first]
+    elif wrong == "another's child":
+        true[inner] = false[first]
+    elif wrong == "nothing":
+        true[inner] = 99_999
+    elif wrong == "a number twice":
+        ids[3] = ids[2]
+    else:
+        trees[3] = trees[-1]
+    with pytest.raises(DeclarationError, match=r"artifact `m.onnx`: has trees with nodes that lead nowhere; expected"):
+        load(model.definition(graph.SerializeToString()))
 
 
 def lightgbm_lines(content: bytes, name: str, change: Callable[[str], str]) -> bytes:
@@ -823,6 +851,8 @@ def xgboost_changes() -> Iterator[tuple[str, Callable[[Any], None]]]:
     yield "negative", in_tree("left_children", -7)
     yield "feature", in_tree("split_indices", 7)
     yield "category", in_tree("split_type", 1)
+    yield "parent", in_tree("parents", 10**6)
+    yield "place", lambda learner: learner["gradient_booster"]["model"]["trees"][0].update(id=999)
     yield "lengths", lambda learner: learner["gradient_booster"]["model"]["trees"][0]["base_weights"].pop()
     yield "trees", lambda learner: learner["gradient_booster"]["model"]["trees"].pop()
     yield "groups", lambda learner: learner["gradient_booster"]["model"]["tree_info"].__setitem__(0, 9)
@@ -871,15 +901,37 @@ def test_ubjson_is_read_as_the_json_that_the_library_writes_of_the_same_model(
     same(read_ubjson(content), json.loads(booster.save_raw("json")))
 
 
-def test_a_predictor_takes_one_thread(tmp_path: Path, trained: Callable[[str], Trained]) -> None:
-    """Two models more, loaded and asked, leave as many threads as their library started when it was imported."""
-    for name in (*FORMATS, "sklearn forest"):
-        folder = tmp_path / name.replace(" ", "_")
-        folder.mkdir()
-        model = trained(name)
-        (folder / "defs.py").write_text(model.case.text)
-        came = outcomes(folder, model, dict.fromkeys(("one", "two", "three"), model.content))
-        assert came["one"]["tasks"] == came["three"]["tasks"]
+def cpu_ns() -> dict[str, int]:
+    """What each thread of this process has run."""
+    return {task.name: int((task / "schedstat").read_text().split()[0]) for task in Path("/proc/self/task").iterdir()}
+
+
+@pytest.mark.parametrize("name", ["onnx of classes", "lightgbm", "xgboost"])
+def test_a_predictor_takes_one_thread_unless_told_otherwise(name: str, trained: Callable[[str], Trained]) -> None:
+    model = trained(name)
+    features = Features(np.tile(model.rows.matrix, (40, 1)), ())
+    shares = []
+    for threads in (1, 2):
+        predictor = load(model.definition())._predictor if threads == 1 else with_threads(model, threads)
+        predictor.predict(features)  # whatever threads there will be are there
+        before, me = cpu_ns(), str(threading.get_native_id())
+        for _ in range(5):
+            predictor.predict(features)
+        ran = {task: ns - before.get(task, 0) for task, ns in cpu_ns().items()}
+        shares.append(1 - ran[me] / sum(ran.values()))
+    assert shares[0] < 0.02
+    assert shares[1] > 0.2
+
+
+def with_threads(model: Trained, threads: int) -> Any:
+    case = replace(model.case, predictor=f"partial({model.case.predictor}, threads={threads})")
+    return load(replace(model, case=case).definition())._predictor
+
+
+def test_a_model_that_was_trained_in_several_processes_predicts_in_one(trained: Callable[[str], Trained]) -> None:
+    predictor = load(trained("sklearn forest").definition())._predictor
+    assert predictor._predict.__self__.n_jobs == 1
+    assert skops_forest().n_jobs == 2
 
 
 # -- no unpickling
