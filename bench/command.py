@@ -10,12 +10,13 @@ import importlib
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from millpond.cluster.config import Config
 from millpond.feature_actors.errors import BadRequest
 
 if TYPE_CHECKING:
+    from millpond.bench.options import Options
     from millpond.bench.workload import Workload
 
 __all__ = ["ALIASES", "SCENARIOS", "add_arguments", "run_bench"]
@@ -71,16 +72,11 @@ def run_bench(arguments: argparse.Namespace, config: Config, origins: dict[str, 
     Raises `MillpondError` that says what is wrong with the arguments before anything runs.
     """
     from millpond.bench.history import HISTORY
-    from millpond.bench.options import Ids, Options
     from millpond.bench.workload import run_workload
 
     if arguments.quick and arguments.record:
         raise BadRequest("bench: figures of a --quick run are not recorded; leave one of the two out")
-    options = Options(
-        seconds=arguments.seconds, rounds=arguments.rounds, quick=arguments.quick, seed=arguments.seed,
-        rate=arguments.rate, arrivals=arguments.arrivals, ids=Ids(arguments.ids, arguments.zipf_exponent),
-        minutes=arguments.minutes, kills=arguments.kills, events=arguments.events, ray=not arguments.no_ray,
-    )  # fmt: skip
+    options = options_of(arguments)
     # Of a checkout: an installed package has no history.
     records = HISTORY.exists() and not arguments.quick if arguments.record is None else arguments.record
     # So that everything that was started is stopped and cleared away.
@@ -97,7 +93,18 @@ def run_bench(arguments: argparse.Namespace, config: Config, origins: dict[str, 
         signal.signal(signal.SIGTERM, before)
 
 
-def workload_of(scenario: str, config: Config, options: Any) -> Workload:
+def options_of(arguments: argparse.Namespace) -> Options:
+    """Return what the arguments ask of a workload. Raises `BadRequest` for what makes no sense."""
+    from millpond.bench.options import Ids, Options
+
+    return Options(
+        seconds=arguments.seconds, rounds=arguments.rounds, quick=arguments.quick, seed=arguments.seed,
+        rate=arguments.rate, arrivals=arguments.arrivals, ids=Ids(arguments.ids, arguments.zipf_exponent),
+        minutes=arguments.minutes, kills=arguments.kills, events=arguments.events, ray=not arguments.no_ray,
+    )  # fmt: skip
+
+
+def workload_of(scenario: str, config: Config, options: Options) -> Workload:
     """Return the workload of a scenario, by its name or alias."""
     module = importlib.import_module(f"millpond.bench.{ALIASES.get(scenario, scenario)}")
     made: Workload = module.make(config, options)

@@ -27,17 +27,18 @@ def content_length(head: bytes) -> int:
 
 
 class RawConnection:
-    """One connection, on which one request is under way.
+    """One connection, on which one request is under way, if it is `busy`.
 
     since_ns: from when that request's latency counts. own_text: what its answer has to hold.
     """
 
-    __slots__ = ("own_text", "parts", "since_ns", "socket", "unsent", "wanted")
+    __slots__ = ("busy", "own_text", "parts", "since_ns", "socket", "unsent", "wanted")
 
     def __init__(self, host: str, port: int) -> None:
         self.socket = socket.create_connection((host, port), timeout=10)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.setblocking(False)
+        self.busy = False
         self.since_ns = 0
         self.own_text = b""
         self.unsent = memoryview(b"")

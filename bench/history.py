@@ -18,17 +18,17 @@ import msgspec
 from millpond.bench.bars import BARS
 from millpond.feature_actors.errors import BadRequest, NotFound
 
-__all__ = ["BAND", "HISTORY", "RATIO_BAND", "Comparison", "Moved", "compare", "earlier_line", "record"]
+__all__ = ["BAND", "HISTORY", "RATIO_BAND", "SETTINGS", "Comparison", "Moved", "compare", "earlier_line", "record"]
 
 HISTORY = Path(__file__).parent / "history.jsonl"
 BAND, RATIO_BAND = 1.3, 1.1
 _NUMBER_MAX = 9_999
 #: What a run was told, and not what it found.
-_SETTINGS = (
+SETTINGS = (
     "measured_seconds", "rounds", "seed", "ids", "arrivals", "durability", "proxy", "shards", "replicas", "slots",
     "worker_niceness", "load_niceness", "load_generator",
 )  # fmt: skip
-_NOT_COMPARED = {*_SETTINGS, "seconds", "minutes"}
+_NOT_COMPARED = {*SETTINGS, "seconds", "minutes"}
 _HIGHER_IS_BETTER, _LOWER_IS_BETTER = ("_per_s", "_per_s_"), ("_ms", "_us", "_s", "_mb", "_bytes", "_mb_per_h")
 
 
@@ -134,7 +134,7 @@ def compare(name: str, line: Mapping[str, Any], figures: Mapping[str, Any]) -> C
         for figure, value in figures.items()
         if figure not in _NOT_COMPARED and _is_number(value) and _is_number(line.get(figure))
     }
-    differ = {s: (line.get(s), figures.get(s)) for s in _SETTINGS if line.get(s) != figures.get(s)}
+    differ = {s: (line[s], figures[s]) for s in SETTINGS if s in line and s in figures and line[s] != figures[s]}
     return Comparison(str(line.get("commit", "unknown")), str(line.get("at", "an unknown time")), moved, differ)
 
 

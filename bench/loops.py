@@ -131,7 +131,7 @@ class _Run:
         connection.socket.close()
 
     def _send(self, connection: RawConnection, request: Request, since_ns: int) -> None:
-        connection.since_ns, connection.own_text = since_ns, request[1]
+        connection.busy, connection.since_ns, connection.own_text = True, since_ns, request[1]
         if not connection.send(request[0]):
             self._poll.modify(connection.socket, _BOTH)
 
@@ -238,6 +238,11 @@ class _Run:
                 continue
             for connection, answer in self._answers(self._poll.poll(0)):
                 now_ns = clock()
+                if not connection.busy:  # closed by the other side, as it may when nothing is under way
+                    free.remove(connection)
+                    self._drop(connection)
+                    continue
+                connection.busy = False
                 if self._judge(connection, answer) and connection.since_ns - begin_ns >= warm_ns:
                     self._latencies.append(now_ns - connection.since_ns)
                     ended_ns = now_ns

@@ -203,6 +203,7 @@ class MixedWorkload:
         mixed, bed, options = self._mixed, self._mixed.bed, self._options
         seconds = options.measured_seconds
         with steps.step("scores alone, closed loop"):
+            bed.run(mixed.scores(seconds=min(1.0, seconds)))
             capacity = bed.run(mixed.scores(seconds=seconds), "closed")
             bed.say(steps, "closed", capacity)
         self._rate = options.rate or round(capacity.requests_per_s / 2, 1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from millpond.bench.reference import activity, reference, user_activity
+from millpond.bench import reference  # the module: its source and view are not to be declared here, too
 
 __all__ = ["SIZES", "models", "name_of"]
 
@@ -21,7 +21,11 @@ def name_of(size: str) -> str:
 
 
 _views = [
-    replace(user_activity, name=name_of(size), source=replace(activity, name=name_of(size), event_id=None))
+    replace(
+        reference.user_activity,
+        name=name_of(size),
+        source=replace(reference.activity, name=name_of(size), event_id=None),
+    )
     for size in SIZES
 ]
-models = [replace(reference, name=view.name, features=list(view)) for view in _views]
+models = [replace(reference.reference, name=view.name, features=list(view)) for view in _views]

@@ -30,13 +30,16 @@ def niceness(titles: Sequence[str]) -> int | None:
     return max(found, default=None)
 
 
-def memory_mb(titles: Sequence[str]) -> dict[int, float]:
-    """Return the memory (PSS) of our descendants whose command line begins with a title, in MB by process."""
+def memory_mb(titles: Sequence[str], kind: str = "Pss") -> dict[int, float]:
+    """Return the memory of our descendants whose command line begins with a title, in MB (10**6 bytes) by process.
+
+    kind: of `/proc/PID/smaps_rollup`, such as `Pss_Anon`, the part that is of no file.
+    """
     found = {}
     for pid in _descendants(titles):
         with contextlib.suppress(OSError):  # it has ended since
             rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-            if match := re.search(r"^Pss:\s+(\d+) kB", rollup, re.MULTILINE):
+            if match := re.search(rf"^{kind}:\s+(\d+) kB", rollup, re.MULTILINE):
                 found[pid] = int(match[1]) * 1024 / 1e6
     return found
 

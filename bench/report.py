@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,13 +11,13 @@ import jinja2
 from markupsafe import Markup
 
 from millpond.bench.bars import BARS
-from millpond.bench.history import Comparison
+from millpond.bench.history import SETTINGS, Comparison
 from millpond.bench.plots import COLOURS, latency_plot, legend, rounds_plot, time_plot
 from millpond.bench.workload import Evidence, Workload
 
 __all__ = ["html_page"]
 
-_OF_THE_RUN = ("commit", "machine", "seconds", "seed")
+_OF_THE_RUN = ("commit", "machine", "seconds", *SETTINGS)
 _LINES_MAX = COLOURS
 
 
@@ -31,7 +30,7 @@ def html_page(
     template = environment.from_string((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
     rows = []
     for name, meaning in workload.meanings.items():
-        if name in figures:
+        if name in figures and name not in SETTINGS:
             bar = bars.get(name)
             holds = None if bar is None else bar.holds(figures[name])
             moved = None if comparison is None else comparison.figures.get(name)
@@ -47,8 +46,7 @@ def html_page(
         name=workload.name,
         about=(type(workload).__doc__ or "").partition("\n")[0],
         at=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        run={name: _text(figures[name]) for name in _OF_THE_RUN if name in figures},
-        load_niceness=os.nice(0),
+        run={name.replace("_", " "): _text(figures[name]) for name in _OF_THE_RUN if name in figures},
         rows=rows,
         held=[row for row in rows if row["bar"]],
         wrong=list(wrong),
@@ -83,7 +81,8 @@ def _groups(evidence: Evidence) -> dict[str, list[str]]:
     grouped = {title: [n for n in names if n in evidence.outcomes] for title, names in evidence.groups.items()}
     others = [n for n in evidence.outcomes if not any(n in names for names in grouped.values())]
     for at in range(0, len(others), _LINES_MAX):
-        grouped["others" if grouped else ""] = others[at : at + _LINES_MAX]
+        title = "others" if evidence.groups else ""
+        grouped[title if at == 0 else f"{title}, {1 + at // _LINES_MAX}"] = others[at : at + _LINES_MAX]
     return {title: names for title, names in grouped.items() if names}
 
 

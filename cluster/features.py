@@ -17,7 +17,6 @@ from rich.table import Table as Grid
 from millpond.feature_actors.aggregations import Aggregation, Derived
 from millpond.feature_actors.layout import Layout, Series, Table, compile_layout
 from millpond.feature_actors.tiles.memory import WORD_BYTES
-from millpond.feature_actors.tiles.program import R_SERIES
 from millpond.feature_actors.view import Feature
 from millpond.models.definition import Declared
 
@@ -120,8 +119,8 @@ def describe_views(declared: Declared) -> list[ViewLines]:
 
 def series_of(layout: Layout, feature: Feature) -> Series:
     """Return the series that is scanned for a feature."""
-    scans = layout.plan_program([feature]).arrays(1).scans
-    return layout.table_of(feature.view).series[int(scans[0, R_SERIES])]
+    series, _, _ = layout.kept_in(feature)
+    return series
 
 
 def row_bytes(series: Series, words: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if __name__ != "millpond.deployments":
@@ -40,9 +41,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the client when it is asked for: replicas need none, nor its HTTP library."""
+    """Import what is asked for, and only then: an application needs no models, a replica no client."""
     if name not in __all__:
         raise AttributeError(f"module `millpond.deployments` has no `{name}`")
-    from millpond.deployments import client, deployment
-
-    return getattr(deployment if name == "Deployment" else client, name)
+    module = import_module(f"millpond.deployments.{'deployment' if name == 'Deployment' else 'client'}")
+    return getattr(module, name)

@@ -201,7 +201,7 @@ class Client:
     ) -> list[dict[str, Score | ClientError]]:
         """Ask several models about the same ids: return for each id what each model answers.
 
-        ids: with the key fields of all the models. A model that fails has a `RequestFailed` there instead of a `Score`;
+        ids: with the key fields of all the models. A model that fails has its error there instead of a `Score`;
         it is not raised, and the others answer. A request has at most `batch_rows` ids times models.
         """
         return self._run(self._calls.score_many(models, ids, as_of))
@@ -216,11 +216,10 @@ class Client:
 
     def close(self) -> None:
         """Close its senders, and the connections. Raises `NotSent` if a sender could not send everything."""
-        try:
+        with contextlib.ExitStack() as stack:  # each is closed, whatever another raises
+            stack.callback(self._http.close)
             for sender in self._senders:
-                sender.close()
-        finally:
-            self._http.close()
+                stack.callback(sender.close)
 
     def __enter__(self) -> Client:
         return self

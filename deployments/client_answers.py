@@ -173,22 +173,27 @@ def error_of_answer(call: str, status: int, content: bytes) -> ClientError:
         error = _Error("unexpected_answer", f"{call}: status {status} with `{text}`, which is no answer of Millpond")
         # A proxy has nobody behind it that answers, or lost it on the way; ours would have said so.
         again = status in (408, 429) or status >= 500
-    else:
-        # A 504 of ours is a model that takes too long: it would do so again. A body that came too slowly may not.
-        again = status in (408, 429, 502, 503)
-    kind = TryAgainLater if again else RequestRefused if 400 <= status < 500 else RequestFailed
-    return _as_told(kind, error, status)
+        return _as_told(error, status, again)
+    return _as_told(error, status, _try_again(status))
 
 
 def error_of_model(answer: Mapping[str, Any]) -> ClientError:
     """Return the error of one model of several that were asked.
 
-    >>> error_of_model({"error": {"code": "prediction_failed", "message": "predict raised", "path": None}})
+    >>> told = {"code": "prediction_failed", "message": "predict raised", "path": None, "status": 500}
+    >>> error_of_model({"error": told})
     RequestFailed('predict raised')
     """
-    return _as_told(RequestFailed, msgspec.convert(answer, _ErrorBody).error, None)
+    error, status = msgspec.convert(answer, _ErrorBody).error, int(answer["error"]["status"])
+    return _as_told(error, status, _try_again(status))
 
 
-def _as_told(kind: type[ClientError], error: _Error, status: int | None) -> ClientError:
+def _try_again(status: int) -> bool:
+    # A 504 of ours is a model that takes too long: it would do so again. A body that came too slowly may not.
+    return status in (408, 429, 502, 503)
+
+
+def _as_told(error: _Error, status: int, again: bool) -> ClientError:
+    kind = TryAgainLater if again else RequestRefused if 400 <= status < 500 else RequestFailed
     problems = tuple((p.get("message") or "", p.get("path") or "") for p in error.problems)
     return kind(error.message, code=error.code, status=status, path=error.path, problems=problems)

@@ -23,6 +23,7 @@ from typing import Any
 
 from millpond.deployments.lane import Lane, LaneLimits
 from millpond.deployments.served import ModelEntry, Models, Served, Shadow
+from millpond.deployments.turns import Turns
 from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.errors import MillpondError, NotFound, Unavailable, did_you_mean
 from millpond.feature_actors.tiles.memory import started_ticks
@@ -40,6 +41,8 @@ logger = logging.getLogger("millpond.host")
 POLL_S = 0.1
 #: How often the replica says how its models do.
 _REPORT_S = 1.0
+#: How often a version is tried again that the registry could not give.
+_AGAIN_S = 5.0
 _LOADS_AT_ONCE = 2
 _PREDICT_THREADS_MAX = 64
 #: What a model takes besides what was measured: a plan, a lane.
@@ -89,10 +92,14 @@ class ModelHost(Models):
         self._predictions = ThreadPoolExecutor(_PREDICT_THREADS_MAX, "predict")
         # One thread asks the registry, which keeps a connection for each.
         self._asks = ThreadPoolExecutor(1, "registry")
+        self._turns = Turns(client)
         self._generation = -1
         self._rollouts: dict[str, Rollout] = {}
         self._loaded: dict[Id, _Loaded] = {}
         self._failed: dict[Id, str] = {}
+        #: Of those that failed, what the registry could not give; and when all was looked at last.
+        self._unread: set[Id] = set()
+        self._followed_s = 0.0
         self._finding: dict[str, asyncio.Task[None]] = {}
         self._reported: dict[str, Any] | None = None
         self._reported_s = 0.0
@@ -130,7 +137,8 @@ class ModelHost(Models):
         while True:
             await asyncio.sleep(POLL_S)
             try:
-                if await self._ask(self._registry.generation) != self._generation:
+                changed = await self._ask(self._registry.generation) != self._generation
+                if changed or (self._unread and time.monotonic() - self._followed_s >= _AGAIN_S):
                     await self._follow_change()
                     self._reported_s = 0.0
                 if time.monotonic() - self._reported_s >= _REPORT_S:
@@ -143,7 +151,10 @@ class ModelHost(Models):
         generation = await self._ask(self._registry.generation)  # before the rollouts, which may be newer then
         rollouts = await self._ask(self._registry.rollouts)
         before, self._rollouts = self._rollouts, rollouts
-        changed = [r for name, r in rollouts.items() if before.get(name) != r]
+        again, self._unread = self._unread, set()
+        changed = [
+            r for name, r in rollouts.items() if before.get(name) != r or any(_id(v) in again for v in r.versions)
+        ]
         live = {_id(version) for rollout in rollouts.values() for version in rollout.versions}
         self._failed = {i: why for i, why in self._failed.items() if i in live}
         mine = [r for r in changed if r.model in self.served or self._is_mine(r)]
@@ -151,7 +162,7 @@ class ModelHost(Models):
         await self._bring(mine)
         self.served = {name: served for name, served in self.served.items() if name in rollouts}
         self._forget_unused()
-        self._generation = generation
+        self._generation, self._followed_s = generation, time.monotonic()
 
     def _is_mine(self, rollout: Rollout) -> bool:
         return rollout.model == self._pool if self._pool is not None else rollout.pool is None
@@ -177,6 +188,9 @@ class ModelHost(Models):
                 served[rollout.model] = one
         self.served = served
         self._evict({rollout.model for rollout, _ in brought} if asked else set())
+        plans = [one.lane.loaded.plan for one in self._loaded.values()]
+        loop = asyncio.get_running_loop()
+        self._turns.plans = await loop.run_in_executor(self._loads, self._client.plan_set, plans)
 
     def _serve(self, rollout: Rollout) -> Served | None:
         """Return a rollout as far as its versions are loaded; None if its champion is not."""
@@ -187,6 +201,8 @@ class ModelHost(Models):
         canary = self._loaded.get(_id(rollout.canary)) if rollout.canary else None
         shadow = self._loaded.get(_id(rollout.shadow)) if rollout.shadow else None
         before = self.served.get(rollout.model)
+        if before is not None:
+            champion.lane.asked_s = max(champion.lane.asked_s, before.champion.asked_s)
         compare = None
         if shadow is not None:
             same = before is not None and before.shadow is not None
@@ -194,9 +210,9 @@ class ModelHost(Models):
                 compare = before.shadow  # type: ignore[union-attr]
             else:
                 compare = Shadow(champion.lane, shadow.lane, self._client)
-        champion.lane.compare = compare
-        if canary is not None:
-            canary.lane.compare = None
+        for one in (champion, canary, shadow):  # each may have been the champion before
+            if one is not None:
+                one.lane.compare = compare if one is champion else None
         if canary is None:
             return Served(rollout.model, champion.lane, shadow=compare)
         return Served(rollout.model, champion.lane, canary.lane, rollout.share, compare)
@@ -205,22 +221,29 @@ class ModelHost(Models):
 
     async def _load(self, version: Version) -> None:
         loop = asyncio.get_running_loop()
+        definition = None
         try:
-            definition, loaded = await loop.run_in_executor(self._loads, self._load_now, version)
-        except Exception as error:
+            definition = await loop.run_in_executor(self._loads, self._registry.definition, version)
+            loaded = await loop.run_in_executor(self._loads, self._load_now, definition, version)
+        except (Exception, SystemExit) as error:
             why = f"{version.subject} does not load: {error if isinstance(error, MillpondError) else repr(error)}"
             logger.warning("%s", why, exc_info=not isinstance(error, MillpondError))
             self._failed[_id(version)] = why
+            if definition is None:
+                self._unread.add(_id(version))
+            else:
+                self._forget_module(definition.module_name)
             return
+        self._failed.pop(_id(version), None)
         if _id(version) not in self._loaded:
-            lane = Lane(loaded, self._client, self._predictions, self._limits.lanes, version.predict_us / 1e6)
+            predict_s = version.predict_us / 1e6
+            lane = Lane(loaded, self._client, self._predictions, self._limits.lanes, predict_s, self._turns)
             self._loaded[_id(version)] = _Loaded(version, lane, definition.module_name)
 
-    def _load_now(self, version: Version) -> tuple[Definition, LoadedModel]:
-        definition = self._registry.definition(version)
+    def _load_now(self, definition: Definition, version: Version) -> LoadedModel:
         (model,) = (m for m in definition.declared().models if m.name == version.model)
         named = replace(model, version=version.version)
-        return definition, LoadedModel(named, self._client.layout, self._registry.artifacts_dir(version))
+        return LoadedModel(named, self._client.layout, self._registry.artifacts_dir(version))
 
     @property
     def memory_bytes(self) -> int:
@@ -228,12 +251,16 @@ class ModelHost(Models):
         return sum(_bytes(one.version) for one in self._loaded.values())
 
     def _evict(self, keep: set[str]) -> None:
-        """Let those go that were asked longest ago, until the rest fits."""
+        """Let those go that nothing answers with, then those that were asked longest ago, until the rest fits."""
+        self._forget_unused()
         served = dict(self.served)
         for name in sorted(served, key=lambda name: served[name].champion.asked_s):
             if self.memory_bytes <= self._limits.memory_bytes_max:
                 break
             of = [one for one in self._loaded.values() if one.version.model == name]
+            rollout = self._rollouts.get(name)
+            if rollout is not None and rollout.champion is not None and _id(rollout.champion) in self._failed:
+                continue  # it answers with a former version, which could not be found again
             if name not in keep and all(one.lane.idle for one in of):
                 del served[name]
                 for one in of:
@@ -243,9 +270,13 @@ class ModelHost(Models):
     def _forget_unused(self) -> None:
         """Let go of the versions that nothing answers with; of each model one is kept, to roll back to at once."""
         answering = {id(lane) for served in self.served.values() for lane in served.lanes}
+        # These may be about to answer: others of their rollout are still being loaded.
+        live = {_id(version) for rollout in self._rollouts.values() for version in rollout.versions}
         spare: dict[str, _Loaded] = {}
-        for one in sorted(self._loaded.values(), key=lambda one: one.lane.asked_s, reverse=True):
-            if id(one.lane) in answering:
+        # Asked last; of those that were not, loaded last.
+        loaded = [*self._loaded.values()][::-1]
+        for one in sorted(loaded, key=lambda one: one.lane.asked_s, reverse=True):
+            if id(one.lane) in answering or _id(one.version) in live:
                 continue
             fits = self.memory_bytes <= self._limits.memory_bytes_max and one.version.model in self.served
             if (spare.setdefault(one.version.model, one) is not one or not fits) and one.lane.idle:
@@ -253,8 +284,12 @@ class ModelHost(Models):
 
     def _drop(self, one: _Loaded) -> None:
         del self._loaded[_id(one.version)]
-        if all(other.module_name != one.module_name for other in self._loaded.values()):
-            forget_module(one.module_name)
+        self._forget_module(one.module_name)
+
+    def _forget_module(self, name: str) -> None:
+        """Let go of a module, unless a version in memory is of it."""
+        if all(one.module_name != name for one in self._loaded.values()):
+            forget_module(name)
 
     # -- reports
 

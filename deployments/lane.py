@@ -1,13 +1,14 @@
 """A lane: the requests for one model version, scored together where they wait anyway.
 
 Promises:
-- No request waits for company. What one turn of the event loop brings is read and predicted in one go; so is what
-  comes while an earlier prediction of the model runs. As long as each turn brings one, it is scored as it comes.
+- No request waits for company. What one turn of the event loop brings (see `turns`) is predicted in one go; so is
+  what comes while an earlier prediction of the model runs.
 - `predict` of a model is never called twice at once.
 - A quick model (half a millisecond a call, by the last nine) is called on the event loop: a thread would cost more. A
   slower one is called in a thread, and the models beside it go on. Its requests have a time limit (504), and their
   number is limited (429); what has begun keeps its place until `predict` returns, for nothing can stop it.
 - A request that a model fails on fails alone: a batch that fails is asked again request by request.
+- What a model of two stages reads is there at once, or the model is asked again in a thread, which can wait for it.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from typing import Any, Protocol
 
 import msgspec
 
+from millpond.deployments.turns import Turns
 from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.errors import MillpondError, TooMany, Unavailable
 from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.models.model import LoadedModel
 
-__all__ = ["Lane", "LaneCounts", "LaneLimits", "ModelBusy", "PredictTimeout", "Scored"]
+__all__ = ["Batch", "Lane", "LaneCounts", "LaneLimits", "ModelBusy", "PredictTimeout", "Scored"]
 
 logger = logging.getLogger("millpond.lane")
 
@@ -45,6 +47,10 @@ _LOOP_S_MAX = 0.005
 _JOINED_ROWS_MAX = 1_024
 _ENDS = Unavailable("the replica ends; retry", retry_after_ms=100)
 _BUSY_TRIES, _BUSY_WAIT_S = 25, 0.0002
+
+
+class _ReadWaits(Unavailable):
+    """What a model reads while it is called on the event loop cannot be had at once."""
 
 
 class ModelBusy(TooMany):
@@ -102,13 +108,26 @@ class _Ask:
 
 
 @dataclass(slots=True, eq=False)
-class _Batch:
+class Batch:
+    """Requests that are scored together."""
+
     asks: list[_Ask]
     keys: Mapping[str, Sequence[Any]]
     n: int
     rows: FeatureRows | None = None
     values: list[dict[str, Any]] | None = None
     compared: FeatureRows | None = None
+    _joined: bool = False
+
+    def join_keys(self) -> bool:
+        """Make one column of each key field's of the requests; return whether that could be done."""
+        if not self._joined and len(self.asks) > 1:
+            try:
+                self.keys = {name: [v for ask in self.asks for v in ask.keys[name]] for name in self.keys}
+            except KeyError:
+                return False
+        self._joined = True
+        return True
 
 
 class Compare(Protocol):
@@ -125,7 +144,7 @@ class Lane:
     """Score requests for one loaded model.
 
     threads: where slow models are called. predict_s: what a call took when the model was checked.
-    compare: told of every live batch.
+    compare: told of every live batch. turns: those that it shares with the other lanes of the replica.
     """
 
     def __init__(
@@ -135,6 +154,7 @@ class Lane:
         threads: Executor,
         limits: LaneLimits = LaneLimits(),
         predict_s: float = 0.0,
+        turns: Turns | None = None,
     ) -> None:
         self.loaded = loaded
         #: What stands in each of its answers.
@@ -151,20 +171,20 @@ class Lane:
         self._row_s = 0.0
         self.call_s = predict_s
         self.in_threads = predict_s > INLINE_S_MAX
+        #: Whether what it reads while it predicts has had to be waited for.
+        self._reads_wait = False
         self._waiting: deque[_Ask] = deque()
         #: Batches that are being read, and those that have been. (The event loop itself would let go of a task that
         #: nobody holds.)
-        self._reading: dict[_Batch, asyncio.Task[FeatureRows]] = {}
-        self._ready: deque[_Batch] = deque()
-        #: Whether a turn of the event loop brings one request, as the last ones did: it need not wait for its end then.
-        self._alone = True
-        self._turn_comes = False
+        self._reading: dict[Batch, asyncio.Task[FeatureRows]] = {}
+        self._ready: deque[Batch] = deque()
+        self._turns = turns or Turns(client)
         #: The batch that a thread is busy with.
-        self._running: _Batch | None = None
+        self._running: Batch | None = None
 
     @property
     def idle(self) -> bool:
-        return not (self._waiting or self._reading or self._ready or self._running or self._turn_comes)
+        return not (self._waiting or self._reading or self._ready or self._running)
 
     @property
     def under_way(self) -> int:
@@ -206,37 +226,30 @@ class Lane:
                 )
             self._limit(ask)
         self._waiting.append(ask)
-        if not self._turn_comes:
-            self._turn_comes = True
-            if self._alone:
-                loop.call_soon(self._look_for_company)
-                self._take_turns()
-            else:
-                loop.call_soon(self._take_turn)
-        elif self._alone:  # the second of this turn of the loop: from now on they are scored together
-            self._alone = False
-            loop.call_soon(self._take_turn)
+        self._turns.ask(self)
         return ask.answer
 
     # -- a turn: read and predict what waits
 
-    def _look_for_company(self) -> None:
-        """End the turn of a request that was scored at once, unless another one came in it."""
-        if self._alone:
-            self._turn_comes = False
+    def begin(self) -> Batch | None:
+        """Return what a turn begins with, to be given its rows before `take_turn`; None if the lane reads by itself."""
+        if self._running is not None or self._ready or not self._waiting or self._waiting[0].alone:
+            return None
+        batch = self._join()
+        if batch is not None:
+            self._ready.append(batch)
+            if batch.n <= _FEW_ROWS and batch.join_keys():
+                return batch
+        return None
 
-    def _take_turn(self) -> None:
-        self._turn_comes = False
-        self._alone = len(self._waiting) == 1
-        self._take_turns()
-
-    def _take_turns(self) -> None:
+    def take_turn(self) -> None:
+        """Read and predict what waits, until nothing does, or a thread is busy with it."""
         while self._running is None and (self._ready or self._waiting):
             batch = self._ready.popleft() if self._ready else self._join()
             if batch is not None and not all(ask.answer.done() for ask in batch.asks):
                 self._score(batch)
 
-    def _join(self) -> _Batch | None:
+    def _join(self) -> Batch | None:
         """Take the oldest request that waits, and what can be scored with it."""
         asks: list[_Ask] = []
         n = 0
@@ -252,14 +265,13 @@ class Lane:
                 break
         if not asks:
             return None
-        return _Batch(asks, asks[0].keys, n, asks[0].rows)
+        return Batch(asks, asks[0].keys, n, asks[0].rows)
 
-    def _score(self, batch: _Batch) -> None:
+    def _score(self, batch: Batch) -> None:
         """Read a batch, and predict it if that has not to be waited for."""
         try:
             if batch.rows is None:
-                if len(batch.asks) > 1:
-                    batch.keys = {name: [v for ask in batch.asks for v in ask.keys[name]] for name in batch.keys}
+                batch.join_keys()
                 batch.rows = self._client.read_now(self.loaded.plan, batch.keys, batch.n, batch.asks[0].as_of_ms)
             if batch.rows is None:
                 self._wait_for_rows(batch)
@@ -268,12 +280,12 @@ class Lane:
         except Exception as error:
             self._fail(batch, error)
 
-    def _wait_for_rows(self, batch: _Batch) -> None:
+    def _wait_for_rows(self, batch: Batch) -> None:
         reading = self._client.read(self.loaded.plan, batch.keys, batch.n, batch.asks[0].as_of_ms)
         self._reading[batch] = task = asyncio.get_running_loop().create_task(reading)
         task.add_done_callback(lambda done: self._has_rows(batch, done))
 
-    def _has_rows(self, batch: _Batch, done: asyncio.Task[FeatureRows]) -> None:
+    def _has_rows(self, batch: Batch, done: asyncio.Task[FeatureRows]) -> None:
         del self._reading[batch]
         if done.cancelled():
             self._fail(batch, _ENDS)
@@ -282,9 +294,9 @@ class Lane:
         else:
             batch.rows = done.result()
             self._ready.append(batch)
-        self._take_turns()
+        self.take_turn()
 
-    def _predict(self, batch: _Batch, rows: FeatureRows) -> None:
+    def _predict(self, batch: Batch, rows: FeatureRows) -> None:
         if any(ask.values for ask in batch.asks):  # a predictor may write into its matrix: the answer has what was read
             batch.values = self.loaded.plan.named_values(rows)
         if self.compare is not None and batch.asks[0].as_of_ms is None:
@@ -301,7 +313,7 @@ class Lane:
             self._note(time.perf_counter() - begun, batch.n)
         return self._answer(batch, rows, results)
 
-    def _predict_in_thread(self, batch: _Batch, rows: FeatureRows) -> None:
+    def _predict_in_thread(self, batch: Batch, rows: FeatureRows) -> None:
         loop = asyncio.get_running_loop()
 
         def read(plan: ReadPlan, keys: Mapping[str, Sequence[Any]], n: int, as_of_ms: int | None) -> FeatureRows:
@@ -326,7 +338,7 @@ class Lane:
                     self._fail(batch, outcome)
                 else:
                     self._answer(batch, rows, outcome)
-            self._take_turns()
+            self.take_turn()
 
         call = loop.run_in_executor(self._threads, predict)  # fails if there is no thread to be had
         self._running = batch
@@ -344,12 +356,12 @@ class Lane:
                 return rows
             time.sleep(_BUSY_WAIT_S)
         # What cannot be read at once is called for: this model's place is in a thread from now on.
-        self.in_threads, self._slow_calls = True, _ALL_CALLS
-        raise Unavailable(f"{plan.subject}: a slot of an entity is being written; retry", retry_after_ms=100)
+        self.in_threads = self._reads_wait = True
+        raise _ReadWaits(f"{plan.subject}: a slot of an entity is being written; retry", retry_after_ms=100)
 
     # -- answers
 
-    def _answer(self, batch: _Batch, rows: FeatureRows, results: list[Any]) -> None:
+    def _answer(self, batch: Batch, rows: FeatureRows, results: list[Any]) -> None:
         scored, first = Scored(rows, results, None), 0
         with_values = scored if batch.values is None else Scored(rows, results, batch.values)
         for ask in batch.asks:
@@ -361,8 +373,9 @@ class Lane:
         if batch.compared is not None and self.compare is not None:
             self.compare.after(batch.keys, batch.compared, results)
 
-    def _fail(self, batch: _Batch, error: BaseException) -> None:
-        if len(batch.asks) > 1:  # it may be the fault of one
+    def _fail(self, batch: Batch, error: BaseException) -> None:
+        # It may be the fault of one; or nobody's, and a thread can wait for it (with rows that no predictor has had).
+        if len(batch.asks) > 1 or (isinstance(error, _ReadWaits) and batch.asks[0].rows is None):
             for ask in reversed(batch.asks):
                 ask.alone = True
                 self._waiting.appendleft(ask)
@@ -408,7 +421,7 @@ class Lane:
         slow = seconds > INLINE_S_MAX * max(1.0, n / _FEW_ROWS)
         self._slow_calls = calls = (self._slow_calls << 1 | slow) & _ALL_CALLS
         if self.in_threads:
-            if calls == 0:
+            if calls == 0 and not self._reads_wait:
                 self.in_threads = False
                 logger.info("%s: quick again, called on the event loop", self.loaded.model.subject)
         elif slow and calls.bit_count() > _CALLS // 2:

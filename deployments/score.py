@@ -149,7 +149,8 @@ class ScoreApp(App):
         except MillpondError as error:
             if error.status < 500 and not isinstance(error, TooMany):
                 raise
-            return [msgspec.json.encode(error.as_json())] * len(ids)
+            told = {**error.as_json()["error"], "status": error.status}
+            return [msgspec.json.encode({"error": told})] * len(ids)
         return [self._answers.one(lane, scored, row) for lane, scored, row in answered]
 
     def _several(self, body: Any) -> tuple[list[str], list[dict[str, Any]]]:

@@ -100,7 +100,10 @@ class Sender:
         events, error = [*self._unsent, *more], self._error
         self._unsent, self._error = [], None
         given = {n: getattr(error, n) for n in ("code", "status", "path", "problems") if isinstance(error, ClientError)}
-        raise NotSent(f"{len(events)} events were not acknowledged: {error}", events=events, **given) from error
+        not_sent = NotSent(f"{len(events)} events were not acknowledged: {error}", events=events, **given)
+        if isinstance(error, ClientError):
+            not_sent.at_row(-error.first_row)
+        raise not_sent from error
 
     def _work(self) -> None:
         while batch := self._next_batch():

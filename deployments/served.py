@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,9 +24,10 @@ from millpond.feature_actors.errors import MillpondError, NotFound, did_you_mean
 from millpond.feature_actors.keys import hash_values
 from millpond.feature_actors.plan import FeatureRows
 
-__all__ = ["Disagreement", "ModelEntry", "Models", "Served", "Shadow", "is_canary"]
+__all__ = ["EXAMPLES_MAX", "Disagreement", "ModelEntry", "Models", "Served", "Shadow", "difference_of", "is_canary"]
 
-_EXAMPLES_MAX = 10
+EXAMPLES_MAX = 10
+_LARGEST = sys.float_info.max
 
 
 def is_canary(model: str, keys: Mapping[str, Sequence[Any]], n: int, share: float) -> npt.NDArray[np.bool_]:
@@ -55,19 +57,18 @@ class Disagreement:
 
     def add(self, key: Mapping[str, Any], champion: Any, shadow: Any) -> None:
         self.compared += 1
-        difference = 0.0 if champion == shadow else float("inf")
+        difference = difference_of(champion, shadow)
         if _is_number(champion) and _is_number(shadow):
             self.numbers += 1
-            difference = abs(champion - shadow)
-            self.abs_sum += difference
+            self.abs_sum = min(self.abs_sum + difference, _LARGEST)
             self.abs_max = max(self.abs_max, difference)
         if champion == shadow:
             return
         self.different += 1
-        if len(self._worst) < _EXAMPLES_MAX or difference > self._worst[0][0]:
+        if len(self._worst) < EXAMPLES_MAX or difference > self._worst[0][0]:
             example = {"id": dict(key), "champion": champion, "shadow": shadow}
             heapq.heappush(self._worst, (difference, next(self._order), example))
-            if len(self._worst) > _EXAMPLES_MAX:
+            if len(self._worst) > EXAMPLES_MAX:
                 heapq.heappop(self._worst)
 
     def as_json(self) -> dict[str, Any]:
@@ -78,6 +79,16 @@ class Disagreement:
             "abs_max": self.abs_max,
             "examples": [example for _, _, example in sorted(self._worst, key=lambda worst: worst[:2], reverse=True)],
         }
+
+
+def difference_of(champion: Any, shadow: Any) -> float:
+    """Return how far two results are apart, as far as a float can tell; infinity if they are not both numbers."""
+    if not (_is_number(champion) and _is_number(shadow)):
+        return 0.0 if champion == shadow else float("inf")
+    try:
+        return float(min(abs(champion - shadow), _LARGEST))
+    except OverflowError:  # of an integer that is larger than any float
+        return _LARGEST
 
 
 def _is_number(value: Any) -> bool:
@@ -91,13 +102,16 @@ class Shadow:
         self.lane = lane
         self.disagreement = Disagreement()
         self._client = client
-        self._same_features = champion.loaded.plan.features == lane.loaded.plan.features
+        # Of two definitions, the features are not the same objects.
+        mine, theirs = ([f.wire_name for f in of.loaded.plan.features] for of in (lane, champion))
+        self._same_features = mine == theirs
 
     def before(self, keys: Mapping[str, Sequence[Any]], rows: FeatureRows) -> FeatureRows | None:
         """Return rows of the shadow's features, as of the same moment as the champion's."""
         n = len(rows.matrix)
         if self._same_features:
-            return FeatureRows(rows.matrix.copy(), rows.as_of, rows.unknown, rows.texts)
+            texts = {name: list(column) for name, column in rows.texts.items()}
+            return FeatureRows(rows.matrix.copy(), rows.as_of, rows.unknown, texts)
         try:
             mine = self._client.read_now(self.lane.loaded.plan, keys, n)
         except MillpondError:
@@ -107,7 +121,10 @@ class Shadow:
         return mine
 
     def after(self, keys: Mapping[str, Sequence[Any]], rows: FeatureRows, results: list[Any]) -> None:
-        """Ask the shadow; it takes its turn after the answers that are ready now have been sent."""
+        """Ask the shadow, after the answers that are ready now have been sent."""
+        asyncio.get_running_loop().call_soon(self._ask, keys, rows, results)
+
+    def _ask(self, keys: Mapping[str, Sequence[Any]], rows: FeatureRows, results: list[Any]) -> None:
         try:
             answer = self.lane.ask(keys, len(results), rows=rows)
         except ModelBusy:

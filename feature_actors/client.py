@@ -217,6 +217,10 @@ class FeatureClient:
         answer = self._read.read_now(self._question(plan, keys, n, as_of_ms))
         return None if answer is None else plan.rows(answer)
 
+    def plan_set(self, plans: Sequence[ReadPlan]) -> PlanSet:
+        """Return a set of those plans that can be read together. For hundreds it takes some ms; in any thread."""
+        return PlanSet(plans, self._map.n_slots)
+
     def read_together_now(
         self, plans: PlanSet, asked: Sequence[tuple[ReadPlan, Sequence[int]]]
     ) -> list[FeatureRows] | None:

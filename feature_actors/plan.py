@@ -49,8 +49,8 @@ class Question:
 
     hashes int64 [keys, n, 2], for the keys of the program; clock int64 [n], the reader's clock, `NO_CLOCK` if it has
     none; event_clock: whether the shards' time is their newest arrival stamp, rather than when they last received
-    something; as_of int64 [n], or None for a live read: the largest of both times and of the newest event applied; plans:
-    of which plan of the program each id is, see `read_rows`; None if it has one.
+    something; as_of int64 [n], or None for a live read: the largest of both times and of the newest event applied.
+    plans: of which plan of the program each id is, see `read_rows`; None if it has one.
     """
 
     program: PlanProgram

@@ -10,7 +10,7 @@ import numpy as np
 from millpond.feature_actors.keys import hash_words
 from millpond.feature_actors.layout import PlanProgram
 from millpond.feature_actors.plan import Answer, Ints, Question, ReadPlan
-from millpond.feature_actors.tiles.program import NO, P_FEATURE, P_SCAN, P_VIEW, V_EXACT_SERIES, ReadProgram
+from millpond.feature_actors.tiles.program import F_SCAN, P_FEATURE, P_SCAN, P_VIEW, ReadProgram
 from millpond.feature_actors.tiles.read import NO_CLOCK
 
 __all__ = ["PlanSet"]
@@ -29,23 +29,20 @@ class _Programs(PlanProgram):
 
 
 def _joined(programs: Sequence[ReadProgram]) -> ReadProgram:
-    parts, scans, features = [], [], []
+    parts, features = [], []
     before = np.zeros(3, np.int64)
     for one in programs:
-        moved = one.parts.copy()
-        moved[:, [P_SCAN, P_FEATURE, P_VIEW]] += before
-        parts.append(moved)
-        scans.append(one.scans)
-        of_scans = one.features.copy()
-        of_scans[:, 0] += before[0]
-        features.append(of_scans)
-        before = before + (len(one.scans), len(one.features), len(one.views))
+        parts.append(one.parts.copy())
+        parts[-1][:, [P_SCAN, P_FEATURE, P_VIEW]] += before
+        features.append(one.features.copy())
+        features[-1][:, F_SCAN] += before[0]
+        before += len(one.scans), len(one.features), len(one.views)
     first = programs[0]
     return ReadProgram(
         np.concatenate(parts),
         first.series,
         first.columns,
-        np.concatenate(scans),
+        np.concatenate([one.scans for one in programs]),
         np.concatenate(features),
         np.concatenate([one.views for one in programs]),
         0,
@@ -58,7 +55,7 @@ def _joined(programs: Sequence[ReadProgram]) -> ReadProgram:
 class PlanSet:
     """Plans of one layout whose ids are one int64 field, and which read no strings: the others are not taken in."""
 
-    def __init__(self, plans: Sequence[ReadPlan]) -> None:
+    def __init__(self, plans: Sequence[ReadPlan], n_slots: int) -> None:
         taken = [p for p in plans if list(p.key_fields.values()) == ["int64"] and not p.program.texts]
         #: The number of each plan in the set.
         self.numbers: dict[ReadPlan, int] = {plan: number for number, plan in enumerate(taken)}
@@ -73,6 +70,7 @@ class PlanSet:
             max(p.width for p in programs), (), (), (), 0, first.keys, (), views, (), first.layout_digest,
             first._parts, first._rest, of=programs,
         )  # fmt: skip
+        self._program.arrays(n_slots)  # made now, not by the first read
 
     def question(self, numbers: Sequence[int], keys: Sequence[int], clock_ms: int | None) -> Question:
         """Return the question about n ids as of now. numbers: n numbers of plans; keys: n values, int64."""

@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Set
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 
 from millpond.feature_actors.errors import DeclarationError, MillpondError, Unavailable
@@ -19,8 +19,8 @@ from millpond.models.version import Version
 
 __all__ = ["Contents", "VersionDamaged"]
 
-#: Contents, and what is on its way to become one, or to go.
-_OURS = re.compile(r"[0-9a-f]{64}|\.(new|old)-[0-9a-f]{64}")
+#: Contents, and what is on its way to become one.
+_OURS = re.compile(r"(\.new-)?[0-9a-f]{64}")
 
 
 class VersionDamaged(MillpondError):
@@ -40,8 +40,8 @@ class Contents:
         """Return where the artifacts of a content lie, by their names; if it has any."""
         return self._folder / digest / ARTIFACTS_DIR
 
-    def add(self, definition: Definition) -> bool:
-        """Put a content in its place and sync it, also instead of a damaged one; return whether there was none.
+    def add(self, definition: Definition) -> None:
+        """Put a content in its place and sync it, also over a damaged one.
 
         Raises `Unavailable` if it cannot be written, `DeclarationError` if an artifact has no name for a file.
         """
@@ -50,21 +50,15 @@ class Contents:
                 raise DeclarationError(f"definition `{definition.file_name}`: artifact {name!r} is no file name")
         files, place = definition.files, self._folder / definition.digest
         if all(_content(place / path) == content for path, content in files.items()):
-            return False
-        new, old = (self._folder / f".{what}-{definition.digest}" for what in ("new", "old"))
+            return
+        new = self._folder / f".new-{definition.digest}"
         try:
-            new.mkdir(mode=0o700)
-            for folder in {(new / path).parent for path in files} - {new}:
-                folder.mkdir(mode=0o700)
-            for path, content in files.items():
-                _write(new / path, content)
-            for folder in {(new / path).parent for path in files} | {new}:
-                _sync(folder)
-            if place.exists():
-                place.rename(old)
-            new.rename(place)
+            _write_all(new, files)
+            if place.exists():  # a damaged one, maybe of a version that is live: file by file, so that none is away
+                _move_all(new, place, files)
+            else:
+                new.rename(place)
             _sync(self._folder)
-            shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             shutil.rmtree(new, ignore_errors=True)
             raise Unavailable(
@@ -72,7 +66,6 @@ class Contents:
                 "and try again",
                 retry_after_ms=10_000,
             ) from None
-        return True
 
     def read(self, version: Version) -> Definition:
         """Return the content of a version, each file compared with its hash. Raises `VersionDamaged`."""
@@ -95,7 +88,7 @@ class Contents:
         return Definition.of_files(version.file_name, files)
 
     def sweep(self, digests: Set[str]) -> None:
-        """Remove the contents that are not of these digests, and what was left half made or half removed."""
+        """Remove the contents that are not of these digests, and what was left half made."""
         for folder in self._folder.iterdir():
             if folder.name not in digests and _OURS.fullmatch(folder.name):
                 shutil.rmtree(folder, ignore_errors=True)  # the next one tries again
@@ -112,12 +105,34 @@ def _content(path: Path) -> bytes | None:
         return None
 
 
-def _write(path: Path, content: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def _write_all(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files that are only to be read into a new folder, and sync it."""
+    for one in _folders(folder, files):
+        one.mkdir(mode=0o700)
+    for path, content in files.items():
+        descriptor = os.open(folder / path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    for one in _folders(folder, files):
+        _sync(one)
+
+
+def _move_all(folder: Path, to: Path, files: Iterable[str]) -> None:
+    """Move files into another folder, over what is there of the same name, and remove the first."""
+    for one in _folders(to, files):
+        one.mkdir(mode=0o700, exist_ok=True)
+    for path in files:
+        (folder / path).rename(to / path)
+    for one in _folders(to, files):
+        _sync(one)
+    shutil.rmtree(folder)
+
+
+def _folders(folder: Path, files: Iterable[str]) -> list[Path]:
+    """Return a folder and those in it that have some of the files, parents first."""
+    return sorted({folder, *((folder / path).parent for path in files)})
 
 
 def _sync(folder: Path) -> None:

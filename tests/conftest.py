@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 # Tests share `worlds`, `apps` and the contracts, which stand beside them.
 sys.path.insert(0, str(Path(__file__).parent))
-pytest.register_assert_rewrite("apps", "port_contract", "served_contract")
+pytest.register_assert_rewrite("apps", "http_server", "port_contract", "served_contract")
 
 #: Examples per property, as a multiple of what is moderate on two cores.
 EXAMPLES = float(os.environ.get("MILLPOND_EXAMPLES", "1"))

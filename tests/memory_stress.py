@@ -27,7 +27,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from millpond.feature_actors import Count, FeatureView, Last, LastN, Max, Mean, Min, Source, Std, Sum
+from millpond.feature_actors import Count, FeatureView, Last, LastN, Max, Mean, Min, Source, Std, Sum, TopK, TopKCounts
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.feature_actors.reader import MemoryRead, SlotBusy
@@ -93,6 +93,7 @@ shops = FeatureView(  # few and busy
         "n": Count(), "sum": Sum("amount"), "min": Min("amount"), "max": Max("amount"), "mean": Mean("amount"),
         "std": Std("amount"), "last": Last("amount"), "text": Last("tag"), "recent": LastN("amount", n=5),
         "n_2s": Count(window="2s"), "sum_2s": Sum("amount", window="2s"), "n_10s": Count(window="10s"),
+        "top": TopK("amount", k=2, m=4), "tops": TopKCounts("amount", k=2, m=4),
     },
 )  # fmt: skip
 ever = FeatureView(  # more and more
@@ -355,6 +356,8 @@ class Reader:
             wrong[f"{view} known"] = known != (n > 0)
             if view == "shops":
                 same(view, of["shops.n_2s"], "_2s")
+                wrong["top"] = (n > 0) & (of["shops.top[0]"] != of["shops.last"]) | (of["shops.tops[0]"] != n)
+                wrong["one top"] = ~np.isnan(of["shops.top[1]"]) | (of["shops.tops[1]"] != 0)
                 wrong["shops 2s <= 10s <= ever"] = (of["shops.n_2s"] > of["shops.n_10s"]) | (of["shops.n_10s"] > n)
                 least, most = (self._script.events_of_shops(user, end) for end in (acked, begun))
             else:

@@ -296,11 +296,18 @@ def test_counts_are_never_above_the_truth_nor_further_below_than_stated(
 def test_of_two_values_as_frequent_the_one_seen_more_recently_comes_first() -> None:
     features = {"top": TopK("v", k=4), "exact": TopK("v", k=4, window="60s", exact=True)}
     at = [T + 3, T + 1, T + 1, T + 2, T + 2]
-    for values, want in (([1, 2, 3, 4, 4], [4, 1, 3, 2]), ([1, 3, 2, 0.0, -0.0], [0, 1, 2, 3])):
-        (got,) = read_at(features, sorted(zip(at, values, strict=True), key=lambda e: e[0]), [T + 10])
-        assert got == [want, want]
-        (got,) = read_at(features, list(zip(at, values, strict=True)), [T + 10])
-        assert got == [want, want]
+    for values, want in (
+        ([1, 2, 3, 4, 4], [4, 1, 3, 2]),
+        ([1, 3, 2, 0.0, -0.0], [0, 1, 2, 3]),
+        ([1, 3, 2, -0.0, 0.0], [0, 1, 2, 3]),
+        ([1, 3, 2, -0.0, 4], [1, 4, 0, 2]),
+    ):
+        events = list(zip(at, values, strict=True))
+        for order in (events, sorted(events, key=lambda event: event[0])):
+            (got,) = read_at(features, order, [T + 10])
+            assert str(got) == str([[float(one) for one in want]] * 2), "0.0 and -0.0 are one value"
+    (got,) = read_at(features, [(T, 1.0), (T, 2.0), (T, 2.0), (T, 1.0)], [T + 10])
+    assert str(got) == str([[1.0, 2.0, _NAN, _NAN]] * 2)
 
 
 # -- windows

@@ -107,6 +107,7 @@ WRONG: list[tuple[Mapping[str, Sequence[Any]], dict[str, pa.DataType]]] = [
     ({"user_id": ["1", "01"], "book_id": ["a", "b"]}, {}),
     ({"user_id": [1, 2], "book_id": [3, 4]}, {}),
     ({"user_id": [1, 2], "book_id": ["a", "ü" * (KEY_BYTES_MAX // 2 + 1)]}, {}),
+    ({"user_id": [1, 2], "book_id": ["a", "x" * (KEY_BYTES_MAX + 1)]}, {}),
     ({"user_id": [None] * 20, "book_id": [1] * 20}, {"user_id": pa.int8()}),
 ]
 

@@ -6,6 +6,7 @@ No test here asks how fast anything is.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 import socket
@@ -13,6 +14,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from millpond.bench import accounts, events, faults, reference
+from millpond.bench import accounts, events, faults, four_models, mixed_load, populations, reference, twenty_views
 from millpond.bench.connection import content_length
 from millpond.bench.events import KINDS as EVENT_KINDS
 from millpond.bench.events import EventBodies
@@ -32,11 +34,14 @@ from millpond.bench.faults import Strike, availability_figures, other_shards_fai
 from millpond.bench.ledger import Ledger, differences
 from millpond.bench.load import Load, LoadFailed, Outcome, quantile, run_load
 from millpond.bench.loops import drive, requests_of
+from millpond.bench.many_models import draw_models, mean_shape, write_model
 from millpond.bench.noop import ANSWER, BareApp, NoopApp
+from millpond.bench.poster import Poster
 from millpond.bench.probes import Log, Probe, available_share, ids_on
-from millpond.bench.processes import cpu_seconds
+from millpond.bench.processes import MemorySamples, cpu_seconds, memory_mb
 from millpond.bench.retry import Connection, Refused, send_until_answered
-from millpond.bench.score import Measurement, figures_of, turns
+from millpond.bench.score import Measurement, figures_of, four_models_figures, open_loop_figures, turns
+from millpond.bench.soak import filling_times_ms
 from millpond.bench.store import (
     FULL,
     QUICK,
@@ -52,6 +57,7 @@ from millpond.bench.store import (
 )
 from millpond.bench.testbed import id_bodies
 from millpond.bench.up import KINDS, NEEDS_NEW_START, Victim, kind_of
+from millpond.bench.users import events_of_each
 from millpond.bench.workload import Evidence, Steps, run_workload
 from millpond.cluster.config import Config
 from millpond.feature_actors.decode import Decoder
@@ -265,7 +271,7 @@ def server(answer: bytes, *, pieces: int = 1, answers_max: int = 10**9) -> Itera
                     data += more
                 asked.append(data[: _end(data)])
                 data = data[_end(data) :]
-                size = -(-len(answer) // pieces)
+                size = max(1, -(-len(answer) // pieces))
                 for at in range(0, len(answer), size):
                     connection.sendall(answer[at : at + size])
 
@@ -800,3 +806,153 @@ def test_benches_report_the_figures_that_the_bars_are_about() -> None:
         "kills", "kills_by_kind", "acked_events", "retries", "lost_events", "double_counted_events", "recovery_p50_s",
         "recovery_max_s", "availability", "availability_other_shards",
     } <= set(faults.MEANINGS)  # fmt: skip
+
+
+# -- many models, many users, and the state of a soak
+
+
+def test_models_are_small_and_many_and_the_first_two_are_like_the_mean_of_all() -> None:
+    drawn = draw_models(500, 0)
+    assert [m.name for m in drawn] == [f"model_{n:03d}" for n in range(500)]
+    assert {len(m.features) for m in drawn} == set(range(5, 21))
+    assert {view for m in drawn for view, _ in m.features} == set(twenty_views.views)
+    assert {m.views for m in drawn} == {1, 2, 3, 4}
+    assert len({m.features for m in drawn}) > 480  # those of a whole view are alike
+    assert drawn == draw_models(500, 0) != draw_models(500, 1)
+    two, all_of_them = mean_shape(drawn[:2]), mean_shape(drawn)
+    assert two == pytest.approx(all_of_them, rel=0.1)
+
+
+def test_versions_of_a_model_are_definitions_of_their_own_with_other_weights(tmp_path: Path) -> None:
+    model = draw_models(10, 0)[3]
+    views = Definition.read(Path(twenty_views.__file__)).declared()
+    assert (len(views.sources), len(views.views), len(views.models)) == (4, 20, 0)
+    results = []
+    for version in ("1", "2"):
+        definition = Definition.read(write_model(tmp_path, model, version))
+        loaded = load_models([definition], compile_layout(views.sources, views.views))[model.name]
+        assert loaded.model.version == version
+        assert len(loaded.plan.names) == len(model.features)
+        rows = np.ones((1, len(model.features)))
+        results.append(loaded.predict(FeatureRows(rows, np.zeros(1, np.int64), [[]])))
+    assert results[0] != results[1]
+
+
+def test_populations_are_the_reference_view_over_sources_of_their_own() -> None:
+    declared = Definition.read(Path(populations.__file__)).declared()
+    assert [s.name for s in declared.sources] == [f"users_{size}" for size in ("10k", "100k", "1m", "10m")]
+    assert [len(m.features) for m in declared.models] == [11] * 4
+    layout = compile_layout(declared.sources, declared.views)
+    assert len(layout.tables) == 4
+    shapes = {(t.row_words, t.slot_words, tuple(sorted(t.pool_items))) for t in layout.tables}
+    assert len(shapes) == 1  # they differ in their users only
+
+
+def test_each_user_has_as_many_events_in_time_order_within_the_window() -> None:
+    tables = list(events_of_each(120_000, 2, 0, NOW_MS))
+    assert len(tables) == 6
+    users = np.concatenate([t["user_id"].to_numpy() for t in tables])
+    assert set(np.bincount(users)) == {2}
+    assert len(set(users[:120_000])) == 120_000
+    times = np.concatenate([t["event_time"].cast(pa.int64()).to_numpy() for t in tables])
+    assert (np.diff(times) >= 0).all()
+    assert NOW_MS - reference.SPAN_MS <= times.min() <= times.max() < NOW_MS
+    assert tables[0].column_names == list(reference.activity.fields)
+
+
+def test_before_a_soak_every_tile_of_every_window_has_a_time() -> None:
+    times = np.array(filling_times_ms(NOW_MS))
+    assert (np.diff(times) > 0).all()
+    assert times[-1] <= NOW_MS
+    for window_ms, width_ms in ((3_600_000, 60_000), (86_400_000, 1_200_000), (7 * 86_400_000, 7_200_000)):
+        tiles = set((times // width_ms).tolist())
+        assert set(range((NOW_MS - window_ms) // width_ms, NOW_MS // width_ms + 1)) <= tiles
+
+
+def test_accounts_and_the_reference_model_stand_together_in_the_mixed_load() -> None:
+    declared = Definition.read(Path(mixed_load.__file__)).declared()
+    assert [s.name for s in declared.sources] == ["activity"]
+    assert {m.name for m in declared.models} == {"reference", "user_account", "item_account"}
+    compile_layout(declared.sources, declared.views)
+
+
+def test_four_models_read_the_same_and_say_different_things() -> None:
+    four = Definition.read(Path(four_models.__file__)).declared().models
+    assert [m.name for m in four] == [m.name for m in four_models.FOUR]
+    assert len({tuple(f.full_name for f in m.features) for m in four}) == 1
+    features = Features(np.ones((1, 11)), tuple(reference.user_activity.features))
+    assert len({float(m.predictor().predict(features)[0]) for m in four}) == 4
+
+
+def test_memory_is_of_processes_of_that_title_and_is_seen_to_grow() -> None:
+    grow = "x = bytearray(b'1' * 30_000_000)\nprint('done', flush=True)\ninput()"
+    titles = [f"{sys.executable} -c x"]
+    with subprocess.Popen([sys.executable, "-c", grow], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        (pid, mb), *others = memory_mb(titles).items()
+        samples = MemorySamples({"it": titles, "none": ["no such title"]}, 0.01)
+        samples.start()
+        while len(samples.times_s) < 3:
+            pass
+        samples.stop()
+        anonymous = memory_mb(titles, "Pss_Anon")[pid]
+        child.communicate(b"\n")
+    assert (pid, others) == (child.pid, [])
+    assert 30 < anonymous <= mb < 100
+    assert samples.processes == {"it": {child.pid}, "none": set()}
+    assert all(one > 30 for one in samples.mb["it"])
+    assert set(samples.mb["none"]) == {0}
+    assert memory_mb(["no such title"]) == {}
+
+
+def test_events_are_posted_one_body_after_the_other_and_outcomes_are_added_up() -> None:
+    ack = b'{"accepted":2,"duplicates":1,"late":0}'
+    with server(_http(ack)) as (port, asked):
+        poster = Poster(f"http://127.0.0.1:{port}", "/v1/events/x", [b"one", b"two", b"three"], content_type="x/y")
+        poster.start()
+        poster.join()
+        assert [request.partition(b"\r\n\r\n")[2] for request in asked] == [b"one", b"two", b"three"]
+    assert (poster.accepted, poster.failed, poster.ran_out, len(poster.took_ms)) == (6, 0, True, 3)
+    (problem,) = poster.problems
+    assert problem.startswith("every event that is posted once is accepted, and none is late: got {'accepted': 6, 'dup")
+    with server(_http(b"{}", "500 Broken")) as (port, _):
+        broken = Poster(f"http://127.0.0.1:{port}", "/v1/events/x", [b"one"], content_type="x/y")
+        broken.start()
+        broken.join()
+    assert (broken.failed, broken.accepted) == (1, 0)
+    assert "the first: /v1/events/x: 500 {}" in broken.problems[0]
+
+
+def test_events_posted_at_a_rate_count_from_when_they_were_due() -> None:
+    with server(_http(b'{"accepted":1}')) as (port, _):
+        bodies = itertools.repeat(b"one")
+        poster = Poster(f"http://127.0.0.1:{port}", "/v1/events/x", bodies, content_type="x/y", per_s=100.0)
+        begun = time.monotonic()
+        poster.start()
+        while len(poster.took_ms) < 11:
+            assert poster.is_alive()
+        assert time.monotonic() - begun >= 0.1
+        poster.stop()
+    assert poster.problems == []
+
+
+def test_four_models_cost_what_the_worse_of_the_two_ways_says() -> None:
+    figures = four_models_figures(
+        {
+            "one_model_32": [_outcome(4_000, 8.0)] * 3, "four_models_32": [_outcome(2_500, 8.0)] * 3,
+            "one_model_1": [_outcome(100, 0.4)] * 3, "four_models_1": [_outcome(100, 0.5)] * 3,
+        }
+    )  # fmt: skip
+    assert figures["four_models_32_cost_ratio"] == figures["four_models_cost_ratio"] == 1.6
+    assert figures["four_models_1_cost_ratio"] == 1.25
+
+
+def test_scores_beside_posts_are_compared_by_their_p99() -> None:
+    outcomes = {
+        "idle": [_outcome(100, ms) for ms in (2.0, 9.0, 1.0)], "busy": [_outcome(100, 5.0)] * 3,
+        "open": [_outcome(100, 3.0)] * 3,
+    }  # fmt: skip
+    figures = open_loop_figures(outcomes)
+    assert figures["score_p99_during_8mb_posts_ratio"] == 2.5
+    assert figures["open_max_ms"] == 3.0

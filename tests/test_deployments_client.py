@@ -166,6 +166,13 @@ def test_each_form_of_events_gives_the_same(scene: Scene, form: str) -> None:
     assert [scene.orders(0), scene.orders(1)] == [4, 3]
 
 
+def test_a_table_of_many_small_chunks_is_one_batch(served: tuple[Behind, Client]) -> None:
+    """The cluster takes 1,000 batches in a request."""
+    behind, one = served
+    assert one.send("purchases", table([purchase(f"o{i}", 5, book_id="b") for i in range(1_200)])).accepted == 1_200
+    assert len(behind.seen) == 1
+
+
 def test_one_event_and_none(scene: Scene) -> None:
     assert scene.client.send("purchases", purchase("a")) == Ack(accepted=1, unkeyed=1)
     assert scene.client.send("purchases", []) == Ack()
@@ -179,6 +186,7 @@ def test_values_that_json_has_no_word_for(scene: Scene) -> None:
         with pytest.raises(RequestRefused) as caught:
             scene.client.send("purchases", [purchase("b"), purchase("c"), purchase("d"), purchase("e", price=bad)])
         assert (caught.value.code, caught.value.path) == ("invalid_events", "$[3].price")
+        assert f"expected `float64`, got `{json.dumps(float(bad))}`" in caught.value.message
     before = scene.requests
     with pytest.raises(RequestRefused, match="body: cannot be written as JSON: a value of type `object`"):
         scene.client.send("purchases", purchase("b", object()))
@@ -463,7 +471,7 @@ def test_several_models_are_asked_about_the_same_ids(scene: Scene) -> None:
     assert scene.requests == before + 5
     assert [a["offer"].result for a in answers] == [s.result for s in scene.client.score("offer", ids)]
     assert {type(a["broken"]) for a in answers} == {RequestFailed}
-    assert (answers[0]["broken"].code, answers[0]["broken"].status) == ("prediction_failed", None)
+    assert (answers[0]["broken"].code, answers[0]["broken"].status) == ("prediction_failed", 500)
     assert isinstance(answers[4]["offer"], Score)
     assert answers[4]["offer"].as_of == NOW_TIME
     assert scene.client.score_many(["offer"], []) == []
@@ -616,6 +624,18 @@ def test_what_a_sender_could_not_send_is_raised_with_its_events(served: tuple[Be
     sender.add(good[2])
     sender.close()
     assert sender.ack.accepted == 4
+
+
+def test_a_sender_gives_back_only_what_was_not_acknowledged(stage: Stage, behind: Behind) -> None:
+    """The client sends what it is given in parts, and one of them fails."""
+    events = [purchase(f"o{i}", 5) for i in range(3)] + [purchase("bad", "x")]
+    with Client(stage.url, batch_rows=2) as one:
+        sender = one.sender("purchases", batch_rows=4, linger_ms=60_000)
+        for event in events:
+            sender.add(event)
+        with pytest.raises(NotSent) as caught:
+            sender.close()
+    assert (caught.value.events, caught.value.path, sender.ack.accepted) == (events[2:], "$[1].user_id", 2)
 
 
 def test_a_sender_of_events_without_ids_counts_each_once_whatever_fails_on_the_way(served: tuple[Behind, Client]) -> None:  # fmt: skip

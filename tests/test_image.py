@@ -20,7 +20,7 @@ from test_engine_vs_oracle import everything
 from test_tiles import NOW, SOURCE, apply, event, read, shard_of, view
 from worlds import AHEAD_MS_MAX, World, batch, source, worlds
 
-from millpond.feature_actors import Count, FeatureView, First, Last, LastN, Max, Mean, Sum, dedupe
+from millpond.feature_actors import Count, FeatureView, First, Last, LastN, Max, Mean, Sum, TopK, dedupe
 from millpond.feature_actors.client import FeatureClient, TimeLimits
 from millpond.feature_actors.clock import ManualClock
 from millpond.feature_actors.events import Events, Receipt
@@ -303,7 +303,7 @@ WHERE = pc.field("v") > 0.5
 FULL = {
     "n": Count(window="30d"), "dear": Count(window="30d", where=WHERE), "mean": Mean("v", window="30d"),
     "fine": Sum("i", window="1h", exact=True), "recent": LastN("code", n=3, window="7d"), "last": Last("code"),
-    "ttl": Max("v", ttl="7d"), "ever": Count(),
+    "ttl": Max("v", ttl="7d"), "ever": Count(), "top": TopK("code", k=4, m=6), "top_7d": TopK("code", k=4, window="7d"),
 }  # fmt: skip
 
 

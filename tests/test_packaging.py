@@ -14,6 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from apps import make_world
+from http_server import Behind, serve
+
+from millpond.feature_actors.clock import WallClock
+from millpond.feature_actors.layout import compile_layout
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("feature_actors", "models", "deployments", "cluster", "bench")
@@ -197,10 +202,19 @@ def test_every_command_and_setting_that_the_readme_names_is_one(readme: str) -> 
 
 def test_the_python_of_the_readme_runs_and_prints_what_it_says(readme: str, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict[str, Any] = {"__name__": "readme"}
-    for block in blocks:
+    for block in blocks[:3]:
         exec(compile(block, "README.md", "exec"), names)
+    # The last block calls a cluster, which serves what the first one has declared.
+    world = make_world([names["spender"]], layout=compile_layout([], [names["user_spend"]]), clock=WallClock())
+    other = {**names["events"].to_pylist()[0], "user_id": 99}  # kernels take longer to compile than a client waits
+    assert world.post_events("purchases", {**other, "paid_at": other["paid_at"].isoformat()}).status == 200
+    assert world.post_score("spender", [{"user_id": 1}]).status == 200
+    with serve(Behind(world)) as url:
+        assert blocks[3].count("http://127.0.0.1:8000") == 1
+        exec(compile(blocks[3].replace("http://127.0.0.1:8000", url), "README.md", "exec"), names)
+    assert (names["ack"].accepted, names["sender"].ack.accepted, names["spend"].features["orders_30d"]) == (3, 1, 1.0)
     assert names["rows"].matrix.tolist() == [[1.0, 0.0, 12.5], [2.0, 1.0, 36.25]]
     assert capsys.readouterr().out.split() == ["[[", "1.", "0.", "12.5", "]", "[", "2.", "1.", "36.25]]"]
     # An unknown user has a mean of NaN, which the model has to say something about.

@@ -1,0 +1,574 @@
+"""The models of a replica, over a real registry: a change is live when its versions are loaded, and nothing fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import linecache
+import random
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lanes import HOLDS, LOADS, PATIENCE_S, Held, client_over, definition, run, shards_with_spend, until, version_in
+
+from millpond.deployments import host as host_module
+from millpond.deployments.host import HostLimits, ModelHost, is_alive
+from millpond.deployments.lane import LaneLimits
+from millpond.feature_actors.errors import MillpondError, NotFound, Unavailable
+from millpond.models import Pool
+from millpond.models.registry import Registry
+
+MB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def shards() -> Any:
+    return shards_with_spend()
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
+    monkeypatch.setattr(host_module, "POLL_S", 0.005)
+    HOLDS.clear()
+    LOADS.clear()
+    registry = Registry(tmp_path / "registry")
+    yield registry
+    registry.close()
+
+
+def host_of(registry: Registry, shards: Any, *, budget: int = 1 << 40, pool: str | None = None) -> ModelHost:
+    """A host with a registry of its own on the same folder, as another process has it."""
+    limits = HostLimits(budget, LaneLimits(predict_s=PATIENCE_S))
+    return ModelHost(Registry(registry._folder), client_over(shards)[0], f"replica-{pool}", pool, limits)
+
+
+@asynccontextmanager
+async def following(host: ModelHost) -> AsyncIterator[ModelHost]:
+    await host.start()
+    task = asyncio.create_task(host.follow())
+    try:
+        yield host
+    finally:
+        task.cancel()
+
+
+async def live(host: ModelHost, generation: int) -> None:
+    """Wait until the host has reported a generation."""
+
+    def reported() -> bool:
+        report = host._registry.reports().get(host._replica)
+        return report is not None and report["generation"] >= generation
+
+    await until(reported, f"generation {generation}")
+
+
+async def score(host: ModelHost, model: str, user: int = 3) -> tuple[str, Any]:
+    """The version that answers, and its result."""
+    served = host.served.get(model) or await host.find(model)
+    ((lane, scored, row),) = await asyncio.wait_for(served.ask({"user_id": [user]}, 1), PATIENCE_S)
+    return lane.loaded.model.version, scored.results[row]
+
+
+# -- what is live
+
+
+def test_what_is_live_is_loaded_at_the_start_as_far_as_it_fits(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        for name in ("one", "two", "three", "four"):
+            registry.deploy([version_in(registry, definition(name, "1"), memory_bytes=3 * MB)])
+        host = host_of(registry, shards, budget=10 * MB)
+        await host.start()
+        assert len(host.served) == 3
+        assert sum(LOADS.values()) == 3
+        assert host.memory_bytes <= 10 * MB
+        assert {e.model for e in host.entries()} == {"one", "two", "three", "four"}
+        (missing,) = {"one", "two", "three", "four"} - set(host.served)
+        assert await score(host, missing) == ("1", "1")
+        assert len(host.served) == 3
+
+    run(story)
+
+
+def test_a_change_goes_live(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        async with following(host_of(registry, shards)) as host:
+            with pytest.raises(NotFound, match=r"^no model `churn`; known: none$"):
+                await score(host, "churn")
+            await live(host, registry.deploy([version_in(registry, definition("churn", "1"))]))
+            assert await score(host, "churn") == ("1", "1")
+            with pytest.raises(NotFound, match=r"^no model `chum`; known: `churn`; did you mean `churn`"):
+                await score(host, "chum")
+            await live(host, registry.deploy([version_in(registry, definition("churn", "2", "row[0]"))]))
+            assert await score(host, "churn") == ("2", 3.0)
+            (entry,) = host.entries()
+            assert (entry.model, entry.version, entry.owner, entry.about) == ("churn", "2", "tests", "For tests.")
+            assert (entry.key_fields, list(entry.features)) == ({"user_id": "int64"}, ["user_spend.orders_30d"])
+
+    run(story)
+
+
+def test_while_a_version_loads_the_old_one_answers_and_the_loop_goes_on(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        registry.deploy([version_in(registry, definition("churn", "1"))])
+        registry.deploy([version_in(registry, definition("offer", "1"))])
+        HOLDS["churn@2"] = held = Held()
+        async with following(host_of(registry, shards)) as host:
+            generation = registry.deploy([version_in(registry, definition("churn", "2"))])
+            await held.has_begun()
+            for _ in range(50):
+                assert await score(host, "churn") == ("1", "1")
+                assert await score(host, "offer") == ("1", "1")
+            assert host.report()["generation"] < generation
+            held.go.set()
+            await live(host, generation)
+            assert await score(host, "churn") == ("2", "2")
+
+    run(story)
+
+
+@pytest.mark.parametrize(
+    ("load", "why"),
+    [
+        ("raise ValueError('no weights')", "ValueError('no weights')"),
+        ("raise SystemExit(3)", "SystemExit(3)"),
+        ("import nowhere_at_all", "ModuleNotFoundError(\"No module named 'nowhere_at_all'\")"),
+    ],
+)
+def test_a_version_that_does_not_load_leaves_all_as_it_was(
+    registry: Registry, shards: Any, load: str, why: str
+) -> None:
+    async def story() -> None:
+        registry.deploy([version_in(registry, definition("churn", "1"))])
+        broken = version_in(registry, definition("churn", "2", load=load))
+        other = version_in(registry, definition("offer", "2"))
+        async with following(host_of(registry, shards)) as host:
+            await live(host, registry.deploy([broken, other]))
+            report = registry.reports()["replica-None"]
+            assert report["failed"] == {"churn@2": f"model `churn` version `2` does not load: {why}"}
+            assert await score(host, "churn") == ("1", "1")
+            assert await score(host, "offer") == ("2", "2")
+            # Where nothing answered before, the request says why.
+            await live(host, registry.deploy([version_in(registry, definition("fresh", "1", load=load))]))
+            with pytest.raises(Unavailable) as refused:
+                await score(host, "fresh")
+            assert refused.value.code == "model_broken"
+            assert refused.value.message == (
+                f"model `fresh` version `1` does not load: {why}; deploy a version that does, or roll back"
+            )
+            # A canary or a shadow that does not load has no ids.
+            for role, share in (("canary", 0.5), ("shadow", None)):
+                await live(
+                    host, registry.deploy([version_in(registry, definition("offer", role, load=load))], role, share)
+                )  # type: ignore[arg-type]
+                assert {await score(host, "offer", user) for user in range(1, 9)} == {("2", "2")}
+            await live(host, registry.rollback("churn"))
+            assert registry.reports()["replica-None"]["failed"].keys() == {"fresh@1", "offer@canary", "offer@shadow"}
+            await live(host, registry.deploy([version_in(registry, definition("fresh", "2"))]))
+            assert await score(host, "fresh") == ("2", "2")
+            modules = {name for name in sys.modules if name.startswith("millpond_definition_")}
+            assert definition("churn", "2", load=load).module_name not in modules
+
+    run(story)
+
+
+def test_a_retired_model_is_gone(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        registry.deploy([version_in(registry, definition("churn", "1"))])
+        registry.deploy([version_in(registry, definition("offer", "1"))])
+        async with following(host_of(registry, shards)) as host:
+            served = host.served["churn"]
+            await live(host, registry.retire("churn"))
+            with pytest.raises(NotFound):
+                await score(host, "churn")
+            assert [e.model for e in host.entries()] == ["offer"]
+            assert {model for model, _ in host._loaded} == {"offer"}
+            scored, row = await served.champion.ask({"user_id": [1]}, 1)  # a request that had begun
+            assert scored.results[row] == "1"
+
+    run(story)
+
+
+def test_a_rollback_loads_nothing(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        versions = [version_in(registry, definition("churn", v)) for v in ("1", "2", "3")]
+        for asked in (True, False):
+            registry.deploy(versions[:1])
+            async with following(host_of(registry, shards)) as host:
+                for version in versions[1:]:
+                    if asked:
+                        await score(host, "churn")
+                    await live(host, registry.deploy([version]))
+                LOADS.clear()
+                await live(host, registry.rollback("churn"))
+                assert await score(host, "churn") == ("2", "2")
+                assert LOADS == {}
+                # Of each model one version is kept, not all that ever were.
+                assert len(host._loaded) == 2
+
+    run(story)
+
+
+def test_canary_shadow_and_promotion(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        versions = {v: version_in(registry, definition("churn", v, f"{v} * row[0]")) for v in ("1", "2", "3")}
+        registry.deploy([versions["1"]])
+        async with following(host_of(registry, shards)) as host:
+            await live(host, registry.deploy([versions["2"]], "canary", 0.5))
+            got = {user: await score(host, "churn", user) for user in range(1, 41)}
+            assert {version for version, _ in got.values()} == {"1", "2"}
+            assert all(result == int(version) * user for user, (version, result) in got.items())
+            await live(host, registry.deploy([versions["3"]], "shadow"))
+            assert {user: await score(host, "churn", user) for user in got} == got
+            of_champion = sum(version == "1" for version, _ in got.values())
+            shadow = host.served["churn"].shadow
+            assert shadow is not None
+            await until(lambda: shadow.disagreement.compared == of_champion, "the shadow")
+            seen = host.report()["shadows"]["churn"]
+            assert (seen["champion"], seen["shadow"], seen["different"]) == ("1", "3", of_champion)
+            # What a change of the canary has to do with it: nothing.
+            await live(host, registry.deploy([versions["2"]], "canary", 0.1))
+            assert host.served["churn"].shadow is shadow
+            await live(host, registry.promote("churn", "3"))
+            assert host.served["churn"].shadow is None
+            assert {await score(host, "churn", user) for user in got} <= {("3", 3.0 * u) for u in got} | {
+                ("2", 2.0 * u) for u in got
+            }
+
+    run(story)
+
+
+def test_a_champion_and_its_former_shadow_may_change_places(registry: Registry, shards: Any) -> None:
+    """Each is asked once for a request: a former champion that is the shadow has no shadow itself."""
+
+    async def story() -> None:
+        one, two = (version_in(registry, definition("churn", v)) for v in ("1", "2"))
+        registry.deploy([one])
+        async with following(host_of(registry, shards)) as host:
+            await live(host, registry.deploy([two], "shadow"))
+            await live(host, registry.promote("churn"))
+            await live(host, registry.deploy([one], "shadow"))
+            served = host.served["churn"]
+            assert served.shadow is not None
+            before = served.champion.counts.requests, served.shadow.lane.counts.requests
+            for _ in range(5):
+                assert await score(host, "churn") == ("2", "2")
+            await until(lambda: served.shadow is not None and served.shadow.disagreement.compared == 5, "the shadow")
+            for _ in range(20):
+                await asyncio.sleep(0)
+            after = served.champion.counts.requests, served.shadow.lane.counts.requests
+            assert [b - a for a, b in zip(before, after, strict=True)] == [5, 5]
+
+    run(story)
+
+
+# -- the budget
+
+
+def fill(registry: Registry, *names: str) -> None:
+    for name in names:
+        registry.deploy([version_in(registry, definition(name, "1"), memory_bytes=4 * MB)])
+
+
+def test_over_the_budget_those_asked_longest_ago_go_and_come_back(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        fill(registry, "a", "b", "c", "d")
+        host = host_of(registry, shards, budget=9 * MB)
+        await host.start()
+        for name in ("a", "b", "c", "d", "c", "a", "b"):
+            assert await score(host, name) == ("1", "1")
+            assert len(host.served) == 2
+            assert host.memory_bytes <= 9 * MB
+        assert set(host.served) == {"a", "b"}
+        await score(host, "a")
+        await score(host, "d")
+        assert set(host.served) == {"a", "d"}
+        modules = {name for name in sys.modules if name.startswith("millpond_definition_")}
+        assert definition("b", "1").module_name not in modules
+
+    run(story)
+
+
+def test_requests_that_come_while_a_model_is_loaded_load_it_once(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        fill(registry, "a", "b")
+        host = host_of(registry, shards, budget=5 * MB)
+        await host.start()
+        (out,) = {"a", "b"} - set(host.served)
+        HOLDS[f"{out}@1"] = held = Held()
+        asking = [asyncio.ensure_future(score(host, out)) for _ in range(20)]
+        await held.has_begun()
+        asking += [asyncio.ensure_future(score(host, out)) for _ in range(20)]
+        asking[0].cancel()  # whoever it was loaded for first has gone
+        held.go.set()
+        assert set(await asyncio.gather(*asking[1:])) == {("1", "1")}
+        assert LOADS[f"{out}@1"] == 1
+
+    run(story)
+
+
+def test_a_model_that_is_predicting_stays(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        HOLDS["slow"] = held = Held()
+        slow = definition("slow", "1", "HOLDS['slow']() or 'done'")
+        registry.deploy([version_in(registry, slow, memory_bytes=4 * MB, predict_us=10_000.0)])
+        host = host_of(registry, shards, budget=5 * MB)
+        await host.start()
+        answer = asyncio.ensure_future(score(host, "slow"))
+        await held.has_begun()
+        fill(registry, "b")
+        await host._follow_change()
+        assert await score(host, "b") == ("1", "1")
+        assert set(host.served) == {"slow", "b"}
+        held.go.set()
+        assert await answer == ("1", "done")
+        await score(host, "b")
+        fill(registry, "c")
+        await host._follow_change()
+        await score(host, "c")
+        assert set(host.served) == {"c"}
+
+    run(story)
+
+
+def test_a_model_that_is_asked_much_does_not_go_because_it_was_deployed_anew(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        fill(registry, "hot", "cold")
+        async with following(host_of(registry, shards, budget=9 * MB)) as host:
+            await score(host, "cold")
+            await score(host, "hot")
+            two = version_in(registry, definition("hot", "2"), memory_bytes=8 * MB)
+            await live(host, registry.deploy([two]))
+            assert set(host.served) == {"hot"}
+            assert await score(host, "hot") == ("2", "2")
+            assert LOADS["hot@2"] == 1
+
+    run(story)
+
+
+def test_what_is_only_kept_to_roll_back_to_goes_before_what_is_live(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        fill(registry, "a", "b")
+        async with following(host_of(registry, shards, budget=9 * MB)) as host:
+            await score(host, "b")
+            await score(host, "a")
+            await live(host, registry.deploy([version_in(registry, definition("a", "2"), memory_bytes=4 * MB)]))
+            assert set(host.served) == {"a", "b"}
+            assert set(host._loaded) == {("a", "2"), ("b", "1")}
+            await live(host, registry.rollback("a"))
+            assert await score(host, "a") == ("1", "1")
+
+    run(story)
+
+
+def test_what_answers_for_a_version_that_does_not_load_stays(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        fill(registry, "a", "b", "c")
+        async with following(host_of(registry, shards, budget=9 * MB)) as host:
+            await score(host, "a")
+            await live(host, registry.deploy([version_in(registry, definition("a", "2", load="raise OSError"))]))
+            for name in ("b", "c", "b", "c"):
+                await score(host, name)
+            assert await score(host, "a") == ("1", "1")
+
+    run(story)
+
+
+# -- modules
+
+
+def test_the_code_of_a_version_that_has_gone_is_forgotten(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        one, two = definition("churn", "1"), definition("churn", "2")
+        same_text = definition("churn", "1", artifact=b"other")  # a content of its own, of the same text
+        assert same_text.module_name == one.module_name
+        registry.deploy([version_in(registry, one)])
+        async with following(host_of(registry, shards)) as host:
+            assert one.module_name in sys.modules
+            files = [f for f in linecache.cache if one.module_name[-8:] in f]
+            assert files
+            await live(host, registry.deploy([version_in(registry, two)]))
+            await live(host, registry.retire("churn", "1"))
+            await live(host, registry.deploy([version_in(registry, definition("churn", "3"))]))
+            assert one.module_name not in sys.modules
+            assert not set(files) & set(linecache.cache)
+            assert two.module_name in sys.modules
+            assert await score(host, "churn") == ("3", "3")
+
+    run(story)
+
+
+# -- a registry that cannot be read
+
+
+def test_a_registry_that_cannot_be_read_for_a_while_is_followed_again(
+    registry: Registry, shards: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(host_module, "_REPORT_S", 0.01)
+
+    async def story() -> None:
+        registry.deploy([version_in(registry, definition("churn", "1"))])
+        two = version_in(registry, definition("churn", "2"))
+        async with following(host_of(registry, shards)) as host:
+            index = registry._folder / "index"
+            host._registry.close()  # connections that are open would not notice
+            await asyncio.get_running_loop().run_in_executor(host._asks, host._registry.close)
+            index.rename(aside := registry._folder / "aside")
+            index.write_text("not a folder")
+            await until(lambda: "the registry cannot be followed" in caplog.text, "the registry to be missed")
+            assert await score(host, "churn") == ("1", "1")
+            index.unlink()
+            aside.rename(index)
+            await live(host, registry.deploy([two]))
+            assert await score(host, "churn") == ("2", "2")
+
+    run(story)
+
+
+def test_a_version_whose_files_are_away_for_a_while_goes_live_when_they_are_back(
+    registry: Registry, shards: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_module, "_REPORT_S", 0.01)
+    monkeypatch.setattr(host_module, "_AGAIN_S", 0.05)
+
+    async def story() -> None:
+        registry.deploy([version_in(registry, definition("churn", "1"))])
+        versions = registry._folder / "versions"
+        async with following(host_of(registry, shards)) as host:
+            two = version_in(registry, definition("churn", "2"))
+            other = version_in(registry, definition("other", "1"))
+            versions.rename(aside := registry._folder / "aside")
+            await live(host, registry.deploy([two, other]))
+            assert registry.reports()["replica-None"]["failed"].keys() == {"churn@2", "other@1"}
+            assert await score(host, "churn") == ("1", "1")
+            with pytest.raises(Unavailable):
+                await score(host, "other")
+            aside.rename(versions)
+            await until(lambda: not registry.reports()["replica-None"]["failed"], "the versions to be loaded")
+            assert await score(host, "churn") == ("2", "2")
+            assert await score(host, "other") == ("1", "1")
+
+    run(story)
+
+
+# -- pools
+
+
+def test_a_pool_has_its_model_and_the_others_only_if_they_are_asked_for(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        registry.deploy([version_in(registry, definition("heavy", "1", pool="Pool(2)"))])
+        registry.deploy([version_in(registry, definition("light", "1"))])
+        async with (
+            following(host_of(registry, shards, pool="heavy")) as pool,
+            following(host_of(registry, shards)) as host,
+        ):
+            assert (set(pool.served), set(host.served)) == ({"heavy"}, {"light"})
+            assert registry.reports()["replica-heavy"]["pool"] == "heavy"
+            for one in (pool, host):  # on the way into a pool and back, either may be asked
+                assert await score(one, "heavy") == ("1", "1")
+                assert await score(one, "light") == ("1", "1")
+            await live(host, registry.set_pool("light", Pool(1)))
+            await live(host, registry.deploy([version_in(registry, definition("light", "2"))]))
+            assert await score(host, "light") == ("2", "2")
+
+    run(story)
+
+
+# -- reports
+
+
+def test_a_report_can_be_read_by_others(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        registry.deploy([version_in(registry, definition("churn", "1"), memory_bytes=MB)])
+        async with following(host_of(registry, shards)) as host:
+            await score(host, "churn")
+            report = json.loads(json.dumps(host.report()))
+            assert is_alive(report)
+            assert not is_alive({**report, "started_ticks": 1})
+            assert report["versions"]["churn@1"]["requests"] == 1
+            assert MB <= report["memory_bytes"] < 2 * MB
+
+    run(story)
+
+
+# -- any changes
+
+
+@pytest.mark.parametrize(("seed", "budget"), [(1, 1 << 40), (2, 1 << 40), (3, 14 * MB)])
+def test_after_any_changes_what_is_served_is_what_the_registry_has(
+    registry: Registry, shards: Any, seed: int, budget: int
+) -> None:
+    """100 changes at random while requests come all the time: none of them fails."""
+    rng = random.Random(seed)
+    names, labels = ("a", "b", "c"), [str(n) for n in range(6)]
+    versions = {
+        (name, label): version_in(registry, definition(name, label), memory_bytes=2 * MB)
+        for name in names
+        for label in labels
+    }
+
+    def change() -> None:
+        name, label = rng.choice(names), rng.choice(labels)
+        try:
+            match rng.randrange(10):
+                case 0 | 1 | 2:
+                    registry.deploy([versions[name, label]])
+                case 3 | 4:
+                    registry.deploy([versions[name, label]], "canary", rng.choice((0.1, 0.5)))
+                case 5:
+                    registry.deploy([versions[name, label]], "shadow")
+                case 6:
+                    registry.promote(name, rng.choice((None, label)))
+                case 7:
+                    registry.rollback(name)
+                case 8:
+                    registry.set_pool(name, rng.choice((None, Pool(1))))
+                case 9:
+                    if rng.random() < 0.2:
+                        registry.retire(name, label)
+        except MillpondError:
+            pass  # it was refused, and has changed nothing
+
+    async def story() -> None:
+        for name in names:
+            registry.deploy([versions[name, "0"]])
+        async with following(host_of(registry, shards, budget=budget)) as host:
+            ends = asyncio.Event()
+            answered = 0
+
+            async def ask(name: str) -> None:
+                nonlocal answered
+                while not ends.is_set():
+                    version, result = await score(host, name, rng.randrange(1, 41))
+                    assert result == version
+                    answered += 1
+                    await asyncio.sleep(0)
+
+            asking = [asyncio.create_task(ask(name)) for name in names]
+            for _ in range(100):
+                await asyncio.to_thread(change)
+                if rng.random() < 0.3:
+                    await live(host, registry.generation())
+            await live(host, registry.generation())
+            ends.set()
+            await asyncio.gather(*asking)
+            assert answered > 100
+            rollouts = registry.rollouts()
+            assert set(rollouts) == set(names)
+            for name, rollout in rollouts.items():
+                assert rollout.champion is not None
+                served = host.served.get(name) or await host.find(name)
+                assert served.champion.loaded.model.version == rollout.champion.version
+                canary = served.canary and served.canary.loaded.model.version
+                shadow = served.shadow and served.shadow.lane.loaded.model.version
+                assert canary == (rollout.canary and rollout.canary.version)
+                assert (shadow, served.share) == (rollout.shadow and rollout.shadow.version, rollout.share)
+                assert served.champion.compare is served.shadow
+            assert host.memory_bytes <= budget
+            assert host.report()["failed"] == {}
+
+    run(story)
+    assert registry.check() == []

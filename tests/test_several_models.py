@@ -1,0 +1,104 @@
+# ruff: noqa: E501
+"""`POST /v1/score`: several models about the same ids, in one request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from apps import NOW, World, call, churn, make_world, model, offer, purchase, user_spend
+
+from millpond.deployments.score import ScoreLimits
+
+
+class Broken:
+    def predict(self, features: Any) -> Any:
+        raise ValueError("no luck")
+
+
+class Poisoned:
+    """Fails for one user, whoever is scored with it."""
+
+    def predict(self, features: Any) -> Any:
+        if 2 in features.keys["user_id"]:
+            raise ValueError("user 2")
+        return np.ones(len(features.matrix))
+
+
+@pytest.fixture
+def world() -> World:
+    models = [
+        churn,
+        offer,
+        model("broken", [user_spend["orders_30d"]], Broken),
+        model("poisoned", list(user_spend), Poisoned),
+    ]
+    world = make_world(models, scores=ScoreLimits(ids_max=8))
+    world.post_events("purchases", [purchase("a", 1, 10.0, NOW, book_id="x"), purchase("b", 2, 5.0, NOW, book_id="y")])
+    return world
+
+
+def ask(world: World, models: Any, ids: Any, query: str = "") -> Any:
+    return call(world.score, "POST", f"/v1/score{query}", {"models": models, "ids": ids}, "application/json")
+
+
+def but_the_id(answer: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in answer.items() if name != "id"}
+
+
+def test_each_model_answers_each_id_as_it_does_alone(world: World) -> None:
+    ids = [{"user_id": 1, "book_id": "x"}, {"user_id": 2, "book_id": "x"}, {"user_id": 9, "book_id": "z"}]
+    answers = ask(world, ["offer", "churn"], ids).json
+    assert [list(answer) for answer in answers] == [["offer", "churn"]] * 3
+    for one, answer in zip(ids, answers, strict=True):
+        assert but_the_id(answer["offer"]) == but_the_id(world.post_score("offer", one).json)
+        assert but_the_id(answer["churn"]) == but_the_id(world.post_score("churn", {"user_id": one["user_id"]}).json)
+    assert len({answer[name]["id"] for answer in answers for name in answer}) == 6
+    assert ask(world, ["churn"], []).json == []
+
+
+def test_a_broken_model_breaks_only_itself(world: World) -> None:
+    answers = ask(world, ["broken", "churn", "poisoned"], [{"user_id": 1}, {"user_id": 2}]).json
+    for answer in answers:
+        assert answer["broken"]["error"]["code"] == answer["poisoned"]["error"]["code"] == "prediction_failed"
+        assert answer["broken"]["error"]["status"] == 500
+        assert (
+            answer["churn"]["result"]
+            == world.post_score("churn", {"user_id": answers.index(answer) + 1}).json["result"]
+        )
+    (alone,) = ask(world, ["poisoned"], [{"user_id": 1}]).json
+    assert alone["poisoned"]["result"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "path"),
+    [
+        ([], 400, "bad_request", "$"),
+        ({"models": ["churn"]}, 400, "bad_request", "$"),
+        ({"models": ["churn"], "ids": [], "as_of": 1}, 400, "bad_request", "$"),
+        ({"models": "churn", "ids": []}, 400, "bad_request", "$.models"),
+        ({"models": [], "ids": []}, 400, "bad_request", "$.models"),
+        ({"models": ["churn", "churn"], "ids": []}, 400, "bad_request", "$.models"),
+        ({"models": ["churn", 1], "ids": []}, 400, "bad_request", "$.models"),
+        ({"models": ["churn"], "ids": {"user_id": 1}}, 400, "bad_request", "$.ids"),
+        ({"models": ["churn"], "ids": [1]}, 400, "bad_id", "$.ids[0]"),
+        ({"models": ["churn"], "ids": [{"user_id": 1}, {}]}, 400, "bad_id", "$.ids[1].user_id"),
+        ({"models": ["churn", "offer"], "ids": [{"user_id": 1}]}, 400, "bad_id", "$.ids[0].book_id"),
+        ({"models": ["churn", "offer"], "ids": [{"user_id": 1, "book_id": 3}]}, 400, "bad_id", "$.ids[0].book_id"),
+        ({"models": ["churn"], "ids": [{"user_id": 1, "book_id": "x"}]}, 400, "bad_id", "$.ids[0].book_id"),
+        ({"models": ["churn"], "ids": [{"user_id": 1, "orders_30d": 3}]}, 400, "features_in_request", "$.ids[0].orders_30d"),
+        ({"models": ["churn", "chrun"], "ids": [{"user_id": 1}]}, 404, "not_found", None),
+        ({"models": ["churn", "broken"], "ids": [{"user_id": 1}] * 5}, 413, "too_large", None),
+    ],
+)  # fmt: skip
+def test_a_wrong_request_is_refused_whole(world: World, body: Any, status: int, code: str, path: str | None) -> None:
+    reply = call(world.score, "POST", "/v1/score", body, "application/json")
+    assert (reply.status, reply.error["code"], reply.error["path"]) == (status, code, path)
+
+
+def test_all_models_answer_as_of_the_time_that_is_asked_for(world: World) -> None:
+    asked = ask(world, ["churn", "offer"], [{"user_id": 1, "book_id": "x"}], f"?as_of={NOW + 5_000}").json
+    assert {answer["as_of"] for answer in asked[0].values()} == {asked[0]["churn"]["as_of"]}
+    reply = ask(world, ["churn"], [{"user_id": 1}], f"?as_of={NOW - 50_000}")
+    assert (reply.status, reply.error["code"]) == (409, "as_of_in_past")
