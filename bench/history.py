@@ -134,7 +134,7 @@ def compare(name: str, line: Mapping[str, Any], figures: Mapping[str, Any]) -> C
         for figure, value in figures.items()
         if figure not in _NOT_COMPARED and _is_number(value) and _is_number(line.get(figure))
     }
-    differ = {s: (line.get(s), figures.get(s)) for s in SETTINGS if line.get(s) != figures.get(s)}
+    differ = {s: (line[s], figures[s]) for s in SETTINGS if s in line and s in figures and line[s] != figures[s]}
     return Comparison(str(line.get("commit", "unknown")), str(line.get("at", "an unknown time")), moved, differ)
 
 

@@ -8,7 +8,6 @@ options of the score app.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from millpond.deployments.http import App, Receive, Request, Response, Route, Scope, Send, decode_json
@@ -32,21 +31,12 @@ class NoopApp(App):
     """Decode the ids of a request as the score app does, and answer a constant."""
 
     def __init__(self) -> None:
-        super().__init__(
-            [
-                Route("POST", f"{NOOP_PREFIX}/", self.post_noop),
-                Route("GET", NOOP_PREFIX, self.get_niceness),
-            ]
-        )
+        super().__init__([Route("POST", f"{NOOP_PREFIX}/", self.post_noop)])
 
     async def post_noop(self, request: Request) -> Response:
         check_json(request)
         decode_json(await request.body(_BODY_BYTES_MAX))
         return Response(200, ANSWER)
-
-    async def get_niceness(self, request: Request) -> Response:
-        """Answer the niceness of the replica's process: Ray's default slows every worker."""
-        return Response(200, b'{"niceness":%d}' % os.nice(0))
 
 
 class BareApp:

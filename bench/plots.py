@@ -16,7 +16,7 @@ __all__ = ["COLOURS", "latency_plot", "legend", "rounds_plot", "time_plot"]
 #: So many colours the page's style has, `.c0` and on; more lines than that repeat them, dashed.
 COLOURS = 8
 _WIDTH, _HEIGHT = 560, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 68, 22, 12, 48
+_LEFT, _RIGHT, _TOP, _BOTTOM = 68, 32, 12, 48
 _PERCENTILES = (0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999)
 
 Place = Callable[[float], float]

@@ -33,7 +33,7 @@ class Poster(threading.Thread):
         self._over = threading.Event()
         self.took_ms: list[float] = []
         self.counts: dict[str, int] = {}
-        self.failed = self.posted_bytes = 0
+        self.failed = 0
         self.first_failure: str | None = None
         self.ran_out = False
 
@@ -60,7 +60,6 @@ class Poster(threading.Thread):
             self._over.wait(0.05)
             return
         self.took_ms.append((time.perf_counter() - due) * 1e3)
-        self.posted_bytes += len(body)
         for outcome, n in ack.items():
             self.counts[outcome] = self.counts.get(outcome, 0) + n
 

@@ -26,6 +26,9 @@ from millpond.bench.machine import commit, machine
 
 __all__ = ["Advance", "Evidence", "Series", "Steps", "Workload", "median_of", "ratio", "run_workload"]
 
+#: Where there is no terminal, or a narrow one, the table is rather cut off than wrapped beyond recognition.
+_WIDTH_MIN = 160
+
 #: Moves a bar on and shows a note beside it.
 Advance = Callable[[float, str], None]
 
@@ -164,10 +167,13 @@ def run_workload(
 
 
 def _print_table(workload: Workload, figures: Mapping[str, Any], comparison: Comparison | None) -> None:
-    table = Table("figure", "value", "bar", title=f"bench {workload.name}", title_justify="left")
+    table = Table(title=f"bench {workload.name}", title_justify="left")
+    table.add_column("figure", no_wrap=True)
+    table.add_column("value", max_width=40)
+    table.add_column("bar", no_wrap=True)
     if comparison is not None:
-        table.add_column(f"was\n{comparison.what}")
-        table.add_column("ratio")
+        table.add_column(f"was\n{comparison.what}", max_width=20)
+        table.add_column("ratio", no_wrap=True)
     table.add_column("meaning")
     bars = BARS.get(workload.name, {})
     meanings = {**workload.meanings, "seconds": "the whole run", "seed": "of events and ids", "commit": ""}
@@ -180,9 +186,12 @@ def _print_table(workload: Workload, figures: Mapping[str, Any], comparison: Com
             moved = comparison.figures.get(name)
             cells += ["", ""] if moved is None else [_text(moved.old), moved.text]
         table.add_row(*cells, meaning)
-    Console().print(table)
+    console = Console()
+    if console.width < _WIDTH_MIN:
+        console = Console(width=_WIDTH_MIN)
+    console.print(table)
     if comparison is not None:
-        Console().print(comparison.about, highlight=False)
+        console.print(comparison.about, highlight=False, soft_wrap=True)
 
 
 def _text(value: Any) -> str:

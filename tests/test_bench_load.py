@@ -88,7 +88,7 @@ def test_every_request_that_is_due_is_sent_and_timed(arrivals: str) -> None:
     assert outcome.answers == len(outcome.latencies_ns) == len(outcome.lateness_ns) == (due >= 100_000_000).sum()
     assert sorted(asked) == sorted(request for request, _ in zip(itertools.cycle(requests_of(load)), due, strict=False))
     assert outcome.rate == 400.0
-    assert outcome.requests_per_s == pytest.approx(outcome.answers / 0.5, rel=0.05)
+    assert outcome.seconds >= 0.5  # longer if the last answers came later
 
 
 def test_requests_that_were_due_while_the_other_side_stalled_count_the_whole_stall(stalling: Stalling) -> None:
@@ -97,11 +97,10 @@ def test_requests_that_were_due_while_the_other_side_stalled_count_the_whole_sta
         stalling.stall(0.4)
         outcome = drive(_open(port, arrivals="fixed"))
     assert (outcome.failed, outcome.answers) == (0, 100)
-    # Every 5 ms for 0.4 s: their latencies are evenly spread below the stall.
-    slow = [ns for ns in outcome.latencies_ns if ns > 50_000_000]
-    assert len(slow) >= 60
-    assert max(slow) >= 350_000_000
-    assert 10 < sum(ns > 200_000_000 for ns in slow) < 50
+    # One was due every 5 ms: those of the first half of the stall took more than half of it.
+    longest_ns = max(outcome.latencies_ns)
+    assert longest_ns >= 350_000_000
+    assert sum(ns > longest_ns / 2 for ns in outcome.latencies_ns) >= 0.6 * longest_ns / 2 / 5_000_000
     assert outcome.connections > 20  # it opened one for each that was under way
 
 
@@ -130,16 +129,16 @@ def test_rate_is_kept_if_hardly_any_request_is_late() -> None:
 
 
 def test_connections_that_are_closed_while_nothing_is_under_way_are_no_failures_and_others_are_opened() -> None:
-    with server(_http(ANSWER), answers_max=10) as (port, asked):
-        outcome = drive(_open(port, arrivals="fixed", rate=100.0))
-    assert (outcome.failed, outcome.answers, len(asked)) == (0, 50, 50)
-    assert outcome.connections >= 5
+    with server(_http(ANSWER), answers_max=5) as (port, asked):
+        outcome = drive(_open(port, arrivals="fixed", rate=20.0, seconds=1.0))
+    assert (outcome.failed, outcome.answers, len(asked)) == (0, 20, 20)
+    assert outcome.connections >= 4
 
 
 def test_open_loop_counts_what_is_closed_with_a_request_under_way_and_gives_up_after_enough() -> None:
     with server(b"", answers_max=1) as (port, _):  # takes the request, and closes without an answer
         outcome = drive(_open(port, arrivals="fixed", failures_max=5))
-    assert outcome.failed == 5
+    assert 5 <= outcome.failed < 20  # some may be under way when it is enough
     assert outcome.first_failure == "the connection was closed"
     assert outcome.connections >= 5
 

@@ -109,6 +109,7 @@ def test_what_moved_by_more_than_the_band_is_marked_and_says_which_way() -> None
     }  # fmt: skip
     assert found.figures["lost"].ratio is None
     assert found.settings == {"shards": (1, 2)}
+    assert compare("score", {"a_per_s": 1.0}, {"shards": 2}).settings == {}  # an older line did not say
     back = compare("score", new, old)
     assert back.figures["a_per_s"].verdict == "worse"
     assert back.figures["a_per_s"].ratio == pytest.approx(1 / 1.31, abs=1e-3)
@@ -210,6 +211,17 @@ def test_the_bound_holds_for_nearly_all_series_although_neighbours_say_the_same(
 
     naive = [naive_upper(_waves(seed, 240) + 3.0 * times) >= 3.0 for seed in range(300)]
     assert np.mean(naive) < 0.85
+
+
+def test_the_error_weighs_every_pair_of_residuals_by_how_near_they_are() -> None:
+    times, values = np.arange(60) / 720, _waves(5, 60)
+    line = np.polynomial.Polynomial.fit(times, values, 1)
+    scores = (times - times.mean()) * (values - line(times))
+    nearness = 1 - np.abs(np.subtract.outer(np.arange(60), np.arange(60))) / 60
+    error = np.sqrt(scores @ nearness @ scores * 60 / 58) / ((times - times.mean()) ** 2).sum()
+    found = growth(times, values)
+    assert found.slope == pytest.approx(line.convert().coef[1])
+    assert found.upper - found.slope == pytest.approx(4.8134 * error)
 
 
 def test_growth_is_found_and_of_a_few_samples_nothing_is_said() -> None:
