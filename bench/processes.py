@@ -48,7 +48,8 @@ def memory_mb(titles: Sequence[str], kind: str = "Pss") -> dict[int, float]:
 class MemorySamples(threading.Thread):
     """Takes the memory of groups of processes again and again, until `stop`.
 
-    groups: name to titles. kind: of memory, see `memory_mb`. times_s: since the first sample. mb: of each group, all its processes together.
+    groups: name to titles. kind: of memory, see `memory_mb`. times_s: since the first sample. mb: of each group, all
+    its processes together.
     processes: every process that was ever seen in a group.
     """
 
