@@ -240,6 +240,7 @@ class ModelHost(Models):
             else:
                 self._forget_module(definition.module_name)
             return
+        assert definition is not None
         self._failed.pop(_id(version), None)
         if _id(version) not in self._loaded:
             predict_s = version.predict_us / 1e6
