@@ -130,7 +130,10 @@ class ModelHost(Models):
     async def start(self) -> None:
         """Load what is live, as far as it fits in memory."""
         await self._follow_change()
-        await self._report()
+        try:
+            await self._report()
+        except MillpondError:  # as on a full disk, on which scores are answered all the same
+            logger.exception("the registry takes no report")
 
     async def follow(self) -> None:
         """Follow the registry for ever."""
@@ -222,28 +225,35 @@ class ModelHost(Models):
     async def _load(self, version: Version) -> None:
         loop = asyncio.get_running_loop()
         definition = None
+        loaded: LoadedModel | BaseException
         try:
             definition = await loop.run_in_executor(self._loads, self._registry.definition, version)
             loaded = await loop.run_in_executor(self._loads, self._load_now, definition, version)
-        except (Exception, SystemExit) as error:
-            why = f"{version.subject} does not load: {error if isinstance(error, MillpondError) else repr(error)}"
-            logger.warning("%s", why, exc_info=not isinstance(error, MillpondError))
+        except Exception as error:
+            loaded = error
+        if isinstance(loaded, BaseException):
+            why = f"{version.subject} does not load: {loaded if isinstance(loaded, MillpondError) else repr(loaded)}"
+            logger.warning("%s", why, exc_info=None if isinstance(loaded, MillpondError) else loaded)
             self._failed[_id(version)] = why
             if definition is None:
                 self._unread.add(_id(version))
             else:
                 self._forget_module(definition.module_name)
             return
+        assert definition is not None
         self._failed.pop(_id(version), None)
         if _id(version) not in self._loaded:
             predict_s = version.predict_us / 1e6
             lane = Lane(loaded, self._client, self._predictions, self._limits.lanes, predict_s, self._turns)
             self._loaded[_id(version)] = _Loaded(version, lane, definition.module_name)
 
-    def _load_now(self, definition: Definition, version: Version) -> LoadedModel:
-        (model,) = (m for m in definition.declared().models if m.name == version.model)
-        named = replace(model, version=version.version)
-        return LoadedModel(named, self._client.layout, self._registry.artifacts_dir(version))
+    def _load_now(self, definition: Definition, version: Version) -> LoadedModel | BaseException:
+        try:
+            (model,) = (m for m in definition.declared().models if m.name == version.model)
+            named = replace(model, version=version.version)
+            return LoadedModel(named, self._client.layout, self._registry.artifacts_dir(version))
+        except BaseException as error:  # what is no `Exception` would end who follows the registry
+            return error
 
     @property
     def memory_bytes(self) -> int:
@@ -273,13 +283,16 @@ class ModelHost(Models):
         # These may be about to answer: others of their rollout are still being loaded.
         live = {_id(version) for rollout in self._rollouts.values() for version in rollout.versions}
         spare: dict[str, _Loaded] = {}
+        used = self.memory_bytes
         # Asked last; of those that were not, loaded last.
         loaded = [*self._loaded.values()][::-1]
         for one in sorted(loaded, key=lambda one: one.lane.asked_s, reverse=True):
             if id(one.lane) in answering or _id(one.version) in live:
                 continue
-            fits = self.memory_bytes <= self._limits.memory_bytes_max and one.version.model in self.served
+            one.lane.compare = None  # which would keep a shadow that is gone in memory
+            fits = used <= self._limits.memory_bytes_max and one.version.model in self.served
             if (spare.setdefault(one.version.model, one) is not one or not fits) and one.lane.idle:
+                used -= _bytes(one.version)
                 self._drop(one)
 
     def _drop(self, one: _Loaded) -> None:

@@ -116,7 +116,8 @@ class Batch:
     n: int
     rows: FeatureRows | None = None
     values: list[dict[str, Any]] | None = None
-    compared: FeatureRows | None = None
+    #: Who compares it, and by which rows.
+    compared: tuple[Compare, FeatureRows] | None = None
     _joined: bool = False
 
     def join_keys(self) -> bool:
@@ -300,7 +301,8 @@ class Lane:
         if any(ask.values for ask in batch.asks):  # a predictor may write into its matrix: the answer has what was read
             batch.values = self.loaded.plan.named_values(rows)
         if self.compare is not None and batch.asks[0].as_of_ms is None:
-            batch.compared = self.compare.before(batch.keys, rows)
+            copied = self.compare.before(batch.keys, rows)
+            batch.compared = None if copied is None else (self.compare, copied)
         if batch.n == 0:
             return self._answer(batch, rows, [])
         # Until it has been seen what a row takes, one may take as long as a call.
@@ -370,8 +372,9 @@ class Lane:
             if ask.timer is not None:
                 ask.timer.cancel()
             first += ask.n
-        if batch.compared is not None and self.compare is not None:
-            self.compare.after(batch.keys, batch.compared, results)
+        if batch.compared is not None:  # by the shadow that was there then, of whose features the rows are
+            compare, copied = batch.compared
+            compare.after(batch.keys, copied, results)
 
     def _fail(self, batch: Batch, error: BaseException) -> None:
         # It may be the fault of one; or nobody's, and a thread can wait for it (with rows that no predictor has had).

@@ -149,7 +149,9 @@ class LoadedModel:
                 single = isinstance(results, Mapping | Set | str | bytes | bytearray)
                 results = results if single else list(results)
             count = len(results)
-        except (Exception, SystemExit) as error:  # a model that calls `exit` is not to end whoever serves it
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a model that calls `exit`, or a library in Rust that panics, ends nobody else
             if reader is not None and error is reader.failure:  # a shard is to blame, not the model
                 raise
             # Its text may hold paths or values that are not the client's to see.

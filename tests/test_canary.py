@@ -254,6 +254,25 @@ def test_a_shadow_compares_the_same_rows(shards: Any, features: str, predict_s: 
     run(story)
 
 
+def test_a_shadow_that_takes_the_place_of_another_gets_no_rows_of_its(shards: Any) -> None:
+    async def story() -> None:
+        client, _ = client_over(shards)
+        held = Held()
+        champion = lane_of(Predicts(held), client, predict_s=0.01)
+        one, two = Scaled(1.0), Scaled(1.0)
+        before = shadowed(champion, lane_of(one, client, version="2"), client)
+        answer = champion.ask({"user_id": [3]}, 1)
+        await held.has_begun()
+        after = shadowed(champion, lane_of(two, client, version="3", features=SPEND[:1]), client)
+        held.go.set()
+        await answer
+        await until(lambda: before.disagreement.compared == 1, "the shadow that was there")
+        assert (len(one.matrices), two.matrices) == (1, [])
+        assert after.disagreement.as_json()["compared"] == 0
+
+    run(story)
+
+
 def test_a_predictor_that_writes_into_what_it_gets_disturbs_neither_shadow_nor_features() -> None:
     """Matrix and strings, in the features that the client asked for and in those that the shadow gets."""
     world = make_world([], layout=compile_layout([], [taste, user_spend]))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import linecache
 import random
 import sys
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,6 +22,7 @@ from millpond.deployments.host import HostLimits, ModelHost, is_alive
 from millpond.deployments.lane import LaneLimits
 from millpond.feature_actors.errors import MillpondError, NotFound, Unavailable
 from millpond.models import Pool
+from millpond.models import registry as registry_module
 from millpond.models.registry import Registry
 
 MB = 1 << 20
@@ -135,6 +138,7 @@ def test_while_a_version_loads_the_old_one_answers_and_the_loop_goes_on(registry
     [
         ("raise ValueError('no weights')", "ValueError('no weights')"),
         ("raise SystemExit(3)", "SystemExit(3)"),
+        ("raise BaseException('a panic')", "BaseException('a panic')"),
         ("import nowhere_at_all", "ModuleNotFoundError(\"No module named 'nowhere_at_all'\")"),
     ],
 )
@@ -377,6 +381,26 @@ def test_what_answers_for_a_version_that_does_not_load_stays(registry: Registry,
     run(story)
 
 
+def test_a_former_champion_does_not_keep_the_shadow_that_it_had(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        one, two, three = (version_in(registry, definition("churn", version)) for version in "123")
+        async with following(host_of(registry, shards)) as host:
+            for version in (two, one):  # of the two, the one that is loaded last is kept
+                await live(host, registry.deploy([version]))
+            await live(host, registry.deploy([two], "shadow"))
+            served = host.served["churn"].shadow
+            assert served is not None
+            shadow = weakref.ref(served.lane.loaded)
+            del served
+            await live(host, registry.deploy([three]))  # and the first is kept to roll back to
+            await live(host, registry.retire("churn", "2"))
+            gc.collect()
+            assert shadow() is None
+            assert await score(host, "churn") == ("3", "3")
+
+    run(story)
+
+
 # -- modules
 
 
@@ -424,6 +448,22 @@ def test_a_registry_that_cannot_be_read_for_a_while_is_followed_again(
             aside.rename(index)
             await live(host, registry.deploy([two]))
             assert await score(host, "churn") == ("2", "2")
+
+    run(story)
+
+
+def test_a_registry_that_takes_no_report_is_read(
+    registry: Registry, shards: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(registry_module, "_WAIT_S", 0.01)
+
+    async def story() -> None:
+        registry.deploy([version_in(registry, definition("churn", "1"))])
+        host = host_of(registry, shards)
+        with registry._index.change():  # nobody else can write
+            await host.start()
+            assert "the registry takes no report" in caplog.text
+            assert await score(host, "churn") == ("1", "1")
 
     run(story)
 

@@ -208,17 +208,28 @@ def test_a_model_that_fails_for_all_fails_each(shards: Any, predict_s: float) ->
     run(story)
 
 
+class Panic(BaseException):
+    """What a library in Rust raises."""
+
+
 @pytest.mark.parametrize("predict_s", [0.0, SLOW_S], ids=["inline", "threads"])
-def test_a_model_that_would_end_the_process_fails(shards: Any, predict_s: float) -> None:
+@pytest.mark.parametrize("way_out", [SystemExit, Panic])
+def test_a_model_that_would_end_the_process_fails(shards: Any, way_out: type[BaseException], predict_s: float) -> None:
     def leave(ids: list[Any]) -> None:
         if 3 in ids:
-            raise SystemExit("the model has had enough")
+            raise way_out("the model has had enough")
 
     async def story() -> None:
-        lane = lane_of(Predicts(leave), client_over(shards)[0], predict_s=predict_s)
-        with pytest.raises(PredictionFailed, match="predict raised SystemExit"):
-            await ask(lane, 3)
-        assert await results(ask(lane, 4)) == [result_of(4)]
+        client, _ = client_over(shards)
+        turns = Turns(client)
+        lane = lane_of(Predicts(leave), client, predict_s=predict_s, turns=turns)
+        beside = lane_of(Predicts(), client, turns=turns)
+        for _ in range(2):  # in the first turn, the first is scored at once
+            answers = [ask(lane, 3), ask(lane, 4), ask(beside, 5)]
+            failed, *others = await asyncio.wait_for(asyncio.gather(*answers, return_exceptions=True), PATIENCE_S)
+            assert isinstance(failed, PredictionFailed)
+            assert f"predict raised {way_out.__name__}" in str(failed)
+            assert [scored.results[row] for scored, row in others] == [result_of(4), result_of(5)]
 
     run(story)
 
