@@ -245,7 +245,8 @@ def test_canary_shadow_and_promotion(registry: Registry, shards: Any) -> None:
     run(story)
 
 
-def test_a_champion_and_its_former_shadow_may_change_places(registry: Registry, shards: Any) -> None:
+@pytest.mark.parametrize("seen", [True, False], ids=["in two steps", "at once"])
+def test_a_champion_and_its_former_shadow_may_change_places(registry: Registry, shards: Any, seen: bool) -> None:
     """Each is asked once for a request: a former champion that is the shadow has no shadow itself."""
 
     async def story() -> None:
@@ -253,7 +254,9 @@ def test_a_champion_and_its_former_shadow_may_change_places(registry: Registry, 
         registry.deploy([one])
         async with following(host_of(registry, shards)) as host:
             await live(host, registry.deploy([two], "shadow"))
-            await live(host, registry.promote("churn"))
+            generation = registry.promote("churn")
+            if seen:
+                await live(host, generation)
             await live(host, registry.deploy([one], "shadow"))
             served = host.served["churn"]
             assert served.shadow is not None
@@ -310,6 +313,24 @@ def test_requests_that_come_while_a_model_is_loaded_load_it_once(registry: Regis
         held.go.set()
         assert set(await asyncio.gather(*asking[1:])) == {("1", "1")}
         assert LOADS[f"{out}@1"] == 1
+
+    run(story)
+
+
+def test_what_was_asked_for_before_a_change_does_not_undo_it(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        fill(registry, "a", "b")
+        async with following(host_of(registry, shards, budget=5 * MB)) as host:
+            (out,) = {"a", "b"} - set(host.served)
+            HOLDS[f"{out}@1"] = held = Held()
+            answer = asyncio.ensure_future(score(host, out))
+            await held.has_begun()
+            two = version_in(registry, definition(out, "2"))
+            await live(host, registry.deploy([two]))
+            second = asyncio.ensure_future(score(host, out))
+            held.go.set()
+            assert await asyncio.gather(answer, second) == [("2", "2")] * 2
+            assert await score(host, out) == ("2", "2")
 
     run(story)
 
