@@ -189,6 +189,7 @@ def main() -> int:
     except LoadFailed as error:
         sys.stderr.write(f"{error}\n")
         return 1
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it has ended: being asked to, now, must not lose the outcome
     sys.stdout.buffer.write(msgspec.msgpack.encode(outcome))
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import select
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -175,6 +176,15 @@ def test_load_in_another_process_is_stopped_before_its_time() -> None:
             assert outcome.failed == 0
             assert outcome.wall_seconds < 30
             assert outcome.checked >= 1
+
+
+def test_load_that_is_stopped_just_when_it_ends_has_its_outcome_all_the_same() -> None:
+    with server(_http(ANSWER)) as (port, _):
+        for _ in range(5):
+            running = RunningLoad(_load(port, seconds=0.02, connections=1))
+            select.select([running._child.stdout], [], [], 30)  # it is writing its outcome
+            running.stop()
+            assert running.result().failed == 0
 
 
 def test_ending_that_was_asked_for_ends_both_loops_at_once() -> None:
