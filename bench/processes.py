@@ -33,27 +33,28 @@ def niceness(titles: Sequence[str]) -> int | None:
 def memory_mb(titles: Sequence[str], kind: str = "Pss") -> dict[int, float]:
     """Return the memory of our descendants whose command line begins with a title, in MB (10**6 bytes) by process.
 
-    kind: of `/proc/PID/smaps_rollup`, such as `Pss_Anon`, the part that is of no file.
+    kind: of `/proc/PID/smaps_rollup`, such as `Pss_Anon`, the part that is of no file; several, added up, as
+        `Pss_Anon|Pss_Shmem`.
     """
     found = {}
     for pid in _descendants(titles):
         with contextlib.suppress(OSError):  # it has ended since
             rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-            if match := re.search(rf"^{kind}:\s+(\d+) kB", rollup, re.MULTILINE):
-                found[pid] = int(match[1]) * 1024 / 1e6
+            if kilobytes := re.findall(rf"^(?:{kind}):\s+(\d+) kB", rollup, re.MULTILINE):
+                found[pid] = sum(map(int, kilobytes)) * 1024 / 1e6
     return found
 
 
 class MemorySamples(threading.Thread):
     """Takes the memory of groups of processes again and again, until `stop`.
 
-    groups: name to titles. times_s: since the first sample. mb: of each group, all its processes together.
+    groups: name to titles. kind: of memory, see `memory_mb`. times_s: since the first sample. mb: of each group, all its processes together.
     processes: every process that was ever seen in a group.
     """
 
-    def __init__(self, groups: Mapping[str, Sequence[str]], every_s: float) -> None:
+    def __init__(self, groups: Mapping[str, Sequence[str]], every_s: float, kind: str = "Pss") -> None:
         super().__init__(name="memory samples", daemon=True)
-        self._groups, self._every_s = groups, every_s
+        self._groups, self._every_s, self._kind = groups, every_s, kind
         self._over = threading.Event()
         self.times_s: list[float] = []
         self.mb: dict[str, list[float]] = {group: [] for group in groups}
@@ -62,7 +63,7 @@ class MemorySamples(threading.Thread):
     def run(self) -> None:
         begun = time.monotonic()
         while True:
-            found = {group: memory_mb(titles) for group, titles in self._groups.items()}
+            found = {group: memory_mb(titles, self._kind) for group, titles in self._groups.items()}
             self.times_s.append(time.monotonic() - begun)
             for group, of_process in found.items():
                 self.mb[group].append(sum(of_process.values()))

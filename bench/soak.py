@@ -6,7 +6,8 @@
    sees all of them come and go many times.
 2. Warm up under the very load that follows: longer than ids are remembered.
 3. So many minutes of scores in an open loop and of bodies of events at a rate, of the same users and items. Every few
-   seconds take the memory (PSS) of the replicas and of the shards.
+   seconds take the memory of the replicas and of the shards (PSS, without the pages of programs and libraries on disk:
+   how many processes of the machine share those comes and goes).
 4. Check: no request failed; no process was restarted; the events of all users, and of all items, are those
    acknowledged; scores of a sample are what their features give.
 
@@ -48,7 +49,7 @@ MEANINGS = {
     "minutes": "under load, after the warm-up",
     "replica_growth_mb_per_h": "of the replicas' memory at most: upper end of the 95 % interval of the slope",
     "replica_slope_mb_per_h": "the slope itself",
-    "replica_mb": "memory (PSS) of the replicas at the end",
+    "replica_mb": "memory of the replicas at the end",
     "shard_growth_mb_per_h": "of the shards' memory at most",
     "shard_slope_mb_per_h": "",
     "shard_mb": "",
@@ -95,7 +96,7 @@ class SoakWorkload:
         self._mixed = MixedLoad(Testbed(config, [Path(mixed_load.__file__)], **_CHANGES), options, users, items)
         self._rate = options.rate or _SCORES_PER_S
         groups = {"replicas": REPLICAS, "shards": SHARDS}
-        self._samples = MemorySamples(groups, 0.1 if options.quick else 5.0)
+        self._samples = MemorySamples(groups, 0.1 if options.quick else 5.0, "Pss_Anon|Pss_Shmem")
         self._events_per_s = 0.0
 
     def setup(self, steps: Steps) -> None:

@@ -10,6 +10,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import gc
 import os
 import statistics
@@ -39,9 +41,9 @@ from millpond.feature_actors.reader import MemoryRead
 from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.models.definition import Definition
-from millpond.models.model import LoadedModel, Model
+from millpond.models.model import LoadedModel, Model, PredictionFailed
 from millpond.models.registry import Registry
-from millpond.models.rollout import Role
+from millpond.models.rollout import Role, Rollout
 from millpond.models.version import Version, version_of
 
 __all__ = [
@@ -145,22 +147,25 @@ def _check(
             )
     plan = ReadPlan(layout, model.features, model.subject)
     tried = _ids_for(plan, ids)
-    # What the first read of all brings into memory is not this model's.
-    asyncio.run(client.read(plan, plan.key_columns(tried, batch=True), len(tried)))
-    gc.collect()
+    first = _load(model, layout, artifacts_dir)
+    asyncio.run(_try(first, client, tried))
+    # Measured of a second copy: what the first one brought into memory, such as a library, is not each model's own.
     before = _resident_bytes()
+    second = _load(model, layout, artifacts_dir)
+    call_s = asyncio.run(_try(second, client, tried))
+    memory_bytes = max(0, _resident_bytes() - before)
+    return version_of(definition, model, plan.key_fields, memory_bytes=memory_bytes, predict_us=call_s * 1e6)
+
+
+def _load(model: Model, layout: Layout, artifacts_dir: Path) -> LoadedModel:
     try:
-        loaded = LoadedModel(model, layout, artifacts_dir)
+        return LoadedModel(model, layout, artifacts_dir)
     except MillpondError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DeclarationError(
             f"model `{model.name}`: its predictor does not load: {type(error).__name__}: {error}"
         ) from error
-    call_s = asyncio.run(_try(loaded, client, tried))
-    return version_of(
-        definition, model, plan.key_fields, memory_bytes=max(0, _resident_bytes() - before), predict_us=call_s * 1e6
-    )
 
 
 def _ids_for(plan: ReadPlan, ids: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -205,7 +210,7 @@ async def _try(loaded: LoadedModel, client: FeatureClient, ids: Sequence[Mapping
         begun, taken = time.perf_counter(), [await predict(ids[:1])]
         while len(taken) < _CALLS and time.perf_counter() - begun < _CALLS_S_MAX:
             taken.append(await predict(ids[:1]))
-    except MillpondError as error:
+    except PredictionFailed as error:
         if (cause := error.__cause__) is None:
             raise
         # Here, unlike in an answer, its author is the one who reads it.
@@ -216,6 +221,9 @@ async def _try(loaded: LoadedModel, client: FeatureClient, ids: Sequence[Mapping
 
 
 def _resident_bytes() -> int:
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # of another C library, which has no such call
+        ctypes.CDLL(None).malloc_trim(0)  # what is free is not to be used for what is measured next
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
@@ -231,8 +239,7 @@ def publish(
     share: float | None = None,
 ) -> int:
     """Write versions to the registry and make them live, all or none; return the generation."""
-    registry.add(definition, versions)
-    return registry.deploy(versions, as_, share)
+    return registry.publish(definition, versions, as_, share)
 
 
 # -- 3. wait
@@ -247,7 +254,7 @@ def wait_until_live(registry: Registry, generation: int, versions: Sequence[Vers
     begun = time.monotonic()
     while True:
         reports = {name: one for name, one in registry.reports().items() if is_alive(one)}
-        for one in reports.values():
+        for one in (one for one in reports.values() if one["generation"] >= generation):
             for version in versions:
                 if (why := one["failed"].get(f"{version.model}@{version.version}")) is not None:
                     raise Unavailable(why, code="model_broken")
@@ -263,13 +270,20 @@ def wait_until_live(registry: Registry, generation: int, versions: Sequence[Vers
         time.sleep(_POLL_S)
 
 
-def roll_back(registry: Registry, versions: Sequence[Version]) -> None:
-    """Undo what `publish` did last with versions; a model that was not there before has nothing to go back to."""
-    for version in versions:
-        try:
-            registry.rollback(version.model)
-        except MillpondError:
-            continue
+def roll_back(registry: Registry, before: Mapping[str, Rollout], versions: Sequence[Version]) -> str:
+    """Undo what `publish` did with versions, and say so; before: the rollouts then.
+
+    A model of which nothing was live has nothing to go back to.
+    """
+    now = registry.rollouts()
+    changed = [v.model for v in versions if now.get(v.model) != before.get(v.model)]
+    back, new = [m for m in changed if m in before], [m for m in changed if m not in before]
+    for model in back:
+        registry.rollback(model)
+    said = ["rolled back" if back == changed else f"rolled back: {', '.join(back)}"] if back else []
+    if new:
+        said.append(f"nothing to roll back to, and so still broken: {', '.join(new)}; deploy what loads, or retire it")
+    return "; ".join(said) or "nothing was changed: it was live already"
 
 
 def share_of(text: str) -> float:

@@ -17,6 +17,7 @@ from millpond.cluster.cluster import running
 from millpond.cluster.config import Config
 from millpond.cluster.deploy import Running, check_models, publish, roll_back, wait_until_live
 from millpond.deployments.host import is_alive
+from millpond.deployments.served import EXAMPLES_MAX, difference_of
 from millpond.feature_actors.errors import BadRequest, MillpondError, Unavailable
 from millpond.models.definition import Definition
 from millpond.models.pool import Pool
@@ -81,13 +82,14 @@ def deploy_file(
     cluster = Running.of(state)
     versions = check_models(definition, cluster.layout, cluster.client, ids, only)
     with open_registry(config) as registry:
+        before = registry.rollouts()
         generation = publish(registry, definition, versions, as_, share)
         published_s = time.perf_counter() - begun
         try:
             replicas = wait_until_live(registry, generation, versions)
         except MillpondError as error:
-            roll_back(registry, versions)
-            raise Unavailable(f"{error.message}; rolled back", code=error.code) from error
+            done = roll_back(registry, before, versions)
+            raise Unavailable(f"{error.message}; {done}", code=error.code) from error
     return {
         "models": [
             {"model": v.model, "version": v.version, "as": as_, "predict_us": round(v.predict_us, 1),
@@ -200,12 +202,13 @@ def _together(shadows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what the shadow's replicas have seen, together."""
     counts = {c: sum(s[c] for s in shadows) for c in ("compared", "different", "missed", "failed", "numbers")}
     examples = [example for s in shadows for example in s["examples"]]
+    examples.sort(key=lambda one: difference_of(one["champion"], one["shadow"]), reverse=True)
     return {
         "champion": shadows[0]["champion"],
         **counts,
         "abs_mean": sum(s["abs_sum"] for s in shadows) / counts["numbers"] if counts["numbers"] else None,
         "abs_max": max(s["abs_max"] for s in shadows) if counts["numbers"] else None,
-        "examples": examples[:10],
+        "examples": examples[:EXAMPLES_MAX],
     }
 
 

@@ -333,7 +333,10 @@ class ModelHost(Models):
 
 def is_alive(report: Mapping[str, Any]) -> bool:
     """Return whether the replica that reported still runs."""
-    return bool(started_ticks(report["pid"]) == report["started_ticks"])
+    try:
+        return bool(started_ticks(report["pid"]) == report["started_ticks"])
+    except OSError:
+        return False
 
 
 def _id(version: Version) -> Id:

@@ -24,9 +24,9 @@ from millpond.feature_actors.errors import MillpondError, NotFound, did_you_mean
 from millpond.feature_actors.keys import hash_values
 from millpond.feature_actors.plan import FeatureRows
 
-__all__ = ["Disagreement", "ModelEntry", "Models", "Served", "Shadow", "is_canary"]
+__all__ = ["EXAMPLES_MAX", "Disagreement", "ModelEntry", "Models", "Served", "Shadow", "difference_of", "is_canary"]
 
-_EXAMPLES_MAX = 10
+EXAMPLES_MAX = 10
 _LARGEST = sys.float_info.max
 
 
@@ -57,19 +57,18 @@ class Disagreement:
 
     def add(self, key: Mapping[str, Any], champion: Any, shadow: Any) -> None:
         self.compared += 1
-        difference = 0.0 if champion == shadow else float("inf")
+        difference = difference_of(champion, shadow)
         if _is_number(champion) and _is_number(shadow):
             self.numbers += 1
-            difference = _difference(champion, shadow)
             self.abs_sum = min(self.abs_sum + difference, _LARGEST)
             self.abs_max = max(self.abs_max, difference)
         if champion == shadow:
             return
         self.different += 1
-        if len(self._worst) < _EXAMPLES_MAX or difference > self._worst[0][0]:
+        if len(self._worst) < EXAMPLES_MAX or difference > self._worst[0][0]:
             example = {"id": dict(key), "champion": champion, "shadow": shadow}
             heapq.heappush(self._worst, (difference, next(self._order), example))
-            if len(self._worst) > _EXAMPLES_MAX:
+            if len(self._worst) > EXAMPLES_MAX:
                 heapq.heappop(self._worst)
 
     def as_json(self) -> dict[str, Any]:
@@ -82,10 +81,12 @@ class Disagreement:
         }
 
 
-def _difference(one: float, other: float) -> float:
-    """Return how far two numbers are apart, as far as a float and a report can tell."""
+def difference_of(champion: Any, shadow: Any) -> float:
+    """Return how far two results are apart, as far as a float can tell; infinity if they are not both numbers."""
+    if not (_is_number(champion) and _is_number(shadow)):
+        return 0.0 if champion == shadow else float("inf")
     try:
-        return float(min(abs(one - other), _LARGEST))
+        return float(min(abs(champion - shadow), _LARGEST))
     except OverflowError:  # of an integer that is larger than any float
         return _LARGEST
 

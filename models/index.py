@@ -18,7 +18,7 @@ import msgspec
 from millpond.feature_actors.errors import MillpondError, Unavailable
 from millpond.feature_actors.raw_disk import NEVER_A_FILE, RawDisk
 
-__all__ = ["Index", "RegistryDamaged"]
+__all__ = ["Change", "Index", "RegistryDamaged"]
 
 T = TypeVar("T")
 

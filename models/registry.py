@@ -23,7 +23,7 @@ from millpond.feature_actors.errors import MillpondError, NotFound, Unavailable,
 from millpond.feature_actors.lock import FileLock, LockHeld
 from millpond.models.contents import Contents, VersionDamaged
 from millpond.models.definition import Definition
-from millpond.models.index import Index, RegistryDamaged
+from millpond.models.index import Change, Index, RegistryDamaged
 from millpond.models.pool import Pool
 from millpond.models.rollout import Course, Role, Roles, Rollout, RolloutRefused, check_share, deployed, promoted
 from millpond.models.version import Version
@@ -150,16 +150,20 @@ class Registry:
         another content, `VersionRetired`, `DeclarationError`, `Unavailable` if the disk is full; nothing has been
         added then.
         """
-        assert all(v.digest == definition.digest and v.files == definition.hashes for v in versions)
-        with self._alone():
-            for version in versions:
-                self._check_same(version)
-            self._sweep()
-            self._contents.add(definition)
-            with self._index.change() as change:
-                for version in versions:
-                    if self._index.get(_key(version), _Record) is None:
-                        change.set(_key(version), _Record(version, change.next_generation))
+        with self._adding(definition, versions) as change:
+            pass
+        return change.generation
+
+    def publish(
+        self, definition: Definition, versions: Sequence[Version], as_: Role = "champion", share: float | None = None
+    ) -> int:
+        """Add versions and give them a role, in one change: if it is refused, they have not been added either.
+
+        See `add` and `deploy`, and what they raise.
+        """
+        share = check_share(as_, share)
+        with self._adding(definition, versions) as change:
+            self._deploy(change, versions, as_, share)
         return change.generation
 
     def deploy(self, versions: Sequence[Version], as_: Role = "champion", share: float | None = None) -> int:
@@ -169,15 +173,8 @@ class Registry:
         the content is another, `RolloutRefused` if there is no champion beside or the id is another.
         """
         share = check_share(as_, share)
-        assert len({v.model for v in versions}) == len(versions)
         with self._index.change() as change:
-            for version in versions:
-                self._usable(version.model, version.version)
-                self._check_same(version)
-                course = self._course(version.model)
-                now = None if course is None else course.now
-                to = deployed(version.model, now, version.version, as_, share)
-                change.set(f"rollout/{version.model}", self._moved(version.model, course, to))
+            self._deploy(change, versions, as_, share)
         return change.generation
 
     def promote(self, model: str, version: str | None = None) -> int:
@@ -301,6 +298,31 @@ class Registry:
             yield
         finally:
             lock.release()
+
+    @contextmanager
+    def _adding(self, definition: Definition, versions: Sequence[Version]) -> Iterator[Change]:
+        """Add versions, in a change that may go on; what it was refused after has its content removed by the next."""
+        assert all(v.digest == definition.digest and v.files == definition.hashes for v in versions)
+        with self._alone():
+            for version in versions:
+                self._check_same(version)
+            self._sweep()
+            self._contents.add(definition)
+            with self._index.change() as change:
+                for version in versions:
+                    if self._index.get(_key(version), _Record) is None:
+                        change.set(_key(version), _Record(version, change.next_generation))
+                yield change
+
+    def _deploy(self, change: Change, versions: Sequence[Version], as_: Role, share: float) -> None:
+        assert len({v.model for v in versions}) == len(versions)
+        for version in versions:
+            self._usable(version.model, version.version)
+            self._check_same(version)
+            course = self._course(version.model)
+            now = None if course is None else course.now
+            to = deployed(version.model, now, version.version, as_, share)
+            change.set(f"rollout/{version.model}", self._moved(version.model, course, to))
 
     def _sweep(self) -> None:
         self._contents.sweep({r.version.digest for r in self._records().values() if not r.retired})

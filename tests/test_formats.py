@@ -11,9 +11,10 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,7 @@ def skops_network() -> Any:
     from sklearn.neural_network import MLPClassifier
     from sklearn.preprocessing import StandardScaler
 
-    return pipeline(SimpleImputer(), StandardScaler(), MLPClassifier((8,), max_iter=300, random_state=1))
+    return pipeline(SimpleImputer(), StandardScaler(), MLPClassifier((8,), tol=0.01, random_state=1))
 
 
 def skops_forest() -> Any:
@@ -435,7 +436,7 @@ def test_a_file_that_is_cut_off_is_refused(name: str, tmp_path: Path, trained: C
     model = trained(name)
     rng = random.Random(3)
     size = len(model.content)
-    cuts = {0, 1, 2, size // 2, size - 1, size - 3, size - 6, size - 12, *(rng.randrange(size) for _ in range(60))}
+    cuts = {0, 1, 2, size // 2, size - 1, size - 3, size - 6, size - 12, *(rng.randrange(size) for _ in range(15))}
     if name == "onnx":
         # skl2onnx writes the opset of ONNX twice at the end, and this model has no operator of it: a file without is whole.
         cuts -= {size - 6, size - 12}
@@ -453,7 +454,7 @@ def test_a_file_with_flipped_bits_is_refused_or_predicts_within_bounds(
     model = trained(name)
     rng = random.Random(7)
     files = {"whole": model.content}
-    for number in range(150):
+    for number in range(40):
         flipped = bytearray(model.content)
         for _ in range(rng.choice([1, 1, 1, 4])):
             flipped[rng.randrange(len(flipped))] ^= 1 << rng.randrange(8)
@@ -467,7 +468,7 @@ def test_a_file_with_flipped_bits_is_refused_or_predicts_within_bounds(
         assert outcome["forbidden"] == []
         if "PredictionFailed" not in outcome["refused"]:
             refused_by_name(model, outcome)
-    assert len(refused) > 40, "some of the flips are seen"
+    assert len(refused) > 10, "some of the flips are seen"
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -483,7 +484,7 @@ def test_flips_that_no_format_sees_are_seen_by_the_registry(
     content = bytearray(path.read_bytes())
     rng = random.Random(11)
     path.chmod(0o600)
-    for _ in range(100):
+    for _ in range(30):
         place, bit = rng.randrange(len(content)), 1 << rng.randrange(8)
         content[place] ^= bit
         path.write_bytes(content)
@@ -670,6 +671,8 @@ def external(where: str, location: str) -> bytes:
         entry.key, entry.value = key, value
     if where == "unsaid":
         weights.data_location = Tensor.DEFAULT
+    if where == "nowhere":
+        weights.ClearField("external_data")
     inputs = [helper.make_tensor_value_info("x", Tensor.DOUBLE, [None, 7])]
     outputs = [helper.make_tensor_value_info("y", Tensor.DOUBLE, [None, 1])]
     given, nodes, functions = [], [helper.make_node("MatMul", ["x", "w"], ["y"])], []
@@ -701,7 +704,7 @@ def test_an_onnx_model_with_weights_elsewhere_is_refused(tmp_path: Path, trained
         "absolute": str(tmp_path / "weights.bin"), "beside": "weights.bin", "above": f"../{tmp_path.name}/weights.bin",
         "memory": "*/_ORT_MEM_ADDR_/*",
     }  # fmt: skip
-    kinds = ("initializer", "unsaid", "constant", "branch", "function", "sparse")
+    kinds = ("initializer", "unsaid", "nowhere", "constant", "branch", "function", "sparse")
     files = {f"{kind}-{name}": external(kind, place) for kind in kinds for name, place in places.items()}
     for outcome in outcomes(tmp_path, model, files).values():
         refused_by_name(model, outcome)
@@ -763,7 +766,34 @@ def test_a_zipmap_is_told_how_to_leave_it_out(trained: Callable[[str], Trained])
         load(model.definition(written))
 
 
-# -- files that a format allows and its library would follow out of bounds
+# -- files that a format allows and its library would follow out of bounds, or for ever
+
+
+@pytest.mark.parametrize("wrong", ["itself", "the first", "another's child", "nothing", "a number twice", "two trees"])
+def test_onnxruntime_is_given_no_tree_with_a_circle(wrong: str, trained: Callable[[str], Trained]) -> None:
+    import onnx
+
+    model = trained("onnx of classes")
+    graph = onnx.load_from_string(model.content)
+    (ensemble,) = (node for node in graph.graph.node if node.op_type == "TreeEnsembleClassifier")
+    of = {one.name.removeprefix("nodes_"): one for one in ensemble.attribute}
+    trees, ids, true, false = (of[name].ints for name in ("treeids", "nodeids", "truenodeids", "falsenodeids"))
+    first, inner, *_ = (i for i, mode in enumerate(of["modes"].strings) if mode != b"LEAF")
+    assert (first, trees[inner]) == (0, trees[first])
+    if wrong == "itself":
+        true[inner] = ids[inner]
+    elif wrong == "the first":
+        true[inner] = ids[first]
+    elif wrong == "another's child":
+        true[inner] = false[first]
+    elif wrong == "nothing":
+        true[inner] = 99_999
+    elif wrong == "a number twice":
+        ids[3] = ids[2]
+    else:
+        trees[3] = trees[-1]
+    with pytest.raises(DeclarationError, match=r"artifact `m.onnx`: has trees with nodes that lead nowhere; expected"):
+        load(model.definition(graph.SerializeToString()))
 
 
 def lightgbm_lines(content: bytes, name: str, change: Callable[[str], str]) -> bytes:
@@ -781,8 +811,8 @@ def lightgbm_lines(content: bytes, name: str, change: Callable[[str], str]) -> b
 LIGHTGBM_LINES: dict[str, tuple[str, Callable[[str], str]]] = {
     "feature": ("split_feature", lambda v: re.sub(r"^\d+", "7", v)),
     "negative feature": ("split_feature", lambda v: re.sub(r"^\d+", "-1", v)),
-    "child": ("left_child", lambda v: re.sub(r"^-?\d+", "99999", v)),
-    "circle": ("left_child", lambda v: re.sub(r"^-?\d+", "0", v)),
+    "child": ("left_child", lambda v: re.sub(r"(?<![-\d])\d+", "99999", v, count=1)),
+    "circle": ("left_child", lambda v: re.sub(r"(?<![-\d])\d+", "0", v, count=1)),
     "leaf": ("right_child", lambda v: re.sub(r"-\d+", "-999", v, count=1)),
     "leaves": ("num_leaves", lambda v: "9999"),
     "no leaves": ("num_leaves", lambda v: "0"),
@@ -823,6 +853,8 @@ def xgboost_changes() -> Iterator[tuple[str, Callable[[Any], None]]]:
     yield "negative", in_tree("left_children", -7)
     yield "feature", in_tree("split_indices", 7)
     yield "category", in_tree("split_type", 1)
+    yield "parent", in_tree("parents", 10**6)
+    yield "place", lambda learner: learner["gradient_booster"]["model"]["trees"][0].update(id=1)
     yield "lengths", lambda learner: learner["gradient_booster"]["model"]["trees"][0]["base_weights"].pop()
     yield "trees", lambda learner: learner["gradient_booster"]["model"]["trees"].pop()
     yield "groups", lambda learner: learner["gradient_booster"]["model"]["tree_info"].__setitem__(0, 9)
@@ -871,15 +903,37 @@ def test_ubjson_is_read_as_the_json_that_the_library_writes_of_the_same_model(
     same(read_ubjson(content), json.loads(booster.save_raw("json")))
 
 
-def test_a_predictor_takes_one_thread(tmp_path: Path, trained: Callable[[str], Trained]) -> None:
-    """Two models more, loaded and asked, leave as many threads as their library started when it was imported."""
-    for name in (*FORMATS, "sklearn forest"):
-        folder = tmp_path / name.replace(" ", "_")
-        folder.mkdir()
-        model = trained(name)
-        (folder / "defs.py").write_text(model.case.text)
-        came = outcomes(folder, model, dict.fromkeys(("one", "two", "three"), model.content))
-        assert came["one"]["tasks"] == came["three"]["tasks"]
+def cpu_ns() -> dict[str, int]:
+    """What each thread of this process has run."""
+    return {task.name: int((task / "schedstat").read_text().split()[0]) for task in Path("/proc/self/task").iterdir()}
+
+
+@pytest.mark.parametrize("name", ["onnx of classes", "lightgbm", "xgboost"])
+def test_a_predictor_takes_one_thread_unless_told_otherwise(name: str, trained: Callable[[str], Trained]) -> None:
+    model = trained(name)
+    features = Features(np.tile(model.rows.matrix, (10, 1)), ())
+    shares = []
+    for threads in (1, 2):
+        predictor = load(model.definition())._predictor if threads == 1 else with_threads(model, threads)
+        predictor.predict(features)  # whatever threads there will be are there
+        before, me = cpu_ns(), str(threading.get_native_id())
+        for _ in range(5):
+            predictor.predict(features)
+        ran = {task: ns - before.get(task, 0) for task, ns in cpu_ns().items()}
+        shares.append(1 - ran[me] / sum(ran.values()))
+    assert shares[0] < 0.02
+    assert shares[1] > 0.2
+
+
+def with_threads(model: Trained, threads: int) -> Any:
+    case = replace(model.case, predictor=f"partial({model.case.predictor}, threads={threads})")
+    return load(replace(model, case=case).definition())._predictor
+
+
+def test_a_model_that_was_trained_in_several_processes_predicts_in_one(trained: Callable[[str], Trained]) -> None:
+    predictor = load(trained("sklearn forest").definition())._predictor
+    assert predictor._predict.__self__.n_jobs == 1
+    assert skops_forest().n_jobs == 2
 
 
 # -- no unpickling

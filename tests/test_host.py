@@ -488,6 +488,7 @@ def test_a_report_can_be_read_by_others(registry: Registry, shards: Any) -> None
             report = json.loads(json.dumps(host.report()))
             assert is_alive(report)
             assert not is_alive({**report, "started_ticks": 1})
+            assert not is_alive({**report, "pid": 1 << 30})  # there are no such numbers
             assert report["versions"]["churn@1"]["requests"] == 1
             assert MB <= report["memory_bytes"] < 2 * MB
 

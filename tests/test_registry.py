@@ -1152,5 +1152,5 @@ class Registries(RuleBasedStateMachine):
                 assert {registry.state_of(version)} == ({"retired"} if (model, name) in self.plain.retired else roles)
 
 
-Registries.TestCase.settings = settings(stateful_step_count=25)
+Registries.TestCase.settings = settings(stateful_step_count=25, max_examples=40)
 TestRegistries = Registries.TestCase

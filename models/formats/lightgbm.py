@@ -46,7 +46,9 @@ class LightGBMPredictor:
         try:
             self._booster = lightgbm.Booster(model_str=trees)
         except Exception as error:
-            raise ModelFileRefused(model, f"lightgbm: {error}", "expected a model that it loads") from error
+            raise ModelFileRefused(
+                model, f"lightgbm: {str(error).strip()}", "expected a model that it loads"
+            ) from error
         self._all_classes, self._threads = all_classes, threads
 
     def predict(self, features: Features) -> npt.NDArray[np.float64]:

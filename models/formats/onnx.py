@@ -63,7 +63,9 @@ class OnnxPredictor:
         try:
             self._session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise ModelFileRefused(model, f"onnxruntime: {error}", "expected an ONNX model that it runs") from error
+            raise ModelFileRefused(
+                model, f"onnxruntime: {str(error).strip()}", "expected an ONNX model that it runs"
+            ) from error
         inputs = self._session.get_inputs()
         if len(inputs) != 1 or inputs[0].type not in _FLOATS:
             found = ", ".join(f"`{one.name}` {one.type}" for one in inputs)

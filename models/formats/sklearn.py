@@ -95,7 +95,7 @@ class SklearnPredictor:
             estimator.set_params(**dict.fromkeys(jobs, threads))
             self._predict = estimator.predict_proba if hasattr(estimator, "predict_proba") else estimator.predict
         except Exception as error:
-            raise ModelFileRefused(model, f"skops: {error}", "expected a model that it loads") from error
+            raise ModelFileRefused(model, f"skops: {str(error).strip()}", "expected a model that it loads") from error
         self._all_classes = all_classes
 
     def predict(self, features: Features) -> npt.NDArray[np.float64]:

@@ -53,7 +53,7 @@ class XGBoostPredictor:
             best = self._booster.attr("best_iteration")
             self._iterations = (0, 0 if best is None else int(best) + 1)
         except Exception as error:
-            raise ModelFileRefused(model, f"xgboost: {error}", "expected a model that it loads") from error
+            raise ModelFileRefused(model, f"xgboost: {str(error).strip()}", "expected a model that it loads") from error
         self._all_classes = all_classes
 
     def predict(self, features: Features) -> npt.NDArray[np.float64]:

@@ -14,8 +14,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import pytest
 from apps import DEFINITION, purchase
 from processes import processes_of, shard_pids, shelter_of
 from served_contract import START, Served, ServedContract
+from terminal import MILLPOND, Up, run, until
 
 from millpond.cluster.demo.flights import Flights, load_flights
 from millpond.models import flight_delay as example
@@ -31,62 +31,6 @@ from millpond.models.training import training_set
 
 DAY, NEXT = "2013-03-05", "2013-03-06"
 KEY = ("tailnum", "carrier", "origin", "dest")
-MILLPOND = [sys.executable, "-m", "millpond.cluster.cli"]
-
-
-def run(folder: Path, *arguments: str, timeout_s: float = 90) -> subprocess.CompletedProcess[str]:
-    """Run a command of `millpond` to its end, as from a terminal in `folder`."""
-    return subprocess.run(
-        [*MILLPOND, *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
-
-
-class Up:
-    """`millpond up`, in a process group of its own, as a terminal starts it."""
-
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        self.folder = folder
-        self.errors = (folder / "stderr.txt").open("a+")
-        self.process = subprocess.Popen(
-            [*MILLPOND, "up", *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=self.errors, text=True,
-            stdin=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        assert self.process.stdout is not None
-        self.said = [self.process.stdout.readline()]
-        match = re.match(
-            r"serving (http://127\.0\.0\.1:\d+)  \(calls: \1/docs; stop: Ctrl-C or `millpond down --name [a-z]+`\)$",
-            self.said[0],
-        )
-        assert match, (self.said, (folder / "stderr.txt").read_text())
-        self.url = match[1]
-
-    def wait(self) -> int:
-        assert self.process.stdout is not None
-        self.said += self.process.stdout.readlines()
-        return self.process.wait(60)
-
-    def end(self) -> None:
-        """Clear away what a failed test has left: only what this object has started."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            self.process.wait(60)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-        self.errors.close()
-
-
-def until(condition: Callable[[], Any], what: str, timeout_s: float = 60) -> Any:
-    deadline = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
-        time.sleep(0.02)
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,297 @@
+"""Models on a running cluster: deployed, rolled out and back, moved to a pool, killed and started anew, while a client
+asks for scores all the time.
+
+The tests stand in the order of the story; each goes on with what the one before has left.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import random
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from apps import DEFINITION, purchase
+from processes import processes_of, shelter_of
+from served_contract import START, Served
+from terminal import Up, run, until
+
+from millpond.cluster.config import Config
+from millpond.cluster.model_commands import change_model, deploy_file, describe_models
+from millpond.feature_actors.errors import DeclarationError, MillpondError, Unavailable
+from millpond.models import Pool
+from millpond.models.registry import Registry
+from millpond.models.rollout import RolloutRefused
+
+HEAD = DEFINITION.partition("class Total")[0]
+USERS = range(1, 31)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "apps.py").write_text(DEFINITION)
+    (folder / "millpond.toml").write_text(
+        'name = "told"\nport = 0\nshards = 1\nclock = "event"\ndraining_period_s = 0\n'
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(folder: Path) -> Config:
+    return Config(name="told", data_dir=str(folder / ".millpond"))
+
+
+@pytest.fixture(scope="module")
+def up(folder: Path) -> Iterator[Up]:
+    up = Up(folder, "apps.py")
+    yield up
+    up.end()
+
+
+@pytest.fixture(scope="module")
+def served(up: Up, config: Config) -> Served:
+    served = Served(up.url, config.directory)
+    served.post_events([purchase(f"{u}-{k}", u, 1.0, START, book_id="b") for u in USERS for k in range(u)])
+    return served
+
+
+def write(folder: Path, model: str, version: str, result: str, *, head: str = "", load: str = "pass") -> Path:
+    """Write a definition of a model; result: what each row gets, `n` being the orders of its user."""
+    path = folder / f"{model}_{version}.py"
+    path.write_text(
+        f"{HEAD}\nimport sys\n{head}\n"
+        f"class P:\n    def __init__(self): {load}\n"
+        f"    def predict(self, features): return [{result} for (n,) in features.matrix.tolist()]\n"
+        f'm = Model({model!r}, version={version!r}, owner="ml", features=[user_spend["orders_30d"]], predictor=P)\n'
+    )
+    return path
+
+
+class Asking:
+    """A client that asks for scores of some models all the time, on a connection that it keeps."""
+
+    def __init__(self, url: str, *models: str) -> None:
+        self.url, self.models = url, list(models)
+        self.failures: list[Any] = []
+        #: How often each version of each model has answered.
+        self.answers: Counter[tuple[str, str]] = Counter()
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._ask)
+        self._thread.start()
+
+    def _ask(self) -> None:
+        rng = random.Random(1)
+        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=30)
+        while not self._ends.is_set():
+            model, user = rng.choice(self.models), rng.choice(USERS)
+            try:
+                body = json.dumps({"user_id": user}).encode()
+                connection.request("POST", f"/v1/score/{model}", body, {"content-type": "application/json"})
+                answer = connection.getresponse()
+                got = json.loads(answer.read())
+                if answer.status != 200:
+                    self.failures.append((model, answer.status, got))
+                else:
+                    self.answers[model, got["version"]] += 1
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                self.failures.append((model, repr(error)))
+                connection.close()
+        connection.close()
+
+    def end(self) -> None:
+        self._ends.set()
+        self._thread.join()
+
+
+@contextmanager
+def asking(served: Served, *models: str) -> Iterator[Asking]:
+    """Ask all the while; no request may fail."""
+    client = Asking(served.url, *models)
+    try:
+        yield client
+    finally:
+        client.end()
+    assert client.failures == []
+
+
+def versions_of(served: Served, model: str, n: int = 1) -> dict[str, set[Any]]:
+    """What answers n times for every user: version to results."""
+    seen: dict[str, set[Any]] = {}
+    for _ in range(n):
+        for answer in served.score(model, [{"user_id": u} for u in USERS], ""):
+            seen.setdefault(answer["version"], set()).add(answer["result"])
+    return seen
+
+
+def replicas(served: Served, app: str) -> list[int]:
+    """The processes of the replicas of an app, or of those whose names begin so."""
+    lines = processes_of(shelter_of(served.directory)).items()
+    return [pid for pid, line in lines if line.startswith(f"ray::ServeReplica:{app}")]
+
+
+def everything(config: Config) -> Any:
+    registry = Registry(config.directory / "registry")
+    try:
+        return registry.generation(), registry.rollouts(), [registry.versions(m) for m in registry.models()]
+    finally:
+        registry.close()
+
+
+def test_models_and_versions_go_live_and_no_request_fails(folder: Path, config: Config, served: Served) -> None:
+    with asking(served, "churn") as client:
+        for version in ("1", "2", "3"):
+            deployed = deploy_file(config, write(folder, "fresh", version, f"{version} * n"))
+            assert versions_of(served, "fresh", 3) == {version: {float(version) * u for u in USERS}}  # at once
+            client.models.append("fresh")
+            (one,) = deployed["models"]
+            assert (one["model"], one["version"], one["as"], deployed["replicas"]) == ("fresh", version, "champion", 1)
+            assert one["url"] == f"{served.url}/v1/score/fresh"
+            assert deployed["live_s"] < 2
+            until(lambda v=version: client.answers["fresh", v] > 20, "answers of the new version")
+    assert {v for model, v in client.answers if model == "fresh"} == {"1", "2", "3"}
+    assert served.call("GET", "/readyz")[2]["models"] == ["churn", "fresh", "offer"]
+    assert "/v1/score/fresh" in served.call("GET", "/openapi.json")[2]["paths"]
+
+
+def test_a_canary_a_shadow_and_back(folder: Path, config: Config, served: Served) -> None:
+    with asking(served, "churn", "fresh"):
+        done = run(folder, "deploy", str(write(folder, "fresh", "4", "-n")), "--as", "canary", "--share", "50%")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(
+            f"fresh version 4 is live as canary on 1 replica(s): {served.url}/v1/score/fresh\n"
+        )
+        seen = versions_of(served, "fresh", 2)
+        assert seen.keys() == {"3", "4"}
+        assert len(seen["3"]) + len(seen["4"]) == len(USERS)  # each user has one of them, always the same
+        assert change_model(config, "rollback", "fresh") == "fresh: champion 3"
+        assert versions_of(served, "fresh").keys() == {"3"}
+
+        deploy_file(config, write(folder, "fresh", "5", "3 * n + (n > 29)"), as_="shadow")
+        (before,) = (m for m in describe_models(config, "fresh") if m["state"] == "shadow")
+        assert versions_of(served, "fresh").keys() == {"3"}
+
+        def seen_all() -> Any:
+            (shadow,) = (m for m in describe_models(config, "fresh") if m["state"] == "shadow")
+            return shadow["disagreement"]["compared"] >= before["disagreement"]["compared"] + len(USERS) and shadow
+
+        told = until(seen_all, "the comparison to be reported")["disagreement"]
+        assert (told["champion"], told["abs_max"], told["missed"], told["failed"]) == ("3", 1.0, 0, 0)
+        assert 0 < told["different"] < told["compared"]
+        assert all(e == {"id": {"user_id": 30}, "champion": 90.0, "shadow": 91.0} for e in told["examples"])
+        done = run(folder, "models", "fresh")
+        assert done.returncode == 0, done.stderr
+        assert "shadow of 3: " in done.stdout
+        assert '    {"user_id": 30}: 90.0 -> 91.0\n' in done.stdout
+
+        assert change_model(config, "promote", "fresh") == "fresh: champion 5"
+        assert versions_of(served, "fresh") == {"5": {3.0 * u + (u > 29) for u in USERS}}
+        assert change_model(config, "rollback", "fresh") == "fresh: champion 3, shadow 5"
+        assert versions_of(served, "fresh").keys() == {"3"}
+        assert change_model(config, "retire", "fresh", "5") == "fresh: champion 3"
+        with pytest.raises(RolloutRefused, match="it is the champion"):
+            change_model(config, "retire", "fresh", "3")
+
+
+def test_a_model_that_is_retired_is_gone(folder: Path, config: Config, served: Served) -> None:
+    deploy_file(config, write(folder, "brief", "1", "n"))
+    assert versions_of(served, "brief").keys() == {"1"}
+    assert change_model(config, "retire", "brief") == "brief: nothing is live"
+    assert served.call("POST", "/v1/score/brief", {"user_id": 1})[0] == 404
+
+
+def test_a_broken_deploy_changes_nothing(folder: Path, config: Config, served: Served) -> None:
+    with asking(served, "churn", "fresh"):
+        before = everything(config)
+        with pytest.raises(DeclarationError, match=r"^model `fresh`: predict fails on {'user_id': 0}: ZeroDiv"):
+            deploy_file(config, write(folder, "fresh", "6", "1 / n"))
+        with pytest.raises(MillpondError, match=r"^model `fresh`: predict returned the number nan, which JSON cannot"):
+            deploy_file(config, write(folder, "fresh", "7", "float('nan')"))
+        with pytest.raises(RolloutRefused):
+            deploy_file(config, write(folder, "new", "1", "n"), as_="shadow")
+        assert everything(config) == before
+        # One that the replicas cannot load, although it could be loaded here.
+        here = f"os.getpid() == {os.getpid()} or print(1 / 0)"
+        with pytest.raises(Unavailable) as failed:
+            deploy_file(config, write(folder, "fresh", "8", "n", head="import os", load=here))
+        assert (
+            failed.value.message
+            == "model `fresh` version `8` does not load: ZeroDivisionError('division by zero'); rolled back"
+        )
+        assert everything(config)[1] == before[1]
+        assert versions_of(served, "fresh").keys() == {"3"}
+
+
+def hosts(config: Config, model: str) -> dict[str | None, int]:
+    """How many requests for a model the replicas of each pool (None: of all models) have had that report now."""
+    registry = Registry(config.directory / "registry")
+    try:
+        had: Counter[str | None] = Counter()
+        for report in registry.reports().values():
+            for name, counts in report["versions"].items():
+                if name.startswith(f"{model}@") and Path(f"/proc/{report['pid']}").exists():
+                    had[report["pool"]] += counts["requests"]
+        return had
+    finally:
+        registry.close()
+
+
+def test_a_model_moves_into_a_pool_and_back_and_no_caller_notices(folder: Path, config: Config, served: Served) -> None:
+    for model in ("heavy", "heavy2"):
+        deploy_file(config, write(folder, model, "1", f"{len(model)} * n"))
+    with asking(served, "churn", "heavy", "heavy2", "fresh") as client:
+        assert change_model(config, "pool", "heavy", pool=Pool(1, 0.1)) == "heavy: champion 1, in a pool of 1"
+        until(lambda: hosts(config, "heavy")["heavy"] > 50, "the pool to answer")
+        assert versions_of(served, "heavy") == {"1": {5.0 * u for u in USERS}}
+        assert versions_of(served, "heavy2") == {"1": {6.0 * u for u in USERS}}
+        # A new version goes live there, too.
+        deploy_file(config, write(folder, "heavy", "2", "7 * n"))
+        assert versions_of(served, "heavy") == {"2": {7.0 * u for u in USERS}}
+        assert change_model(config, "pool", "heavy", pool=None) == "heavy: champion 2"
+        until(lambda: not replicas(served, "told-pool"), "the pool to end")
+        seen = sum(client.answers.values())
+        until(lambda: sum(client.answers.values()) > seen + 100, "more answers")
+        assert versions_of(served, "heavy") == {"2": {7.0 * u for u in USERS}}
+
+
+def test_after_a_replica_was_killed_all_is_live_again(folder: Path, config: Config, served: Served) -> None:
+    deploy_file(config, write(folder, "fresh", "9", "9 * n"), as_="canary", share=0.5)
+    before = {model: versions_of(served, model) for model in ("churn", "fresh", "heavy", "heavy2")}
+    (pid,) = replicas(served, "told-score")
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not Path(f"/proc/{pid}").exists(), "the end of the replica")
+
+    def answers() -> bool:
+        return all(served.call("POST", f"/v1/score/{m}", {"user_id": 1})[0] == 200 for m in before)
+
+    until(answers, "the replica to be back")
+    assert {model: versions_of(served, model) for model in before} == before
+    deploy_file(config, write(folder, "fresh", "10", "10 * n"))
+    assert versions_of(served, "fresh").keys() == {"9", "10"}
+
+
+def test_what_was_deployed_is_live_after_a_restart(folder: Path, config: Config, served: Served, up: Up) -> None:
+    models = ("churn", "fresh", "heavy", "heavy2")
+    before = {model: versions_of(served, model) for model in models}
+    up.process.terminate()
+    assert up.wait() == 0
+    with pytest.raises(MillpondError, match="no cluster `told` runs"):
+        deploy_file(config, folder / "fresh_10.py")
+    again = Up(folder, "apps.py")
+    try:
+        anew = Served(again.url, config.directory)
+        assert {model: versions_of(anew, model) for model in models} == before
+        assert anew.call("POST", "/v1/score/brief", {"user_id": 1})[0] == 404
+        assert change_model(config, "promote", "fresh") == "fresh: champion 9"
+        assert versions_of(anew, "fresh").keys() == {"9"}
+    finally:
+        again.end()
