@@ -48,8 +48,8 @@ def memory_mb(titles: Sequence[str], kind: str = "Pss") -> dict[int, float]:
 class MemorySamples(threading.Thread):
     """Takes the memory of groups of processes again and again, until `stop`.
 
-    groups: name to titles. kind: of memory, see `memory_mb`. times_s: since the first sample. mb: of each group, all its processes together.
-    processes: every process that was ever seen in a group.
+    groups: name to titles. kind: of memory, see `memory_mb`. times_s: since the first sample. mb: of each group, all
+    its processes together. processes: every process that was ever seen in a group.
     """
 
     def __init__(self, groups: Mapping[str, Sequence[str]], every_s: float, kind: str = "Pss") -> None:
