@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -124,10 +124,12 @@ class ScoreApp(App):
         check_json(request)
         body = decode_json(await request.body(self._limits.body_bytes_max))
         names, ids = self._several(body)
-        served = [self._models.served.get(name) or await self._models.find(name) for name in names]
-        fields = {name for one in served for name in one.champion.loaded.plan.key_fields}
+        found: list[Served | MillpondError | None] = [self._models.served.get(name) for name in names]
+        if None in found:
+            found = await asyncio.gather(*map(self._find, names))
+        fields = {field for name, one in zip(names, found, strict=True) for field in self._key_fields(name, one)}
         # All are asked before one is waited for: what reads the same is read together.
-        columns = await asyncio.gather(*(self._score_each(one, ids, fields, as_of_ms) for one in served))
+        columns = await asyncio.gather(*(self._score_each(one, ids, fields, as_of_ms) for one in found))
         heads = [msgspec.json.encode(name) + b":" for name in names]
         objects = [
             b"{%b}" % b",".join([head + answer for head, answer in zip(heads, row, strict=True)])
@@ -135,10 +137,27 @@ class ScoreApp(App):
         ]
         return Response(200, b"[%b]" % b",".join(objects))
 
+    async def _find(self, name: str) -> Served | MillpondError:
+        """Return a model, or why it does not load, which is no fault of the request."""
+        try:
+            return self._models.served.get(name) or await self._models.find(name)
+        except MillpondError as error:
+            if error.status < 500:
+                raise
+            return error
+
+    def _key_fields(self, name: str, found: Served | MillpondError | None) -> Iterable[str]:
+        if isinstance(found, Served):
+            return found.champion.loaded.plan.key_fields
+        return next((m.key_fields for m in self._models.entries() if m.model == name), ())
+
     async def _score_each(
-        self, served: Served, ids: list[dict[str, Any]], fields: set[str], as_of_ms: int | None
+        self, served: Served | MillpondError | None, ids: list[dict[str, Any]], fields: set[str], as_of_ms: int | None
     ) -> list[bytes]:
         """Return a model's answer for each id, which has the key `fields` of all models; where it fails, its error."""
+        if not isinstance(served, Served):
+            assert served is not None
+            return _told(served, len(ids))
         plan = served.champion.loaded.plan
         if len(plan.key_fields) != len(fields):
             # Its own fields, and those that are no model's, to be refused.
@@ -149,8 +168,7 @@ class ScoreApp(App):
         except MillpondError as error:
             if error.status < 500 and not isinstance(error, TooMany):
                 raise
-            told = {**error.as_json()["error"], "status": error.status}
-            return [msgspec.json.encode({"error": told})] * len(ids)
+            return _told(error, len(ids))
         return [self._answers.one(lane, scored, row) for lane, scored, row in answered]
 
     def _several(self, body: Any) -> tuple[list[str], list[dict[str, Any]]]:
@@ -248,6 +266,11 @@ def _base_url(request: Request) -> str:
     if not _HOST.fullmatch(host):
         return "http://127.0.0.1"
     return f"{'https' if request.scope.get('scheme') == 'https' else 'http'}://{host}"
+
+
+def _told(error: MillpondError, n: int) -> list[bytes]:
+    """Return what stands in place of each of n answers of a model that fails."""
+    return [msgspec.json.encode({"error": {**error.as_json()["error"], "status": error.status}})] * n
 
 
 def check_json(request: Request) -> None:

@@ -217,7 +217,8 @@ def score_application(spec: ServingSpec) -> Any:
 
 def pool_application(spec: ServingSpec, model: str, pool: Pool) -> Any:
     """Return the Serve application that scores one model in replicas of its own."""
-    options: dict[str, Any] = {"ray_actor_options": {"num_cpus": pool.cpus}}
+    # With the same version, replicas stay when nothing but the app's route changes.
+    options: dict[str, Any] = {"ray_actor_options": {"num_cpus": pool.cpus}, "version": "1", "_internal": True}
     if pool.pip:
         options["ray_actor_options"]["runtime_env"] = {"pip": list(pool.pip)}
     if pool.replicas_max is None:

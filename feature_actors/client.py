@@ -211,10 +211,16 @@ class FeatureClient:
     def read_now(
         self, plan: ReadPlan, keys: Mapping[str, Sequence[Any]], n: int, as_of_ms: int | None = None
     ) -> FeatureRows | None:
-        """Read as `read` does, but without waiting: return None if one has to wait for an answer."""
+        """Read as `read` does, but without waiting: return None if one has to wait for an answer.
+
+        Only for the thread that the read port belongs to: the event loop's.
+        """
         if not n:
             return plan.no_rows()
-        answer = self._read.read_now(self._question(plan, keys, n, as_of_ms))
+        if n == 1 and as_of_ms is None and plan.is_of_words:
+            answer = self._read.read_now(plan.question_of_word(keys, self._clock.now_ms()))
+        else:
+            answer = self._read.read_now(self._question(plan, keys, n, as_of_ms))
         return None if answer is None else plan.rows(answer)
 
     def plan_set(self, plans: Sequence[ReadPlan]) -> PlanSet:

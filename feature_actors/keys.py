@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-__all__ = ["KEY_HASH_VERSION", "Hashes", "hash_columns", "hash_keys", "hash_values", "slots_of"]
+__all__ = ["KEY_HASH_VERSION", "Hashes", "hash_columns", "hash_keys", "hash_values", "hash_word", "slots_of"]
 
 KEY_HASH_VERSION = 1
 
@@ -191,17 +191,16 @@ def hash_words(words: Any) -> Any:
 
 
 @nb.njit(cache=True, nogil=True)
-def hash_word(word: Any) -> Any:
-    """Hash one key of one word, int64."""
+def hash_word(word: Any, out: Any) -> None:
+    """Hash one key of one word, int64, into `out`, int64 [1, 1, 2]."""
     words = np.empty((1, 1), np.uint64)
     words[0, 0] = np.uint64(word)
-    return hash_words(words)
+    hashes = hash_words(words)
+    out[0, 0, 0], out[0, 0, 1] = np.int64(hashes[0, 0]), np.int64(hashes[0, 1])
 
 
 def hash_values(columns: Sequence[Sequence[int] | Sequence[str]], n: int) -> Hashes:
     """Hash n keys given as Python columns, without the detour through Arrow (a score asks for few)."""
-    if n == 1 and len(columns) == 1 and type(word := columns[0][0]) is int:
-        return hash_word(word)  # type: ignore[no-any-return]
     if not any(isinstance(column[0], str) for column in columns):
         return hash_words(np.array(columns, np.int64).view(np.uint64))  # type: ignore[no-any-return]
     state = begin(n, _KEY_LO, _KEY_HI)

@@ -56,7 +56,7 @@ class PlanSet:
     """Plans of one layout whose ids are one int64 field, and which read no strings: the others are not taken in."""
 
     def __init__(self, plans: Sequence[ReadPlan], n_slots: int) -> None:
-        taken = [p for p in plans if list(p.key_fields.values()) == ["int64"] and not p.program.texts]
+        taken = [p for p in plans if p.is_of_words and not p.program.texts]
         #: The number of each plan in the set.
         self.numbers: dict[ReadPlan, int] = {plan: number for number, plan in enumerate(taken)}
         if not taken:

@@ -152,7 +152,7 @@ class LoadedModel:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a model that calls `exit`, or a library in Rust that panics, ends nobody else
-            if reader is not None and error is reader.failure:  # a shard is to blame, not the model
+            if reader is not None and error is reader.failure:  # not the model is to blame
                 raise
             # Its text may hold paths or values that are not the client's to see.
             name = type(error).__name__

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from millpond.feature_actors.errors import DeclarationError, Unavailable
+from millpond.feature_actors.errors import AsOfInPast, DeclarationError, MillpondError, Unavailable
 from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.feature_actors.view import Feature
@@ -51,15 +51,15 @@ class FeatureReader:
         self._reads = reads
         self._read = read
         self._as_of_ms = as_of_ms
-        #: Why the last read found no answer: a shard's failure, not the model's.
-        self.failure: Unavailable | None = None
+        #: Why the last read found no answer: the fault of a shard or of the request, not the model's.
+        self.failure: MillpondError | None = None
 
     def read(self, features: Sequence[Feature], keys: Mapping[str, Sequence[Any]]) -> Features:
         """Return features of n ids.
 
         features: among the model's `reads`. keys: for each key field of their views n values, int64 or strings.
         Raises `BadRequest` if a key is missing or of another type, `DeclarationError` if a feature was not declared,
-        `Unavailable` if a shard cannot be read.
+        `Unavailable` if a shard cannot be read, `AsOfInPast` if these features cannot be had as of the request's time.
         """
         if self._read is None:
             raise DeclarationError(f"{self._reads.subject}: nothing to read with; this prediction is from rows alone")
@@ -75,7 +75,7 @@ class FeatureReader:
         checked = plan.key_columns(ids, batch=True)
         try:
             rows = self._read(plan, checked, n, self._as_of_ms)
-        except Unavailable as error:
+        except (Unavailable, AsOfInPast) as error:
             self.failure = error
             raise
         return Features(rows.matrix, plan.names, rows.texts, checked)

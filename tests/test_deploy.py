@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from millpond.deployments import host as host_module
 from millpond.deployments.host import ModelHost
 from millpond.feature_actors.errors import BadRequest, DeclarationError, MillpondError, NotFound, Unavailable
 from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.tiles.memory import started_ticks
 from millpond.models.definition import Definition
 from millpond.models.registry import Registry, VersionExists
 from millpond.models.rollout import RolloutRefused
@@ -352,6 +354,20 @@ def test_a_report_from_before_does_not_say_that_a_version_fails(
 
         monkeypatch.setattr(registry, "reports", stale)
         assert wait_until_live(registry, registry.generation(), [one]) == 1
+
+
+def test_a_version_may_load_nowhere_but_in_its_pool(registry: Registry) -> None:
+    version = version_in(registry, definition("churn", "1", pool="Pool()"))
+    generation = registry.deploy([version])
+    pid = os.getpid()
+    alive = {"pid": pid, "started_ticks": started_ticks(pid), "generation": generation, "failed": {}}
+    failed = {"churn@1": "no module named lightgbm"}
+    registry.report("one", {**alive, "pool": None, "failed": failed})
+    registry.report("churn-one", {**alive, "pool": "churn"})
+    assert wait_until_live(registry, generation, [version]) == 2
+    registry.report("churn-one", {**alive, "pool": "churn", "failed": failed})
+    with pytest.raises(Unavailable, match="no module named lightgbm"):
+        wait_until_live(registry, generation, [version])
 
 
 # -- the commands

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
-from apps import NOW, user_spend
+from apps import NOW, make_world, purchases, user_spend
 from hypothesis import given
 from hypothesis import strategies as st
 from lanes import (
@@ -32,7 +32,9 @@ from lanes import (
 
 from millpond.deployments.lane import Lane, LaneLimits, ModelBusy, PredictTimeout
 from millpond.deployments.turns import Turns
+from millpond.feature_actors import Count, FeatureView
 from millpond.feature_actors.errors import AsOfInPast, Unavailable
+from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.plan import FeatureRows
 from millpond.models.model import PredictionFailed
 
@@ -630,6 +632,29 @@ def test_the_second_stage_is_as_of_the_request(shards: Any) -> None:
             lane = lane_of(Ages(), client_over(shards)[0], predict_s=predict_s, reads=[user_spend["recency_s"]])
             for as_of_ms in (None, NOW + 5_000):
                 assert await results(ask(lane, 5, as_of_ms=as_of_ms)) == [0.0]
+
+    run(story)
+
+
+@pytest.mark.parametrize("predict_s", [0.0, SLOW_S], ids=["inline", "threads"])
+def test_a_time_that_the_second_stage_cannot_be_read_as_of_is_not_the_models_fault(predict_s: float) -> None:
+    exact = FeatureView(
+        "exact", owner="tests", source=purchases, key=["user_id"], features={"orders": Count(window="30d", exact=True)}
+    )
+
+    class Again:
+        def predict(self, features: Any, reader: Any) -> Any:
+            return reader.read([user_spend["orders_30d"]], features.keys).matrix[:, 0]
+
+    async def story() -> None:
+        world = make_world([], layout=compile_layout([], [exact, user_spend]))
+        lane = lane_of(
+            Again(), world.client, predict_s=predict_s, features=list(exact), reads=[user_spend["orders_30d"]]
+        )
+        with pytest.raises(AsOfInPast):
+            await ask(lane, 1, as_of_ms=NOW - 1_000)
+        assert counts(lane)["failed"] == 0
+        assert await results(ask(lane, 1, as_of_ms=NOW)) == [0.0]
 
     run(story)
 

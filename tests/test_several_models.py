@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from apps import NOW, World, call, churn, make_world, model, offer, purchase, user_spend
+from lanes import client_over, definition, run, shards_with_spend, version_in
 
-from millpond.deployments.score import ScoreLimits
+from millpond.deployments.host import ModelHost
+from millpond.deployments.score import ScoreApp, ScoreLimits
+from millpond.models.registry import Registry
 
 
 class Broken:
@@ -69,6 +73,31 @@ def test_a_broken_model_breaks_only_itself(world: World) -> None:
         )
     (alone,) = ask(world, ["poisoned"], [{"user_id": 1}]).json
     assert alone["poisoned"]["result"] == 1.0
+
+
+def test_a_model_that_does_not_load_breaks_only_itself(tmp_path: Path) -> None:
+    registry, client = Registry(tmp_path / "registry"), client_over(shards_with_spend())[0]
+    for made in (definition("well", "1"), definition("ill", "1", load="raise ValueError")):
+        registry.deploy([version_in(registry, made)])
+    host = ModelHost(registry, client, "replica")
+    app = ScoreApp(client, host, make_world().score._status, ScoreLimits(), "", "test")
+
+    async def start() -> None:
+        await host.start()
+
+    run(start)
+    body = {"models": ["ill", "well"], "ids": [{"user_id": 1}, {"user_id": 2}]}
+    answers = call(app, "POST", "/v1/score", body, "application/json").json
+    alone = call(app, "POST", "/v1/score/ill", {"user_id": 1}, "application/json")
+    for answer in answers:
+        assert answer["well"]["result"] == "1"
+        assert answer["ill"] == {"error": {**alone.error, "status": alone.status}}
+    assert (alone.status, alone.error["code"]) == (503, "model_broken")
+    only = call(app, "POST", "/v1/score", {"models": ["ill"], "ids": [{"user_id": 1}]}, "application/json").json
+    assert only == [{"ill": answers[0]["ill"]}]
+    wrong = call(app, "POST", "/v1/score", {**body, "ids": [{"user_id": 1, "book_id": "x"}]}, "application/json")
+    assert wrong.error["path"] == "$.ids[0].book_id"
+    registry.close()
 
 
 @pytest.mark.parametrize(
