@@ -25,6 +25,7 @@ from processes import processes_of, shelter_of
 from served_contract import START, Served
 from terminal import Up, run, until
 
+from millpond.cluster import deploy as deploy_module
 from millpond.cluster.config import Config
 from millpond.cluster.model_commands import change_model, deploy_file, describe_models
 from millpond.feature_actors.errors import DeclarationError, MillpondError, Unavailable
@@ -107,6 +108,9 @@ class Asking:
                 self.failures.append((model, repr(error)))
                 connection.close()
         connection.close()
+
+    def answered(self, model: str) -> int:
+        return sum(n for (name, _), n in list(self.answers.items()) if name == model)
 
     def end(self) -> None:
         self._ends.set()
@@ -245,10 +249,18 @@ def hosts(config: Config, model: str) -> dict[str | None, int]:
         registry.close()
 
 
-def test_a_model_moves_into_a_pool_and_back_and_no_caller_notices(folder: Path, config: Config, served: Served) -> None:
+def test_a_model_moves_into_a_pool_and_back_and_no_caller_notices(
+    folder: Path, config: Config, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for model in ("heavy", "heavy2"):
         deploy_file(config, write(folder, model, "1", f"{len(model)} * n"))
     with asking(served, "churn", "heavy", "heavy2", "fresh") as client:
+        # A pool that cannot start: nobody waits for it but who has asked for it.
+        with monkeypatch.context() as impatient:
+            impatient.setattr(deploy_module, "_POOL_S_MAX", 1.0)
+            with pytest.raises(Unavailable, match=r"the pools \['heavy2'\] have not started"):
+                change_model(config, "pool", "heavy2", pool=Pool(1, 1_000.0))
+
         assert change_model(config, "pool", "heavy", pool=Pool(1, 0.1)) == "heavy: champion 1, in a pool of 1"
         until(lambda: hosts(config, "heavy")["heavy"] > 50, "the pool to answer")
         assert versions_of(served, "heavy") == {"1": {5.0 * u for u in USERS}}
@@ -256,10 +268,13 @@ def test_a_model_moves_into_a_pool_and_back_and_no_caller_notices(folder: Path, 
         # A new version goes live there, too.
         deploy_file(config, write(folder, "heavy", "2", "7 * n"))
         assert versions_of(served, "heavy") == {"2": {7.0 * u for u in USERS}}
-        assert change_model(config, "pool", "heavy", pool=None) == "heavy: champion 2"
-        until(lambda: not replicas(served, "told-pool"), "the pool to end")
-        seen = sum(client.answers.values())
-        until(lambda: sum(client.answers.values()) > seen + 100, "more answers")
+        assert len(replicas(served, "told-pool-heavy:")) == 1
+        for model in ("heavy", "heavy2"):
+            assert change_model(config, "pool", model, pool=None).startswith(f"{model}: champion ")
+        until(lambda: not replicas(served, "told-pool"), "the pools to end")
+        for model in ("heavy", "heavy2"):
+            seen = client.answered(model)
+            until(lambda m=model, n=seen: client.answered(m) > n + 20, "more answers")
         assert versions_of(served, "heavy") == {"2": {7.0 * u for u in USERS}}
 
 
