@@ -59,7 +59,7 @@ __all__ = [
 
 _CALLS, _CALLS_S_MAX = 9, 1.0
 #: A replica polls ten times a second; a load takes what it takes. The replicas of a pool may have to be installed.
-_LIVE_S_MAX, _POOL_S_MAX = 30.0, 600.0
+_LIVE_S_MAX, _POOL_S_MAX = 90.0, 600.0
 _POLL_S = 0.01
 
 
@@ -162,7 +162,9 @@ def _load(model: Model, layout: Layout, artifacts_dir: Path) -> LoadedModel:
         return LoadedModel(model, layout, artifacts_dir)
     except MillpondError:
         raise
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # such as an exit, or the panic of a library
         raise DeclarationError(
             f"model `{model.name}`: its predictor does not load: {type(error).__name__}: {error}"
         ) from error
@@ -246,28 +248,32 @@ def publish(
 
 
 def wait_until_live(registry: Registry, generation: int, versions: Sequence[Version] = ()) -> int:
-    """Return how many replicas have a generation, when all that live have.
+    """Return how many replicas have a generation, and have loaded what it has of `versions`, when all that live have.
 
     Raises `Unavailable` if one does not have it in time, or cannot load one of `versions`.
     """
     pools = {v.model for v in versions} & {name for name, r in registry.rollouts().items() if r.pool is not None}
+    concerned = {v.model for v in versions}
     begun = time.monotonic()
     while True:
         reports = {name: one for name, one in registry.reports().items() if is_alive(one)}
-        for one in (one for one in reports.values() if one["generation"] >= generation):
+        behind = []
+        for name, one in reports.items():
+            if one["generation"] < generation or (concerned & set(one["loading"])):
+                behind.append(name)
+                continue
             for version in versions:
                 if version.model in pools and one["pool"] != version.model:
                     continue  # which may not have what its pool installs, and goes on with what it had
                 if (why := one["failed"].get(f"{version.model}@{version.version}")) is not None:
                     raise Unavailable(why, code="model_broken")
-        behind = sorted(name for name, one in reports.items() if one["generation"] < generation)
         hosted = {one["pool"] for one in reports.values()}
         missing = sorted(pools - hosted)
         if reports and not behind and not missing:
             return len(reports)
         limit_s = _POOL_S_MAX if missing else _LIVE_S_MAX
         if time.monotonic() - begun > limit_s:
-            what = f"the pools {missing} have not started" if missing else f"replicas {behind} are behind"
+            what = f"the pools {missing} have not started" if missing else f"replicas {sorted(behind)} are behind"
             raise Unavailable(f"generation {generation} of the registry is not live after {limit_s:g} s: {what}")
         time.sleep(_POLL_S)
 

@@ -123,6 +123,7 @@ def change_model(
 ) -> str:
     """Promote, roll back, retire a model or move it to a pool; return what is live then, when every replica has it."""
     with open_registry(config) as registry:
+        before = registry.rollouts()
         if change == "promote":
             generation = registry.promote(model, version)
         elif change == "rollback":
@@ -133,11 +134,15 @@ def change_model(
             assert change == "pool"
             generation = registry.set_pool(model, pool)
         rollout = registry.rollouts().get(model)
-        live = (
-            [] if rollout is None else [v for v in (rollout.champion, rollout.canary, rollout.shadow) if v is not None]
-        )
+        live = [] if rollout is None else rollout.versions
         if running(config.directory) is not None:
-            wait_until_live(registry, generation, live)
+            try:
+                wait_until_live(registry, generation, live)
+            except MillpondError as error:
+                if change not in ("promote", "pool"):
+                    raise
+                done = roll_back(registry, before, live[:1])
+                raise Unavailable(f"{error.message}; {done}", code=error.code) from error
     if rollout is None:
         return f"{model}: nothing is live"
     roles = [f"champion {rollout.champion.version}"] if rollout.champion else []

@@ -16,9 +16,9 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from millpond.deployments.lane import Lane, LaneLimits
@@ -43,7 +43,10 @@ POLL_S = 0.1
 _REPORT_S = 1.0
 #: How often a version is tried again that the registry could not give.
 _AGAIN_S = 5.0
-_LOADS_AT_ONCE = 2
+_LOADS_AT_ONCE = 8
+_LOAD_S_MAX = 60.0
+#: So many changes that came together are followed each by itself.
+_TASKS_MAX = 32
 _PREDICT_THREADS_MAX = 64
 #: What a model takes besides what was measured: a plan, a lane.
 _MODEL_BYTES = 65_536
@@ -101,6 +104,8 @@ class ModelHost(Models):
         self._unread: set[Id] = set()
         self._followed_s = 0.0
         self._finding: dict[str, asyncio.Task[None]] = {}
+        #: The changes that are under way, with the models that they are of.
+        self._bringing: dict[asyncio.Task[None], list[str]] = {}
         self._reported: dict[str, Any] | None = None
         self._reported_s = 0.0
 
@@ -130,6 +135,7 @@ class ModelHost(Models):
     async def start(self) -> None:
         """Load what is live, as far as it fits in memory."""
         await self._follow_change()
+        await asyncio.gather(*self._bringing)
         try:
             await self._report()
         except MillpondError:  # as on a full disk, on which scores are answered all the same
@@ -162,38 +168,50 @@ class ModelHost(Models):
         self._failed = {i: why for i, why in self._failed.items() if i in live}
         mine = [r for r in changed if r.model in self.served or self._is_mine(r)]
         mine.sort(key=lambda r: r.model not in self.served)
-        await self._bring(mine)
+        at_once = [r for r in mine if all(_id(v) in self._loaded for v in r.versions)]
+        await self._bring(at_once)
         self.served = {name: served for name, served in self.served.items() if name in rollouts}
         self._forget_unused()
+        # What has to be loaded holds up nothing else: each model by itself, unless they are many.
+        loads = self._fitting(r for r in mine if r not in at_once)
+        for group in [[r] for r in loads] if len(loads) <= _TASKS_MAX else [loads]:
+            task = asyncio.create_task(self._bring(group))
+            self._bringing[task] = [r.model for r in group]
+            task.add_done_callback(self._brought)
         self._generation, self._followed_s = generation, time.monotonic()
+
+    def _brought(self, task: asyncio.Task[None]) -> None:
+        del self._bringing[task]
+        self._reported_s = 0.0
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a change of the registry cannot be followed", exc_info=error)
 
     def _is_mine(self, rollout: Rollout) -> bool:
         return rollout.model == self._pool if self._pool is not None else rollout.pool is None
 
-    async def _bring(self, rollouts: Iterable[Rollout], *, asked: bool = False) -> None:
-        """Load what rollouts need and have it answer from then on.
-
-        What does not fit in memory stays out, unless it is asked for or answers already: then others go.
-        """
-        used, brought = self.memory_bytes, []
+    def _fitting(self, rollouts: Iterable[Rollout]) -> list[Rollout]:
+        """Return those that fit in memory besides what is there, or that answer already: then others go."""
+        used, fitting = self.memory_bytes, []
         for rollout in rollouts:
-            missing = [v for v in rollout.versions if _id(v) not in self._loaded]
-            used += sum(map(_bytes, missing))
-            if asked or rollout.model in self.served or used <= self._limits.memory_bytes_max:
-                brought.append((rollout, missing))
-            else:
-                used -= sum(map(_bytes, missing))
-        await asyncio.gather(*(self._load(version) for _, missing in brought for version in missing))
+            more = sum(_bytes(v) for v in rollout.versions if _id(v) not in self._loaded)
+            if rollout.model in self.served or used + more <= self._limits.memory_bytes_max:
+                used += more
+                fitting.append(rollout)
+        return fitting
+
+    async def _bring(self, rollouts: Sequence[Rollout], *, asked: bool = False) -> None:
+        """Load what rollouts need and have it answer from then on. asked: they have to fit, whatever else has to go."""
+        missing = [v for rollout in rollouts for v in rollout.versions if _id(v) not in self._loaded]
+        await asyncio.gather(*map(self._load, missing))
         served = dict(self.served)
-        for rollout, _ in brought:
+        for rollout in rollouts:
             # If it has changed once more meanwhile, whoever saw that brings it.
             if self._rollouts.get(rollout.model) == rollout and (one := self._serve(rollout)) is not None:
                 served[rollout.model] = one
         self.served = served
-        self._evict({rollout.model for rollout, _ in brought} if asked else set())
+        self._evict({rollout.model for rollout in rollouts} if asked else set())
         plans = [one.lane.loaded.plan for one in self._loaded.values()]
-        loop = asyncio.get_running_loop()
-        self._turns.plans = await loop.run_in_executor(self._loads, self._client.plan_set, plans)
+        self._turns.plans = await self._ask(lambda: self._client.plan_set(plans))
 
     def _serve(self, rollout: Rollout) -> Served | None:
         """Return a rollout as far as its versions are loaded; None if its champion is not."""
@@ -228,7 +246,11 @@ class ModelHost(Models):
         loaded: LoadedModel | BaseException
         try:
             definition = await loop.run_in_executor(self._loads, self._registry.definition, version)
-            loaded = await loop.run_in_executor(self._loads, self._load_now, definition, version)
+            loading = loop.run_in_executor(self._loads, self._load_now, definition, version)
+            # Its thread is lost if it hangs, but not who follows the registry.
+            loaded = await asyncio.wait_for(asyncio.shield(loading), _LOAD_S_MAX)
+        except TimeoutError:
+            loaded = Unavailable(f"it takes longer than {_LOAD_S_MAX:g} s")
         except Exception as error:
             loaded = error
         if isinstance(loaded, BaseException):
@@ -318,12 +340,13 @@ class ModelHost(Models):
             "started_ticks": started_ticks(os.getpid()),
             "pool": self._pool,
             "generation": self._generation,
+            "loading": sorted({model for models in self._bringing.values() for model in models}),
             "at_ms": time.time_ns() // 1_000_000,
             "memory_bytes": self.memory_bytes,
             "failed": {f"{model}@{version}": why for (model, version), why in self._failed.items()},
             "versions": {
                 f"{model}@{version}": {
-                    **asdict(one.lane.counts),
+                    **one.lane.counts.as_json(),
                     "call_us": round(one.lane.call_s * 1e6, 1),
                     "in_threads": one.lane.in_threads,
                 }

@@ -36,10 +36,9 @@ logger = logging.getLogger("millpond.lane")
 
 #: A call of `predict` with few rows that takes longer is slow.
 INLINE_S_MAX = 0.0005
-#: How many of the last calls tell whether a model is slow: most of them.
+#: So many of the last calls tell whether a model is slow: most of them, or two and all together.
 _CALLS = 9
-_ALL_CALLS = (1 << _CALLS) - 1
-#: Rows up to which a call is taken to cost the same; one with more may take as much longer as it has more.
+#: Rows up to which a call is taken to cost the same.
 _FEW_ROWS = 32
 #: A prediction of many rows that is expected to take longer than this runs in a thread, whatever the model.
 _LOOP_S_MAX = 0.005
@@ -83,6 +82,9 @@ class LaneCounts:
     failed: int = 0
     timeouts: int = 0
     refused: int = 0
+
+    def as_json(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
 @dataclass(slots=True)
@@ -167,8 +169,8 @@ class Lane:
         self._client = client
         self._threads = threads
         self._limits = limits
-        #: A bit for each of the last calls: whether it was slow.
-        self._slow_calls = _ALL_CALLS if predict_s > INLINE_S_MAX else 0
+        #: What the last calls with few rows took.
+        self._last_s: deque[float] = deque([predict_s] * _CALLS, _CALLS)
         self._row_s = 0.0
         self.call_s = predict_s
         self.in_threads = predict_s > INLINE_S_MAX
@@ -416,22 +418,29 @@ class Lane:
         """Learn from a call how long the model takes, and where it is to be called."""
         counts = self.counts
         counts.calls += 1
-        if n > _FEW_ROWS:
+        if n > _FEW_ROWS:  # what many rows take tells nothing of a call with few
             row_s = seconds / n
             self._row_s = row_s if self._row_s == 0 else self._row_s + 0.2 * (row_s - self._row_s)
-        else:
-            self.call_s += 0.2 * (seconds - self.call_s)
-        slow = seconds > INLINE_S_MAX * max(1.0, n / _FEW_ROWS)
-        self._slow_calls = calls = (self._slow_calls << 1 | slow) & _ALL_CALLS
+            return
+        self.call_s += 0.2 * (seconds - self.call_s)
+        self._last_s.append(seconds)
         if self.in_threads:
-            if calls == 0 and not self._reads_wait:
+            if max(self._last_s) <= INLINE_S_MAX and not self._reads_wait:
                 self.in_threads = False
                 logger.info("%s: quick again, called on the event loop", self.loaded.model.subject)
-        elif slow and calls.bit_count() > _CALLS // 2:
+        elif seconds > INLINE_S_MAX and self._is_slow():
             self.in_threads = True
             logger.warning(
                 "%s: predict takes %.1f ms, called in a thread", self.loaded.model.subject, self.call_s * 1_000
             )
+
+    def _is_slow(self) -> bool:
+        """Return whether most of the last calls were slow; or some, and long enough to make all slow on average.
+
+        One may have been the machine's fault.
+        """
+        slow = sum(one > INLINE_S_MAX for one in self._last_s)
+        return slow > _CALLS // 2 or (slow > 1 and sum(self._last_s) > _CALLS * INLINE_S_MAX)
 
 
 def _label(model: str, version: str) -> bytes:

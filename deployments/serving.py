@@ -226,9 +226,7 @@ def pool_application(spec: ServingSpec, model: str, pool: Pool) -> Any:
     else:
         options["num_replicas"] = None
         options["autoscaling_config"] = {"min_replicas": pool.replicas, "max_replicas": pool.replicas_max}
-    of_pool = deployment(ScoreReplica, "Pool", spec).options(**options)
-    # Of one version, so that its replicas go on when it gets its route; Serve gives each a new one otherwise.
-    return of_pool.options(_internal=True, version="1").bind(spec, model)
+    return deployment(ScoreReplica, "Pool", spec).options(**options).bind(spec, model)
 
 
 def custom_application(spec: ServingSpec, definition: Definition, declared: Deployment) -> Any:

@@ -360,7 +360,7 @@ def test_a_version_may_load_nowhere_but_in_its_pool(registry: Registry) -> None:
     version = version_in(registry, definition("churn", "1", pool="Pool()"))
     generation = registry.deploy([version])
     pid = os.getpid()
-    alive = {"pid": pid, "started_ticks": started_ticks(pid), "generation": generation, "failed": {}}
+    alive = {"pid": pid, "started_ticks": started_ticks(pid), "generation": generation, "loading": [], "failed": {}}
     failed = {"churn@1": "no module named lightgbm"}
     registry.report("one", {**alive, "pool": None, "failed": failed})
     registry.report("churn-one", {**alive, "pool": "churn"})

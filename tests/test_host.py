@@ -60,11 +60,21 @@ async def following(host: ModelHost) -> AsyncIterator[ModelHost]:
 
 
 async def live(host: ModelHost, generation: int) -> None:
-    """Wait until the host has reported a generation."""
+    """Wait until the host has reported a generation, with all that it loads for it."""
 
     def reported() -> bool:
         report = host._registry.reports().get(host._replica)
-        return report is not None and report["generation"] >= generation
+        return report is not None and report["generation"] >= generation and not report["loading"]
+
+    await until(reported, f"generation {generation}")
+
+
+async def live_but(loading: str, host: ModelHost, generation: int) -> None:
+    """Wait until the host has reported a generation, with all that it loads for it but one model."""
+
+    def reported() -> bool:
+        report = host._registry.reports().get(host._replica)
+        return report is not None and report["generation"] >= generation and report["loading"] == [loading]
 
     await until(reported, f"generation {generation}")
 
@@ -120,14 +130,19 @@ def test_while_a_version_loads_the_old_one_answers_and_the_loop_goes_on(registry
         registry.deploy([version_in(registry, definition("offer", "1"))])
         HOLDS["churn@2"] = held = Held()
         async with following(host_of(registry, shards)) as host:
-            generation = registry.deploy([version_in(registry, definition("churn", "2"))])
+            registry.deploy([version_in(registry, definition("churn", "2"))])
             await held.has_begun()
             for _ in range(50):
                 assert await score(host, "churn") == ("1", "1")
                 assert await score(host, "offer") == ("1", "1")
-            assert host.report()["generation"] < generation
+            assert host.report()["loading"] == ["churn"]
+            # Nothing else waits for it.
+            await live_but("churn", host, registry.deploy([version_in(registry, definition("offer", "2"))]))
+            assert (await score(host, "offer"))[0] == "2"
+            await live_but("churn", host, registry.rollback("offer"))
+            assert (await score(host, "offer"), await score(host, "churn")) == (("1", "1"), ("1", "1"))
             held.go.set()
-            await live(host, generation)
+            await live(host, registry.generation())
             assert await score(host, "churn") == ("2", "2")
 
     run(story)

@@ -1,5 +1,6 @@
-"""Every scenario of `millpond bench` that needs a cluster runs in its tiny version, all of its invariants hold, and it
-reports every figure that it names. Nothing here asks how fast anything is."""
+"""Scenarios of `millpond bench` run in their tiny versions, all of their invariants hold, and they report every figure
+that they name. Nothing here asks how fast anything is. (`mixed` is soak without its memory and `scale-users` score with
+other tables: the suite has ten minutes.)"""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ NOT_MEASURED: dict[str, set[str]] = {"soak": {"measured_seconds", "rounds"}}
 MEANINGS = {"score": score, "mixed": mixed, "scale-users": users, "scale-models": models, "soak": soak}
 
 
-@pytest.mark.parametrize("scenario", MEANINGS)
+@pytest.mark.parametrize("scenario", ["score", "scale-models", "soak"])
 def test_quick_run_holds_its_invariants_and_reports_every_figure(scenario: str, tmp_path: Path) -> None:
     recorded = HISTORY.read_bytes()
     page = tmp_path / "page.html"
