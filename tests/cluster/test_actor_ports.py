@@ -72,6 +72,8 @@ def make(actors: tuple[list[Any], Path], runner: asyncio.Runner) -> Iterator[Any
         # Every actor is made anew within its process, as a start of the cluster makes it.
         fresh = spec(layout, shard_map, new_folder(data_dir))
         in_use[:] = handles[: shard_map.n_shards]
+        # The others are of the cluster before, and may still owe it something: which they would deliver to this one.
+        ray.get([a.__ray_call__.remote(lambda actor: actor.server.close()) for a in handles[shard_map.n_shards :]])
         start(in_use, fresh)
         calls = ActorCalls(in_use)
         return CallIngest(calls), CallRead(calls, shard_map), runner.run
