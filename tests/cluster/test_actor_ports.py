@@ -68,12 +68,17 @@ def make(actors: tuple[list[Any], Path], runner: asyncio.Runner) -> Iterator[Any
     handles, data_dir = actors
     in_use: list[Any] = []
 
+    def close(actor: Any) -> None:
+        if hasattr(actor, "server"):
+            actor.server.close()
+            del actor.server
+
     def make(layout: Layout, shard_map: ShardMap) -> tuple[IngestPort, ReadPort, Run]:
         # Every actor is made anew within its process, as a start of the cluster makes it.
         fresh = spec(layout, shard_map, new_folder(data_dir))
         in_use[:] = handles[: shard_map.n_shards]
         # The others are of the cluster before, and may still owe it something: which they would deliver to this one.
-        ray.get([a.__ray_call__.remote(lambda actor: actor.server.close()) for a in handles[shard_map.n_shards :]])
+        ray.get([a.__ray_call__.remote(close) for a in handles[shard_map.n_shards :]])
         start(in_use, fresh)
         calls = ActorCalls(in_use)
         return CallIngest(calls), CallRead(calls, shard_map), runner.run
@@ -94,7 +99,8 @@ def start(handles: list[Any], fresh: Any) -> None:
     import ray
 
     def anew(actor: Any, number: int) -> None:
-        actor.server.close()
+        if hasattr(actor, "server"):
+            actor.server.close()
         actor.__init__(fresh, number)
 
     ray.get([a.__ray_call__.remote(anew, i) for i, a in enumerate(handles)])
