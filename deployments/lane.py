@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from millpond.deployments.stopwatch import Stopwatch
 from millpond.deployments.turns import Turns
 from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.errors import MillpondError, TooMany, Unavailable
@@ -169,6 +170,8 @@ class Lane:
         self._client = client
         self._threads = threads
         self._limits = limits
+        #: So many calls on the event loop are still timed precisely.
+        self._precise_calls = 0
         #: What the last calls with few rows took.
         self._last_s: deque[float] = deque([predict_s] * _CALLS, _CALLS)
         self._row_s = 0.0
@@ -310,11 +313,11 @@ class Lane:
         # Until it has been seen what a row takes, one may take as long as a call.
         if self.in_threads or (self._row_s or self.call_s) * batch.n > _LOOP_S_MAX:
             return self._predict_in_thread(batch, rows)
-        begun = time.perf_counter()
+        watch = Stopwatch(precise=self._precise_calls > 0)
         try:
             results = self.loaded.predict(rows, batch.keys, self._read_here, batch.asks[0].as_of_ms)
         finally:
-            self._note(time.perf_counter() - begun, batch.n)
+            self._note_inline(watch, batch.n)
         return self._answer(batch, rows, results)
 
     def _predict_in_thread(self, batch: Batch, rows: FeatureRows) -> None:
@@ -325,11 +328,11 @@ class Lane:
             return asyncio.run_coroutine_threadsafe(self._client.read(plan, keys, n, as_of_ms), loop).result()
 
         def predict() -> tuple[list[Any] | Exception, float]:
-            begun = time.perf_counter()
+            watch = Stopwatch(precise=True)
             try:
-                return self.loaded.predict(rows, batch.keys, read, batch.asks[0].as_of_ms), time.perf_counter() - begun
+                return self.loaded.predict(rows, batch.keys, read, batch.asks[0].as_of_ms), watch.seconds
             except Exception as error:
-                return error, time.perf_counter() - begun
+                return error, watch.seconds
 
         def returned(done: asyncio.Future[tuple[list[Any] | Exception, float]]) -> None:
             self._running = None
@@ -413,6 +416,17 @@ class Lane:
                 "`predict_timeout_s`); the model's owner has to look, or give it a pool of its own"
             )
         )
+
+    def _note_inline(self, watch: Stopwatch, n: int) -> None:
+        """Learn from a call on the event loop. One that took long may have waited for a processor: the next are timed
+        precisely."""
+        seconds = watch.seconds
+        self._precise_calls -= self._precise_calls > 0
+        if seconds > INLINE_S_MAX and n <= _FEW_ROWS:
+            self._precise_calls = _CALLS
+            if not watch.precise:
+                seconds = INLINE_S_MAX
+        self._note(seconds, n)
 
     def _note(self, seconds: float, n: int) -> None:
         """Learn from a call how long the model takes, and where it is to be called."""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -31,6 +35,7 @@ from lanes import (
 )
 
 from millpond.deployments.lane import Lane, LaneLimits, ModelBusy, PredictTimeout
+from millpond.deployments.stopwatch import Stopwatch
 from millpond.deployments.turns import Turns
 from millpond.feature_actors import Count, FeatureView
 from millpond.feature_actors.errors import AsOfInPast, Unavailable
@@ -384,7 +389,7 @@ def test_a_model_is_found_slow_by_its_calls_and_quick_again(shards: Any) -> None
         predictor = Predicts(lambda ids: busy(seconds))
         lane = lane_of(predictor, client_over(shards)[0])
         assert not lane.in_threads
-        for _ in range(9):
+        for _ in range(9):  # the first may have waited for a processor
             await results(ask(lane, 1))
         assert lane.in_threads
         assert predictor.threads == {"MainThread", "tested"}
@@ -825,3 +830,29 @@ def test_lanes_that_share_their_turns_answer_as_each_would_alone(
         await until(lambda: all(lane.idle for lane in lanes), "the lanes to be done")
 
     run(story)
+
+
+def test_a_stopwatch_leaves_out_what_others_had_the_processor_for_and_nothing_else() -> None:
+    """Four busy threads hold up a fifth, which works for 20 ms and then sleeps for as long."""
+
+    def work(seconds: float) -> None:
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            hashlib.sha256(b"x" * 4_096)  # holds the interpreter: of a lock one would have to wait
+
+    children = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(8)]
+    try:
+        shares = []
+        for _ in range(5):
+            watch, begun = Stopwatch(precise=True), time.perf_counter()
+            work(0.02)
+            shares.append((watch.seconds, time.perf_counter() - begun))
+        assert min(own for own, _ in shares) < 0.03
+        assert any(own < 0.7 * passed for own, passed in shares), shares
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    watch = Stopwatch(precise=True)
+    time.sleep(0.02)
+    assert watch.seconds >= 0.02
