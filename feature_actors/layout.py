@@ -458,6 +458,16 @@ def _views_keep_ms(views: Sequence[FeatureView]) -> int:
     return max(keep)
 
 
+def _same_view(one: FeatureView, other: FeatureView) -> bool:
+    """Return whether two views are one: the same object, or declared alike in two files."""
+
+    def content(view: FeatureView) -> list[object]:
+        features = [(f.wire_name, f.derived and f.derived.of) for f in view]
+        return [view.owner, view.source, tuple(view.key), where_text(view.where), features]
+
+    return one is other or content(one) == content(other)
+
+
 def compile_layout(sources: Iterable[Source], views: Iterable[FeatureView]) -> Layout:
     """Compile sources and views (and the sources of the views) to a layout.
 
@@ -473,8 +483,10 @@ def compile_layout(sources: Iterable[Source], views: Iterable[FeatureView]) -> L
     key_types: dict[str, tuple[str, FeatureView]] = {}
     for view in all_views:
         other_view = names.setdefault(view.name, view)
-        if other_view is not view:
-            raise DeclarationError(f"two views are named `{view.name}`")
+        if not _same_view(view, other_view):
+            raise DeclarationError(
+                f"two different views are named `{view.name}`; files that share a view declare it word for word"
+            )
         for name in view.key:
             kind = "string" if view.source.fields[name].type == "string" else "int64"
             known = key_types.setdefault(name, (kind, view))

@@ -149,9 +149,9 @@ class LoadedModel:
                 single = isinstance(results, Mapping | Set | str | bytes | bytearray)
                 results = results if single else list(results)
             count = len(results)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # a model that calls `exit`, or a library in Rust that panics, ends nobody else
+        # A model that calls `exit`, or a library in Rust that panics, ends nobody else; of a Ctrl-C whoever waits for
+        # the prediction hears that it failed.
+        except BaseException as error:
             if reader is not None and error is reader.failure:  # not the model is to blame
                 raise
             # Its text may hold paths or values that are not the client's to see.

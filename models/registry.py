@@ -360,8 +360,9 @@ class Registry:
             return
         if record.version.digest != version.digest:
             raise VersionExists(
-                f"{version.subject}: its content is {version.digest[:12]}, and since {record.version.created} there is "
-                f"one with the content {record.version.digest[:12]}; a version never changes; give this content another"
+                f"{version.subject}: its content (the whole file and its artifacts) is {version.digest[:12]}, and "
+                f"since {record.version.created} there is one with the content {record.version.digest[:12]}; a version never "
+                "changes; give this content another, or none to be named by it"
             )
         if record.retired:
             raise _retired(version)

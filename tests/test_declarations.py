@@ -84,6 +84,25 @@ def a_view(**changes: Any) -> FeatureView:
     )
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"owner": "shop"},
+        {"key": ["user", "id"]},
+        {"features": {"n": Count(window="1h")}},
+        {"features": {"n": Count(), "m": Count()}},
+        {"source": a_source(version=2)},
+        {"where": pc.field("price") > 1},
+    ],
+)
+def test_a_view_that_two_files_declare_alike_is_one_and_otherwise_two(other: dict[str, Any]) -> None:
+    layout = compile_layout([], [a_view(), a_view()])
+    assert list(layout.views) == ["spend"]
+    assert len(layout.tables) == 1
+    with pytest.raises(DeclarationError):
+        compile_layout([], [a_view(), a_view(**other)])
+
+
 def of(feature: Any) -> FeatureView:
     return a_view(features={"f": feature})
 
@@ -337,7 +356,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: compile_layout([a_source(), a_source(version=2)], []),
         "two different sources are named `sales`",
     ),
-    "two views of one name": (lambda: compile_layout([], [a_view(), a_view()]), "two views are named `spend`"),
+    "two views of one name": (
+        lambda: compile_layout([], [a_view(), a_view(features={"m": Count()})]),
+        "two different views are named `spend`; files that share a view declare it word for word",
+    ),
     "two key types": (
         lambda: compile_layout(
             [],

@@ -220,7 +220,7 @@ class Panic(BaseException):
 
 
 @pytest.mark.parametrize("predict_s", [0.0, SLOW_S], ids=["inline", "threads"])
-@pytest.mark.parametrize("way_out", [SystemExit, Panic])
+@pytest.mark.parametrize("way_out", [SystemExit, Panic, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError])
 def test_a_model_that_would_end_the_process_fails(shards: Any, way_out: type[BaseException], predict_s: float) -> None:
     def leave(ids: list[Any]) -> None:
         if 3 in ids:

@@ -193,8 +193,9 @@ def test_a_version_of_another_content_is_refused_with_all_that_comes_with_it(reg
         registry.add(CONTENTS[1], [of("offer", "1", CONTENTS[1]), of("churn", "0", CONTENTS[1])])
     assert (caught.value.status, caught.value.code) == (409, "version_exists")
     assert str(caught.value) == (
-        f"model `churn` version `0`: its content is {CONTENTS[1].digest[:12]}, and since {NOON} there is one with the "
-        f"content {CONTENTS[0].digest[:12]}; a version never changes; give this content another"
+        "model `churn` version `0`: its content (the whole file and its artifacts) is "
+        f"{CONTENTS[1].digest[:12]}, and since {NOON} there is one with the content {CONTENTS[0].digest[:12]}; a version "
+        "never changes; give this content another, or none to be named by it"
     )
     assert everything(registry) == before
     with pytest.raises(VersionExists):
