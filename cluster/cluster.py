@@ -222,6 +222,7 @@ class Cluster:
             models=HostLimits(
                 config.models_mb_max << 20, LaneLimits(config.predict_timeout_s, config.model_requests_max)
             ),
+            hang_timeout_s=config.hang_timeout_s,
         )
         return self.spec
 

@@ -75,6 +75,7 @@ class Config:
     requests_ongoing_max: int = _setting(256, "requests that a replica works on at once", 1, 10**6)
     requests_queued_max: int = _setting(1_024, "requests that wait for a replica; more are answered 503", 1, 10**6)
     predict_timeout_s: float = _setting(2.0, "longest wait for a slow model; over it is 504", 0.001, 3_600)
+    hang_timeout_s: float = _setting(10.0, "a prediction that holds up a replica for so long ends it", 0.1, 3_600)
     model_requests_max: int = _setting(128, "requests that wait for a slow model, in a replica; more is 429", 1, 10**6)
     models_mb_max: int = _setting(4_096, "memory for models in a replica; those asked longest ago go first", 1, 10**6)
     shard_timeout_s: float = _setting(30.0, "longest wait for one call of a shard", 0.01, 3_600)

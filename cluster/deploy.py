@@ -273,7 +273,13 @@ def wait_until_live(registry: Registry, generation: int, versions: Sequence[Vers
             return len(reports)
         limit_s = _POOL_S_MAX if missing else _LIVE_S_MAX
         if time.monotonic() - begun > limit_s:
-            what = f"the pools {missing} have not started" if missing else f"replicas {sorted(behind)} are behind"
+            what = (
+                f"the pools {missing} have not started"
+                if missing
+                else f"replicas {sorted(behind)} are behind"
+                if behind
+                else "no replica lives"
+            )
             raise Unavailable(f"generation {generation} of the registry is not live after {limit_s:g} s: {what}")
         time.sleep(_POLL_S)
 

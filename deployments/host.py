@@ -5,6 +5,8 @@ Promises:
   answers. Requests see the rollout before or after a change, nothing between.
 - A version that does not load leaves its model as it was, if that answered, and other models alone; the replica's
   report says why.
+- A version that has ended two processes that loaded it is loaded no more, until it is deployed again; one that does not
+  give the event loop back ends its process and is called in a thread by the next.
 - Over the budget those asked longest ago leave the memory, when nothing of them is under way; they are loaded again
   when they are asked for.
 - The replica reports to the registry what it has, so that whoever deploys knows when every replica has it.
@@ -16,17 +18,20 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from millpond.deployments.lane import Lane, LaneLimits
 from millpond.deployments.served import ModelEntry, Models, Served, Shadow
 from millpond.deployments.turns import Turns
+from millpond.deployments.watchdog import Watchdog
 from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.errors import MillpondError, NotFound, Unavailable, did_you_mean
 from millpond.feature_actors.tiles.memory import started_ticks
+from millpond.models.attempts import Attempt
 from millpond.models.definition import Definition, forget_module
 from millpond.models.model import LoadedModel
 from millpond.models.registry import Registry
@@ -44,6 +49,8 @@ _REPORT_S = 1.0
 #: How often a version is tried again that the registry could not give.
 _AGAIN_S = 5.0
 _LOADS_AT_ONCE = 8
+#: One process may die of chance, or of another version that it loads.
+_DEATHS_MAX = 2
 _LOAD_S_MAX = 60.0
 #: So many changes that came together are followed each by itself.
 _TASKS_MAX = 32
@@ -102,6 +109,11 @@ class ModelHost(Models):
         self._failed: dict[Id, str] = {}
         #: Of those that failed, what the registry could not give; and when all was looked at last.
         self._unread: set[Id] = set()
+        #: Those that are not loaded because processes have died of it, and those that have held up a replica.
+        self._barred: set[Id] = set()
+        self._one_suspect = asyncio.Lock()
+        self._answering = asyncio.Event()
+        self._hung: set[Id] = set()
         self._followed_s = 0.0
         self._finding: dict[str, asyncio.Task[None]] = {}
         #: The changes that are under way, with the models that they are of.
@@ -145,6 +157,7 @@ class ModelHost(Models):
         """Follow the registry for ever."""
         while True:
             await asyncio.sleep(POLL_S)
+            self._answering.set()
             try:
                 changed = await self._ask(self._registry.generation) != self._generation
                 if changed or (self._unread and time.monotonic() - self._followed_s >= _AGAIN_S):
@@ -166,6 +179,7 @@ class ModelHost(Models):
         ]
         live = {_id(version) for rollout in rollouts.values() for version in rollout.versions}
         self._failed = {i: why for i, why in self._failed.items() if i in live}
+        again |= await self._given_another_chance()
         mine = [r for r in changed if r.model in self.served or self._is_mine(r)]
         mine.sort(key=lambda r: r.model not in self.served)
         at_once = [r for r in mine if all(_id(v) in self._loaded for v in r.versions)]
@@ -175,9 +189,7 @@ class ModelHost(Models):
         # What has to be loaded holds up nothing else: each model by itself, unless they are many.
         loads = self._fitting(r for r in mine if r not in at_once)
         for group in [[r] for r in loads] if len(loads) <= _TASKS_MAX else [loads]:
-            task = asyncio.create_task(self._bring(group))
-            self._bringing[task] = [r.model for r in group]
-            task.add_done_callback(self._brought)
+            self._start(self._bring(group), [r.model for r in group])
         self._generation, self._followed_s = generation, time.monotonic()
 
     def _brought(self, task: asyncio.Task[None]) -> None:
@@ -185,6 +197,17 @@ class ModelHost(Models):
         self._reported_s = 0.0
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("a change of the registry cannot be followed", exc_info=error)
+
+    async def _given_another_chance(self) -> set[Id]:
+        """Return which of those that were not loaded because processes had died of them may be loaded again."""
+        attempts = (
+            {(a.model, a.version) for a in await self._ask(self._registry.attempts.all)} if self._barred else set()
+        )
+        back = self._barred - attempts
+        self._barred -= back
+        for version in back:
+            self._failed.pop(version, None)
+        return back
 
     def _is_mine(self, rollout: Rollout) -> bool:
         return rollout.model == self._pool if self._pool is not None else rollout.pool is None
@@ -202,7 +225,14 @@ class ModelHost(Models):
     async def _bring(self, rollouts: Sequence[Rollout], *, asked: bool = False) -> None:
         """Load what rollouts need and have it answer from then on. asked: they have to fit, whatever else has to go."""
         missing = [v for rollout in rollouts for v in rollout.versions if _id(v) not in self._loaded]
-        await asyncio.gather(*map(self._load, missing))
+        suspects = await self._suspects(missing)
+        await self._load_all([v for v in missing if v not in suspects])
+        if suspects:
+            self._start(self._bring_suspects(rollouts, suspects), [v.model for v in suspects])
+        await self._answer_with(rollouts, asked=asked)
+
+    async def _answer_with(self, rollouts: Sequence[Rollout], *, asked: bool = False) -> None:
+        """Have rollouts answer from now on, as far as they are loaded."""
         served = dict(self.served)
         for rollout in rollouts:
             # If it has changed once more meanwhile, whoever saw that brings it.
@@ -212,6 +242,34 @@ class ModelHost(Models):
         self._evict({rollout.model for rollout in rollouts} if asked else set())
         plans = [one.lane.loaded.plan for one in self._loaded.values()]
         self._turns.plans = await self._ask(lambda: self._client.plan_set(plans))
+
+    async def _suspects(self, versions: Sequence[Version]) -> list[Version]:
+        """Return which of some versions were being loaded when a process died; not to load those that did so twice."""
+        attempts = await self._ask(self._registry.attempts.all) if versions else []
+        died = Counter((a.model, a.version) for a in attempts if not a.hung and not is_alive(asdict(a)))
+        self._hung = {(a.model, a.version) for a in attempts if a.hung}
+        for version in versions:
+            if died[_id(version)] >= _DEATHS_MAX:
+                self._barred.add(_id(version))
+                self._failed[_id(version)] = (
+                    f"{version.subject} does not load: {died[_id(version)]} processes have died as they loaded it; "
+                    "deploy it again to have it tried again"
+                )
+        return [version for version in versions if died[_id(version)]]
+
+    async def _bring_suspects(self, rollouts: Sequence[Rollout], suspects: Sequence[Version]) -> None:
+        """Load those one by one: if the process dies, it is known by which; the others answer meanwhile."""
+        await self._answering.wait()
+        for version in suspects:
+            async with self._one_suspect:
+                if _id(version) not in self._failed:
+                    await self._load_all([version])
+                    await self._answer_with([r for r in rollouts if r.model == version.model])
+
+    def _start(self, bringing: Coroutine[Any, Any, None], models: list[str]) -> None:
+        task = asyncio.create_task(bringing)
+        self._bringing[task] = models
+        task.add_done_callback(self._brought)
 
     def _serve(self, rollout: Rollout) -> Served | None:
         """Return a rollout as far as its versions are loaded; None if its champion is not."""
@@ -240,6 +298,22 @@ class ModelHost(Models):
 
     # -- loading
 
+    async def _load_all(self, versions: Sequence[Version]) -> None:
+        """Load versions, several at once, with a note for those who come after this process if it dies of it."""
+        if not versions:
+            return
+        pid, attempts = os.getpid(), self._registry.attempts
+        begun = [Attempt(v.model, v.version, pid, started_ticks(pid)) for v in versions]
+        try:
+            await self._ask(lambda: attempts.begin(self._replica, begun))
+        except MillpondError:  # as on a full disk, on which scores are answered all the same
+            logger.exception("the registry takes no note of loads")
+        await asyncio.gather(*map(self._load, versions))
+        try:
+            await self._ask(lambda: attempts.end(self._replica, begun))
+        except MillpondError:
+            logger.exception("the registry takes no note of loads")
+
     async def _load(self, version: Version) -> None:
         loop = asyncio.get_running_loop()
         definition = None
@@ -266,7 +340,10 @@ class ModelHost(Models):
         self._failed.pop(_id(version), None)
         if _id(version) not in self._loaded:
             predict_s = version.predict_us / 1e6
-            lane = Lane(loaded, self._client, self._predictions, self._limits.lanes, predict_s, self._turns)
+            lane = Lane(
+                loaded, self._client, self._predictions, self._limits.lanes, predict_s, self._turns,
+                in_threads=_id(version) in self._hung,
+            )  # fmt: skip
             self._loaded[_id(version)] = _Loaded(version, lane, definition.module_name)
 
     def _load_now(self, definition: Definition, version: Version) -> LoadedModel | BaseException:
@@ -325,6 +402,16 @@ class ModelHost(Models):
         """Let go of a module, unless a version in memory is of it."""
         if all(one.module_name != name for one in self._loaded.values()):
             forget_module(name)
+
+    def watch(self, hang_s: float) -> None:
+        """End this process if a prediction holds up its event loop for so long; the next calls it in a thread."""
+
+        def note(model: str, version: str) -> None:
+            pid = os.getpid()
+            hung = Attempt(model, version, pid, started_ticks(pid), hung=True)
+            self._registry.attempts.begin(self._replica, [hung])
+
+        Watchdog(self._turns, hang_s, note).start()
 
     # -- reports
 

@@ -149,6 +149,7 @@ class Lane:
 
     threads: where slow models are called. predict_s: what a call took when the model was checked.
     compare: told of every live batch. turns: those that it shares with the other lanes of the replica.
+    in_threads: call it in threads, however quick it is.
     """
 
     def __init__(
@@ -159,6 +160,7 @@ class Lane:
         limits: LaneLimits = LaneLimits(),
         predict_s: float = 0.0,
         turns: Turns | None = None,
+        in_threads: bool = False,
     ) -> None:
         self.loaded = loaded
         #: What stands in each of its answers.
@@ -176,9 +178,9 @@ class Lane:
         self._last_s: deque[float] = deque([predict_s] * _CALLS, _CALLS)
         self._row_s = 0.0
         self.call_s = predict_s
-        self.in_threads = predict_s > INLINE_S_MAX
-        #: Whether what it reads while it predicts has had to be waited for.
-        self._reads_wait = False
+        self.in_threads = in_threads or predict_s > INLINE_S_MAX
+        #: Whether it hung on the event loop before, or what it reads while it predicts has had to be waited for.
+        self._in_threads_for_good = in_threads
         self._waiting: deque[_Ask] = deque()
         #: Batches that are being read, and those that have been. (The event loop itself would let go of a task that
         #: nobody holds.)
@@ -314,9 +316,11 @@ class Lane:
         if self.in_threads or (self._row_s or self.call_s) * batch.n > _LOOP_S_MAX:
             return self._predict_in_thread(batch, rows)
         watch = Stopwatch(precise=self._precise_calls > 0)
+        self._turns.begin(self, watch.begun_s)
         try:
             results = self.loaded.predict(rows, batch.keys, self._read_here, batch.asks[0].as_of_ms)
         finally:
+            self._turns.end()
             self._note_inline(watch, batch.n)
         return self._answer(batch, rows, results)
 
@@ -363,7 +367,7 @@ class Lane:
                 return rows
             time.sleep(_BUSY_WAIT_S)
         # What cannot be read at once is called for: this model's place is in a thread from now on.
-        self.in_threads = self._reads_wait = True
+        self.in_threads = self._in_threads_for_good = True
         raise _ReadWaits(f"{plan.subject}: a slot of an entity is being written; retry", retry_after_ms=100)
 
     # -- answers
@@ -439,7 +443,7 @@ class Lane:
         self.call_s += 0.2 * (seconds - self.call_s)
         self._last_s.append(seconds)
         if self.in_threads:
-            if max(self._last_s) <= INLINE_S_MAX and not self._reads_wait:
+            if max(self._last_s) <= INLINE_S_MAX and not self._in_threads_for_good:
                 self.in_threads = False
                 logger.info("%s: quick again, called on the event loop", self.loaded.model.subject)
         elif seconds > INLINE_S_MAX and self._is_slow():

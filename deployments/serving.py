@@ -83,6 +83,7 @@ class ServingSpec:
     requests_queued_max: int
     registry_dir: str
     models: HostLimits
+    hang_timeout_s: float
 
 
 def app_names(cluster_name: str) -> tuple[str, str]:
@@ -164,6 +165,7 @@ class ScoreReplica:
         client, read = _connect(spec)
         replica = f"{pool or 'models'}-{secrets.token_hex(4)}"
         self._host = ModelHost(Registry(Path(spec.registry_dir)), client, replica, pool, spec.models)
+        self._host.watch(spec.hang_timeout_s)
         await self._host.start()
         self._following = asyncio.get_running_loop().create_task(self._host.follow())
         self._app = ScoreApp(client, self._host, read.status, spec.scores, spec.admin_token_sha256, spec.cluster_name)

@@ -20,12 +20,17 @@ __all__ = ["Turns"]
 logger = logging.getLogger("millpond.turns")
 
 
+_NONE: tuple[None, float] = (None, 0.0)
+
+
 class Turns:
     """Give lanes their turns. As long as each turn of the loop brings one request, that has its turn at once."""
 
     def __init__(self, client: FeatureClient) -> None:
         #: The plans that can be read together.
         self.plans = client.plan_set([])
+        #: Which lane predicts on the event loop just now, if one does, and since when (`time.perf_counter`).
+        self.predicting: tuple[Lane | None, float] = _NONE
         self._client = client
         self._lanes: dict[Lane, None] = {}
         self._asked = 0
@@ -46,6 +51,13 @@ class Turns:
             self._alone = False
             asyncio.get_running_loop().call_soon(self._take)
         self._lanes[lane] = None
+
+    def begin(self, lane: Lane, now_s: float) -> None:
+        """Say that a lane predicts on the event loop, for those that watch; `end` follows."""
+        self.predicting = (lane, now_s)
+
+    def end(self) -> None:
+        self.predicting = _NONE
 
     def _look_for_company(self) -> None:
         """End the turn of a request that went at once, unless another one came in it."""

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from millpond.feature_actors.errors import MillpondError, NotFound, Unavailable, did_you_mean
 from millpond.feature_actors.lock import FileLock, LockHeld
+from millpond.models.attempts import Attempts
 from millpond.models.contents import Contents, VersionDamaged
 from millpond.models.definition import Definition
 from millpond.models.index import Change, Index, RegistryDamaged
@@ -72,6 +73,8 @@ class Registry:
             folder.chmod(0o700)
             self._contents = Contents(folder / "versions")
             self._index = Index(folder / "index", _WAIT_S)
+            #: What processes are about to do with versions.
+            self.attempts = Attempts(self._index)
         except OSError as error:
             raise Unavailable(
                 f"registry: `{folder}` cannot be opened: {error.strerror}; make it writable", retry_after_ms=10_000
@@ -229,6 +232,7 @@ class Registry:
                     change.set(f"rollout/{model}", course.retiring(model, version))
                 for record in records:
                     change.set(_key(record.version), replace(record, retired=True))
+                self.attempts.forget(change, [record.version for record in records])
             self._sweep()
         return change.generation
 
@@ -323,6 +327,7 @@ class Registry:
             now = None if course is None else course.now
             to = deployed(version.model, now, version.version, as_, share)
             change.set(f"rollout/{version.model}", self._moved(version.model, course, to))
+        self.attempts.forget(change, versions)
 
     def _sweep(self) -> None:
         self._contents.sweep({r.version.digest for r in self._records().values() if not r.retired})
@@ -361,8 +366,8 @@ class Registry:
         if record.version.digest != version.digest:
             raise VersionExists(
                 f"{version.subject}: its content (the whole file and its artifacts) is {version.digest[:12]}, and "
-                f"since {record.version.created} there is one with the content {record.version.digest[:12]}; a version never "
-                "changes; give this content another, or none to be named by it"
+                f"since {record.version.created} there is one with the content {record.version.digest[:12]}; a version "
+                "never changes; give this content another, or none to be named by it"
             )
         if record.retired:
             raise _retired(version)
@@ -400,7 +405,7 @@ class Registry:
 
 
 #: The first part of every key.
-_KEYS = frozenset({"format", "generation", "version", "rollout", "report"})
+_KEYS = frozenset({"format", "generation", "version", "rollout", "report", "attempt"})
 
 
 def _key(version: Version) -> str:

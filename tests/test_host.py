@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import json
 import linecache
 import random
+import subprocess
 import sys
 import weakref
 from collections.abc import AsyncIterator, Iterator
@@ -20,9 +22,13 @@ from lanes import HOLDS, LOADS, PATIENCE_S, Held, client_over, definition, run, 
 from millpond.deployments import host as host_module
 from millpond.deployments.host import HostLimits, ModelHost, is_alive
 from millpond.deployments.lane import LaneLimits
+from millpond.deployments.watchdog import HUNG_STATUS
 from millpond.feature_actors.errors import MillpondError, NotFound, Unavailable
+from millpond.feature_actors.tiles.memory import started_ticks
 from millpond.models import Pool
 from millpond.models import registry as registry_module
+from millpond.models.attempts import Attempt
+from millpond.models.definition import Definition
 from millpond.models.registry import Registry
 
 MB = 1 << 20
@@ -649,3 +655,149 @@ def test_after_any_changes_what_is_served_is_what_the_registry_has(
 
     run(story)
     assert registry.check() == []
+
+
+# -- versions that end the process, or hold it up
+
+
+def dead() -> list[int]:
+    """The number and ticks of a process that has died."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    noted = [child.pid, started_ticks(child.pid)]
+    child.kill()
+    child.communicate()
+    return noted
+
+
+def died_loading(registry: Registry, replica: str, *models: str) -> None:
+    registry.attempts.begin(replica, [Attempt(model, "1", *dead()) for model in models])
+
+
+def test_what_a_process_died_of_is_loaded_alone_and_after_all_others_answer(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        for name in ("one", "two", "three"):
+            registry.deploy([version_in(registry, definition(name, "1"))])
+        died_loading(registry, "former", "two", "three")
+        HOLDS["three@1"] = held = Held()
+        async with following(host_of(registry, shards)) as host:
+            assert set(host.served) == {"one"}
+            await held.has_begun()
+            assert LOADS["two@1"] == 0
+            # Whoever comes after this process, should it die now, knows of what.
+            noted = [a.model for a in registry.attempts.all() if is_alive(dataclasses.asdict(a))]
+            assert noted == ["three"]
+            held.go.set()
+            await live(host, registry.generation())
+            assert set(host.served) == {"one", "two", "three"}
+            assert [a for a in registry.attempts.all() if is_alive(dataclasses.asdict(a))] == []
+
+    run(story)
+
+
+def test_what_two_processes_died_of_is_not_loaded_until_it_is_deployed_again(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        one, two = (version_in(registry, definition(name, "1")) for name in ("one", "two"))
+        registry.deploy([one, two])
+        died_loading(registry, "first", "two")
+        died_loading(registry, "second", "two")
+        async with following(host_of(registry, shards)) as host:
+            assert set(host.served) == {"one"}
+            await live(host, registry.generation())
+            assert host.report()["failed"] == {
+                "two@1": "model `two` version `1` does not load: 2 processes have died as they loaded it; deploy it "
+                "again to have it tried again"
+            }
+            with pytest.raises(Unavailable, match="2 processes have died"):
+                await score(host, "two")
+            assert LOADS["two@1"] == 0
+            await live(host, registry.deploy([two]))
+            assert await score(host, "two") == ("1", "1")
+            assert host.report()["failed"] == {}
+
+    run(story)
+
+
+def test_a_version_that_held_up_a_replica_is_called_in_a_thread_by_the_next(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        version = version_in(registry, definition("one", "1"))
+        registry.deploy([version])
+        registry.attempts.begin("former", [Attempt("one", "1", *dead(), hung=True)])
+        async with following(host_of(registry, shards)) as host:
+            for _ in range(20):  # quick as it is
+                assert await score(host, "one") == ("1", "1")
+            assert host.served["one"].champion.in_threads
+        registry.deploy([version])  # which forgets that
+        async with following(host_of(registry, shards)) as host:
+            assert not host.served["one"].champion.in_threads
+
+    run(story)
+
+
+def test_a_prediction_that_does_not_give_the_loop_back_is_noted_and_ends_the_process(registry: Registry) -> None:
+    """In a process of its own, which is what ends."""
+    text = definition("stuck", "1", load="").text.replace("def predict(self, features):",
+        "def predict(self, features):\n        import time\n        time.sleep(1e6)")  # fmt: skip
+    registry.deploy([version_in(registry, Definition("stuck.py", text))])
+    story = """
+import asyncio, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from lanes import client_over, shards_with_spend
+from millpond.deployments.host import ModelHost
+from millpond.models.registry import Registry
+
+client, _ = client_over(shards_with_spend())
+
+async def main():
+    host = ModelHost(Registry(Path(sys.argv[1])), client, "it")
+    host.watch(0.2)
+    await host.start()
+    await host.served["stuck"].ask({"user_id": [1]}, 1)
+
+asyncio.run(main())
+"""
+    here = str(Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", story, str(registry._folder), here], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == HUNG_STATUS, done.stderr
+    assert "model `stuck` version `1` has held up this replica for 0.2 s (setting `hang_timeout_s`)" in done.stderr
+    (noted,) = registry.attempts.all()
+    assert (noted.model, noted.version, noted.hung) == ("stuck", "1", True)
+
+
+def test_a_version_that_ends_the_process_as_it_loads_leaves_a_note(registry: Registry) -> None:
+    registry.deploy([version_in(registry, definition("good", "1"))])
+    registry.deploy([version_in(registry, definition("deadly", "1", load="import os; os._exit(9)"))])
+    story = """
+import asyncio, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from lanes import client_over, shards_with_spend
+from millpond.deployments.host import ModelHost
+from millpond.models.registry import Registry
+
+client, _ = client_over(shards_with_spend())
+
+async def main():
+    host = ModelHost(Registry(Path(sys.argv[1])), client, sys.argv[3])
+    await host.start()
+    print(sorted(host.served), flush=True)
+    following = asyncio.create_task(host.follow())
+    while host._bringing:
+        await asyncio.sleep(0.01)
+    print(sorted(host.served), sorted(host.report()["failed"]), flush=True)
+
+asyncio.run(main())
+"""
+    said = []
+    for replica in ("first", "second", "third"):
+        done = subprocess.run(
+            [sys.executable, "-c", story, str(registry._folder), str(Path(__file__).parent), replica],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        said.append((done.returncode, done.stdout.split("\n")[:-1]))
+    # All are suspects of the first that died, and loaded one by one when the second has started; then it is known.
+    assert said[0] == (9, [])
+    assert said[1] == (9, ["[]"])
+    assert said[2] == (0, ["[]", "['good'] ['deadly@1']"])
