@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     deploy.add_argument("--share", help="of a canary: `5%%` or `0.05` of the ids")
     deploy.add_argument("--try", dest="ids", action="append", default=[], metavar="ID",
                         help="an id to check the models on, as JSON (default: one that nobody knows)")  # fmt: skip
+    deploy.add_argument("--seconds-max", type=float, default=60.0, help="how long the check may take (default: 60)")
     deploy.add_argument("--artifacts", type=Path, help="folder of the models' artifacts (default: beside the file)")
     deploy.add_argument("--json", action="store_true", help="print it as JSON")
     for name, about in (
@@ -157,6 +158,7 @@ def _deploy(options: argparse.Namespace, config: Config, origins: dict[str, str]
         as_=options.role,
         share=None if options.share is None else share_of(options.share),
         ids=ids_of(options.ids),
+        seconds_max=options.seconds_max,
     )
     if options.json:
         print(json.dumps(deployed))

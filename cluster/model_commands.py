@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +17,7 @@ from rich.table import Table
 from millpond.cluster.cluster import running
 from millpond.cluster.config import Config
 from millpond.cluster.deploy import Running, check_models, publish, roll_back, wait_until_live
+from millpond.cluster.trial import in_trial
 from millpond.deployments.host import is_alive
 from millpond.deployments.served import EXAMPLES_MAX, difference_of
 from millpond.feature_actors.errors import BadRequest, MillpondError, Unavailable
@@ -59,6 +61,15 @@ def ids_of(texts: Sequence[str]) -> list[dict[str, Any]]:
     return ids
 
 
+class _Tried(msgspec.Struct):
+    """What comes of a trial: the definition as it was read, and the versions that it makes."""
+
+    file_name: str
+    text: str
+    artifacts: dict[str, bytes]
+    versions: list[Version]
+
+
 def deploy_file(
     config: Config,
     path: Path,
@@ -68,19 +79,26 @@ def deploy_file(
     as_: Role = "champion",
     share: float | None = None,
     ids: Sequence[Mapping[str, Any]] = (),
+    seconds_max: float = 60.0,
 ) -> dict[str, Any]:
     """Deploy the models of a file to the running cluster and return what has become of it, when every replica has it.
 
-    Raises what a check finds, and then nothing has changed; `Unavailable` if a replica cannot load it, and then the
-    rollout is what it was before.
+    seconds_max: how long the check may take. Raises what a check finds, and then nothing has changed; `Unavailable` if
+    a replica cannot load it, and then the rollout is what it was before.
     """
     begun = time.perf_counter()
     state = running(config.directory)
     if state is None:
         raise Unavailable(f"no cluster `{config.name}` runs on {config.directory}; start one with `millpond up`")
-    definition = Definition.read(path, artifacts_dir)
-    cluster = Running.of(state)
-    versions = check_models(definition, cluster.layout, cluster.client, ids, only)
+
+    def try_out() -> bytes:
+        definition = Definition.read(path, artifacts_dir)
+        cluster = Running.of(state)
+        checked = check_models(definition, cluster.layout, cluster.client, ids, only)
+        return msgspec.msgpack.encode(_Tried(definition.file_name, definition.text, definition.artifacts, checked))
+
+    tried = msgspec.msgpack.decode(in_trial(f"definition `{path.name}`", try_out, seconds_max), type=_Tried)
+    definition, versions = Definition(tried.file_name, tried.text, tried.artifacts), tried.versions
     with open_registry(config) as registry:
         before = registry.rollouts()
         generation = publish(registry, definition, versions, as_, share)

@@ -138,6 +138,10 @@ class ModelHost(Models):
             await asyncio.shield(self._finding[name])
         return served
 
+    def broken(self) -> dict[str, str]:
+        champions = {name: _id(r.champion) for name, r in self._rollouts.items() if r.champion is not None}
+        return {n: self._failed[i] for n, i in champions.items() if i in self._failed and n not in self.served}
+
     def entries(self) -> list[ModelEntry]:
         versions = [r.champion for r in self._rollouts.values() if r.champion is not None]
         return [ModelEntry(v.model, v.version, v.owner, v.about, v.key_fields, v.features) for v in versions]

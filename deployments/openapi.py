@@ -116,7 +116,7 @@ def openapi_document(layout: Layout, models: Sequence[ModelEntry], cluster_name:
         }
     for path, about in (
         ("/healthz", "Liveness of this replica"),
-        ("/readyz", "Every shard and model is ready"),
+        ("/readyz", "Every shard is ready; which models answer, and which do not"),
     ):
         paths[path] = {"get": _call(about, path.strip("/"), {"type": "object"})}
     status = _call("What every shard holds, and the models", "status", {"type": "object"})

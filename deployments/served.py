@@ -207,6 +207,10 @@ class Models:
         """Return a model that is not among `served`. Raises `NotFound`."""
         raise NotFound(f"no model `{name[:80]}`" + did_you_mean(name[:80], self.served))
 
+    def broken(self) -> dict[str, str]:
+        """Return the models that are not answered, and why."""
+        return {}
+
     def entries(self) -> list[ModelEntry]:
         """Return every model that is answered, in memory or not."""
         return [
