@@ -35,14 +35,12 @@ class Poster(threading.Thread):
         self.counts: dict[str, int] = {}
         self.failed = 0
         self.first_failure: str | None = None
-        self.ran_out = False
 
     def run(self) -> None:
         due = time.perf_counter()
         while not self._over.is_set():
             body = next(self._bodies, None)
             if body is None:
-                self.ran_out = True
                 break
             if self._per_s is None:
                 due = time.perf_counter()

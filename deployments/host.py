@@ -109,16 +109,16 @@ class ModelHost(Models):
         self._failed: dict[Id, str] = {}
         #: Of those that failed, what the registry could not give; and when all was looked at last.
         self._unread: set[Id] = set()
+        self._followed_s = 0.0
         #: Those that are not loaded because processes have died of it, and those that have held up a replica.
         self._barred: set[Id] = set()
+        self._hung: set[Id] = set()
+        #: Suspects are loaded one at a time, when the others answer.
         self._one_suspect = asyncio.Lock()
         self._answering = asyncio.Event()
-        self._hung: set[Id] = set()
-        self._followed_s = 0.0
         self._finding: dict[str, asyncio.Task[None]] = {}
         #: The changes that are under way, with the models that they are of.
         self._bringing: dict[asyncio.Task[None], list[str]] = {}
-        self._reported: dict[str, Any] | None = None
         self._reported_s = 0.0
 
     # -- what is asked
@@ -132,6 +132,9 @@ class ModelHost(Models):
             if (why := self._failed.get(_id(rollout.champion))) is not None:
                 raise Unavailable(f"{why}; deploy a version that does, or roll back", code="model_broken",
                                   retry_after_ms=10_000)  # fmt: skip
+            if loading := [task for task, models in self._bringing.items() if name in models]:
+                await asyncio.wait(loading)
+                continue
             if name not in self._finding:
                 self._finding[name] = asyncio.create_task(self._bring([rollout], asked=True))
                 self._finding[name].add_done_callback(lambda _: self._finding.pop(name, None))

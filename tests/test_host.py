@@ -686,7 +686,13 @@ def test_what_a_process_died_of_is_loaded_alone_and_after_all_others_answer(regi
             # Whoever comes after this process, should it die now, knows of what.
             noted = [a.model for a in registry.attempts.all() if is_alive(dataclasses.asdict(a))]
             assert noted == ["three"]
+            asked = asyncio.create_task(score(host, "two"))
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert len(host._bringing) <= 2  # who asks waits for the load that is there
+            assert not asked.done()
             held.go.set()
+            assert await asked == ("1", "1")
             await live(host, registry.generation())
             assert set(host.served) == {"one", "two", "three"}
             assert [a for a in registry.attempts.all() if is_alive(dataclasses.asdict(a))] == []
