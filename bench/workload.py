@@ -131,7 +131,11 @@ def run_workload(
     record_to: the history that gets a line. html: the page to write. against: an earlier line of `history` to compare
     with, see `earlier_line`; if there is none, that is said before anything runs.
     """
-    line = None if against is None else earlier_line(workload.name, against, history)
+    try:
+        line = None if against is None else earlier_line(workload.name, against, history)
+    except BaseException:
+        workload.close()
+        raise
     begun = time.perf_counter()
     with Steps() as steps:
         try:

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from millpond.cluster.config import Config
-from millpond.feature_actors.check import CannotCheck, DirectoryCheck
+from millpond.feature_actors.check import CannotCheck, DirectoryCheck, Problem
 from millpond.feature_actors.layout import Layout, compile_layout
 from millpond.feature_actors.lock import FileLock, LockHeld
 from millpond.feature_actors.mend import Mended, mend, mend_schemas
 from millpond.feature_actors.replays import ReplayOptions, check_replays
 from millpond.models.definition import Definition
+from millpond.models.registry import check_registry
 
 __all__ = ["CheckReport", "check_directory"]
 
@@ -32,6 +33,7 @@ _LOCKS = ("lock", "run/lock", "shards/*/lock")
 _NOT_COPIED = frozenset({"run", "memory"})
 _BLOCK_BYTES = 1 << 20
 _IDS_SHOWN_MAX = 20
+_OF_REGISTRY = "restore `registry` from a copy, or move it away: `millpond up` with the definition files makes another"
 
 
 @dataclass
@@ -139,6 +141,10 @@ def _checked(directory: Path, config: Config, layout: Layout | None) -> CheckRep
                 config.dedupe_horizon_ms, config.strings_max, config.ahead_ms_max + _CLOCKS_APART_MS_MAX
             )
             check_replays(check, layout, options)
+        if (directory / "registry" / "index").is_dir():
+            for line in check_registry(directory / "registry"):
+                what, _, do = line.rpartition("; ")
+                check.problems.append(Problem(what or line, do if what else _OF_REGISTRY))
         shards = [
             {
                 "shard": shard.number,

@@ -131,13 +131,13 @@ def _up(options: argparse.Namespace, config: Config, origins: dict[str, str]) ->
     print(f"starting cluster `{config.name}` in {config.directory} ...", file=sys.stderr)
     with Cluster(config, definitions) as cluster:
         assert cluster.registry is not None
-        models = sorted(cluster.registry.rollouts())
+        models, broken = sorted(cluster.registry.rollouts()), cluster.broken_models()
         down = "millpond down" + (f" --name {config.name}" if config.name != Config.name else "")
         print(f"serving {cluster.url}  (calls: {cluster.url}/docs; stop: Ctrl-C or `{down}`)")
         for source in cluster.layout.sources:
             print(f"  POST /v1/events/{source}")
         for model in models:
-            print(f"  POST /v1/score/{model}")
+            print(f"  POST /v1/score/{model}" + (f"  BROKEN: {broken[model]}" if model in broken else ""))
         for own in (own for d in definitions for own in d.instances(Deployment)):
             print(f"  {own.route_prefix}  (deployment {own.name}, {own.owner})")
         sys.stdout.flush()

@@ -19,7 +19,7 @@ from millpond.cluster.deploy import check_models, client_of, nobody, publish, wa
 from millpond.cluster.embedded import NAMESPACE, EmbeddedCluster, EmbeddedSettings
 from millpond.cluster.pools import PoolKeeper
 from millpond.deployments.deployment import Deployment
-from millpond.deployments.host import HostLimits
+from millpond.deployments.host import HostLimits, is_alive
 from millpond.deployments.lane import LaneLimits
 from millpond.deployments.score import ScoreLimits
 from millpond.deployments.serving import (
@@ -85,14 +85,15 @@ class Cluster:
                 raise DeclarationError(f"two deployments have the {what} `{twice[0]}`")
         if not self.layout.views:
             raise DeclarationError("the definitions declare no feature view")
+        #: What actors and replicas may reserve. Millpond's own reserve little and share the cores; Serve's need some.
+        self.cpus = max(4, os.cpu_count() or 1, config.shards)
         self._embedded = EmbeddedCluster(
             EmbeddedSettings(
                 run_dir=config.directory / "run",
                 host=config.host,
                 port=config.port,
                 proxy=config.proxy,
-                # Millpond's actors reserve little and share the cores; Serve's own need some besides.
-                num_cpus=max(4, os.cpu_count() or 1, config.shards),
+                num_cpus=self.cpus,
                 object_store_mb=config.object_store_mb,
                 draining_period_s=config.draining_period_s,
             )
@@ -284,6 +285,7 @@ class Cluster:
             "shards": spec.shard_map.n_shards,
             "memory_dir": spec.memory_dir,
             "clock": spec.clock,
+            "cpus": self.cpus,
             "definitions": [[d.file_name, d.text] for d in self._definitions],
         }
 
@@ -299,6 +301,19 @@ class Cluster:
         checked = [(d, check_models(d, self.layout, client)) for d in definitions]
         for definition, versions in checked:
             wait_until_live(self.registry, publish(self.registry, definition, versions), versions)
+
+    def broken_models(self) -> dict[str, str]:
+        """Return the models whose champion a replica that lives could not load, and why."""
+        assert self.registry is not None
+        failed = {
+            name: why
+            for one in self.registry.reports().values()
+            if is_alive(one)
+            for name, why in one["failed"].items()
+        }
+        champions = {name: r.champion for name, r in self.registry.rollouts().items() if r.champion is not None}
+        named = {name: f"{name}@{version.version}" for name, version in champions.items()}
+        return {name: failed[version] for name, version in named.items() if version in failed}
 
     def wait(self) -> None:
         """Block until Ctrl-C, SIGTERM or `millpond down`."""

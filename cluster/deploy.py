@@ -17,7 +17,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +42,15 @@ from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.models.definition import Definition
 from millpond.models.model import LoadedModel, Model, PredictionFailed
+from millpond.models.pool import Pool
 from millpond.models.registry import Registry
-from millpond.models.rollout import Role, Rollout
+from millpond.models.rollout import Role, Rollout, RolloutRefused
 from millpond.models.version import Version, version_of
 
 __all__ = [
     "Running",
     "check_models",
+    "check_pool",
     "client_of",
     "nobody",
     "publish",
@@ -61,6 +63,8 @@ _CALLS, _CALLS_S_MAX = 9, 1.0
 #: A replica polls ten times a second; a load takes what it takes. The replicas of a pool may have to be installed.
 _LIVE_S_MAX, _POOL_S_MAX = 90.0, 600.0
 _POLL_S = 0.01
+#: How long something is waited for without a word.
+_SAY_AFTER_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -120,13 +124,18 @@ def check_models(
     if len(set(names)) != len(names):
         twice = next(n for n in names if names.count(n) > 1)
         raise DeclarationError(f"two models are named `{twice}`")
-    with tempfile.TemporaryDirectory(prefix="millpond-") as folder:
-        for name, content in definition.artifacts.items():
-            (Path(folder) / name).write_bytes(content)
+    with tempfile.TemporaryDirectory(prefix="millpond-") as name:
+        folder = Path(name)
+        try:
+            for artifact, content in definition.artifacts.items():
+                (folder / artifact).write_bytes(content)
+        except OSError as error:
+            raise Unavailable(
+                f"the artifacts of `{definition.file_name}` cannot be written to `{folder.parent}`: {error.strerror}; "
+                "make room there, or set TMPDIR"
+            ) from None
         return [
-            _check(definition, model, layout, client, ids, Path(folder))
-            for model in models
-            if not only or model.name in only
+            _check(definition, model, layout, client, ids, folder) for model in models if not only or model.name in only
         ]
 
 
@@ -230,6 +239,15 @@ def _resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def check_pool(model: str, pool: Pool, cpus: float) -> None:
+    """Raise `BadRequest` if the replicas of a pool cannot all run on a cluster with so many CPUs to reserve."""
+    if pool.replicas * pool.cpus > cpus:
+        raise BadRequest(
+            f"model `{model}`: its pool is of {pool.replicas} replica(s) with {pool.cpus:g} CPU each; the cluster has "
+            f"{cpus:g} in all"
+        )
+
+
 # -- 2. publish
 
 
@@ -247,9 +265,15 @@ def publish(
 # -- 3. wait
 
 
-def wait_until_live(registry: Registry, generation: int, versions: Sequence[Version] = ()) -> int:
+def wait_until_live(
+    registry: Registry,
+    generation: int,
+    versions: Sequence[Version] = (),
+    say: Callable[[str], None] | None = None,
+) -> int:
     """Return how many replicas have a generation, and have loaded what it has of `versions`, when all that live have.
 
+    say: is told once what is waited for, if that takes long.
     Raises `Unavailable` if one does not have it in time, or cannot load one of `versions`.
     """
     pools = {v.model for v in versions} & {name for name, r in registry.rollouts().items() if r.pool is not None}
@@ -272,29 +296,43 @@ def wait_until_live(registry: Registry, generation: int, versions: Sequence[Vers
         if reports and not behind and not missing:
             return len(reports)
         limit_s = _POOL_S_MAX if missing else _LIVE_S_MAX
-        if time.monotonic() - begun > limit_s:
-            what = (
-                f"the pools {missing} have not started"
-                if missing
-                else f"replicas {sorted(behind)} are behind"
-                if behind
-                else "no replica lives"
-            )
+        waited_s = time.monotonic() - begun
+        what = (
+            f"the pools {missing} have not started"
+            if missing
+            else f"replicas {sorted(behind)} are behind"
+            if behind
+            else "no replica lives"
+        )
+        if say is not None and waited_s > _SAY_AFTER_S:
+            say(f"{what}; this waits for up to {limit_s:g} s")
+            say = None
+        if waited_s > limit_s:
             raise Unavailable(f"generation {generation} of the registry is not live after {limit_s:g} s: {what}")
         time.sleep(_POLL_S)
 
 
-def roll_back(registry: Registry, before: Mapping[str, Rollout], versions: Sequence[Version]) -> str:
-    """Undo what `publish` did with versions, and say so; before: the rollouts then.
+def roll_back(
+    registry: Registry, before: Mapping[str, Rollout], after: Mapping[str, Rollout], versions: Sequence[Version]
+) -> str:
+    """Undo what a change did with the models of versions, and say so; before and after it: the rollouts.
 
-    A model of which nothing was live has nothing to go back to.
+    A model of which nothing was live has nothing to go back to; one that somebody has changed since is left alone.
     """
-    now = registry.rollouts()
-    changed = [v.model for v in versions if now.get(v.model) != before.get(v.model)]
-    back, new = [m for m in changed if m in before], [m for m in changed if m not in before]
-    for model in back:
-        registry.rollback(model)
+    changed = [v.model for v in versions if after.get(v.model) != before.get(v.model)]
+    new = [m for m in changed if m not in before]
+    back: list[str] = []
+    others: list[str] = []
+    for model in changed:
+        if model in before:
+            try:
+                registry.rollback(model, after.get(model))
+                back.append(model)
+            except (RolloutRefused, NotFound):
+                others.append(model)
     said = ["rolled back" if back == changed else f"rolled back: {', '.join(back)}"] if back else []
+    if others:
+        said.append(f"changed by somebody else since, and so left as they are: {', '.join(others)}")
     if new:
         said.append(f"nothing to roll back to, and so still broken: {', '.join(new)}; deploy what loads, or retire it")
     return "; ".join(said) or "nothing was changed: it was live already"

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from millpond.cluster.cluster import running
 from millpond.cluster.config import Config
-from millpond.cluster.deploy import Running, check_models, publish, roll_back, wait_until_live
+from millpond.cluster.deploy import Running, check_models, check_pool, publish, roll_back, wait_until_live
 from millpond.cluster.trial import in_trial
 from millpond.deployments.host import is_alive
 from millpond.deployments.served import EXAMPLES_MAX, difference_of
@@ -95,6 +95,9 @@ def deploy_file(
         definition = Definition.read(path, artifacts_dir)
         cluster = Running.of(state)
         checked = check_models(definition, cluster.layout, cluster.client, ids, only)
+        for model in definition.declared().models:
+            if model.pool is not None:
+                check_pool(model.name, model.pool, state["cpus"])
         return msgspec.msgpack.encode(_Tried(definition.file_name, definition.text, definition.artifacts, checked))
 
     tried = msgspec.msgpack.decode(in_trial(f"definition `{path.name}`", try_out, seconds_max), type=_Tried)
@@ -102,11 +105,12 @@ def deploy_file(
     with open_registry(config) as registry:
         before = registry.rollouts()
         generation = publish(registry, definition, versions, as_, share)
+        after = registry.rollouts()
         published_s = time.perf_counter() - begun
         try:
-            replicas = wait_until_live(registry, generation, versions)
+            replicas = wait_until_live(registry, generation, versions, _say)
         except MillpondError as error:
-            done = roll_back(registry, before, versions)
+            done = roll_back(registry, before, after, versions)
             raise Unavailable(f"{error.message}; {done}", code=error.code) from error
     return {
         "models": [
@@ -118,6 +122,10 @@ def deploy_file(
         "checked_s": round(published_s, 3),
         "live_s": round(time.perf_counter() - begun - published_s, 3),
     }  # fmt: skip
+
+
+def _say(text: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text)
 
 
 def print_deployed(deployed: Mapping[str, Any]) -> None:
@@ -140,6 +148,9 @@ def change_model(
     pool: Pool | None = None,
 ) -> str:
     """Promote, roll back, retire a model or move it to a pool; return what is live then, when every replica has it."""
+    state = running(config.directory)
+    if pool is not None and state is not None:
+        check_pool(model, pool, state["cpus"])
     with open_registry(config) as registry:
         before = registry.rollouts()
         if change == "promote":
@@ -151,15 +162,16 @@ def change_model(
         else:
             assert change == "pool"
             generation = registry.set_pool(model, pool)
-        rollout = registry.rollouts().get(model)
+        after = registry.rollouts()
+        rollout = after.get(model)
         live = [] if rollout is None else rollout.versions
-        if running(config.directory) is not None:
+        if state is not None:
             try:
-                wait_until_live(registry, generation, live)
+                wait_until_live(registry, generation, live, _say)
             except MillpondError as error:
                 if change not in ("promote", "pool"):
                     raise
-                done = roll_back(registry, before, live[:1])
+                done = roll_back(registry, before, after, live[:1])
                 raise Unavailable(f"{error.message}; {done}", code=error.code) from error
     if rollout is None:
         return f"{model}: nothing is live"
@@ -204,6 +216,7 @@ def _describe(
         "state": state,
         "share": rollout.share if rollout is not None and state == "canary" else None,
         "pool": None if rollout is None or rollout.pool is None else rollout.pool.replicas,
+        "pool_running": sum(one["pool"] == version.model for one in reports),
         "owner": version.owner,
         "about": version.about,
         "created": version.created,
@@ -244,7 +257,7 @@ def print_models(described: Sequence[Mapping[str, Any]]) -> None:
             continue
         state = f"canary {one['share']:.3g}" if one["state"] == "canary" else one["state"]
         where = "-" if not one["replicas"] else "thread" if one["in_threads"] else "loop"
-        where = where if one["pool"] is None else f"{where}, pool of {one['pool']}"
+        where = where if one["pool"] is None else f"{where}, {one['pool_running']} of its pool of {one['pool']}"
         call = "-" if one["call_us"] is None else f"{one['call_us']:,.0f}"
         counts = (f"{one[c]:,}" for c in ("requests", "failed", "timeouts", "refused"))
         state = "BROKEN" if one["failures"] else state

@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -32,17 +33,20 @@ def in_trial(subject: str, work: Callable[[], bytes], limit_s: float) -> bytes:
     reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        _answer(writer, work)
-    os.close(writer)
-    try:
-        content = _read(reader, time.monotonic() + limit_s)
-    finally:
-        os.close(reader)
-        os.kill(child, signal.SIGKILL)  # it has said all that it had to say, or has had its time
-        os.waitpid(child, 0)
+    # What it leaves behind when it is ended lies in here.
+    with tempfile.TemporaryDirectory(prefix="millpond-", ignore_cleanup_errors=True) as scratch:
+        child = os.fork()
+        if child == 0:
+            os.close(reader)
+            tempfile.tempdir = scratch
+            _answer(writer, work)
+        os.close(writer)
+        try:
+            content = _read(reader, time.monotonic() + limit_s)
+        finally:
+            os.close(reader)
+            os.kill(child, signal.SIGKILL)  # it has said all that it had to say, or has had its time
+            os.waitpid(child, 0)
     if content is None:
         raise DeclarationError(
             f"{subject}: took longer than {limit_s:g} s to be tried out; nothing has been changed; does it wait for "

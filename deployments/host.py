@@ -103,6 +103,8 @@ class ModelHost(Models):
         # One thread asks the registry, which keeps a connection for each.
         self._asks = ThreadPoolExecutor(1, "registry")
         self._turns = Turns(client)
+        #: Whether `_turns` knows the plans of all that is loaded.
+        self._planned = True
         self._generation = -1
         self._rollouts: dict[str, Rollout] = {}
         self._loaded: dict[Id, _Loaded] = {}
@@ -155,6 +157,7 @@ class ModelHost(Models):
         """Load what is live, as far as it fits in memory."""
         await self._follow_change()
         await asyncio.gather(*self._bringing)
+        await self._plan_together()
         try:
             await self._report()
         except MillpondError:  # as on a full disk, on which scores are answered all the same
@@ -170,6 +173,8 @@ class ModelHost(Models):
                 if changed or (self._unread and time.monotonic() - self._followed_s >= _AGAIN_S):
                     await self._follow_change()
                     self._reported_s = 0.0
+                if not self._planned:
+                    await self._plan_together()
                 if time.monotonic() - self._reported_s >= _REPORT_S:
                     await self._report()
             except Exception:  # what is live goes on; the next turn tries again
@@ -236,9 +241,9 @@ class ModelHost(Models):
         await self._load_all([v for v in missing if v not in suspects])
         if suspects:
             self._start(self._bring_suspects(rollouts, suspects), [v.model for v in suspects])
-        await self._answer_with(rollouts, asked=asked)
+        self._answer_with(rollouts, asked=asked)
 
-    async def _answer_with(self, rollouts: Sequence[Rollout], *, asked: bool = False) -> None:
+    def _answer_with(self, rollouts: Sequence[Rollout], *, asked: bool = False) -> None:
         """Have rollouts answer from now on, as far as they are loaded."""
         served = dict(self.served)
         for rollout in rollouts:
@@ -247,6 +252,12 @@ class ModelHost(Models):
                 served[rollout.model] = one
         self.served = served
         self._evict({rollout.model for rollout in rollouts} if asked else set())
+        self._planned = False
+
+    async def _plan_together(self) -> None:
+        """Have what is loaded read together; until then what is new is read by itself. Once for many changes: of 500
+        models it takes 5 ms."""
+        self._planned = True
         plans = [one.lane.loaded.plan for one in self._loaded.values()]
         self._turns.plans = await self._ask(lambda: self._client.plan_set(plans))
 
@@ -271,7 +282,7 @@ class ModelHost(Models):
             async with self._one_suspect:
                 if _id(version) not in self._failed:
                     await self._load_all([version])
-                    await self._answer_with([r for r in rollouts if r.model == version.model])
+                    self._answer_with([r for r in rollouts if r.model == version.model])
 
     def _start(self, bringing: Coroutine[Any, Any, None], models: list[str]) -> None:
         task = asyncio.create_task(bringing)

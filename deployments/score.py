@@ -236,9 +236,10 @@ class ScoreApp(App):
             raise Unavailable(
                 f"{len(waiting)} of {len(shards)} shards are not ready: {progress}", code=code, retry_after_ms=200
             )
-        return json_response(
-            {"status": "ready", "shards": len(shards), "models": sorted(m.model for m in self._models.entries())}
-        )
+        # A broken model is its own: it does not make the cluster unready.
+        broken = self._models.broken()
+        models = sorted(m.model for m in self._models.entries() if m.model not in broken)
+        return json_response({"status": "ready", "shards": len(shards), "models": models, "broken": broken})
 
     async def get_status(self, request: Request) -> Response:
         scheme, _, given = (request.header(b"authorization") or "").partition(" ")

@@ -77,7 +77,8 @@ class Index:
             ) from None
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             raise RegistryDamaged(
-                f"registry: `{self._folder}` cannot be read: {error}; restore it from a copy"
+                f"registry: `{self._folder}` cannot be read: {error}; restore it from a copy, or move the registry "
+                "away: `millpond up` with the definition files makes another"
             ) from None
 
     @contextmanager

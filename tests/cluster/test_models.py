@@ -28,7 +28,7 @@ from terminal import Up, run, until
 from millpond.cluster import deploy as deploy_module
 from millpond.cluster.config import Config
 from millpond.cluster.model_commands import change_model, deploy_file, describe_models
-from millpond.feature_actors.errors import DeclarationError, MillpondError, Unavailable
+from millpond.feature_actors.errors import BadRequest, DeclarationError, MillpondError, Unavailable
 from millpond.models import Pool
 from millpond.models.registry import Registry
 from millpond.models.rollout import RolloutRefused
@@ -41,9 +41,8 @@ USERS = range(1, 31)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     (folder / "apps.py").write_text(DEFINITION)
-    (folder / "millpond.toml").write_text(
-        'name = "told"\nport = 0\nshards = 1\nclock = "event"\ndraining_period_s = 0\n'
-    )
+    # With the default `draining_period_s`: a pool that ended at once would break off requests on their way to it.
+    (folder / "millpond.toml").write_text('name = "told"\nport = 0\nshards = 1\nclock = "event"\n')
     return folder
 
 
@@ -254,11 +253,16 @@ def test_a_model_moves_into_a_pool_and_back_and_no_caller_notices(
     for model in ("heavy", "heavy2"):
         deploy_file(config, write(folder, model, "1", f"{len(model)} * n"))
     with asking(served, "churn", "heavy", "heavy2", "fresh") as client:
-        # A pool that cannot start: nobody waits for it but who has asked for it.
+        # A pool that can never start is refused; one that cannot now is waited for by who has asked for it alone.
+        with pytest.raises(BadRequest, match=r"1 replica\(s\) with 1000 CPU each; the cluster has \d+ in all"):
+            change_model(config, "pool", "heavy2", pool=Pool(1, 1_000.0))
+        cpus = max(4, os.cpu_count() or 1)
         with monkeypatch.context() as impatient:
             impatient.setattr(deploy_module, "_POOL_S_MAX", 1.0)
             with pytest.raises(Unavailable, match=r"the pools \['heavy2'\] have not started"):
-                change_model(config, "pool", "heavy2", pool=Pool(1, 1_000.0))
+                change_model(config, "pool", "heavy2", pool=Pool(1, float(cpus)))
+        (heavy2,) = describe_models(config, "heavy2")
+        assert (heavy2["pool"], heavy2["pool_running"]) == (1, 0)
 
         assert change_model(config, "pool", "heavy", pool=Pool(1, 0.1)) == "heavy: champion 1, in a pool of 1"
         until(lambda: hosts(config, "heavy")["heavy"] > 50, "the pool to answer")
