@@ -25,6 +25,7 @@ from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.log.history import History
 from millpond.feature_actors.log.history_reader import read_history
 from millpond.feature_actors.log.log import Log
+from millpond.feature_actors.log.reader import LogReader
 from millpond.feature_actors.log.record import (
     Decoded,
     EventsRecord,
@@ -360,7 +361,7 @@ def snapshot_state(path: Path) -> dict[str, Any]:
 
 
 def applied_records(
-    log: Log, first: int, end: int, open_offers: dict[int, OfferRecord]
+    log: Log | LogReader, first: int, end: int, open_offers: dict[int, OfferRecord]
 ) -> Iterator[tuple[int, EventsRecord]]:
     """Yield what the log says was new at its home here, and what was applied here, each at the offset of its record.
 

@@ -79,6 +79,30 @@ class Manifest:
     log_shards: int = 0
 
     @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """Read the manifest of a directory that a cluster has made.
+
+        Raises `ManifestError` if there is none, it is of a later format or damaged.
+        """
+        path = directory / "manifest.json"
+        if not path.exists():
+            raise ManifestError(f"data directory: `{directory}` is none of a cluster; it has no `manifest.json`")
+        content = _read_json(path)
+        if content.get("format") != FORMAT_VERSION:
+            raise ManifestError(
+                f"data directory: `{path}` has format {content.get('format')!r}; this version reads {FORMAT_VERSION}; "
+                "start the version that wrote it"
+            )
+        try:
+            manifest = cls(**content)
+        except TypeError as error:
+            raise ManifestError(f"data directory: `{path}` is damaged: {error}") from None
+        for name, kind in (("cluster_id", str), ("hash_seed", int), ("log_shards", int)):
+            if type(value := getattr(manifest, name)) is not kind:
+                raise ManifestError(f"data directory: `{path}` is damaged: `{name}` is {value!r}")
+        return manifest
+
+    @classmethod
     def open(cls, directory: Path, cluster_name: str, n_slots: int) -> Manifest:
         """Read the manifest of a directory, or make one in a new or empty directory.
 
@@ -100,19 +124,7 @@ class Manifest:
             manifest = cls(cluster_name, uuid.uuid4().hex, n_slots, secrets.randbits(64))
             manifest.write(directory)
             return manifest
-        content = _read_json(path)
-        if content.get("format") != FORMAT_VERSION:
-            raise ManifestError(
-                f"data directory: `{path}` has format {content.get('format')!r}; this version reads {FORMAT_VERSION}; "
-                "start the version that wrote it"
-            )
-        try:
-            manifest = cls(**content)
-        except TypeError as error:
-            raise ManifestError(f"data directory: `{path}` is damaged: {error}") from None
-        for name, kind in (("cluster_id", str), ("hash_seed", int), ("log_shards", int)):
-            if type(value := getattr(manifest, name)) is not kind:
-                raise ManifestError(f"data directory: `{path}` is damaged: `{name}` is {value!r}")
+        manifest = cls.read(directory)
         for name, want in (
             ("cluster_name", cluster_name),
             ("n_slots", n_slots),

@@ -1,0 +1,60 @@
+"""The past of a cluster: all events that its shards have had, of the history and then of the log.
+
+What it promises: of each shard the events come in the order in which they were applied there, each once, whether the
+cluster runs meanwhile or not; and what was acknowledged before the asking is among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+from millpond.feature_actors.durable import applied_records
+from millpond.feature_actors.errors import Unavailable
+from millpond.feature_actors.log.history import History
+from millpond.feature_actors.log.history_reader import read_history
+from millpond.feature_actors.log.reader import LogReader
+from millpond.feature_actors.log.record import EventsRecord, OfferRecord
+from millpond.feature_actors.manifest import Manifest, shard_dir
+
+__all__ = ["Past"]
+
+
+class Past:
+    """Of the cluster in a data directory. history_uri: where its history lies, None if it has none.
+
+    Raises `Unavailable` if it has no logs: then nothing is known of its past.
+    """
+
+    def __init__(self, directory: Path, history_uri: str | None) -> None:
+        self.directory, self.history_uri = directory, history_uri
+        self.manifest = Manifest.read(directory)
+        #: How many shards have a past.
+        self.shards = self.manifest.log_shards
+        if not self.shards:
+            raise Unavailable(f'past: `{directory}` holds no log; a cluster with `durability = "none"` has no past')
+
+    def records(self, shard: int, from_offset: int = 0) -> Iterator[tuple[int, EventsRecord]]:
+        """Yield what a shard has applied, and what was new at its home there, at the offsets of its log.
+
+        Bit 0 of `routes` says that an event was new at its home here: over all shards each event has that once. Bit
+        1 + t says that it was applied to table t of the record here. Raises `LogDamaged`, `HistoryDamaged`,
+        `HistoryUnavailable`, and `Unavailable` if events from before the log are in no history.
+        """
+        folder = shard_dir(self.directory, shard)
+        with closing(LogReader(folder / "log")) as log:  # first: what is truncated after this is still read
+            done_to = min(History(self.history_uri, shard, folder, 0).done_to, log.next) if self.history_uri else 0
+            if max(done_to, from_offset) < log.first:
+                raise Unavailable(
+                    f"past: the log of shard {shard} begins at offset {log.first}, and there is no history of what was "
+                    "before; name where it is (setting `history`)"
+                )
+            if from_offset < done_to:
+                assert self.history_uri is not None
+                yield from read_history(self.history_uri, shard, from_offset, done_to)
+            # An offer that is taken after the history's end may have been made before.
+            open_offers: dict[int, OfferRecord] = {}
+            for offset, record in applied_records(log, log.first, log.next, open_offers):
+                if offset >= max(done_to, from_offset):
+                    yield offset, record
