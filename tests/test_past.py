@@ -1,4 +1,4 @@
-"""The past of a cluster is what its shards had, in their order, wherever its log has been cut and whoever writes to it."""
+"""The past of a cluster is what its shards had, in their order, wherever its log has been cut, whoever writes to it."""
 
 from __future__ import annotations
 
