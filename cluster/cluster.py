@@ -286,6 +286,7 @@ class Cluster:
             "memory_dir": spec.memory_dir,
             "clock": spec.clock,
             "cpus": self.cpus,
+            "logs": str(self._embedded.logs_dir),
             "definitions": [[d.file_name, d.text] for d in self._definitions],
         }
 
