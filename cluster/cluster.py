@@ -221,7 +221,9 @@ class Cluster:
             requests_queued_max=config.requests_queued_max,
             registry_dir=str(self.registry_dir),
             models=HostLimits(
-                config.models_mb_max << 20, LaneLimits(config.predict_timeout_s, config.model_requests_max)
+                config.models_mb_max << 20,
+                LaneLimits(config.predict_timeout_s, config.model_requests_max),
+                config.predict_threads,
             ),
             hang_timeout_s=config.hang_timeout_s,
         )
@@ -286,6 +288,7 @@ class Cluster:
             "memory_dir": spec.memory_dir,
             "clock": spec.clock,
             "cpus": self.cpus,
+            "logs": str(self._embedded.logs_dir),
             "definitions": [[d.file_name, d.text] for d in self._definitions],
         }
 

@@ -77,6 +77,7 @@ class Config:
     predict_timeout_s: float = _setting(2.0, "longest wait for a slow model; over it is 504", 0.001, 3_600)
     hang_timeout_s: float = _setting(10.0, "a prediction that holds up a replica for so long ends it", 0.1, 3_600)
     model_requests_max: int = _setting(128, "requests that wait for a slow model, in a replica; more is 429", 1, 10**6)
+    predict_threads: int = _setting(64, "threads in which a replica calls its slow models", 1, 1_024)
     models_mb_max: int = _setting(4_096, "memory for models in a replica; those asked longest ago go first", 1, 10**6)
     shard_timeout_s: float = _setting(30.0, "longest wait for one call of a shard", 0.01, 3_600)
     body_timeout_s: float = _setting(30.0, "how long the body of a request may take to arrive", 0.01, 3_600)

@@ -312,6 +312,14 @@ class EmbeddedCluster:
             logging_config={"log_level": self.settings.log_level, "enable_access_log": False},
         )
 
+    @property
+    def logs_dir(self) -> Path:
+        """Where the processes of the running cluster write their logs; gone when it is stopped cleanly."""
+        from ray._private import worker
+
+        node: Any = worker._global_node
+        return Path(node.get_logs_dir_path())
+
     def _ended_of_ray(self) -> str | None:
         """Return the name of a process of Ray that has ended and that nothing restarts, or None."""
         from ray._private import worker

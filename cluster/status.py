@@ -34,6 +34,7 @@ def fetch_status(state: dict[str, Any], directory: Path) -> dict[str, Any]:
 def print_status(status: dict[str, Any]) -> None:
     console = Console()
     console.print(f"cluster [bold]{status['name']}[/bold] at {status['url']} (process {status['pid']})")
+    console.print(f"logs of its processes: {status['logs']}", soft_wrap=True)
     shards = Table(
         "shard", "state", "slots", "tiles", "tile memory", "ids", "id memory", "ids known for", "strings",
         title="Shards", title_justify="left",

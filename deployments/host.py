@@ -54,7 +54,6 @@ _DEATHS_MAX = 2
 _LOAD_S_MAX = 60.0
 #: So many changes that came together are followed each by itself.
 _TASKS_MAX = 32
-_PREDICT_THREADS_MAX = 64
 #: What a model takes besides what was measured: a plan, a lane.
 _MODEL_BYTES = 65_536
 
@@ -63,10 +62,12 @@ Id = tuple[str, str]
 
 @dataclass(frozen=True)
 class HostLimits:
-    """memory_bytes_max: of all models of a replica together, as each was measured when it was deployed."""
+    """memory_bytes_max: of all models of a replica together, as each was measured when it was deployed. threads: in
+    which slow models are called."""
 
     memory_bytes_max: int = 4 << 30
     lanes: LaneLimits = field(default_factory=LaneLimits)
+    threads: int = 64
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class ModelHost(Models):
         self._pool = pool
         self._limits = limits
         self._loads = ThreadPoolExecutor(_LOADS_AT_ONCE, "load")
-        self._predictions = ThreadPoolExecutor(_PREDICT_THREADS_MAX, "predict")
+        self._predictions = ThreadPoolExecutor(limits.threads, "predict")
         # One thread asks the registry, which keeps a connection for each.
         self._asks = ThreadPoolExecutor(1, "registry")
         self._turns = Turns(client)

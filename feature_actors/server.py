@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from millpond.feature_actors.allocators import give_back
 from millpond.feature_actors.calls import CallIngest, Calls
 from millpond.feature_actors.durable import DurableShard, ShardFolder, VolatileLog
 from millpond.feature_actors.errors import MillpondError, TooMany, Unavailable
@@ -464,6 +465,7 @@ class ShardServer:
             if (newest_ms := self._shard.status().newest_arrival_ms) is not None:
                 uri, sources = self._spec.history_uri, self._spec.sources
                 await loop.run_in_executor(self._history, delete_expired, uri, sources, newest_ms)
+            await loop.run_in_executor(self._history, give_back)
         except BaseException:
             self._bytes_since_history += size
             raise
@@ -505,6 +507,7 @@ class ShardServer:
             "snapshot_bytes": path.stat().st_size,
         }
         await loop.run_in_executor(self._house, remove_old_snapshots, path.parent)
+        await loop.run_in_executor(self._house, give_back)
         await self._truncate(durable)
 
     async def _truncate(self, durable: DurableShard) -> None:
