@@ -18,7 +18,7 @@ _SHARD: dict[str, Any] = {
 
 def printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *shards: dict[str, Any]) -> str:
     monkeypatch.setenv("COLUMNS", "200")
-    print_status({"name": "dev", "url": "http://x", "pid": 1, "shards": list(shards), "models": []})
+    print_status({"name": "dev", "url": "http://x", "pid": 1, "shards": list(shards), "models": [], "score_log": None})
     return capsys.readouterr().out
 
 
