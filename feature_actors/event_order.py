@@ -53,8 +53,8 @@ class Run(NamedTuple):
 
 @dataclass(slots=True)
 class _Part:
-    """Of a record of a shard, those events that are wanted: k rows of a batch. tables: of the record. dues int64 [k]: the
-    newest arrival stamp up to each in its log."""
+    """Of a record of a shard, those events that are wanted: k rows of a batch. tables: of the record. dues int64 [k]:
+    the newest arrival stamp up to each in its log."""
 
     source: Source
     tables: tuple[tuple[str, ...], ...]
@@ -69,8 +69,8 @@ _Id = tuple[str, int, int]
 
 
 class _Event:
-    """An event that has been seen, by source, content and arrival stamp. seen: the shards that applied it, of `expected`
-    so many. blocked: how many events of its entities go first; followers: those that it goes before."""
+    """An event that has been seen, by source, content and arrival stamp. seen: the shards that applied it, of
+    `expected` so many. blocked: how many events of its entities go first; followers: those that it goes before."""
 
     __slots__ = ("batch", "blocked", "due", "entities", "expected", "followers", "home", "id", "row", "seen", "sent")
 

@@ -1,9 +1,9 @@
 """`millpond export`: a pack of a cluster, running or stopped. What is there goes on; nothing of it is changed.
 
-    1. what may leave: every personal field is masked or dropped, or was allowed to go as it is
-    2. the events, in one order (`event_order`), a window at a time: masked, written, forgotten
-    3. the definitions, and the contents of the live versions from the registry
-    4. the manifest, with checksums; then the folder gets its name
+1. what may leave: every personal field is masked or dropped, or was allowed to go as it is
+2. the events, in one order (`event_order`), a window at a time: masked, written, forgotten
+3. the definitions, and the contents of the live versions from the registry
+4. the manifest, with checksums; then the folder gets its name
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ from millpond.feature_actors.event_order import EventOrder, Run
 from millpond.feature_actors.layout import Layout, compile_layout
 from millpond.feature_actors.past import Past
 from millpond.feature_actors.source import Source
-from millpond.feature_actors.view import FeatureView
 from millpond.models.definition import Definition
 from millpond.models.registry import Registry
 
@@ -95,7 +94,9 @@ def export_pack(
     try:
         beside.mkdir(mode=0o700, parents=True)
         order = EventOrder(past, sources, what.since_ms, what.until_ms, None if sample is None else sample.rows)
-        left_out = set() if sample is None else {name for name, source in sources.items() if not sample.concerns(source)}
+        left_out = (
+            set() if sample is None else {name for name, source in sources.items() if not sample.concerns(source)}
+        )
         with _EventFiles(beside, sources.values(), what) as files:
             for run in order.runs():
                 files.add(run, progress)
@@ -149,12 +150,12 @@ def _check_fields(sources: Iterable[Source], what: What) -> None:
     for name in what.mask:
         types = {spec.arrow_type: source.name for source, spec in fields[name]}
         if len(types) > 1:
-            shown = " and ".join(f"`{kind}` in `{source}`" for kind, source in types.items())
+            shown = " and ".join(f"`{kind}` in `{of}`" for kind, of in types.items())
             raise BadRequest(f"export: field `{name}` is {shown}: their masks would not be the same; drop it")
-        for kind, source in types.items():
+        for kind, of in types.items():
             if not can_mask(kind):
                 raise BadRequest(
-                    f"export: field `{name}` of `{source}` is `{kind}`; masks are of integers and strings; drop it"
+                    f"export: field `{name}` of `{of}` is `{kind}`; masks are of integers and strings; drop it"
                 )
     for name in what.drop:
         for source, spec in fields[name]:
@@ -165,14 +166,14 @@ def _check_fields(sources: Iterable[Source], what: What) -> None:
                 )
     left = sorted(
         f"`{source.name}.{name}`"
-        for name, of in fields.items()
-        for source, spec in of
+        for name, declared in fields.items()
+        for source, spec in declared
         if spec.personal and name not in (*what.mask, *what.drop)
     )
     if left and not what.allow_personal:
         raise BadRequest(
-            f"export: {', '.join(left)} are personal; mask them (--mask), drop them (--drop), or let them leave as they "
-            "are (--allow-personal)"
+            f"export: {', '.join(left)} are personal; mask them (--mask), drop them (--drop), or let them leave as "
+            "they are (--allow-personal)"
         )
 
 

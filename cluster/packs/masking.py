@@ -125,7 +125,7 @@ class Mask:
         if not places:
             return text
         shape = "".join(kind or f"'{character}" for kind, character in zip(kinds, text, strict=True)).encode()
-        sizes = np.array([_SIZES[kinds[place]] for place in places], np.uint64)
+        sizes = np.array([_SIZES[kind] for kind in kinds if kind is not None], np.uint64)
         numbers = np.array([_number(kinds[place], text[place]) for place in places], np.uint64)
         middle = len(places) // 2
         halves = (slice(None, middle), slice(middle, None))

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from millpond.feature_actors.decode import ARRIVAL_COLUMN
 from millpond.feature_actors.errors import MillpondError
 
 __all__ = ["FORMAT_VERSION", "MANIFEST", "PLACE", "Pack", "PackDamaged", "PackManifest", "PackModel", "PackSource",
@@ -56,10 +54,10 @@ class PackModel(msgspec.Struct, frozen=True):
 class PackManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a pack holds.
 
-    windows: before which place each window of events ends. changed_features: those that read a masked or dropped field.
-    left_out: sources that have events of which none are in it. disputed: events whose order two shards did not agree on.
-    ttl_ms_min: the shortest ttl of a feature. definitions: files of the cluster. files: path to size and SHA-256 of each
-    file but the manifest.
+    changed_features: those that read a masked or dropped field. left_out: sources of which no event is in it.
+    disputed: events whose order two shards did not agree on. windows: before which place each window of events ends.
+    ttl_ms_min: the shortest ttl of a feature. definitions: files of the cluster. files: path to size and SHA-256 of
+    each file but the manifest.
     """
 
     format: int
@@ -105,8 +103,8 @@ class Pack:
                 raise ValueError("it is none of a pack")
             if content.get("format") != FORMAT_VERSION:
                 raise PackDamaged(
-                    f"pack: `{path}` has format {content.get('format')!r}; this version reads {FORMAT_VERSION}; use the "
-                    "version that wrote it"
+                    f"pack: `{path}` has format {content.get('format')!r}; this version reads {FORMAT_VERSION}; use "
+                    "the version that wrote it"
                 )
             if checksum_of(content) != checksum:
                 raise ValueError("it fails its checksum")

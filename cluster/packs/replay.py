@@ -43,7 +43,10 @@ class Pace:
     """When events are due. speed: how much quicker than they arrived, None for at once."""
 
     def __init__(
-        self, speed: float | None, now_s: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep
+        self,
+        speed: float | None,
+        now_s: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.speed, self._now_s, self._sleep = speed, now_s, sleep
         self._begun: tuple[float, int] | None = None
@@ -110,8 +113,8 @@ def replay(
             total += client.send(request.source, events, arrival=arrival, idempotency_key=key)
         except ClientError as error:
             raise ReplayFailed(
-                f"replay: of {pack.manifest.events} events {sent} have been sent, then: {error}; run it again to go on, "
-                "what is there already counts as duplicates"
+                f"replay: of {pack.manifest.events} events {sent} have been sent, then: {error}; run it again to go "
+                "on, what is there already counts as duplicates"
             ) from error
         sent += len(events)
         progress(sent)

@@ -1,4 +1,4 @@
-"""A sample of entities: the rows of a CSV file, whose columns are key fields. Of a pack, only their events are wanted."""
+"""A sample of entities, of whose events a pack is made: the rows of a CSV file, whose columns are key fields."""
 
 from __future__ import annotations
 
