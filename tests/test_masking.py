@@ -111,7 +111,7 @@ def test_a_key_file_is_made_once_for_its_owner_and_read_again(tmp_path: Path) ->
     key = read_key(path)
     assert (len(key), stat.S_IMODE(path.stat().st_mode), read_key(path)) == (32, 0o600, key)
     path.write_bytes(b"too short")
-    with pytest.raises(BadRequest, match="mask key: .* has 9 bytes; a key has 16 at least"):
+    with pytest.raises(BadRequest, match=r"mask key: .* has 9 bytes; a key has 16 at least"):
         read_key(path)
-    with pytest.raises(BadRequest, match="mask key: .* cannot be read or made"):
+    with pytest.raises(BadRequest, match=r"mask key: .* cannot be read or made"):
         read_key(tmp_path / "no" / "folder")
