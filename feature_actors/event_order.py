@@ -178,8 +178,10 @@ class EventOrder:
             home, applied = bool(bits & 1), (1 << shard) if bits > 1 else 0
             alike = self._open.setdefault((source, content, arrival), [])
             # Events that are alike in everything may stand for each other.
-            event = next((e for e in alike if not (home and e.home) and not (applied & e.seen)), None)
-            if event is None:
+            for event in alike:
+                if not (home and event.home) and not (applied & event.seen):
+                    break
+            else:
                 event = _Event((source, content, arrival), part.batch, row, due, shards)
                 alike.append(event)
                 self._waiting += 1
@@ -187,8 +189,9 @@ class EventOrder:
             if home:
                 event.home, event.due = True, due
             if applied and not event.sent:
-                for keys in (keys for bit, keys in entities if bits & bit):
-                    self._comes_last(event, keys[at])
+                for bit, keys in entities:
+                    if bits & bit:
+                        self._comes_last(event, keys[at])
             if event.complete:
                 self._completed(event)
 

@@ -241,7 +241,8 @@ def test_another_version_that_is_live_has_a_folder_of_its_own(shop: Shop) -> Non
     (canary,) = (m for m in pack.manifest.models if m.role == "canary")
     assert (canary.model, canary.version, canary.share) == ("plain", "2", 0.25)
     assert Definition.read(pack.folder / canary.definition).digest == other.digest
-    assert canary.definition not in pack.manifest.definitions
+    assert canary.definition.startswith("models/")
+    assert [path.startswith("definitions/") for path in pack.manifest.definitions] == [True]
 
 
 def test_a_stretch_of_time_is_chosen_by_arrival(shop: Shop) -> None:

@@ -102,7 +102,7 @@ def export_pack(
                 files.add(run, progress)
             files.end_window(progress)
         contents = _Contents(beside)
-        cluster_files = [contents.add(_with_artifacts(definition, registry)) for definition in definitions]
+        cluster_files = [contents.add("definitions", _with_artifacts(one, registry)) for one in definitions]
         models = list(_live_models(registry, contents))
         manifest = PackManifest(
             format=FORMAT_VERSION,
@@ -210,7 +210,7 @@ class _EventFiles:
         self._writers: dict[str, pq.ParquetWriter] = {}
         self._counts = dict.fromkeys(self._sources, 0)
         self._gathered: dict[str, _Gathered] = {}
-        self._bytes = 0.0
+        self._bytes = 0
         self.events = 0
         self.windows: list[int] = []
         (folder / "events").mkdir(mode=0o700)
@@ -227,15 +227,13 @@ class _EventFiles:
         self._stack.close()
 
     def add(self, run: Run, progress: Callable[[int], None]) -> None:
-        row_bytes = run.batch.nbytes / max(1, run.batch.num_rows)
         start = 0
         while start < len(run.rows):
             room = _WINDOW_EVENTS - (self.events - (self.windows[-1] if self.windows else 0))
             end = min(len(run.rows), start + room)
             gathered = self._gathered.setdefault(run.source, _Gathered())
-            gathered.add(run.batch, run.rows[start:end], run.arrivals[start:end], self.events)
+            self._bytes += gathered.add(run.batch, run.rows[start:end], run.arrivals[start:end], self.events)
             self.events += end - start
-            self._bytes += row_bytes * (end - start)
             if end - start == room or self._bytes >= _WINDOW_BYTES:
                 self.end_window(progress)
             start = end
@@ -247,7 +245,7 @@ class _EventFiles:
             self._counts[name] += len(table)
         if self._gathered:
             self.windows.append(self.events)
-        self._gathered, self._bytes = {}, 0.0
+        self._gathered, self._bytes = {}, 0
         progress(self.events)
 
     def _left_out(self, source: Source, table: pa.Table) -> pa.Table:
@@ -280,15 +278,18 @@ class _Gathered:
     places: list[int] = field(default_factory=list)
     arrivals: list[int] = field(default_factory=list)
 
-    def add(self, batch: pa.RecordBatch, rows: list[int], arrivals: list[int], place: int) -> None:
-        if id(batch) not in self.begins:
-            self.begins[id(batch)] = self.end
+    def add(self, batch: pa.RecordBatch, rows: list[int], arrivals: list[int], place: int) -> int:
+        """Add rows of a batch; return how many bytes more are held."""
+        begin, more = self.begins.get(id(batch)), 0
+        if begin is None:
+            begin = self.begins[id(batch)] = self.end
             self.batches.append(batch)
             self.end += batch.num_rows
-        begin = self.begins[id(batch)]
+            more = batch.nbytes
         self.rows += [begin + row for row in rows]
         self.places += range(place, place + len(rows))
         self.arrivals += arrivals
+        return more
 
     def table(self) -> pa.Table:
         table = pa.Table.from_batches([pa.concat_batches(self.batches).take(pa.array(self.rows))])
@@ -310,11 +311,11 @@ class _Contents:
         self._folder = folder
         self._paths: dict[str, str] = {}
 
-    def add(self, definition: Definition) -> str:
-        """Write a content, once, and return where its file lies."""
+    def add(self, kind: str, definition: Definition) -> str:
+        """Write a content, unless it is there of another kind, and return where its file lies."""
         path = self._paths.get(definition.digest)
         if path is None:
-            path = self._paths[definition.digest] = f"definitions/{definition.digest[:12]}/{definition.file_name}"
+            path = self._paths[definition.digest] = f"{kind}/{definition.digest[:12]}/{definition.file_name}"
             folder = (self._folder / path).parent
             for one in (folder.parent, folder):
                 one.mkdir(mode=0o700, exist_ok=True)
@@ -344,7 +345,7 @@ def _live_models(registry: Registry | None, contents: _Contents) -> Iterator[Pac
             if version is not None:
                 assert registry is not None
                 share = rollout.share if role == "canary" else 0.0
-                path = contents.add(registry.definition(version))
+                path = contents.add("models", registry.definition(version))
                 yield PackModel(version.model, version.version, role, share, path)  # type: ignore[arg-type]
 
 

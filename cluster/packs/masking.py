@@ -6,8 +6,8 @@ sources and fields. Without the key it cannot be told which value a mask stands 
     integers   a Feistel network over the bits of the type, ten rounds; the round function is SipHash-2-4 with the key
     strings    the same over the characters that say something, so that the mask has the shape of the string: a digit
                becomes a digit, a letter one of its case, another character one of as many bytes in UTF-8; what else
-               there is of ASCII (`@`, `.`, `-`, blanks) stays. The round function is SHAKE-256 over key and shape, and
-               each round adds to one half of the characters what it makes of the other, modulo what each may be
+               there is of ASCII (`@`, `.`, `-`, blanks) stays. Each half of the characters is a number, and each round
+               adds to one what SHAKE-256 makes of key, shape and the other, modulo how many there are
 
 So a mask tells the length and the shape of a string, and a string of one letter has 26 masks at most.
 
@@ -21,7 +21,6 @@ import hashlib
 import os
 import secrets
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -125,18 +124,25 @@ class Mask:
         if not places:
             return text
         shape = "".join(kind or f"'{character}" for kind, character in zip(kinds, text, strict=True)).encode()
-        sizes = np.array([_SIZES[kind] for kind in kinds if kind is not None], np.uint64)
-        numbers = np.array([_number(kinds[place], text[place]) for place in places], np.uint64)
-        middle = len(places) // 2
-        halves = (slice(None, middle), slice(middle, None))
+        # Each half is one number, of as many values as its characters can have.
+        halves = places[: len(places) // 2], places[len(places) // 2 :]
+        numbers, sizes = [0, 0], [1, 1]
+        for half, its_places in enumerate(halves):
+            for place in its_places:
+                size = _SIZES[kinds[place] or ""]
+                numbers[half] = numbers[half] * size + _number(kinds[place], text[place])
+                sizes[half] *= size
+        widths = [(size.bit_length() + 7) // 8 for size in sizes]
         for number in range(_ROUNDS):
-            one, other = halves[1 - number % 2], halves[number % 2]
-            added = hashlib.shake_256(b"%b%d:%b:%b" % (self._key, number, shape, numbers[other].tobytes()))
-            stream = np.frombuffer(added.digest(8 * len(numbers[one])), np.uint64)
-            numbers[one] = (numbers[one] + stream % sizes[one]) % sizes[one]
+            one, other = 1 - number % 2, number % 2
+            content = b"%b%d:%b:%b" % (self._key, number, shape, numbers[other].to_bytes(widths[other], "big"))
+            added = hashlib.shake_256(content).digest(widths[one] + 8)  # so many more that no value is likelier
+            numbers[one] = (numbers[one] + int.from_bytes(added, "big")) % sizes[one]
         masked = list(text)
-        for place, value in zip(places, numbers.tolist(), strict=True):
-            masked[place] = _character(kinds[place], value)
+        for half, its_places in enumerate(halves):
+            for place in reversed(its_places):
+                numbers[half], value = divmod(numbers[half], _SIZES[kinds[place] or ""])
+                masked[place] = _character(kinds[place], value)
         return "".join(masked)
 
 
@@ -148,18 +154,18 @@ def _kind(character: str) -> str | None:
     return "9" if character.isdigit() else "a" if character.islower() else "A" if character.isupper() else None
 
 
-def _number(kind: Any, character: str) -> int:
+def _number(kind: str | None, character: str) -> int:
     """Return which one of its kind a character is."""
     code, before = ord(character), 0
-    for first, end in _KINDS[kind]:
+    for first, end in _KINDS[kind or ""]:
         if code < end:
             return before + code - first
         before += end - first
     raise AssertionError(f"{character!r} is not of kind {kind}")
 
 
-def _character(kind: Any, number: int) -> str:
-    for first, end in _KINDS[kind]:
+def _character(kind: str | None, number: int) -> str:
+    for first, end in _KINDS[kind or ""]:
         if number < end - first:
             return chr(first + number)
         number -= end - first
