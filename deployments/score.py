@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import re
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
@@ -25,7 +23,6 @@ from millpond.feature_actors.errors import (
     MillpondError,
     TooLarge,
     TooMany,
-    Unauthorized,
     Unavailable,
     UnsupportedMediaType,
 )
@@ -244,13 +241,7 @@ class ScoreApp(App):
         return json_response({"status": "ready", "shards": len(shards), "models": models, "broken": broken})
 
     async def get_status(self, request: Request) -> Response:
-        scheme, _, given = (request.header(b"authorization") or "").partition(" ")
-        digest = hashlib.sha256(given.encode()).hexdigest()
-        if not hmac.compare_digest(digest, self._admin_token_sha256) or scheme != "Bearer":
-            raise Unauthorized(
-                "this call needs the admin token of the cluster: `Authorization: Bearer ...`; it is in the file "
-                "`admin_token` of the cluster's data directory"
-            )
+        request.check_admin(self._admin_token_sha256, "this call")
         models = [{"model": m.model, "version": m.version, "owner": m.owner} for m in self._models.entries()]
         return json_response({"shards": await self._status(), "models": models})
 
