@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from millpond.feature_actors.errors import DeclarationError
 from millpond.models.definition import Definition
 from millpond.models.model import Model
 from millpond.models.pool import Pool
