@@ -35,7 +35,7 @@ def test_bit_for_bit_what_a_start_with_the_view_gives_and_right_whatever_ends_me
     at = draw(st.integers(0, len(world.batches)))
     with folder() as path:
         calm = DurableCluster(compile_layout([], [*at_start, added]), 1, path / "calm")
-        stormy = DurableCluster(compile_layout([], at_start), 1, path / "stormy", history=draw(st.booleans()))
+        stormy = DurableCluster(compile_layout([], at_start), 1, path / "stormy", history=True)
         for number, (name, now_ms, events) in enumerate(world.batches):
             if number == at:
                 stormy.add_view(added)
@@ -45,7 +45,7 @@ def test_bit_for_bit_what_a_start_with_the_view_gives_and_right_whatever_ends_me
                     stormy.restart_all()
                 elif what == "snapshot":
                     stormy.snapshot_steps(0, draw(st.sampled_from([1, 3, 1_000])))
-                elif what == "history" and stormy._history:
+                elif what == "history":
                     stormy.write_history(0)
                 else:
                     stormy.backfill_steps(0, draw(st.sampled_from([1, 3, 1_000])))
@@ -84,7 +84,7 @@ def test_on_several_shards_it_has_every_event_that_the_others_have(data: st.Data
     draw = data.draw
     with folder() as path:
         n_shards = draw(st.sampled_from([1, 2, 3]))
-        cluster = DurableCluster(compile_layout([], [BY_USER, BY_SHOP]), n_shards, path, history=draw(st.booleans()))
+        cluster = DurableCluster(compile_layout([], [BY_USER, BY_SHOP]), n_shards, path, history=True)
         sent: dict[str, dict[str, Any]] = {}
         coming = [(draw(st.integers(0, 7)), view) for view in (AGAIN, SHOP_AGAIN)]
         for number in range(8):
@@ -109,7 +109,7 @@ def test_on_several_shards_it_has_every_event_that_the_others_have(data: st.Data
                 what = draw(st.sampled_from(["snapshot", "history", "backfill", "deliver"]))
                 if what == "snapshot":
                     cluster.snapshot_steps(shard, steps)
-                elif what == "history" and cluster._history:
+                elif what == "history":
                     cluster.write_history(shard)
                 elif what == "deliver":
                     cluster.deliver_owed()
