@@ -91,7 +91,7 @@ class SoakWorkload:
 
     def __init__(self, config: Config, options: Options) -> None:
         self._options, self.seed = options, options.seed or 0
-        self._minutes, self._warm_minutes = (0.05, 0.02) if options.quick else (options.minutes, 4.0)
+        self._minutes, self._warm_minutes = (0.05, 0.02) if options.quick else (options.minutes, 8.0)
         users, items = (100, 20) if options.quick else (2_000, 500)
         self._mixed = MixedLoad(Testbed(config, [Path(mixed_load.__file__)], **_CHANGES), options, users, items)
         self._rate = options.rate or _SCORES_PER_S

@@ -22,6 +22,7 @@ from millpond.deployments.deployment import Deployment
 from millpond.deployments.host import HostLimits, is_alive
 from millpond.deployments.lane import LaneLimits
 from millpond.deployments.score import ScoreLimits
+from millpond.deployments.score_log import ScoreLogSettings
 from millpond.deployments.serving import (
     EVENTS_PREFIX,
     SCORE_PREFIX,
@@ -221,9 +222,12 @@ class Cluster:
             requests_queued_max=config.requests_queued_max,
             registry_dir=str(self.registry_dir),
             models=HostLimits(
-                config.models_mb_max << 20, LaneLimits(config.predict_timeout_s, config.model_requests_max)
+                config.models_mb_max << 20,
+                LaneLimits(config.predict_timeout_s, config.model_requests_max),
+                config.predict_threads,
             ),
             hang_timeout_s=config.hang_timeout_s,
+            score_log=self._score_log_settings(),
         )
         return self.spec
 
@@ -231,6 +235,20 @@ class Cluster:
         """Return where the history goes, a folder of this cluster alone."""
         history = self.config.history
         return {"off": None, "auto": str(self.config.directory / "history")}.get(history, history)
+
+    def _score_log_settings(self) -> ScoreLogSettings | None:
+        """Return what of the scores is logged; nothing where there is no log of events to compare them with."""
+        config, uri = self.config, self._history_uri()
+        if uri is None or config.durability == "none" or config.score_log_share == 0:
+            return None
+        return ScoreLogSettings(
+            uri,
+            share=config.score_log_share,
+            flush_s=config.score_log_flush_s,
+            flush_rows=config.score_log_flush_rows,
+            waiting_max=config.score_log_waiting_max,
+            keep_ms=config.score_log_retention_ms,
+        )
 
     def _check_models(self) -> list[tuple[Definition, list[Version]]]:
         with nobody(self.layout) as client:

@@ -55,6 +55,11 @@ class Config:
     history: str = _setting("auto", "where closed parts of the log are kept as Parquet: `auto` is in data_dir, `off`, "
                             "or a URI of `pyarrow.fs`, of this cluster alone")  # fmt: skip
     history_part_mb: int = _setting(1_024, "so much of a shard's log makes a part of the history", 1, 10**6)
+    score_log_share: float = _setting(0.01, "scores of this share of the ids are logged in the history, 0 to 1", 0, 1)
+    score_log_flush_s: float = _setting(5.0, "how often a replica writes what it has to log", 0.01, 3_600)
+    score_log_flush_rows: int = _setting(1_000, "with so many scores to log it writes them at once", 1, 10**6)
+    score_log_waiting_max: int = _setting(100_000, "scores that may wait to be logged; more are dropped", 1, 10**7)
+    score_log_retention: str = _setting("365d", "how long logged scores are kept")
     disk_free_mb_min: int = _setting(256, "with less left on the disk of data_dir no events are taken", 0, 10**9)
     queue_mb_max: int = _setting(256, "events that may wait for a shard's log, or in a replica; more is 429", 1, 10**6)
     queue_events_max: int = _setting(2_000_000, "events that may wait in a replica of the events app", 1, 10**9)
@@ -77,6 +82,7 @@ class Config:
     predict_timeout_s: float = _setting(2.0, "longest wait for a slow model; over it is 504", 0.001, 3_600)
     hang_timeout_s: float = _setting(10.0, "a prediction that holds up a replica for so long ends it", 0.1, 3_600)
     model_requests_max: int = _setting(128, "requests that wait for a slow model, in a replica; more is 429", 1, 10**6)
+    predict_threads: int = _setting(64, "threads in which a replica calls its slow models", 1, 1_024)
     models_mb_max: int = _setting(4_096, "memory for models in a replica; those asked longest ago go first", 1, 10**6)
     shard_timeout_s: float = _setting(30.0, "longest wait for one call of a shard", 0.01, 3_600)
     body_timeout_s: float = _setting(30.0, "how long the body of a request may take to arrive", 0.01, 3_600)
@@ -102,13 +108,23 @@ class Config:
         return _length_ms("dedupe_horizon", self.dedupe_horizon)
 
     @property
+    def score_log_retention_ms(self) -> int:
+        return _length_ms("score_log_retention", self.score_log_retention)
+
+    @property
     def dedupe_horizon_ms_min(self) -> int:
         return _length_ms("dedupe_horizon_min", self.dedupe_horizon_min)
 
 
 _TYPES = get_type_hints(Config)
 #: The settings that are lengths of time, and the shortest that each may be.
-_LENGTHS = {"late_after": "0s", "ahead_max": "0s", "dedupe_horizon": "1s", "dedupe_horizon_min": "1s"}
+_LENGTHS = {
+    "late_after": "0s",
+    "ahead_max": "0s",
+    "dedupe_horizon": "1s",
+    "dedupe_horizon_min": "1s",
+    "score_log_retention": "1d",
+}
 _LENGTH_MAX = "3660d"
 
 

@@ -10,8 +10,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
 import gc
 import os
 import statistics
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from millpond.deployments.host import is_alive
+from millpond.feature_actors.allocators import give_back
 from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.clock import EventClock, WallClock
 from millpond.feature_actors.errors import (
@@ -233,8 +232,7 @@ async def _try(loaded: LoadedModel, client: FeatureClient, ids: Sequence[Mapping
 
 def _resident_bytes() -> int:
     gc.collect()
-    with contextlib.suppress(AttributeError):  # of another C library, which has no such call
-        ctypes.CDLL(None).malloc_trim(0)  # what is free is not to be used for what is measured next
+    give_back()  # what is free is not to be used for what is measured next
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 

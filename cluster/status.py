@@ -1,4 +1,4 @@
-"""What `millpond status` shows: shards, events, entities, models and memory of the running cluster."""
+"""What `millpond status` shows: shards, events, entities, models, memory and the score log of the running cluster."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from millpond.cluster.cluster import admin_token
+from millpond.deployments.host import is_alive
 from millpond.feature_actors.errors import Unavailable
+from millpond.models.registry import Registry
 
 __all__ = ["fetch_status", "print_status"]
 
@@ -28,7 +30,17 @@ def fetch_status(state: dict[str, Any], directory: Path) -> dict[str, Any]:
         except (ValueError, KeyError, TypeError):
             message = answer.text[:200]
         raise Unavailable(f"cluster at {state['url']} answers {answer.status_code}: {message}")
-    return {**state, **answer.json()}
+    return {**state, **answer.json(), "score_log": _score_log(directory)}
+
+
+def _score_log(directory: Path) -> dict[str, int] | None:
+    """Return what the replicas that live have logged and dropped, together; None if scores are not logged."""
+    registry = Registry(directory / "registry")
+    try:
+        counts = [r["score_log"] for r in registry.reports().values() if is_alive(r) and r["score_log"] is not None]
+    finally:
+        registry.close()
+    return {name: sum(one[name] for one in counts) for name in counts[0]} if counts else None
 
 
 def print_status(status: dict[str, Any]) -> None:
@@ -80,6 +92,16 @@ def print_status(status: dict[str, Any]) -> None:
     for m in status["models"]:
         models.add_row(m["model"], m["version"], m["owner"])
     console.print(models)
+    if (logged := status["score_log"]) is not None:
+        console.print(
+            f"score log: {logged['written']:,} scores written since the replicas started, {logged['waiting']:,} wait"
+        )
+        if logged["dropped"]:
+            console.print(
+                f"[bold]warning[/bold]: {logged['dropped']:,} scores that were to be logged have been dropped; see the "
+                "log of the replicas, raise `score_log_waiting_max` or lower `score_log_share`",
+                soft_wrap=True,
+            )
 
 
 def _megabytes(n: int) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from millpond.deployments.lane import Lane, Scored
+from millpond.deployments.score_log import ScoreLog
 
 __all__ = ["Answers", "iso"]
 
@@ -32,20 +33,27 @@ def iso(ms: int) -> str | None:
 
 
 class Answers:
-    """Make answers, each with an id of its own: unique over replicas by its random half, in order within one."""
+    """Make answers, each with an id of its own: unique over replicas by its random half, in order within one.
 
-    def __init__(self) -> None:
-        self._prefix = b'{"id":"' + secrets.token_hex(6).encode()
+    score_log: gets those that were sampled.
+    """
+
+    def __init__(self, score_log: ScoreLog | None = None) -> None:
+        self._score_log = score_log
+        self._half = secrets.token_hex(6)
+        self._prefix = b'{"id":"' + self._half.encode()
         self._numbers = itertools.count(1)
         # Times of answers that follow each other are mostly the same.
         self._ms, self._as_of = -1, b"null"
 
     def one(self, lane: Lane, scored: Scored, row: int) -> bytes:
         """Return the answer of a row that a lane has scored."""
-        rows, unknown = scored.rows, scored.rows.unknown[row]
+        rows, unknown, number = scored.rows, scored.rows.unknown[row], next(self._numbers)
+        if scored.sampled is not None:
+            self._log(lane, scored, row, number)
         return b'%b%010x%b%b,"as_of":%b,"unknown":%b%b}' % (
             self._prefix,
-            next(self._numbers),
+            number,
             lane.label,
             _encode(scored.results[row]),
             self._time(int(rows.as_of[row])),
@@ -57,10 +65,21 @@ class Answers:
         """Return the answers of several rows as a JSON array."""
         return b"[%b]" % b",".join([self.one(lane, scored, row) for lane, scored, row in answered])
 
-    def ids(self, n: int) -> Sequence[str]:
-        """Return n ids of answers."""
-        prefix = self._prefix.decode().removeprefix('{"id":"')
-        return [f"{prefix}{number:010x}" for number in itertools.islice(self._numbers, n)]
+    def ids(self, answered: Sequence[tuple[Lane, Scored, int]]) -> Sequence[str]:
+        """Return ids for the answers of several rows, which somebody else makes."""
+        numbers = list(itertools.islice(self._numbers, len(answered)))
+        for (lane, scored, row), number in zip(answered, numbers, strict=True):
+            if scored.sampled is not None:
+                self._log(lane, scored, row, number)
+        return [self._id(number) for number in numbers]
+
+    def _id(self, number: int) -> str:
+        return f"{self._half}{number:010x}"
+
+    def _log(self, lane: Lane, scored: Scored, row: int, number: int) -> None:
+        assert scored.sampled is not None
+        if self._score_log is not None and row in scored.sampled.places:
+            self._score_log.add(lane, scored, row, self._id(number))
 
     def _time(self, ms: int) -> bytes:
         if ms != self._ms:

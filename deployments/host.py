@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from millpond.deployments.lane import Lane, LaneLimits
+from millpond.deployments.score_log import ScoreLog
 from millpond.deployments.served import ModelEntry, Models, Served, Shadow
 from millpond.deployments.turns import Turns
 from millpond.deployments.watchdog import Watchdog
@@ -35,7 +36,7 @@ from millpond.models.attempts import Attempt
 from millpond.models.definition import Definition, forget_module
 from millpond.models.model import LoadedModel
 from millpond.models.registry import Registry
-from millpond.models.rollout import Rollout
+from millpond.models.rollout import Role, Rollout
 from millpond.models.version import Version
 
 __all__ = ["HostLimits", "ModelHost", "is_alive"]
@@ -54,7 +55,6 @@ _DEATHS_MAX = 2
 _LOAD_S_MAX = 60.0
 #: So many changes that came together are followed each by itself.
 _TASKS_MAX = 32
-_PREDICT_THREADS_MAX = 64
 #: What a model takes besides what was measured: a plan, a lane.
 _MODEL_BYTES = 65_536
 
@@ -63,10 +63,12 @@ Id = tuple[str, str]
 
 @dataclass(frozen=True)
 class HostLimits:
-    """memory_bytes_max: of all models of a replica together, as each was measured when it was deployed."""
+    """memory_bytes_max: of all models of a replica together, as each was measured when it was deployed. threads: in
+    which slow models are called."""
 
     memory_bytes_max: int = 4 << 30
     lanes: LaneLimits = field(default_factory=LaneLimits)
+    threads: int = 64
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class ModelHost(Models):
 
     replica: its name in the reports. pool: the model that this replica is a pool for; None for those of no pool.
     The others of a pool are loaded when they are asked for nevertheless: a pool may be on its way.
+    score_log: what takes a sample of the scores; None for none.
     """
 
     def __init__(
@@ -91,15 +94,17 @@ class ModelHost(Models):
         replica: str,
         pool: str | None = None,
         limits: HostLimits = HostLimits(),
+        score_log: ScoreLog | None = None,
     ) -> None:
         super().__init__()
+        self._score_log = score_log
         self._registry = registry
         self._client = client
         self._replica = replica
         self._pool = pool
         self._limits = limits
         self._loads = ThreadPoolExecutor(_LOADS_AT_ONCE, "load")
-        self._predictions = ThreadPoolExecutor(_PREDICT_THREADS_MAX, "predict")
+        self._predictions = ThreadPoolExecutor(limits.threads, "predict")
         # One thread asks the registry, which keeps a connection for each.
         self._asks = ThreadPoolExecutor(1, "registry")
         self._turns = Turns(client)
@@ -307,8 +312,12 @@ class ModelHost(Models):
                 compare = before.shadow  # type: ignore[union-attr]
             else:
                 compare = Shadow(champion.lane, shadow.lane, self._client)
-        for one in (champion, canary, shadow):  # each may have been the champion before
+        roles: tuple[tuple[Role, _Loaded | None], ...] = (
+            ("champion", champion), ("canary", canary), ("shadow", shadow),
+        )  # fmt: skip
+        for role, one in roles:  # each may have been another before
             if one is not None:
+                one.lane.role = role
                 one.lane.compare = compare if one is champion else None
         if canary is None:
             return Served(rollout.model, champion.lane, shadow=compare)
@@ -360,8 +369,9 @@ class ModelHost(Models):
             predict_s = version.predict_us / 1e6
             lane = Lane(
                 loaded, self._client, self._predictions, self._limits.lanes, predict_s, self._turns,
-                in_threads=_id(version) in self._hung,
+                in_threads=_id(version) in self._hung, digest=version.digest,
             )  # fmt: skip
+            lane.score_log = self._score_log
             self._loaded[_id(version)] = _Loaded(version, lane, definition.module_name)
 
     def _load_now(self, definition: Definition, version: Version) -> LoadedModel | BaseException:
@@ -448,6 +458,7 @@ class ModelHost(Models):
             "loading": sorted({model for models in self._bringing.values() for model in models}),
             "at_ms": time.time_ns() // 1_000_000,
             "memory_bytes": self.memory_bytes,
+            "score_log": None if self._score_log is None else self._score_log.counts,
             "failed": {f"{model}@{version}": why for (model, version), why in self._failed.items()},
             "versions": {
                 f"{model}@{version}": {

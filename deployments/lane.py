@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -30,6 +30,10 @@ from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.errors import MillpondError, TooMany, Unavailable
 from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.models.model import LoadedModel
+from millpond.models.rollout import Role
+
+if TYPE_CHECKING:
+    from millpond.deployments.score_log import Sampled, ScoreLog
 
 __all__ = ["Batch", "Lane", "LaneCounts", "LaneLimits", "ModelBusy", "PredictTimeout", "Scored"]
 
@@ -90,11 +94,13 @@ class LaneCounts:
 
 @dataclass(slots=True)
 class Scored:
-    """What requests that were scored together got: their rows, one result a row, and each row's features if asked."""
+    """What requests that were scored together got: their rows, one result a row, and each row's features if asked.
+    sampled: those rows that are to be logged when they are served."""
 
     rows: FeatureRows
     results: list[Any]
     values: list[dict[str, Any]] | None
+    sampled: Sampled | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -121,6 +127,7 @@ class Batch:
     values: list[dict[str, Any]] | None = None
     #: Who compares it, and by which rows.
     compared: tuple[Compare, FeatureRows] | None = None
+    sampled: Sampled | None = None
     _joined: bool = False
 
     def join_keys(self) -> bool:
@@ -149,7 +156,7 @@ class Lane:
 
     threads: where slow models are called. predict_s: what a call took when the model was checked.
     compare: told of every live batch. turns: those that it shares with the other lanes of the replica.
-    in_threads: call it in threads, however quick it is.
+    in_threads: call it in threads, however quick it is. digest: of the version's content.
     """
 
     def __init__(
@@ -161,8 +168,13 @@ class Lane:
         predict_s: float = 0.0,
         turns: Turns | None = None,
         in_threads: bool = False,
+        digest: str = "",
     ) -> None:
         self.loaded = loaded
+        self.digest = digest
+        #: As what it is asked.
+        self.role: Role = "champion"
+        self.score_log: ScoreLog | None = None
         #: What stands in each of its answers.
         self.label = _label(loaded.model.name, loaded.model.version)
         self.counts = LaneCounts()
@@ -310,6 +322,8 @@ class Lane:
         if self.compare is not None and batch.asks[0].as_of_ms is None:
             copied = self.compare.before(batch.keys, rows)
             batch.compared = None if copied is None else (self.compare, copied)
+        if self.score_log is not None:
+            batch.sampled = self.score_log.take(batch.keys, rows)
         if batch.n == 0:
             return self._answer(batch, rows, [])
         # Until it has been seen what a row takes, one may take as long as a call.
@@ -373,8 +387,8 @@ class Lane:
     # -- answers
 
     def _answer(self, batch: Batch, rows: FeatureRows, results: list[Any]) -> None:
-        scored, first = Scored(rows, results, None), 0
-        with_values = scored if batch.values is None else Scored(rows, results, batch.values)
+        scored, first = Scored(rows, results, None, batch.sampled), 0
+        with_values = scored if batch.values is None else Scored(rows, results, batch.values, batch.sampled)
         for ask in batch.asks:
             if not ask.answer.done():
                 ask.answer.set_result((with_values if ask.values else scored, first))

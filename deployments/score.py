@@ -17,6 +17,7 @@ from millpond.deployments.answers import Answers, iso
 from millpond.deployments.arrow_scores import ARROW_TYPE, arrow_answer, keys_of, wants_arrow
 from millpond.deployments.http import App, Request, Response, Route, decode_json, json_response
 from millpond.deployments.openapi import docs_page, openapi_document
+from millpond.deployments.score_log import ScoreLog
 from millpond.deployments.served import Models, Served
 from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.errors import (
@@ -57,6 +58,7 @@ class ScoreApp(App):
         limits: ScoreLimits,
         admin_token_sha256: str,
         cluster_name: str,
+        score_log: ScoreLog | None = None,
     ) -> None:
         super().__init__(
             [
@@ -77,7 +79,7 @@ class ScoreApp(App):
         self._admin_token_sha256 = admin_token_sha256
         layout = client.layout
         self._view_plans = {name: ReadPlan(layout, list(view), f"view `{name}`") for name, view in layout.views.items()}
-        self._answers = Answers()
+        self._answers = Answers(score_log)
         self._cluster_name = cluster_name
 
     # -- the score journey
@@ -105,7 +107,7 @@ class ScoreApp(App):
         answered = await served.ask(keys, len(ids), as_of_ms, values)
         # 3. Answer, one per id.
         if batch and wants_arrow(None, request.header(b"accept")):
-            return arrow_answer(served.model, answered, self._answers.ids(len(ids)))
+            return arrow_answer(served.model, answered, self._answers.ids(answered))
         return Response(200, self._answers.list(answered) if batch else self._answers.one(*answered[0]))
 
     async def _score_arrow(self, request: Request, served: Served, as_of_ms: int | None, values: bool) -> Response:
@@ -114,7 +116,7 @@ class ScoreApp(App):
         keys, n = keys_of(served.champion.loaded.plan, body, self._limits.ids_max)
         answered = await served.ask(keys, n, as_of_ms, values)
         if wants_arrow(ARROW_TYPE, request.header(b"accept")):
-            return arrow_answer(served.model, answered, self._answers.ids(n))
+            return arrow_answer(served.model, answered, self._answers.ids(answered))
         return Response(200, self._answers.list(answered))
 
     async def post_scores(self, request: Request) -> Response:

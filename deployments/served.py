@@ -111,7 +111,7 @@ class Shadow:
         n = len(rows.matrix)
         if self._same_features:
             texts = {name: list(column) for name, column in rows.texts.items()}
-            return FeatureRows(rows.matrix.copy(), rows.as_of, rows.unknown, texts)
+            return FeatureRows(rows.matrix.copy(), rows.as_of, rows.unknown, texts, rows.trace)
         try:
             mine = self._client.read_now(self.lane.loaded.plan, keys, n)
         except MillpondError:
@@ -139,6 +139,9 @@ class Shadow:
             self.disagreement.failed += len(results)
             return
         scored, _ = done.result()
+        if scored.sampled is not None and self.lane.score_log is not None:
+            for row in scored.sampled.places:
+                self.lane.score_log.add(self.lane, scored, row, "")
         ids = zip(*keys.values(), strict=True)
         for one, champion, shadow in zip(ids, results, scored.results, strict=True):
             self.disagreement.add(dict(zip(keys, one, strict=True)), champion, shadow)

@@ -22,6 +22,7 @@ from millpond.deployments.deployment import Deployment
 from millpond.deployments.events import EventsApp
 from millpond.deployments.host import HostLimits, ModelHost
 from millpond.deployments.score import ScoreApp, ScoreLimits
+from millpond.deployments.score_log import ScoreLog, ScoreLogSettings
 from millpond.feature_actors.calls import CallIngest, CallRead
 from millpond.feature_actors.client import FeatureClient, TimeLimits
 from millpond.feature_actors.clock import ClockKind, EventClock, WallClock
@@ -84,6 +85,8 @@ class ServingSpec:
     registry_dir: str
     models: HostLimits
     hang_timeout_s: float
+    #: None if no score is logged.
+    score_log: ScoreLogSettings | None = None
 
 
 def app_names(cluster_name: str) -> tuple[str, str]:
@@ -164,16 +167,25 @@ class ScoreReplica:
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         client, read = _connect(spec)
         replica = f"{pool or 'models'}-{secrets.token_hex(4)}"
-        self._host = ModelHost(Registry(Path(spec.registry_dir)), client, replica, pool, spec.models)
+        self._score_log = None if spec.score_log is None else ScoreLog(spec.score_log, spec.shard_map, replica)
+        registry = Registry(Path(spec.registry_dir))
+        self._host = ModelHost(registry, client, replica, pool, spec.models, self._score_log)
         self._host.watch(spec.hang_timeout_s)
         await self._host.start()
         self._following = asyncio.get_running_loop().create_task(self._host.follow())
-        self._app = ScoreApp(client, self._host, read.status, spec.scores, spec.admin_token_sha256, spec.cluster_name)
+        self._app = ScoreApp(
+            client, self._host, read.status, spec.scores, spec.admin_token_sha256, spec.cluster_name, self._score_log
+        )
         self._app.body_timeout_s = spec.body_timeout_s
         keep_what_is_there()
 
     def __serve_build_asgi_app__(self) -> ScoreApp:
         return self._app
+
+    def __del__(self) -> None:
+        """Called by Serve at a clean stop: what was sampled is written."""
+        if (score_log := getattr(self, "_score_log", None)) is not None:
+            score_log.close()
 
 
 class CustomReplica:

@@ -123,10 +123,13 @@ class CallRead:
             whole.texts[column] = [None] * question.n
         for shard, answer in answers.items():
             rows = concerned[shard]
-            for key, (columns, views) in enumerate(zip(program.columns_of_key, program.views_of_key, strict=True)):
+            whole.trace[rows, 0] = answer.trace[:, 0]
+            for part, key in enumerate(program.key_of_part):
                 mine = np.flatnonzero(shards[key, rows] == shard)
+                columns, views = program.columns_of_part[part], program.views_of_part[part]
                 whole.values[np.ix_(rows[mine], columns)] = answer.values[np.ix_(mine, columns)]
                 whole.known[np.ix_(rows[mine], views)] = answer.known[np.ix_(mine, views)]
+                whole.trace[rows[mine], 1 + part] = answer.trace[mine, 1 + part]
             for column, key in program.texts:
                 for i in np.flatnonzero(shards[key, rows] == shard).tolist():
                     whole.texts[column][int(rows[i])] = answer.texts[column][i]

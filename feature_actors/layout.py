@@ -151,14 +151,16 @@ class PlanProgram:
     """How to read some features, of any tables, into one row of a matrix.
 
     width: columns of the matrix; texts: those of strings, which hold addresses, with the number of their key.
-    columns_of_key, views_of_key: which columns and views are of an entity key. view_names: the views that tell whether
+    A part is what is read of one of the `tables`: the number of its key, and which columns and views are its own are in
+    key_of_part, columns_of_part, views_of_part. view_names: the views that tell whether
     they know the entity. wire_names: the features by name and identity. past_ms: how long ago it may be read as of.
     """
 
     width: int
     texts: tuple[tuple[int, int], ...]
-    columns_of_key: tuple[Words, ...]
-    views_of_key: tuple[Words, ...]
+    key_of_part: tuple[int, ...]
+    columns_of_part: tuple[Words, ...]
+    views_of_part: tuple[Words, ...]
     past_ms: int
     keys: tuple[tuple[str, ...], ...]
     tables: tuple[Table, ...]
@@ -171,7 +173,17 @@ class PlanProgram:
     @cached_property
     def plans(self) -> Words:
         """For the kernels that read: all ids are of this plan."""
-        return np.array([[0, len(self._parts) - 1]], np.int64)
+        return np.array([[0, self.parts]], np.int64)
+
+    @cached_property
+    def parts(self) -> int:
+        """How many parts it has; of several plans, most of one."""
+        return len(self._parts) - 1
+
+    @cached_property
+    def widths(self) -> tuple[int, int, int]:
+        """Of an answer to it: columns, views, and what is traced, see `read_rows`."""
+        return self.width, len(self.view_names), 1 + self.parts
 
     _programs: dict[int, ReadProgram] = field(default_factory=dict, repr=False)
 
@@ -354,16 +366,16 @@ class Layout:
         exact = all(f.kept.exact for f in features)
         past_ms = min((exact_past_ms(f.kept.window_ms or 0) for f in features), default=0) if exact else 0
         words = max((s.words for t in tables for s in t.series), default=0) + 2
-        columns = [(out + k, keys.index(tuple(f.view.key)), f.is_text) for f, out in zip(features, first, strict=False)
-                   for k in range(f.width)]  # fmt: skip
+        columns = [(out + k, f) for f, out in zip(features, first, strict=False) for k in range(f.width)]
+        table_of_view = [self.table_of(view) for view in views.values()]
         return PlanProgram(
             width=first[-1],
-            texts=tuple((column, key) for column, key, is_text in columns if is_text),
-            columns_of_key=tuple(np.array([c for c, k, _ in columns if k == key]) for key in range(len(keys))),
-            views_of_key=tuple(
-                np.array([v for v, view in enumerate(views.values()) if tuple(view.key) == key], np.int64)
-                for key in keys
+            texts=tuple((column, keys.index(tuple(f.view.key))) for column, f in columns if f.is_text),
+            key_of_part=tuple(keys.index(table.key) for table in tables),
+            columns_of_part=tuple(
+                np.array([column for column, f in columns if self.table_of(f.view) is table]) for table in tables
             ),
+            views_of_part=tuple(np.array([v for v, of in enumerate(table_of_view) if of is table]) for table in tables),
             past_ms=past_ms,
             keys=keys,
             tables=tuple(tables),

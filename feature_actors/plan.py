@@ -35,6 +35,7 @@ _INT64_TEXT = re.compile(r"0|-?[1-9][0-9]{0,18}")
 KEY_BYTES_MAX = 1_024
 _FEATURE_VALUES = "feature values"
 _PROBLEMS_MAX = 10
+_NO_TRACE = np.empty((0, 1), np.int64)
 
 
 class FeatureFailed(MillpondError):
@@ -74,30 +75,34 @@ class Question:
 class Answer:
     """What shards know about n ids: as_of int64 [n] that they were read at, values float64 [n, width of the program],
     known bool [n, views of the program] (all_known: whether it is known that all are true), and the strings of the
-    columns that are of strings."""
+    columns that are of strings. trace int64 [n, 1 + parts of the program]: see `read_rows`."""
 
     as_of: Ints
     values: Floats
     known: npt.NDArray[np.bool_]
+    trace: Ints
     texts: dict[int, list[str | None]] = field(default_factory=dict)
     all_known: bool = False
 
     @classmethod
     def empty(cls, question: Question) -> Answer:
-        n, program = question.n, question.program
+        n, (columns, views, traced) = len(question.clock), question.program.widths
         as_of = np.empty(n, np.int64) if question.as_of is None else question.as_of.copy()
-        return cls(as_of, np.empty((n, program.width)), np.empty((n, len(program.view_names)), np.bool_))
+        return cls(as_of, np.empty((n, columns)), np.empty((n, views), np.bool_), np.empty((n, traced), np.int64))
 
 
 @dataclass(slots=True)
 class FeatureRows:
     """Features of n ids: matrix float64 [n, columns], as_of int64 [n], per id the names of the views that do not know
-    it, and the features of strings by name: n strings (None where empty), or n tuples of them."""
+    it, and the features of strings by name: n strings (None where empty), or n tuples of them. trace int64 [n, 1 +
+    parts of the plan]: up to which event each row has been brought that was read, see `read_rows`; of no rows if nobody
+    can tell."""
 
     matrix: Floats
     as_of: Ints
     unknown: list[list[str]]
     texts: dict[str, list[Any]] = field(default_factory=dict)
+    trace: Ints = field(default_factory=lambda: _NO_TRACE)
 
 
 def as_of_in_past(as_of_ms: int, newest_ms: int, past_ms: int = 0) -> AsOfInPast:
@@ -281,17 +286,17 @@ class ReadPlan:
         Raises `FeatureFailed` if a derived feature's function fails.
         """
         values, known = answer.values, answer.known
-        unknown: list[list[str]] = [[] for _ in range(len(values))]
+        unknown: list[list[str]] = [[]] if len(values) == 1 else [[] for _ in range(len(values))]
         if not answer.all_known:
             for row, view in zip(*np.nonzero(~known), strict=True):
                 unknown[row].append(self.program.view_names[view])
         if self._is_matrix:
-            return FeatureRows(values, answer.as_of, unknown)
+            return FeatureRows(values, answer.as_of, unknown, {}, answer.trace)
         columns: dict[str, Floats] = {}
         parts = [self._compute(feature, values, columns) for feature in self._numbers]
         matrix = np.concatenate(parts, axis=1) if parts else np.empty((len(values), 0))
         texts = {f.full_name: self._texts(f, answer) for f in self._text_features}
-        return FeatureRows(matrix, answer.as_of, unknown, texts)
+        return FeatureRows(matrix, answer.as_of, unknown, texts, answer.trace)
 
     def _compute(self, feature: Feature, values: Floats, columns: dict[str, Floats]) -> Floats:
         """Return the columns of a feature, float64 [n, width], computed first what it is derived from."""

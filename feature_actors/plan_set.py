@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -21,6 +22,10 @@ class _Programs(PlanProgram):
     """The programs of several plans, one after the other."""
 
     of: tuple[PlanProgram, ...] = ()
+
+    @cached_property
+    def parts(self) -> int:
+        return max(program.parts for program in self.of)
 
     def arrays(self, n_slots: int) -> ReadProgram:
         if n_slots not in self._programs:
@@ -68,7 +73,7 @@ class PlanSet:
         views = max((p.view_names for p in programs), key=len)
         first = programs[0]
         self._program = _Programs(
-            max(p.width for p in programs), (), (), (), 0, first.keys, (), views, (), first.layout_digest,
+            max(p.width for p in programs), (), (), (), (), 0, first.keys, (), views, (), first.layout_digest,
             first._parts, first._rest, of=programs,
         )  # fmt: skip
         self._program.arrays(n_slots)  # made now, not by the first read
@@ -88,5 +93,6 @@ class PlanSet:
             answer.as_of[start:end],
             np.ascontiguousarray(answer.values[start:end, : program.width]),
             answer.known[start:end, : len(program.view_names)],
+            answer.trace[start:end, : 1 + program.parts],
             all_known=answer.all_known,
         )

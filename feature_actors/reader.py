@@ -17,7 +17,17 @@ from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.plan import Answer, Question, as_of_in_past
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.tiles.memory import Control, Memory
-from millpond.feature_actors.tiles.read import BUSY, DONE, FOREIGN, MOVED, PAST, read_rows
+from millpond.feature_actors.tiles.read import (
+    BASE,
+    BUSY,
+    CONTROL,
+    DONE,
+    EPOCH,
+    FOREIGN,
+    MOVED,
+    PAST,
+    read_rows,
+)  # fmt: skip
 from millpond.feature_actors.tiles.strings import StringReader
 
 __all__ = ["MemoryRead", "MemoryReader", "SlotBusy"]
@@ -55,17 +65,15 @@ class MemoryReader:
         mine = set(shards)
         self._n_shards = shard_map.n_shards
         self._owners = np.array([owner if owner in mine else -1 for owner in shard_map.owners], np.int64)
-        self._bases: Ints = np.zeros(self._n_shards, np.int64)
-        self._controls: Ints = np.zeros(self._n_shards, np.int64)
-        self._epochs: Ints = np.zeros(self._n_shards, np.int64)
+        self._shards: Ints = np.zeros((3, self._n_shards), np.int64)
         # Their addresses are in the arrays, so they must live as long.
         self._memories: dict[int, tuple[Memory, Control | None]] = {}
         self._strings: dict[int, StringReader] = {}
 
     def attach(self, shard: int, memory: Memory, control: Control | None = None, epoch: int = 0) -> None:
         """Read a shard from this memory from now on."""
-        self._bases[shard], self._epochs[shard] = memory.address, epoch
-        self._controls[shard] = 0 if control is None else control.address
+        self._shards[BASE, shard], self._shards[EPOCH, shard] = memory.address, epoch
+        self._shards[CONTROL, shard] = 0 if control is None else control.address
         self._memories[shard] = memory, control
         self._strings[shard] = StringReader(memory)
 
@@ -83,9 +91,9 @@ class MemoryReader:
         program = question.program
         plans = program.plans if question.plans is None else question.plans
         code, row, detail = read_rows(
-            self._bases, self._controls, self._epochs, self._owners, program.layout_digest,
-            program.arrays(len(self._owners)), plans, question.hashes, start, question.clock,
-            question.event_clock, question.as_of is not None, answer.as_of, answer.values, answer.known,
+            self._shards, self._owners, program.layout_digest, program.arrays(len(self._owners)), plans,
+            question.hashes, start, question.clock, question.event_clock, question.as_of is not None, answer.as_of,
+            answer.values, answer.known, answer.trace,
         )  # fmt: skip
         if code == DONE:
             answer.all_known = start == 0 and row == 0

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from millpond.feature_actors.allocators import give_back
 from millpond.feature_actors.backfill import (
     AddedViews,
     apply_slices,
@@ -603,6 +604,7 @@ class ShardServer:
             if (newest_ms := self._shard.status().newest_arrival_ms) is not None:
                 uri, sources = self._spec.history_uri, self._spec.sources
                 await loop.run_in_executor(self._history, delete_expired, uri, sources, newest_ms)
+            await loop.run_in_executor(self._history, give_back)
         except BaseException:
             self._bytes_since_history += size
             raise
@@ -646,6 +648,7 @@ class ShardServer:
             "snapshot_bytes": path.stat().st_size,
         }
         await loop.run_in_executor(self._house, remove_old_snapshots, path.parent)
+        await loop.run_in_executor(self._house, give_back)
         await self._truncate(durable)
 
     async def _truncate(self, durable: DurableShard) -> None:

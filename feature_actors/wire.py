@@ -44,8 +44,8 @@ WireReceipt = tuple[bytes, int, int, int, bool]
 #: Names of the features; n; hashes of their keys; clock, one number for all ids or bytes; whether time is the newest
 #: arrival stamp; as-of, as the clock, None for a live read.
 WireQuestion = tuple[tuple[str, ...], int, bytes, Any, bool, Any]
-#: as-of of the ids; values; knowns; strings by column.
-WireAnswer = tuple[bytes, bytes, bytes, dict[int, list[str | None]]]
+#: as-of of the ids; values; knowns; traces; strings by column.
+WireAnswer = tuple[bytes, bytes, bytes, bytes, dict[int, list[str | None]]]
 
 
 def encode_events(events: Events) -> WireEvents:
@@ -129,17 +129,18 @@ class QuestionDecoder:
 
 
 def encode_answer(answer: Answer) -> WireAnswer:
-    return answer.as_of.tobytes(), answer.values.tobytes(), answer.known.tobytes(), answer.texts
+    return answer.as_of.tobytes(), answer.values.tobytes(), answer.known.tobytes(), answer.trace.tobytes(), answer.texts
 
 
 def decode_answer(wire: WireAnswer, question: Question) -> Answer:
     """Decode the answer to a question."""
-    as_of, values, known, texts = wire
+    as_of, values, known, trace, texts = wire
     program, n = question.program, question.n
     return Answer(
         np.frombuffer(as_of, np.int64),
         np.frombuffer(values, np.float64).reshape(n, program.width).copy(),  # a predictor may write into its matrix
         np.frombuffer(known, np.bool_).reshape(n, len(program.view_names)),
+        np.frombuffer(trace, np.int64).reshape(n, 1 + program.parts),
         texts,
     )
 

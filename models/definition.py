@@ -28,7 +28,7 @@ from millpond.models.model import LoadedModel, Model
 
 T = TypeVar("T")
 
-__all__ = ["ARTIFACTS_DIR", "Declared", "Definition", "digest_of", "load_models"]
+__all__ = ["ARTIFACTS_DIR", "Declared", "Definition", "digest_of", "load_model", "load_models"]
 
 _RUNNING = threading.RLock()
 #: How the content lies in a folder, whatever the files were called where they came from.
@@ -164,32 +164,38 @@ def _each(values: Iterable[object], kind: type[T]) -> tuple[T, ...]:
 
 
 def load_models(definitions: Iterable[Definition], layout: Layout) -> dict[str, LoadedModel]:
-    """Load every model of the definitions that can be: name to loaded model.
+    """Load every model of the definitions: name to loaded model.
 
-    A predictor is given the paths of its artifacts, written to a private folder that lives as long
-    as the loading. Raises `DeclarationError` if two models share a name, an artifact is missing, or
-    a predictor fails.
+    Raises `DeclarationError` if two models share a name, and what `load_model` does.
     """
     loaded: dict[str, LoadedModel] = {}
     for definition in definitions:
-        with tempfile.TemporaryDirectory(prefix="millpond-") as folder:
-            for name, data in definition.artifacts.items():
-                (Path(folder) / name).write_bytes(data)
-            for model in definition.declared().models:
-                if model.name in loaded:
-                    raise DeclarationError(f"two models are named `{model.name}`")
-                for artifact, file in model.artifacts.items():
-                    if file not in definition.artifacts:
-                        raise DeclarationError(
-                            f"model `{model.name}`: artifact `{artifact}` is `{file}`, which does not lie beside "
-                            f"`{definition.file_name}`; train the model first"
-                        )
-                try:
-                    loaded[model.name] = LoadedModel(model, layout, Path(folder))
-                except MillpondError:
-                    raise
-                except Exception as error:
-                    raise DeclarationError(
-                        f"model `{model.name}`: its predictor does not load: {type(error).__name__}: {error}"
-                    ) from error
+        for model in definition.declared().models:
+            if model.name in loaded:
+                raise DeclarationError(f"two models are named `{model.name}`")
+            loaded[model.name] = load_model(model, layout, definition.artifacts, f"`{definition.file_name}`")
     return loaded
+
+
+def load_model(model: Model, layout: Layout, artifacts: Mapping[str, bytes], beside: str) -> LoadedModel:
+    """Load a model whose `artifacts` are given: file name to content; `beside`: where they lie, for errors.
+
+    The predictor is given their paths in a private folder that lives as long as the loading. Raises `DeclarationError`
+    if one is missing, or the predictor fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="millpond-") as folder:
+        for artifact, file in model.artifacts.items():
+            if file not in artifacts:
+                raise DeclarationError(
+                    f"model `{model.name}`: artifact `{artifact}` is `{file}`, which does not lie beside {beside}; "
+                    "train the model first"
+                )
+            (Path(folder) / file).write_bytes(artifacts[file])
+        try:
+            return LoadedModel(model, layout, Path(folder))
+        except MillpondError:
+            raise
+        except Exception as error:
+            raise DeclarationError(
+                f"model `{model.name}`: its predictor does not load: {type(error).__name__}: {error}"
+            ) from error

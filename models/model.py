@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ __all__ = ["Features", "LoadedModel", "Model", "PredictionFailed", "Predictor"]
 logger = logging.getLogger("millpond.models")
 
 _FLOATS = {float}
+#: Or none: then its content names it.
+_VERSION = re.compile(r"([A-Za-z0-9][A-Za-z0-9._+-]{0,62})?")
 
 
 class OneStage(Protocol):
@@ -80,9 +83,9 @@ class Model:
     def __post_init__(self) -> None:
         check_name("model", self.name)
         check_owner("model", self.name, self.owner)
-        if not isinstance(self.version, str) or len(self.version) > 63:
+        if not isinstance(self.version, str) or not _VERSION.fullmatch(self.version):
             raise DeclarationError(
-                f"model `{self.name}`: version is a text of at most 63 characters, got {self.version!r}"
+                f"model `{self.name}`: version is a text of at most 63 letters, digits and `._+-`, got {self.version!r}"
             )
         if not self.features:
             raise DeclarationError(f"model `{self.name}`: no features")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from millpond.deployments.events import EventsApp
 from millpond.deployments.http import App
 from millpond.deployments.lane import Lane
 from millpond.deployments.score import ScoreApp, ScoreLimits
+from millpond.deployments.score_log import ScoreLog
 from millpond.deployments.served import Models, Served
 from millpond.feature_actors import (
     Count,
@@ -186,6 +187,7 @@ def make_world(
     status: Any = None,
     cluster_name: str = "test",
     only_purchases: bool = False,
+    score_log: Callable[[ShardMap], ScoreLog] | None = None,
 ) -> World:
     """Make both apps over new shards; `only_purchases`: with what `DEFINITION` declares."""
     if only_purchases:
@@ -203,7 +205,12 @@ def make_world(
     threads = ThreadPoolExecutor(4, "predict")
     served = {m.name: Served(m.name, Lane(LoadedModel(m, layout, Path()), client, threads)) for m in models}
     digest = hashlib.sha256(TOKEN.encode()).hexdigest()
-    score = ScoreApp(client, Models(served), status or shards_status, scores or ScoreLimits(), digest, cluster_name)
+    log = None if score_log is None else score_log(shard_map)
+    for one in served.values():
+        one.champion.score_log = log
+    score = ScoreApp(
+        client, Models(served), status or shards_status, scores or ScoreLimits(), digest, cluster_name, log
+    )
     return World(clock, shards, client, EventsApp(client, bodies or BodyLimits()), score)
 
 

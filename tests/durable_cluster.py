@@ -60,7 +60,9 @@ class DurableCluster:
     def __init__(
         self, layout: Layout, n_shards: int, folder: Path, n_slots: int = 16, *, history: bool = False
     ) -> None:
-        self.layout, self.layout_at_start, self.folder = layout, layout, folder
+        self.layout, self.folder = layout, folder
+        #: Views that came since the start.
+        self.added: list[FeatureView] = []
         self._backfills: dict[int, Iterator[None]] = {}
         #: Whether a backfill goes on when the next take comes, after its offer.
         self.backfill_at_take = 0
@@ -83,10 +85,10 @@ class DurableCluster:
     def _opened(self, number: int, folder: Path) -> DurableShard:
         margin_ms = AHEAD_MS_MAX + 60_000
         shard = Shard(
-            self.layout_at_start, self.shard_map, number, reclaim_margin_ms=margin_ms, spare_slot_words=SPARE_SLOT_WORDS
+            self.layout, self.shard_map, number, reclaim_margin_ms=margin_ms, spare_slot_words=SPARE_SLOT_WORDS
         )
         whole = whole_tables(folder)
-        for table in shard.extend(self.layout):
+        for table in shard.extend(self.layout.extended(self.added)):
             if table.added in whole:
                 shard.keep_up(table)
         of = ShardFolder(folder, "tests", next(self._epochs), self._history)
@@ -100,7 +102,7 @@ class DurableCluster:
         """Start a new ingress: what the last one had not told the homes, nobody tells them."""
         read = LocalRead([d.shard for d in self.shards])
         limits = TimeLimits(ahead_ms_max=AHEAD_MS_MAX)
-        self.client = FeatureClient(self.layout, self.shard_map, self, read, self.clock, limits)
+        self.client = FeatureClient(self.layout.extended(self.added), self.shard_map, self, read, self.clock, limits)
 
     def restart(self, number: int, wal_bytes_max: int | None = None) -> None:
         """Let a successor recover a shard from what is on disk; wal_bytes_max: where the write-ahead file ends."""
@@ -229,9 +231,10 @@ class DurableCluster:
 
     def add_view(self, view: FeatureView) -> None:
         """Have a view from now on; `backfill_steps` brings it what was before."""
-        self.layout = self.layout.extended([view])
+        self.added.append(view)
+        layout = self.layout.extended(self.added)
         for durable in self.shards:
-            durable.shard.extend(self.layout)
+            durable.shard.extend(layout)
         self._backfills.clear()
         self._connect()
 

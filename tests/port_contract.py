@@ -21,12 +21,14 @@ from millpond.feature_actors import Count, FeatureView, Field, Last, Max, Mean, 
 from millpond.feature_actors.client import Ack, FeatureClient
 from millpond.feature_actors.clock import Clock, EventClock, ManualClock
 from millpond.feature_actors.errors import AsOfInPast, BadRequest
+from millpond.feature_actors.keys import hash_keys
 from millpond.feature_actors.layout import Layout, compile_layout
 from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.feature_actors.ports import IngestPort, ReadPort
 from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.tiles.memory import Control, Memory
+from millpond.feature_actors.tiles.structure import SEQUENCE_ROW_BITS
 
 NOW = 1_700_000_000_000
 HOUR, DAY = 3_600_000, 86_400_000
@@ -277,6 +279,24 @@ class PortContract:
         rows = cluster.read(VIEWS, {"user": 3, "book": "free"}, {"user": 3, "book": "unpriced"})
         assert rows.unknown == [["by_book"], ["by_book"]]
         assert rows.matrix[:, 0].tolist() == [2.0, 2.0]
+
+    def test_a_read_tells_up_to_which_event_each_row_has_been_brought(self, cluster: Cluster) -> None:
+        ids = [{"user": 500 + i, "book": f"traced{i}"} for i in range(6)]
+        before = cluster.read(VIEWS, *ids).trace
+        hashes = [hash_keys([[one[f] for one in ids] for f in view.key], 6)[:, 0] for view in VIEWS]
+        assert (before[:, 0].view(np.uint64) == hashes[0] + hashes[1] + hashes[2]).all()
+        assert (before[:, 1:] == -1).all()
+        cluster.ingest(*(order(user=one["user"], book=one["book"]) for one in ids[:3]))
+        first = cluster.read(VIEWS, *ids).trace
+        assert (first[:, 0] == before[:, 0]).all()
+        assert (first[:3, 1:] >= 0).all()
+        assert (first[3:, 1:] == -1).all()
+        cluster.ingest(order(user=501, book="another"), order(user=501, book="another"))
+        second = cluster.read(VIEWS, *ids).trace
+        assert second[1, 1] >> SEQUENCE_ROW_BITS > first[1, 1] >> SEQUENCE_ROW_BITS
+        same = np.ones(first.shape, np.bool_)
+        same[1, 1] = False
+        assert (second == first)[same].all()
 
     def test_the_same_id_twice_gives_the_same_row_twice(self, cluster: Cluster) -> None:
         cluster.ingest(order(user=1, book="b", price=4.0))

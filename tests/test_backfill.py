@@ -149,7 +149,7 @@ def test_an_event_for_which_its_condition_cannot_be_computed_does_not_satisfy_it
     by_user = FeatureView("by_user", owner="tests", source=PAYMENTS, key=["user"], features={"n": Count()})
     ratio = FeatureView(
         "ratio", owner="tests", source=PAYMENTS, key=["user"],
-        features={"n": Count(), "large": Count(where=100 / pc.field("cents") > 9)},
+        features={"n": Count(), "large": Count(where=pc.scalar(100) / pc.field("cents") > 9)},
     )  # fmt: skip
     cluster = DurableCluster(compile_layout([], [by_user]), 1, tmp_path)
 

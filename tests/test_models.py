@@ -64,7 +64,9 @@ GOOD: dict[str, Any] = {
     [
         ({"name": "M"}, "model 'M': a name is lower-case letters, digits and `_`, starts with a letter and has at most 63 characters"),
         ({"owner": " "}, 'model `m`: no owner; say which team owns it with `owner="..."`'),
-        ({"version": 1}, "model `m`: version is a text of at most 63 characters, got 1"),
+        ({"version": 1}, "model `m`: version is a text of at most 63 letters, digits and `._+-`, got 1"),
+        ({"version": " "}, "model `m`: version is a text of at most 63 letters, digits and `._+-`, got ' '"),
+        ({"version": "a/b"}, "model `m`: version is a text of at most 63 letters, digits and `._+-`, got 'a/b'"),
         ({"features": []}, "model `m`: no features"),
         ({"features": ["orders_30d"]}, "model `m`: expected features such as view[\"name\"], got 'orders_30d'"),
         ({"features": [user_spend["orders_30d"], user_spend["orders_30d"]]}, "model `m`: feature `user_spend.orders_30d` is named twice"),

@@ -75,6 +75,7 @@ def test_the_wheel_holds_a_command_and_no_top_level_package_but_millpond(wheel: 
     info = {name.split("/")[1]: name for name in wheel.namelist() if ".dist-info/" in name}
     assert wheel.read(info["entry_points.txt"]).decode().split() == [
         "[console_scripts]", "millpond", "=", "millpond.cluster.cli:main",
+        "[pytest11]", "millpond", "=", "millpond.cluster.pytest_plugin",
     ]  # fmt: skip
     assert {name.split("/")[0] for name in wheel.namelist()} == {"millpond", info["RECORD"].split("/")[0]}
 
@@ -202,9 +203,9 @@ def test_every_command_and_setting_that_the_readme_names_is_one(readme: str) -> 
 
 def test_the_python_of_the_readme_runs_and_prints_what_it_says(readme: str, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict[str, Any] = {"__name__": "readme"}
-    for block in blocks[:3]:
+    for block in (blocks[0], blocks[1], blocks[3]):
         exec(compile(block, "README.md", "exec"), names)
     # The last block calls a cluster, which serves what the first one has declared.
     world = make_world([names["spender"]], layout=compile_layout([], [names["user_spend"]]), clock=WallClock())
@@ -212,14 +213,24 @@ def test_the_python_of_the_readme_runs_and_prints_what_it_says(readme: str, caps
     assert world.post_events("purchases", {**other, "paid_at": other["paid_at"].isoformat()}).status == 200
     assert world.post_score("spender", [{"user_id": 1}]).status == 200
     with serve(Behind(world)) as url:
-        assert blocks[3].count("http://127.0.0.1:8000") == 1
-        exec(compile(blocks[3].replace("http://127.0.0.1:8000", url), "README.md", "exec"), names)
+        assert blocks[4].count("http://127.0.0.1:8000") == 1
+        exec(compile(blocks[4].replace("http://127.0.0.1:8000", url), "README.md", "exec"), names)
     assert (names["ack"].accepted, names["sender"].ack.accepted, names["spend"].features["orders_30d"]) == (3, 1, 1.0)
     assert names["rows"].matrix.tolist() == [[1.0, 0.0, 12.5], [2.0, 1.0, 36.25]]
     assert capsys.readouterr().out.split() == ["[[", "1.", "0.", "12.5", "]", "[", "2.", "1.", "36.25]]"]
     # An unknown user has a mean of NaN, which the model has to say something about.
     unknown = names["spender"].predictor().predict(millpond_features([[0.0, 0.0, float("nan")]]))
     assert unknown.tolist() == [0.0]
+
+
+def test_the_tests_of_the_readme_pass(readme: str, tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (tmp_path / "spender.py").write_text(blocks[0])
+    (tmp_path / "test_spender.py").write_text(blocks[2])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", "."]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert re.match(r"2 passed", done.stdout.splitlines()[-1])
 
 
 def millpond_features(matrix: list[list[float]]) -> Any:

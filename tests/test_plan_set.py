@@ -47,3 +47,4 @@ def test_ids_of_many_plans_get_what_each_plan_gets_alone(world: World, n_shards:
         np.testing.assert_array_equal(rows.matrix, alone.matrix)
         assert rows.matrix.flags.c_contiguous
         assert (rows.as_of.tolist(), rows.unknown) == (alone.as_of.tolist(), alone.unknown)
+        assert rows.trace.tolist() == alone.trace.tolist()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -14,15 +13,13 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from worlds import cluster
 
 from millpond.cluster.demo import movielens
 from millpond.cluster.demo.datasets import RECBOLE, fetch
 from millpond.cluster.demo.recommend import CUT, Past, train_recommend
-from millpond.feature_actors import Source
-from millpond.feature_actors.clock import EventClock
-from millpond.feature_actors.layout import Layout, compile_layout
-from millpond.feature_actors.ports import complete
+from millpond.feature_actors import FeatureView, Source
+from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.testing import TestCluster, assert_parity
 from millpond.models import Model, recommend
 from millpond.models.model import LoadedModel
 
@@ -49,35 +46,22 @@ def events(ratings: Iterable[Rating]) -> pa.Table:
     return pa.Table.from_pylist(rows, movielens.RATINGS)
 
 
-class World:
-    """The models over shards in this process."""
+def cluster(folder: Path, ratings: pa.Table, shards: int = 2) -> TestCluster:
+    """The models over some ratings."""
+    made = TestCluster(models=[recommend.recommend, recommend.popular], artifacts=folder, shards=shards)
+    made.send(recommend.ratings, ratings)
+    return made
 
-    def __init__(self, folder: Path, n_shards: int = 2) -> None:
-        weights = np.array([0.4, 0.7, -0.6, -0.2, -0.3, -1.2, 0.3, -4.6])
-        np.save(folder / "recommend.npy", weights)
-        self.layout: Layout = compile_layout([], VIEWS.values())
-        self.client, self.shards = cluster(self.layout, n_shards, EventClock())
-        self.models = {m.name: LoadedModel(m, self.layout, folder) for m in (recommend.recommend, recommend.popular)}
 
-    def send(self, table: pa.Table) -> World:
-        for batch in table.combine_chunks().to_batches():
-            complete(self.client.ingest("ratings", batch, arrival_is_event_time=True))
-        return self
-
-    def ask(self, name: str, ids: Sequence[tuple[int, str]]) -> list[Any]:
-        loaded = self.models[name]
-        keys = {"user_id": [user for user, _ in ids], "genre": [genre for _, genre in ids]}
-
-        def read(plan: Any, keys: Any, n: int, as_of_ms: int | None) -> Any:
-            return complete(self.client.read(plan, keys, n, as_of_ms))
-
-        rows = complete(self.client.read(loaded.plan, keys, len(ids)))
-        return loaded.predict(rows, keys, read)
+def ask(made: TestCluster, name: str, ids: Sequence[tuple[int, str]]) -> list[Any]:
+    return [score.result for score in made.score(name, [{"user_id": user, "genre": genre} for user, genre in ids])]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("artifacts")
+    folder = tmp_path_factory.mktemp("artifacts")
+    np.save(folder / "recommend.npy", np.array([0.4, 0.7, -0.6, -0.2, -0.3, -1.2, 0.3, -4.6]))
+    return folder
 
 
 # -- the models
@@ -94,7 +78,7 @@ ASKED = [(user, genre) for user in (1, 2, 99) for genre in ("comedy", "drama", "
 def test_popular_shows_the_most_rated_of_the_genre_that_the_user_has_not_rated(
     folder: Path, ratings: list[Rating]
 ) -> None:
-    answers = World(folder).send(events(ratings)).ask("popular", ASKED)
+    answers = ask(cluster(folder, events(ratings)), "popular", ASKED)
     newest = max((at for *_, at in ratings), default=0)
     # A window of 30 days begins with a tile of twelve hours.
     start = (T + newest * SECOND - 30 * DAY) // (DAY // 2) * (DAY // 2)
@@ -112,11 +96,10 @@ def test_popular_shows_the_most_rated_of_the_genre_that_the_user_has_not_rated(
 def test_a_list_is_of_new_films_the_best_first_and_the_same_in_a_batch_and_alone(
     folder: Path, ratings: list[Rating]
 ) -> None:
-    world = World(folder).send(events(ratings))
-    answers = world.ask("recommend", ASKED)
-    assert answers == [world.ask("recommend", [one])[0] for one in ASKED]
-    assert json.loads(json.dumps(answers)) == answers
-    popular = world.ask("popular", ASKED)
+    made = cluster(folder, events(ratings))
+    answers = ask(made, "recommend", ASKED)
+    assert answers == [ask(made, "recommend", [one])[0] for one in ASKED]
+    popular = ask(made, "popular", ASKED)
     for shown, others in zip(answers, popular, strict=True):
         scores = [one["score"] for one in shown]
         assert scores == sorted(scores, reverse=True)
@@ -145,11 +128,12 @@ def test_a_list_is_the_one_that_is_found_again_from_the_raw_ratings(
             "as_of": pa.array([as_of] * len(ids), pa.timestamp("ms", "UTC")),
         }
     )
-    world = World(folder, n_shards).send(until)
+    made = cluster(folder, until, n_shards)
     past = Past(table, questions, 2)
     rows, keys = past.features()
-    for name, loaded in world.models.items():
-        assert loaded.predict(rows, keys, past.read) == world.ask(name, ids)
+    layout = compile_layout([], VIEWS.values())
+    for model in (recommend.recommend, recommend.popular):
+        assert LoadedModel(model, layout, folder).predict(rows, keys, past.read) == ask(made, model.name, ids)
 
 
 def test_the_inputs_of_a_candidate_computed_by_hand(folder: Path) -> None:
@@ -160,10 +144,9 @@ def test_the_inputs_of_a_candidate_computed_by_hand(folder: Path) -> None:
         (3, 8, 3, 41 * 24 * 3600),
         (1, 0, 1, 41 * 24 * 3600),
     ]
-    world = World(folder).send(events(ratings))
-    (shown,) = world.ask("popular", [(1, "comedy")])
-    assert shown == [{"film_id": 8, "score": 2.0}]
-    (shown,) = world.ask("recommend", [(1, "comedy")])
+    made = cluster(folder, events(ratings))
+    assert made.score("popular", user_id=1, genre="comedy").result == [{"film_id": 8, "score": 2.0}]
+    shown = made.score("recommend", user_id=1, genre="comedy").result
     # The user has rated films of 1944, 1948 and 1940, a rating counts for each genre; film 8 is of 1956.
     years = [1944.0] * len(GENRES[2]) + [1948.0] * len(GENRES[4]) + [1940.0] * len(GENRES[0])
     mean, spread = np.mean(years), np.std(years) + 3
@@ -176,6 +159,13 @@ def test_the_inputs_of_a_candidate_computed_by_hand(folder: Path) -> None:
     weights = np.load(folder / "recommend.npy")
     want = 1 / (1 + math.exp(-(np.dot(given, weights[:-1]) + weights[-1])))
     assert [(one["film_id"], one["score"]) for one in shown] == [(8, pytest.approx(want, rel=1e-12))]
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_every_view_is_what_the_oracle_says(view: FeatureView) -> None:
+    seconds = 60 * 24 * 3600 // 200
+    rated = [(n % 7, n * 11 % 30, 1 + n % 5, n * seconds) for n in range(200)]
+    assert assert_parity(view, events(dict.fromkeys(rated)), times=2, entities_max=20)
 
 
 def test_a_model_may_read_of_its_candidates_what_it_declares_and_nothing_else(folder: Path) -> None:

@@ -18,7 +18,8 @@ _SHARD: dict[str, Any] = {
 
 def printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *shards: dict[str, Any]) -> str:
     monkeypatch.setenv("COLUMNS", "200")
-    print_status({"name": "dev", "url": "http://x", "pid": 1, "logs": "/logs", "shards": list(shards), "models": []})
+    status = {"name": "dev", "url": "http://x", "pid": 1, "logs": "/logs", "models": [], "score_log": None}
+    print_status({**status, "shards": list(shards)})
     return capsys.readouterr().out
 
 

@@ -67,6 +67,7 @@ from millpond.feature_actors.tiles.structure import (
     H_SEQUENCE,
     NUMBER_MASK,
     ROW_HEADER_WORDS,
+    ROW_SEQUENCE,
     TILE_HEADER_WORDS,
     find,
     mark_of,
@@ -76,11 +77,15 @@ from millpond.feature_actors.tiles.structure import (
     unchanged,
 )
 
-__all__ = ["BUSY", "DONE", "FOREIGN", "MOVED", "NO_CLOCK", "PAST", "join_features", "read_rows"]
+__all__ = [
+    "BASE", "BUSY", "CONTROL", "DONE", "EPOCH", "FOREIGN", "MOVED", "NO_CLOCK", "PAST", "join_features", "read_rows",
+]  # fmt: skip
 
 #: What `read_rows` returns when it did not come to the end: a slot is being written, or was left half-written; a
 #: shard has another epoch; as-of lies in the past; the memory is of another layout.
 BUSY, MOVED, PAST, FOREIGN = 1, 2, 3, 4
+#: Lines of what `read_rows` is told of shards.
+BASE, CONTROL, EPOCH = range(3)
 #: In place of a clock, where there is none.
 NO_CLOCK = np.iinfo(np.int64).min
 
@@ -257,12 +262,13 @@ def _newest(words: Any, row: Any) -> Any:
 @inner
 def _read_part(
     scratch: Any, scratch_floats: Any, base: Any, program: Any, part: Any, lo: Any, hi: Any, as_of: Any, asked: Any,
-    out: Any, known: Any, i: Any,
+    out: Any, known: Any, trace: Any, at_trace: Any, i: Any,
 ) -> Any:  # fmt: skip
     """Read part of a plan for one key, as of `as_of` or of its newest event if that is later.
 
-    asked: whether `as_of` was asked for and stands whatever the newest event is. Returns the time it was read as of,
-    or if that was asked the newest event's; and whether the slot could be read.
+    asked: whether `as_of` was asked for and stands whatever the newest event is. at_trace: the column of `trace` that
+    gets the sequence of the row. Returns the time it was read as of, or if that was asked the newest event's; and
+    whether the slot could be read.
     """
     words, floats, halves = views_at(base)
     parts = program.parts
@@ -280,6 +286,7 @@ def _read_part(
         limit = words[M_LIMIT]
         row = find(words, slot, lo, hi, mark, limit, parts[part, P_ROW_WORDS])
         newest = _newest(words, row)
+        trace[i, at_trace] = -1 if row == 0 else words[row + ROW_SEQUENCE]
         at = as_of if asked else max(as_of, newest)
         whole = _read_row(
             scratch, scratch_floats, words, floats, halves, limit, slot, sequence, row, program, part, at, out, known, i
@@ -290,20 +297,20 @@ def _read_part(
 
 
 @inner
-def _shards_time(bases: Any, event_clock: Any) -> Any:
+def _shards_time(shards: Any, event_clock: Any) -> Any:
     """Return what time it is by the shards: their newest arrival stamp, or when they last received events."""
     word = M_NEWEST_ARRIVAL if event_clock else M_NEWEST_RECEIVED
     newest = np.int64(NO_CLOCK)
-    for shard in range(bases.shape[0]):
-        if bases[shard] != 0:
-            words, _, _ = views_at(bases[shard])
+    for shard in range(shards.shape[1]):
+        if shards[BASE, shard] != 0:
+            words, _, _ = views_at(shards[BASE, shard])
             newest = max(newest, load_acquire(words, word))
     return newest
 
 
 @inner
 def _look_ahead(
-    bases: Any, owners: Any, program: Any, plans: Any, hashes: Any, start: Any, end: Any, rows: Any, tiles: Any
+    shards: Any, owners: Any, program: Any, plans: Any, hashes: Any, start: Any, end: Any, rows: Any, tiles: Any
 ) -> None:
     """Ask for the memory of the ids from start to end, so that it is on its way while the first of them are read.
 
@@ -324,7 +331,7 @@ def _look_ahead(
                 slot_number = np.int64(np.uint64(hi) % slots)
                 if owners[slot_number] < 0:
                     continue
-                words, _, halves = views_at(bases[owners[slot_number]])
+                words, _, halves = views_at(shards[BASE, owners[slot_number]])
                 limit = words[M_LIMIT]
                 if step >= 2:
                     row = rows[part - first, i - start]
@@ -374,29 +381,31 @@ def _look_ahead(
 
 @kernel
 def read_rows(
-    bases: Any, controls: Any, epochs: Any, owners: Any, layout: Any, program: Any, plans: Any, hashes: Any, start: Any,
-    clock: Any, event_clock: Any, asked: Any, as_of: Any, out: Any, known: Any,
+    shards: Any, owners: Any, layout: Any, program: Any, plans: Any, hashes: Any, start: Any,
+    clock: Any, event_clock: Any, asked: Any, as_of: Any, out: Any, known: Any, trace: Any,
 ) -> Any:  # fmt: skip
     """Read a plan's features of n ids: everything about one id as of one time.
 
-    bases, controls, epochs int64 [shards]: where the shard's memory and control page lie (0: there is none), and the
-    epoch of that memory; owners int64 [slots]: the shard of each slot, -1 to leave it out; layout: digest that the
+    shards int64 [3, shards]: where the shard's memory and control page lie (0: there is none), and the epoch of that
+    memory; owners int64 [slots]: the shard of each slot, -1 to leave it out; layout: digest that the
     memories must bear. program: a `ReadProgram`. plans int64 [n, 2], or [1, 2] for all ids: from where to where the
     parts of an id's plan stand. hashes int64 [keys, n, 2]. start: the first id to read. clock int64
     [n]: now in ms, or `NO_CLOCK`; event_clock: whether the shards have the newest arrival for time. asked: whether to
     read as of `as_of` as given; else it is set to the latest of the clock, the shards' time, and the newest event of
-    the rows read. as_of int64 [n]; out float64 [n, columns]; known bool [n, views].
+    the rows read. as_of int64 [n]; out float64 [n, columns]; known bool [n, views]. trace int64 [n, 1 + parts]: the
+    sum of the hashes of an id's keys (of their low halves), and for each part of its plan up to which event the row has
+    been brought that was read, by its sequence; -1 if there is none.
 
     Returns `DONE` and how often a view did not know an id, or what is wrong with which id, and with which shard or
     since which time.
     """
-    for shard in range(bases.shape[0]):
-        if bases[shard] == 0:
+    for shard in range(shards.shape[1]):
+        if shards[BASE, shard] == 0:
             continue
-        words, _, _ = views_at(bases[shard])
-        if controls[shard] != 0:
-            control, _, _ = views_at(controls[shard])
-            if load_acquire(control, C_EPOCH) != epochs[shard]:
+        words, _, _ = views_at(shards[BASE, shard])
+        if shards[CONTROL, shard] != 0:
+            control, _, _ = views_at(shards[CONTROL, shard])
+            if load_acquire(control, C_EPOCH) != shards[EPOCH, shard]:
                 return MOVED, start, shard
         if words[M_LAYOUT] != layout or words[M_SLOTS] != owners.shape[0]:
             return FOREIGN, start, shard
@@ -408,16 +417,20 @@ def read_rows(
     unknown = 0
     for i in range(start, as_of.shape[0]):
         if (i - start) % _AHEAD == 0:
-            _look_ahead(bases, owners, program, plans, hashes, i, min(i + _AHEAD, as_of.shape[0]), rows, tiles)
-        live = max(clock[i], _shards_time(bases, event_clock))
+            _look_ahead(shards, owners, program, plans, hashes, i, min(i + _AHEAD, as_of.shape[0]), rows, tiles)
+        live = max(clock[i], _shards_time(shards, event_clock))
         at = as_of[i] if asked else live
         plan = i if plans.shape[0] > 1 else 0
         first, last = plans[plan, 0], plans[plan, 1]
+        of_keys = np.uint64(0)
+        for key in range(hashes.shape[0]):
+            of_keys += np.uint64(hashes[key, i, 0])
+        trace[i, 0] = np.int64(of_keys)
         part, again = first, 0
         while True:
             if part == last:
                 # Events that arrived meanwhile may have pushed out of sight what a read as of before them still sees.
-                live = max(live, _shards_time(bases, event_clock))
+                live = max(live, _shards_time(shards, event_clock))
                 if asked or live <= at:
                     break
                 at = live
@@ -429,11 +442,13 @@ def read_rows(
             lo, hi = hashes[key, i, 0], hashes[key, i, 1]
             shard = owners[np.int64(np.uint64(hi) % slots)]
             if shard < 0:
+                trace[i, 1 + part - first] = -1
                 part += 1
                 continue
             read_at, done = _read_part(
-                scratch, scratch_floats, bases[shard], program, part, lo, hi, at, asked, out, known, i
-            )
+                scratch, scratch_floats, shards[BASE, shard], program, part, lo, hi, at, asked, out, known, trace,
+                1 + part - first, i,
+            )  # fmt: skip
             if not done:
                 return BUSY, i, shard
             live = max(live, read_at)

@@ -1,0 +1,209 @@
+"""The score log: a sample of what was served, in the cluster's history. FORMAT.md says what lies where.
+
+Promises: a file is there as a whole or not; a score that was written is read by every call after it, once. What was
+read for it is there bit by bit, with how far the log had been applied to each row, so that it can be computed again.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from millpond.feature_actors.keys import hash_keys
+from millpond.feature_actors.log.folder import Folder, HistoryUnavailable
+from millpond.feature_actors.log.part import DAY_MS, HistoryDamaged, day_of, day_text
+from millpond.feature_actors.plan import FeatureRows, ReadPlan
+from millpond.feature_actors.shard_map import ShardMap
+from millpond.feature_actors.tiles.structure import SEQUENCE_ROW_BITS
+
+__all__ = ["SCHEMA", "ScoreFiles", "Scorer", "read_scores", "scores_table"]
+
+Ints = npt.NDArray[np.int64]
+
+_ROW = pa.struct([("table", pa.string()), ("shard", pa.int32()), ("offset", pa.int64()), ("row", pa.int32())])
+SCHEMA = pa.schema(
+    [
+        pa.field(name, kind, nullable=False)
+        for name, kind in (
+            ("id", pa.string()),
+            ("served_ms", pa.int64()),
+            ("as_of_ms", pa.int64()),
+            ("model", pa.string()),
+            ("version", pa.string()),
+            ("digest", pa.string()),
+            ("role", pa.string()),
+            ("key", pa.string()),
+            ("features", pa.list_(pa.float64())),
+            ("texts", pa.string()),
+            ("unknown", pa.list_(pa.string())),
+            ("result", pa.string()),
+            ("rows", pa.list_(_ROW)),
+        )
+    ]
+)
+_FOLDER = "_scores"
+#: Features as they are, bit by bit: a dictionary would make one of all NaNs.
+_BY_DICTIONARY = ["model", "version", "digest", "role", "unknown.list.element", "rows.list.element.table"]
+
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Who served: a version, and what it was then (`champion`, `canary` or `shadow`)."""
+
+    model: str
+    version: str
+    digest: str
+    role: str
+
+
+def scores_table(
+    scorer: Scorer,
+    plan: ReadPlan,
+    shard_map: ShardMap,
+    ids: Sequence[str],
+    served_ms: Sequence[int],
+    keys: Mapping[str, Sequence[Any]],
+    rows: FeatureRows,
+    results: Sequence[Any],
+) -> pa.Table:
+    """Return n scores of one version in `SCHEMA`.
+
+    plan: by which `rows` were read. ids: of the answers. keys: per key field n values.
+    """
+    n, parts = len(ids), plan.program.parts
+    shards = np.stack([shard_map.shards_of(hash_keys([keys[f] for f in key], n)) for key in plan.program.keys])
+    sequences = rows.trace[:, 1:]
+    there = sequences >= 0
+    read = pa.StructArray.from_arrays(
+        [
+            pa.array([table.name for table in plan.program.tables] * n, pa.string()),
+            pa.array(shards[list(plan.program.key_of_part)].T.astype(np.int32).ravel()),
+            pa.array(np.where(there, sequences >> SEQUENCE_ROW_BITS, -1).ravel()),
+            pa.array(np.where(there, sequences & ((1 << SEQUENCE_ROW_BITS) - 1), -1).astype(np.int32).ravel()),
+        ],
+        fields=list(_ROW),
+    )
+    key_rows = zip(*keys.values(), strict=True)
+    texts = zip(*rows.texts.values(), strict=True) if rows.texts else [()] * n
+    columns = [
+        pa.array(ids, pa.string()),
+        pa.array(served_ms, pa.int64()),
+        pa.array(rows.as_of, pa.int64()),
+        *(pa.repeat(text, n) for text in (scorer.model, scorer.version, scorer.digest, scorer.role)),
+        pa.array([_encode(dict(zip(keys, one, strict=True))).decode() for one in key_rows], pa.string()),
+        _lists(pa.array(rows.matrix.ravel()), rows.matrix.shape[1], n),
+        pa.array([_encode(dict(zip(rows.texts, one, strict=True))).decode() for one in texts], pa.string()),
+        pa.array(rows.unknown, pa.list_(pa.string())),
+        pa.array([_encode(result).decode() for result in results], pa.string()),
+        _lists(read, parts, n),
+    ]
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def _lists(values: pa.Array, width: int, n: int) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(np.arange(n + 1, dtype=np.int32) * width), values)
+
+
+class ScoreFiles:
+    """The files of one writer, below the base of a history.
+
+    writer: its name, no other's. rows_max: scores after which a file is full. A file grows by being replaced, so that
+    there are few of them however often something is written.
+    Methods raise `HistoryUnavailable`; what was to be written is not there then.
+    """
+
+    def __init__(self, base_uri: str, writer: str, rows_max: int) -> None:
+        self._folder = Folder(base_uri)
+        self._writer, self._rows_max = writer, rows_max
+        self._number, self._day = -1, -1
+        self._open = SCHEMA.empty_table()
+
+    def write(self, scores: pa.Table) -> None:
+        """Write scores, synced."""
+        days = scores["served_ms"].to_numpy() // DAY_MS
+        for day in np.unique(days).tolist():
+            of_day = scores.filter(pa.array(days == day))
+            for start in range(0, len(of_day), self._rows_max):
+                self._write(day, of_day.slice(start, self._rows_max))
+
+    def _write(self, day: int, scores: pa.Table) -> None:
+        begins = day != self._day or len(self._open) + len(scores) > self._rows_max
+        number = self._number + begins
+        grown = scores if begins else pa.concat_tables([self._open, scores])
+        content = io.BytesIO()
+        pq.write_table(
+            grown, content, compression="zstd", use_dictionary=_BY_DICTIONARY, write_page_checksum=True
+        )  # fmt: skip
+        content.seek(0)
+        self._folder.write(f"{_FOLDER}/date={day_text(day)}/{self._writer}-{number:08d}.parquet", content, "new")
+        self._number, self._day, self._open = number, day, grown
+
+    def delete_before(self, ms: int) -> list[str]:
+        """Delete the dates that lie wholly before a time; return their folders. Any writer may do so."""
+        before = ms // DAY_MS
+        old = [path for day, path in _dates(self._folder) if day < before]
+        for path in old:
+            self._folder.delete(path)
+        return old
+
+
+def read_scores(
+    base_uri: str,
+    *,
+    model: str | None = None,
+    version: str | None = None,
+    since_ms: int | None = None,
+    until_ms: int | None = None,
+    newest_first: bool = False,
+) -> Iterator[pa.Table]:
+    """Yield logged scores, a file at a time, by date: those of a model, of a version, served in [since_ms, until_ms).
+
+    Raises `HistoryUnavailable`, `HistoryDamaged`.
+    """
+    folder = Folder(base_uri)
+    since, until = -(2**63) if since_ms is None else since_ms, 2**63 - 1 if until_ms is None else until_ms
+    wanted = (pc.field("served_ms") >= since) & (pc.field("served_ms") < until)
+    for name, text in (("model", model), ("version", version)):
+        if text is not None:
+            wanted &= pc.field(name) == text
+    for day, date in sorted(_dates(folder), reverse=newest_first):
+        if (day + 1) * DAY_MS <= since or day * DAY_MS >= until:
+            continue
+        for path in sorted(folder.files(date), reverse=newest_first):
+            if path.endswith(".parquet") and not path.rpartition("/")[2].startswith("."):
+                scores = _scores(folder, path)
+                if scores is not None and len(found := scores.filter(wanted)):
+                    yield found
+
+
+def _dates(folder: Folder) -> list[tuple[int, str]]:
+    return [(day, path) for path in folder.folders(_FOLDER) if (day := day_of(path)) is not None]
+
+
+def _scores(folder: Folder, path: str) -> pa.Table | None:
+    """Return what is in a file, None if it has been deleted meanwhile."""
+    try:
+        content = folder.read(path)
+    except HistoryUnavailable:
+        if folder.exists(path):
+            raise
+        return None
+    try:
+        table = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        text = str(error).partition("\n")[0][:300]
+        raise HistoryDamaged(f"history: `{path}` cannot be read: {text}; restore it from a copy") from None
+    if table.schema.names != SCHEMA.names:
+        raise HistoryDamaged(f"history: `{path}` is no file of a score log: its columns are others; remove it")
+    return table.cast(SCHEMA)
