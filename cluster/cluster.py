@@ -191,7 +191,7 @@ class Cluster:
                 reclaim_margin_ms=config.ahead_ms_max + _CLOCKS_APART_MS_MAX,
                 durability=config.durability,
                 cluster_id=manifest.cluster_id,
-                history_uri=self._history_uri(),
+                history_uri=config.history_uri,
                 history_part_bytes=config.history_part_mb << 20,
                 snapshot_bytes=config.snapshot_mb << 20,
                 disk_free_bytes_min=config.disk_free_mb_min << 20,
@@ -231,14 +231,9 @@ class Cluster:
         )
         return self.spec
 
-    def _history_uri(self) -> str | None:
-        """Return where the history goes, a folder of this cluster alone."""
-        history = self.config.history
-        return {"off": None, "auto": str(self.config.directory / "history")}.get(history, history)
-
     def _score_log_settings(self) -> ScoreLogSettings | None:
         """Return what of the scores is logged; nothing where there is no log of events to compare them with."""
-        config, uri = self.config, self._history_uri()
+        config, uri = self.config, self.config.history_uri
         if uri is None or config.durability == "none" or config.score_log_share == 0:
             return None
         return ScoreLogSettings(

@@ -96,6 +96,11 @@ class Config:
         return Path(self.data_dir).absolute() / self.name
 
     @property
+    def history_uri(self) -> str | None:
+        """Where the history goes, a folder of this cluster alone; None if there is none."""
+        return {"off": None, "auto": str(self.directory / "history")}.get(self.history, self.history)
+
+    @property
     def late_after_ms(self) -> int:
         return _length_ms("late_after", self.late_after)
 
