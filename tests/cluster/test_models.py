@@ -262,10 +262,11 @@ def test_a_model_moves_into_a_pool_and_back_and_no_caller_notices(
             with pytest.raises(Unavailable, match=r"the pools \['heavy2'\] have not started"):
                 change_model(config, "pool", "heavy2", pool=Pool(1, float(cpus)))
         (heavy2,) = describe_models(config, "heavy2")
-        assert (heavy2["pool"], heavy2["pool_running"]) == (1, 0)
+        assert (heavy2["pool"], heavy2["pool_running"]) == (None, 0)  # it has been taken back
 
         assert change_model(config, "pool", "heavy", pool=Pool(1, 0.1)) == "heavy: champion 1, in a pool of 1"
         until(lambda: hosts(config, "heavy")["heavy"] > 50, "the pool to answer")
+        assert [(one["pool"], one["pool_running"]) for one in describe_models(config, "heavy")] == [(1, 1)]
         assert versions_of(served, "heavy") == {"1": {5.0 * u for u in USERS}}
         assert versions_of(served, "heavy2") == {"1": {6.0 * u for u in USERS}}
         # A new version goes live there, too.
