@@ -82,6 +82,11 @@ def _parser() -> argparse.ArgumentParser:
         change.add_argument("model", metavar="MODEL")
         if name != "rollback":
             change.add_argument("version", nargs="?", metavar="VERSION")
+        if name == "promote":
+            change.add_argument("--verified", action="store_true",
+                                help="only if logged scores of it are equal when they are computed again")  # fmt: skip
+            change.add_argument("--verified-min", type=int, default=100, metavar="N",
+                                help="so many of them at least (default: 100)")  # fmt: skip
         change.set_defaults(change=name)
     pool = command("pool", _pool, "Give a model replicas of its own, or take them away.")
     pool.add_argument("model", metavar="MODEL")
@@ -130,6 +135,14 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--token-file", type=Path, metavar="FILE", help="the admin token of a cluster elsewhere")
     replay.add_argument("--deploy", action="store_true", help="deploy the models of the pack first, if it runs here")
     replay.add_argument("--json", action="store_true", help="print what became of the events as JSON")
+    verify = command("verify", _verify, "Compute logged scores again from the past, and compare; exits with 1 if some "
+                     "differ.")  # fmt: skip
+    verify.add_argument("--model", metavar="MODEL", help="only the scores of this model")
+    verify.add_argument("--model-version", metavar="VERSION", help="only those of this version of it")
+    verify.add_argument("--since", metavar="TIME",
+                        help="only those served since: ISO 8601 with a zone, ms, or how long ago (`24h`)")  # fmt: skip
+    verify.add_argument("--limit", type=int, metavar="N", help="only the newest N")
+    verify.add_argument("--json", action="store_true", help="print it as one JSON object")
     command("config", _config, "Print every setting and where its value came from.")
     add_bench_arguments(command("bench", run_bench, "Measure; the figures stand in the README under Measured."))
     return parser
@@ -192,7 +205,8 @@ def _deploy(options: argparse.Namespace, config: Config, origins: dict[str, str]
 def _change(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
     from millpond.cluster.model_commands import change_model
 
-    print(change_model(config, options.change, options.model, getattr(options, "version", None)))
+    verified = options.verified_min if getattr(options, "verified", False) else None
+    print(change_model(config, options.change, options.model, getattr(options, "version", None), verified=verified))
     return 0
 
 
@@ -313,6 +327,18 @@ def _print_each(values: dict[str, Any], as_json: bool) -> None:
         if value not in ([], {}, None):
             items = [f"{k} {v:,}" for k, v in value.items()] if isinstance(value, dict) else value
             print(f"{name.replace('_', ' '):18}{', '.join(items) if isinstance(items, list) else items}")
+
+
+def _verify(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    from millpond.cluster.verify import moment_ms, print_verification, verify_cluster
+
+    since_ms = None if options.since is None else moment_ms(options.since, "--since")
+    found = verify_cluster(config, options.model, options.model_version, since_ms=since_ms, limit=options.limit)
+    if options.json:
+        print(json.dumps(found.as_json()))
+    else:
+        print_verification(found)
+    return 1 if found.scores.different else 0
 
 
 def _down(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:

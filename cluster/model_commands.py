@@ -18,6 +18,7 @@ from millpond.cluster.cluster import running
 from millpond.cluster.config import Config
 from millpond.cluster.deploy import Running, check_models, check_pool, publish, roll_back, wait_until_live
 from millpond.cluster.trial import in_trial
+from millpond.cluster.verify import check_verified
 from millpond.deployments.host import is_alive
 from millpond.deployments.served import EXAMPLES_MAX, difference_of
 from millpond.feature_actors.errors import BadRequest, MillpondError, Unavailable
@@ -146,14 +147,20 @@ def change_model(
     model: str,
     version: str | None = None,
     pool: Pool | None = None,
+    verified: int | None = None,
 ) -> str:
-    """Promote, roll back, retire a model or move it to a pool; return what is live then, when every replica has it."""
+    """Promote, roll back, retire a model or move it to a pool; return what is live then, when every replica has it.
+
+    verified: so many logged scores of what is promoted have to be found equal, and none different.
+    """
     state = running(config.directory)
     if pool is not None and state is not None:
         check_pool(model, pool, state["cpus"])
     with open_registry(config) as registry:
         before = registry.rollouts()
         if change == "promote":
+            if verified is not None:
+                version = check_verified(config, before.get(model), model, version, verified)
             generation = registry.promote(model, version)
         elif change == "rollback":
             generation = registry.rollback(model)

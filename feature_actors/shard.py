@@ -26,7 +26,7 @@ commits pass it by; then commits for it queue, until it has caught up with them,
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -492,6 +492,20 @@ class Shard:
         self.deliveries.have_all(record.homes)
         self._replay(record, offset, record.routes)
 
+    def replay_in_steps(self, record: EventsRecord, offset: int, ends: Iterable[int]) -> Iterator[int]:
+        """Apply what a record says up to its row `end`, for each of `ends`, which ascend; yield it when that is done.
+        Then apply the rest. Ids are not remembered."""
+        prepared = self._replayed(record, offset, record.routes)
+        whole, promised, begin = prepared.routes, prepared.promised_words, 0
+        prepared.promised_words = 0
+        for end in (*ends, len(record.routes)):
+            between = [(route, rows, *np.searchsorted(rows, [begin, end]).tolist()) for route, rows in whole]
+            prepared.routes = [(route, rows[first:last]) for route, rows, first, last in between]
+            self._apply(prepared, offset)
+            yield end
+            begin = end
+        self._store.keep_promise(promised)
+
     def replay_offer(self, record: OfferRecord, offset: int) -> None:
         """Remember the ids of an offer that were new here, and owe them."""
         self.remember(record)
@@ -524,8 +538,11 @@ class Shard:
         self._homes[record.source].remember(home, slots, ids.view(np.int64), contents, record.received_ms)
 
     def _replay(self, record: EventsRecord | OfferRecord, offset: int, routes: npt.NDArray[np.uint32]) -> None:
-        if record.source not in self._layout.sources:
-            return
+        if record.source in self._layout.sources:
+            self._apply(self._replayed(record, offset, routes), offset)
+
+    def _replayed(self, record: EventsRecord | OfferRecord, offset: int, routes: npt.NDArray[np.uint32]) -> Prepared:
+        """Return what a record says, to be applied."""
         batch = self._layout.source(record.source).upgraded(record.batch)
         prepared = Prepared(record.received_ms)
         events = Events.judged(record.source, batch, record.arrivals, record.received_ms)
@@ -536,7 +553,7 @@ class Shard:
         prepared.routes = [
             (route, np.flatnonzero(routes & bits.get(route.table.key, np.uint32(0)))) for route, _ in prepared.routes
         ]
-        self._apply(prepared, offset)
+        return prepared
 
     # -- steps of prepare and commit
 

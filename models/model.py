@@ -124,7 +124,8 @@ class LoadedModel:
         self._predictor: Any = model.predictor(
             **{name: str(artifacts_dir / file) for name, file in model.artifacts.items()}
         )
-        self._two_stage = _takes_a_reader(self._predictor.predict)
+        #: Whether it reads more features while it predicts.
+        self.two_stage = _takes_a_reader(self._predictor.predict)
 
     def predict(
         self,
@@ -141,7 +142,7 @@ class LoadedModel:
         """
         subject, n = self.model.subject, len(rows.matrix)
         features = Features(rows.matrix, self.plan.names, rows.texts, keys or {})
-        reader = FeatureReader(self._reads, read, as_of_ms) if self._two_stage else None
+        reader = FeatureReader(self._reads, read, as_of_ms) if self.two_stage else None
         try:
             results = self._predictor.predict(features) if reader is None else self._predictor.predict(features, reader)
             single = False

@@ -60,6 +60,26 @@ def events(number: int, n: int = 6) -> list[dict[str, Any]]:
     ]
 
 
+def lay_out(cluster: DurableCluster, path: Path, *, crashed: bool = False) -> None:
+    """Write down what is on disk of a cluster as the data directory of one, which is not used any more then."""
+    for shard, durable in enumerate(cluster.shards):
+        log, to = durable.log, path / "shards" / f"{shard:03d}"
+        assert isinstance(log, Log)
+        if not crashed:
+            log.close()
+        shutil.copytree(durable.folder, to)  # type: ignore[attr-defined]
+        opened = {"cluster_id": "tests", "shard": shard, "epoch": 9, "run": "r", "log_end": 0}
+        (to / "epoch.json").write_text(json.dumps(opened))
+        log.close()
+    if (history := cluster.folder / "history").exists():
+        shutil.copytree(history, path / "history")
+    manifest = {
+        "cluster_name": "dev", "cluster_id": "tests", "n_slots": cluster.shard_map.n_slots, "hash_seed": 5,
+        "key_hash_version": 1, "format": 1, "log_shards": len(cluster.shards),
+    }  # fmt: skip
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
 class Stopped:
     """A cluster that ran and has stopped: its directory.
 
@@ -87,23 +107,8 @@ class Stopped:
                     if history:
                         cluster.write_history(shard)
                     cluster.snapshot_steps(shard, 1_000)
-        for shard, durable in enumerate(cluster.shards):
-            log = durable.log
-            assert isinstance(log, Log)
-            if not crashed:
-                log.close()
-            shutil.copytree(durable.folder, self.shard(shard))  # type: ignore[attr-defined]
-            opened = {"cluster_id": "tests", "shard": shard, "epoch": 9, "run": "r", "log_end": 0}
-            (self.shard(shard) / "epoch.json").write_text(json.dumps(opened))
-            log.close()
-        if history:
-            shutil.copytree(folder / "live" / "history", self.path / "history")
+        lay_out(cluster, self.path, crashed=crashed)
         self.n_events = 6 * batches
-        manifest = {
-            "cluster_name": "dev", "cluster_id": "tests", "n_slots": N_SLOTS, "hash_seed": 5, "key_hash_version": 1,
-            "format": 1, "log_shards": n_shards,
-        }  # fmt: skip
-        (self.path / "manifest.json").write_text(json.dumps(manifest))
         shutil.rmtree(folder / "live")
 
     def shard(self, number: int) -> Path:

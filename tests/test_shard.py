@@ -522,3 +522,11 @@ def test_a_read_is_not_as_of_before_what_its_shard_has_received() -> None:
     shard.apply(FIRST.name, batch(FIRST, [event(NOW)]), np.array([NOW], np.int64), NOW)
     answer = ask(shard, declared, [1], NOW - 500)
     assert (answer.as_of.tolist(), answer.values.tolist()) == ([NOW], [[1.0]])
+
+
+def test_where_there_is_no_clock_yet_exact_features_can_be_asked_as_of_any_time() -> None:
+    counted = view(n=Count(window="1h", exact=True))
+    shard = shard_of([counted], [])
+    plan = ReadPlan(compile_layout([], [counted]), list(counted), "the test")
+    answer = shard.read(plan.question({"user": [1]}, 1, None, np.array([5])))
+    assert (answer.values.tolist(), answer.as_of.tolist(), answer.known.tolist()) == ([[0.0]], [5], [[False]])

@@ -461,7 +461,7 @@ def read_rows(
                     if again > _TRIES:
                         return BUSY, i, shard
                     part = first
-        if asked and at < live - program.past_ms:
+        if asked and at + program.past_ms < live:  # not the other way round: there may be no clock
             return PAST, i, live
         as_of[i] = at
         for v in range(program.parts[last, P_VIEW] - program.parts[first, P_VIEW]):
