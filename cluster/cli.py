@@ -22,7 +22,11 @@ __all__ = ["main"]
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return 0, or 1 after an error that stands on standard error."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not hasattr(options, "key"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.rest = rest
     try:
         flags = {f.name: getattr(options, f.name, None) for f in fields(Config)}
         config, origins = load_config(options.config, flags=flags)
@@ -143,6 +147,16 @@ def _parser() -> argparse.ArgumentParser:
                         help="only those served since: ISO 8601 with a zone, ms, or how long ago (`24h`)")  # fmt: skip
     verify.add_argument("--limit", type=int, metavar="N", help="only the newest N")
     verify.add_argument("--json", action="store_true", help="print it as one JSON object")
+    explain = command("explain", _explain, "Show what made a score: each feature, its owner, its raw events. Any field "
+                      "of the id is a flag: `--user-id 42`.")  # fmt: skip
+    explain.allow_abbrev = False
+    explain.add_argument("model", metavar="MODEL")
+    explain.add_argument("--key", metavar="ID", help="the id as JSON, where a field has the name of a setting")
+    explain.add_argument("--at", metavar="TIME", help="of the newest logged score up to then, or if there is none of "
+                         "the one that there would have been: ISO 8601 with a zone, ms, or how long ago")  # fmt: skip
+    explain.add_argument("--model-version", metavar="VERSION", help="by this version (default: that which answers)")
+    explain.add_argument("--events", type=int, default=5, metavar="N", help="events shown of a feature (default: 5)")
+    explain.add_argument("--json", action="store_true", help="print it as one JSON object")
     command("config", _config, "Print every setting and where its value came from.")
     add_bench_arguments(command("bench", run_bench, "Measure; the figures stand in the README under Measured."))
     return parser
@@ -339,6 +353,27 @@ def _verify(options: argparse.Namespace, config: Config, origins: dict[str, str]
     else:
         print_verification(found)
     return 1 if found.scores.different else 0
+
+
+def _explain(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    import msgspec
+
+    from millpond.cluster.explain import explain_score, key_of, print_explanation
+    from millpond.cluster.verify import moment_ms
+
+    told = explain_score(
+        config,
+        options.model,
+        key_of(options.rest, options.key),
+        at_ms=None if options.at is None else moment_ms(options.at, "--at"),
+        version=options.model_version,
+        events_max=options.events,
+    )
+    if options.json:
+        print(msgspec.json.encode(told).decode())  # NaN is null
+    else:
+        print_explanation(told)
+    return 0
 
 
 def _down(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:

@@ -26,6 +26,7 @@ from millpond.deployments.score_log import ScoreLogSettings
 from millpond.deployments.serving import (
     EVENTS_PREFIX,
     SCORE_PREFIX,
+    PastPlace,
     ServingSpec,
     app_names,
     custom_application,
@@ -228,8 +229,16 @@ class Cluster:
             ),
             hang_timeout_s=config.hang_timeout_s,
             score_log=self._score_log_settings(),
+            past=self._past_place(),
         )
         return self.spec
+
+    def _past_place(self) -> PastPlace | None:
+        """Return where scores are explained from; None if the cluster has no past."""
+        config = self.config
+        if config.history_uri is None or config.durability == "none":
+            return None
+        return PastPlace(str(config.directory), config.history_uri, config.explain_timeout_s)
 
     def _score_log_settings(self) -> ScoreLogSettings | None:
         """Return what of the scores is logged; nothing where there is no log of events to compare them with."""

@@ -85,6 +85,7 @@ class Config:
     predict_threads: int = _setting(64, "threads in which a replica calls its slow models", 1, 1_024)
     models_mb_max: int = _setting(4_096, "memory for models in a replica; those asked longest ago go first", 1, 10**6)
     shard_timeout_s: float = _setting(30.0, "longest wait for one call of a shard", 0.01, 3_600)
+    explain_timeout_s: float = _setting(60.0, "longest time that a call takes to explain a score", 0.1, 86_400)
     body_timeout_s: float = _setting(30.0, "how long the body of a request may take to arrive", 0.01, 3_600)
     draining_period_s: float = _setting(2.0, "how long a replica that is replaced still answers", 0, 3_600)
     drain_timeout_s: float = _setting(60.0, "how long a stop waits for the shards' last snapshots", 0.01, 3_600)

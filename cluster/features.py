@@ -7,14 +7,13 @@ in which the memory of a shard is handed out have some slack besides, up to an e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
 
-from millpond.feature_actors.aggregations import Aggregation, Derived
 from millpond.feature_actors.layout import Layout, Series, Table, compile_layout
 from millpond.feature_actors.tiles.memory import WORD_BYTES
 from millpond.feature_actors.view import Feature
@@ -152,15 +151,16 @@ def entity_bytes(table: Table, tiles_of: dict[Series, int]) -> int:
 
 def _feature_line(layout: Layout, feature: Feature) -> FeatureLine:
     if feature.derived is not None:
-        made = f"{type(feature.derived).__name__}({_arguments_of(feature.derived)})"
-        return FeatureLine(feature.name, made, "", feature.derived.of, None, None, False, None, 0, None, None, 0, 0.0)
+        return FeatureLine(
+            feature.name, feature.made_by, "", feature.derived.of, None, None, False, None, 0, None, None, 0, 0.0
+        )
     kept, series = feature.kept, series_of(layout, feature)
     words = sum(column.words for column in kept.columns)
     in_tile = None if series.lifetime else words * WORD_BYTES
     overhang_ms = 0 if series.lifetime or series.exact else series.width_ms
     return FeatureLine(
         feature=feature.name,
-        aggregation=f"{type(kept).__name__}({_arguments(kept)})",
+        aggregation=feature.made_by,
         where="" if kept.where is None else str(kept.where),
         derived_from=(),
         window=kept.window,
@@ -196,23 +196,6 @@ def _table_line(layout: Layout, table: Table) -> TableLine:
         bytes_one_tile=entity_bytes(table, dict.fromkeys(tiled, 1)),
         bytes_full=entity_bytes(table, {s: tiles_max(s) for s in tiled}),
     )
-
-
-_BASE_FIELDS = {f.name for f in fields(Aggregation)}
-
-
-def _arguments(aggregation: Aggregation) -> str:
-    """Return the arguments of an aggregation but those that have a column of their own."""
-    own = [f.name for f in fields(aggregation) if f.name not in _BASE_FIELDS]
-    of = [] if aggregation.field is None else [f'"{aggregation.field}"']
-    return ", ".join([*of, *(f"{name}={getattr(aggregation, name)!r}" for name in own)])
-
-
-def _arguments_of(derived: Derived) -> str:
-    of = [f'"{name}"' for name in derived.of]
-    if type(derived) is Derived:
-        of.insert(0, getattr(derived.function, "__name__", type(derived.function).__name__))
-    return ", ".join(of)
 
 
 def length_text(ms: int) -> str:

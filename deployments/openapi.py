@@ -123,6 +123,13 @@ def openapi_document(layout: Layout, models: Sequence[ModelEntry], cluster_name:
         ("/readyz", "Every shard is ready; which models answer, and which do not"),
     ):
         paths[path] = {"get": _call(about, path.strip("/"), {"type": "object"})}
+    for model in models:
+        key = [_parameter(k, _key_schema(kind), "key field", required=True) for k, kind in model.key_fields.items()]
+        key.append(_parameter("at", {"type": "string"}, "of the newest logged score up to then: ISO 8601, or ms"))
+        key.append(_parameter("events", _INT64, "how many events of a feature are shown"))
+        explain = _call(f"What made a score of {model.model}", f"explain_{model.model}", {"type": "object"},
+                        parameters=key)  # fmt: skip
+        paths[f"/v1/explain/{model.model}"] = {"get": {**explain, "security": [{"admin_token": []}]}}
     status = _call("What every shard holds, and the models", "status", {"type": "object"})
     paths["/v1/status"] = {"get": {**status, "security": [{"admin_token": []}]}}
     return {

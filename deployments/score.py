@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Iterable
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 import msgspec
+import pyarrow as pa
 
 from millpond.deployments.answers import Answers, iso
 from millpond.deployments.arrow_scores import ARROW_TYPE, arrow_answer, keys_of, wants_arrow
+from millpond.deployments.explainer import Explainer
 from millpond.deployments.http import App, Request, Response, Route, decode_json, json_response
+from millpond.deployments.lane import Lane
 from millpond.deployments.openapi import docs_page, openapi_document
 from millpond.deployments.score_log import ScoreLog
 from millpond.deployments.served import Models, Served
@@ -26,7 +30,9 @@ from millpond.feature_actors.errors import (
     Unavailable,
     UnsupportedMediaType,
 )
-from millpond.feature_actors.plan import ReadPlan
+from millpond.feature_actors.plan import FeatureRows, ReadPlan
+from millpond.feature_actors.shard_map import ShardMap
+from millpond.models.score_log import Scorer, scores_table
 
 __all__ = ["ScoreApp", "ScoreLimits"]
 
@@ -56,6 +62,7 @@ class ScoreApp(App):
         admin_token_sha256: str,
         cluster_name: str,
         score_log: ScoreLog | None = None,
+        explainer: Explainer | None = None,
     ) -> None:
         super().__init__(
             [
@@ -64,6 +71,7 @@ class ScoreApp(App):
                 Route("GET", "/v1/features/", self.get_features),
                 Route("GET", "/healthz", self.get_healthz),
                 Route("GET", "/readyz", self.get_readyz),
+                Route("GET", "/v1/explain/", self.get_explain),
                 Route("GET", "/v1/status", self.get_status),
                 Route("GET", "/openapi.json", self.get_openapi),
                 Route("GET", "/docs", self.get_docs),
@@ -77,6 +85,7 @@ class ScoreApp(App):
         layout = client.layout
         self._view_plans = {name: ReadPlan(layout, list(view), f"view `{name}`") for name, view in layout.views.items()}
         self._answers = Answers(score_log)
+        self._explainer = explainer
         self._cluster_name = cluster_name
 
     # -- the score journey
@@ -240,6 +249,47 @@ class ScoreApp(App):
         models = sorted(m.model for m in self._models.entries() if m.model not in broken)
         return json_response({"status": "ready", "shards": len(shards), "models": models, "broken": broken})
 
+    # -- for those who run the cluster
+
+    async def get_explain(self, request: Request) -> Response:
+        """Say what made a score: one that is served now, or was at a time."""
+        request.check_admin(self._admin_token_sha256, "this call")
+        if self._explainer is None:
+            raise Unavailable("explain: the cluster keeps no past (settings `history` and `durability`)")
+        served = self._models.served.get(request.name) or await self._models.find(request.name)
+        plan, query = served.champion.loaded.plan, dict(request.query)
+        at_ms = None if "at" in plan.key_fields else _time(query.pop("at", None), "at")
+        events = "5" if "events" in plan.key_fields else query.pop("events", "5")
+        if not (events.isascii() and events.isdigit() and len(events) < 5):
+            raise BadRequest(f"query: `events` is a whole number below 10,000, got {events[:80]!r}", path="?events")
+        keys = plan.key_columns([query], batch=False)
+        lane = served.lane_of(keys)
+        now = None if at_ms is not None else await self._served_now(lane, keys, self._explainer.shard_map)
+        told = await self._explainer.explain(
+            model=served.model,
+            version=lane.loaded.model.version,
+            key={name: values[0] for name, values in keys.items()},
+            served=now,
+            at_ms=at_ms,
+            events_max=int(events),
+        )
+        return json_response(told)
+
+    async def _served_now(self, lane: Lane, keys: Mapping[str, Sequence[Any]], shard_map: ShardMap) -> bytes:
+        """Score an id, and return that as the score log would have it, an Arrow IPC stream."""
+        model, plan = lane.loaded.model, lane.loaded.plan
+        rows = await self._client.read(plan, keys, 1)
+        read = FeatureRows(rows.matrix.copy(), rows.as_of, rows.unknown, rows.texts, rows.trace)
+        scored, row = await lane.ask(keys, 1, rows=rows)
+        table = scores_table(
+            Scorer(model.name, model.version, lane.digest, lane.role), plan, shard_map, [""],
+            [time.time_ns() // 1_000_000], keys, read, [scored.results[row]],
+        )  # fmt: skip
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
     async def get_status(self, request: Request) -> Response:
         request.check_admin(self._admin_token_sha256, "this call")
         models = [{"model": m.model, "version": m.version, "owner": m.owner} for m in self._models.entries()]
@@ -288,7 +338,10 @@ def _is_arrow(request: Request) -> bool:
 
 def _as_of(request: Request) -> int | None:
     """Return `?as_of=` in milliseconds since the epoch: ISO 8601 with a zone, or milliseconds."""
-    text = request.query.get("as_of")
+    return _time(request.query.get("as_of"), "as_of")
+
+
+def _time(text: str | None, name: str) -> int | None:
     if text is None:
         return None
     ms = -1
@@ -304,8 +357,8 @@ def _as_of(request: Request) -> int | None:
             pass
     if not 0 <= ms < _AS_OF_MAX_MS:
         raise BadRequest(
-            "query: `as_of` is a time of 1970 to 2200, ISO 8601 with a zone or milliseconds since the epoch, "
+            f"query: `{name}` is a time of 1970 to 2200, ISO 8601 with a zone or milliseconds since the epoch, "
             f"got {text[:80]!r}",
-            path="?as_of",
+            path=f"?{name}",
         )
     return ms

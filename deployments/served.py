@@ -162,6 +162,11 @@ class Served:
         of = (self.champion, self.canary, self.shadow.lane if self.shadow is not None else None)
         return [lane for lane in of if lane is not None]
 
+    def lane_of(self, keys: Mapping[str, Sequence[Any]]) -> Lane:
+        """Return the lane that answers one id."""
+        canary = self.canary
+        return canary if canary is not None and is_canary(self.model, keys, 1, self.share)[0] else self.champion
+
     async def ask(
         self, keys: Mapping[str, Sequence[Any]], n: int, as_of_ms: int | None = None, values: bool = False
     ) -> list[tuple[Lane, Scored, int]]:

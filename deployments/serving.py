@@ -20,6 +20,7 @@ from typing import Any
 
 from millpond.deployments.deployment import Deployment
 from millpond.deployments.events import EventsApp
+from millpond.deployments.explainer import Explainer
 from millpond.deployments.host import HostLimits, ModelHost
 from millpond.deployments.score import ScoreApp, ScoreLimits
 from millpond.deployments.score_log import ScoreLog, ScoreLogSettings
@@ -43,6 +44,7 @@ logger = logging.getLogger("millpond.serving")
 
 __all__ = [
     "EVENTS_PREFIX",
+    "PastPlace",
     "SCORE_PREFIX",
     "ServingSpec",
     "app_names",
@@ -59,6 +61,15 @@ __all__ = [
 EVENTS_PREFIX = "/v1/events"
 SCORE_PREFIX = "/"
 _SWITCH_INTERVAL_S = 0.0005
+
+
+@dataclass(frozen=True)
+class PastPlace:
+    """Where the past of the cluster is: its data directory, and its history."""
+
+    directory: str
+    history_uri: str
+    explain_timeout_s: float
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,8 @@ class ServingSpec:
     hang_timeout_s: float
     #: None if no score is logged.
     score_log: ScoreLogSettings | None = None
+    #: None if there is none: then nothing can be explained.
+    past: PastPlace | None = None
 
 
 def app_names(cluster_name: str) -> tuple[str, str]:
@@ -175,9 +188,13 @@ class ScoreReplica:
         self._host.watch(spec.hang_timeout_s)
         await self._host.start()
         self._following = asyncio.get_running_loop().create_task(self._host.follow())
+        explainer = None
+        if (past := spec.past) is not None:
+            explainer = Explainer(past.directory, past.history_uri, spec.shard_map, past.explain_timeout_s)
         self._app = ScoreApp(
-            client, self._host, read.status, spec.scores, spec.admin_token_sha256, spec.cluster_name, self._score_log
-        )
+            client, self._host, read.status, spec.scores, spec.admin_token_sha256, spec.cluster_name, self._score_log,
+            explainer,
+        )  # fmt: skip
         self._app.body_timeout_s = spec.body_timeout_s
         keep_what_is_there()
 

@@ -31,10 +31,12 @@ from millpond.feature_actors.plan import Answer, Question
 from millpond.feature_actors.reader import MemoryReader
 from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.shard_map import ShardMap
+from millpond.feature_actors.source import Source
 from millpond.feature_actors.tiles.read import NO_CLOCK
 
 __all__ = [
-    "GONE", "LATER", "NOT_ASKED", "NO_EVENT", "READ", "EntityEvents", "Recalled", "RowReads", "events_of", "recall",
+    "GONE", "LATER", "NOT_ASKED", "NO_EVENT", "READ", "EntityEvents", "Recalled", "RowReads", "events_of",
+    "read_part", "recall",
 ]  # fmt: skip
 
 Ints = npt.NDArray[np.int64]
@@ -219,16 +221,21 @@ class _Recall:
 
     def _read_part(self, of: int, part: int, rows: Ints) -> None:
         reads = self._asked[of]
-        program, n = reads.program, len(rows)
-        # No clock, and no time of the shard's: what counts is the time that it was read as of.
-        question = Question(
-            program, np.ascontiguousarray(reads.hashes[:, rows]), np.full(n, NO_CLOCK), False, reads.as_of[rows],
-            np.array([[part, part + 1]], np.int64),
-        )  # fmt: skip
-        answer = Answer.empty(question)
-        answer.values.fill(np.nan)
-        self._reader.attempt(question, answer, 0)
-        self._recalled[of].take(part, rows, answer, np.arange(n))
+        answer = read_part(self._reader, reads.program, part, reads.hashes[:, rows], reads.as_of[rows])
+        self._recalled[of].take(part, rows, answer, np.arange(len(rows)))
+
+
+def read_part(reader: MemoryReader, program: PlanProgram, part: int, hashes: Ints, as_of: Ints) -> Answer:
+    """Read one part of a program for n ids; the rest of the answer is empty. Raises `AsOfInPast`."""
+    # No clock, and no time of the shard's: what counts is the time that it is read as of.
+    question = Question(
+        program, np.ascontiguousarray(hashes), np.full(len(as_of), NO_CLOCK), False, as_of,
+        np.array([[part, part + 1]], np.int64),
+    )  # fmt: skip
+    answer = Answer.empty(question)
+    answer.values.fill(np.nan)
+    reader.attempt(question, answer, 0)
+    return answer
 
 
 def _grouped(
@@ -352,6 +359,7 @@ def _read_points(spans: Sequence[tuple[_Span, _Asked]]) -> dict[int, list[_Asked
 class EntityEvents:
     """Events of one entity, as they were applied to its row of a table: offsets and arrivals int64 [n]."""
 
+    source: Source
     batch: pa.RecordBatch
     arrivals: Ints
     offsets: Ints
@@ -360,10 +368,20 @@ class EntityEvents:
     def n(self) -> int:
         return len(self.offsets)
 
+    @property
+    def times_ms(self) -> Ints:
+        return self.source.times_ms(self.batch)
+
+    def first(self, n: int) -> EntityEvents:
+        return EntityEvents(self.source, self.batch.slice(0, n), self.arrivals[:n], self.offsets[:n])
+
     def up_to(self, offset: int) -> EntityEvents:
         """Return those up to an offset, included."""
-        n = int(np.searchsorted(self.offsets, offset, "right"))
-        return EntityEvents(self.batch.slice(0, n), self.arrivals[:n], self.offsets[:n])
+        return self.first(int(np.searchsorted(self.offsets, offset, "right")))
+
+    def where(self, chosen: Bools) -> EntityEvents:
+        batch = self.batch.filter(pa.array(chosen))
+        return EntityEvents(self.source, batch, self.arrivals[chosen], self.offsets[chosen])
 
     def plain(self, i: int) -> dict[str, Any]:
         """Return an event as JSON can hold it: its fields, times in ms, then its `_arrival_ms` and `_offset`."""
@@ -395,7 +413,10 @@ def events_of(
                     rows = at[los == lo]
                     parts[table.number, lo].append(
                         EntityEvents(
-                            events.record.batch.take(pa.array(rows)), events.record.arrivals[rows], events.offsets[rows]
+                            table.source,
+                            events.record.batch.take(pa.array(rows)),
+                            events.record.arrivals[rows],
+                            events.offsets[rows],
                         )
                     )
     return [_together(table, parts[table.number, int(key[0])]) for table, key in keys]
@@ -404,8 +425,11 @@ def events_of(
 def _together(table: Table, parts: Sequence[EntityEvents]) -> EntityEvents:
     if not parts:
         none = np.empty(0, np.int64)
-        return EntityEvents(pa.RecordBatch.from_pylist([], schema=table.source.schema), none, none)
+        return EntityEvents(table.source, pa.RecordBatch.from_pylist([], schema=table.source.schema), none, none)
     batch = pa.Table.from_batches([one.batch for one in parts]).combine_chunks().to_batches()[0]
     return EntityEvents(
-        batch, np.concatenate([one.arrivals for one in parts]), np.concatenate([one.offsets for one in parts])
+        table.source,
+        batch,
+        np.concatenate([one.arrivals for one in parts]),
+        np.concatenate([one.offsets for one in parts]),
     )

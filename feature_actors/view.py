@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import pyarrow as pa
@@ -19,6 +19,8 @@ __all__ = ["Feature", "FeatureView"]
 
 #: Types that a key field may have: integers widen to int64; strings are compared byte by byte.
 KEY_TYPES = frozenset({"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "string"})
+#: What every aggregation has.
+_OF_ALL = frozenset(f.name for f in fields(Aggregation))
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +67,31 @@ class Feature:
     def wire_name(self) -> str:
         """Name and identity: what a shard is asked for, and refuses if it knows it otherwise."""
         return f"{self.full_name}#{self.id}"
+
+    @property
+    def made_by(self) -> str:
+        """What computes it, as it is declared, such as `Sum("price")`; without when and where it looks."""
+        made, arguments = self.aggregation, list[str]()
+        if isinstance(made, Derived):
+            if type(made) is Derived:
+                arguments.append(getattr(made.function, "__name__", type(made.function).__name__))
+            arguments += [f'"{name}"' for name in made.of]
+        else:
+            arguments += [] if made.field is None else [f'"{made.field}"']
+            own = [f.name for f in fields(made) if f.name not in _OF_ALL]
+            arguments += [f"{name}={getattr(made, name)!r}" for name in own]
+        return f"{type(made).__name__}({', '.join(arguments)})"
+
+    @property
+    def definition(self) -> str:
+        """All of its declaration in one line, such as `Sum("price", window="30d", where=(price > 50))`."""
+        if self.derived is not None:
+            return self.made_by
+        kept, arguments = self.kept, [self.made_by.partition("(")[2].removesuffix(")")]
+        arguments += [f'{name}="{value}"' for name in ("window", "ttl") if (value := getattr(kept, name)) is not None]
+        arguments += ["exact=True"] * kept.exact
+        arguments += [] if kept.where is None else [f"where={' '.join(str(kept.where).split())}"]
+        return f"{type(kept).__name__}({', '.join(filter(None, arguments))})"
 
     @property
     def where(self) -> pc.Expression | None:

@@ -668,8 +668,8 @@ def test_a_wrong_question_for_features_is_refused(
         ("PUT", "/v1/score/churn", 405, "PUT /v1/score/churn: allowed is POST"),
         ("POST", "/v1/features/user_spend", 405, "POST /v1/features/user_spend: allowed is GET"),
         ("DELETE", "/healthz", 405, "DELETE /healthz: allowed is GET"),
-        ("GET", "/nope", 404, "no call GET /nope; there are POST /v1/score/{name}, POST /v1/score, GET /v1/features/{name}, GET /healthz, GET /readyz, GET /v1/status, GET /openapi.json, GET /docs"),
-        ("POST", "/v1/score/", 404, "no call POST /v1/score/; there are POST /v1/score/{name}, POST /v1/score, GET /v1/features/{name}, GET /healthz, GET /readyz, GET /v1/status, GET /openapi.json, GET /docs"),
+        ("GET", "/nope", 404, "no call GET /nope; there are POST /v1/score/{name}, POST /v1/score, GET /v1/features/{name}, GET /healthz, GET /readyz, GET /v1/explain/{name}, GET /v1/status, GET /openapi.json, GET /docs"),
+        ("POST", "/v1/score/", 404, "no call POST /v1/score/; there are POST /v1/score/{name}, POST /v1/score, GET /v1/features/{name}, GET /healthz, GET /readyz, GET /v1/explain/{name}, GET /v1/status, GET /openapi.json, GET /docs"),
         ("POST", "/v1/score/churn/2", 404, "no model `churn/2`; known: `churn`, `offer`; did you mean `churn`?"),
     ],
 )  # fmt: skip
@@ -794,10 +794,13 @@ def test_openapi_describes_a_call_for_each_source_model_and_view(openapi: dict[s
     assert {(path, *calls) for path, calls in openapi["paths"].items()} == {
         ("/v1/events/purchases", "post"), ("/v1/events/logins", "post"), ("/v1/score/churn", "post"), ("/v1/score/offer", "post"), ("/v1/score", "post"),
         *((f"/v1/features/{v.name}", "get") for v in VIEWS), ("/healthz", "get"), ("/readyz", "get"), ("/v1/status", "get"),
+        ("/v1/explain/churn", "get"), ("/v1/explain/offer", "get"),
     }  # fmt: skip
     for path, calls in openapi["paths"].items():
         for operation in calls.values():
-            assert operation.get("security") == ([{"admin_token": []}] if path == "/v1/status" else None)
+            assert operation.get("security") == (
+                [{"admin_token": []}] if path.startswith(("/v1/status", "/v1/explain")) else None
+            )
     assert openapi["components"]["securitySchemes"] == {
         "admin_token": {
             "type": "http", "scheme": "bearer",

@@ -1,0 +1,117 @@
+"""`millpond explain`: what made a score, down to the raw events; of now, or of any time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import httpx
+from rich.console import Console
+
+from millpond.cluster.cluster import admin_token, running
+from millpond.cluster.config import Config
+from millpond.cluster.model_commands import open_registry
+from millpond.cluster.verify import past_of
+from millpond.deployments.answers import iso
+from millpond.deployments.served import is_canary
+from millpond.feature_actors.errors import BadRequest, NotFound, Unavailable
+from millpond.models.explanation import ExplainRequest, explained
+from millpond.models.rollout import Rollout
+
+__all__ = ["explain_score", "key_of", "print_explanation"]
+
+
+def key_of(arguments: Sequence[str], given: str | None) -> dict[str, Any]:
+    """Return the id that flags say, `--user-id 42` for a field `user_id`, or one JSON object."""
+    key: dict[str, Any] = {}
+    if given is not None:
+        try:
+            key = json.loads(given)
+        except ValueError:
+            key = {}
+        if not isinstance(key, dict) or not key:
+            raise BadRequest(
+                f"--key: got {given!r:.80}; expected an id as a JSON object, such as '{{\"user_id\": 42}}'"
+            )
+    rest = [part for one in arguments for part in (one.split("=", 1) if one.startswith("--") else [one])]
+    for flag, value in zip(rest[::2], rest[1::2], strict=False):
+        if not flag.startswith("--"):
+            raise BadRequest(f"explain: got {flag!r:.80}; expected a key field as a flag, such as `--user-id 42`")
+        key[flag.removeprefix("--").replace("-", "_")] = value
+    if len(rest) % 2:
+        raise BadRequest(f"explain: {rest[-1]!r:.80} has no value; name a key field and its value, `--user-id 42`")
+    return key
+
+
+def explain_score(
+    config: Config,
+    model: str,
+    key: Mapping[str, Any],
+    *,
+    at_ms: int | None = None,
+    version: str | None = None,
+    events_max: int = 5,
+) -> dict[str, Any]:
+    """Explain a score: as of now by the cluster that runs, else from what is on disk, as of its newest event.
+
+    at_ms: of the newest logged score up to then, or the one that there would have been. Raises `Unavailable` if the
+    cluster keeps no history, and what `explained` does.
+    """
+    past = past_of(config)
+    assert past.history_uri is not None
+    state = running(config.directory)
+    if state is not None and at_ms is None and version is None:
+        return _ask(state["url"], admin_token(config.directory), model, key, events_max)
+    with open_registry(config) as registry:
+        registry.versions(model)  # raises if there is none
+        only = version is not None
+        if version is None:
+            version = _version_for(registry.rollouts().get(model), model, key)
+    place = str(config.directory), past.history_uri
+    return explained(ExplainRequest(*place, model, version, dict(key), None, at_ms, only, events_max))
+
+
+def _version_for(rollout: Rollout | None, model: str, key: Mapping[str, Any]) -> str:
+    """Return the version that answers an id."""
+    if rollout is None or rollout.champion is None:
+        raise NotFound(f"model `{model}`: no version of it is live; name one with --model-version")
+    if rollout.canary is None:
+        return rollout.champion.version
+    kinds = rollout.champion.key_fields
+    typed = {n: [int(v) if kinds[n] == "int64" else v] for n, v in key.items() if n in kinds}
+    canary = len(typed) == len(kinds) and is_canary(model, typed, 1, rollout.share)[0]
+    return rollout.canary.version if canary else rollout.champion.version
+
+
+def _ask(url: str, token: str, model: str, key: Mapping[str, Any], events_max: int) -> dict[str, Any]:
+    query = {**{name: str(value) for name, value in key.items()}, "events": str(events_max)}
+    try:
+        answer = httpx.get(
+            f"{url}/v1/explain/{model}", params=query, headers={"authorization": f"Bearer {token}"}, timeout=None
+        )
+        told = answer.json()
+    except (httpx.HTTPError, ValueError) as error:
+        raise Unavailable(f"cluster at {url} does not answer: {error}") from None
+    if answer.status_code != 200:
+        raise BadRequest(told["error"]["message"], path=told["error"]["path"])
+    return dict(told)
+
+
+def print_explanation(told: Mapping[str, Any]) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    key = ", ".join(f"{name} {value}" for name, value in told["key"].items())
+    console.print(f"[bold]{told['model']}[/bold] version {told['version']} (owner {told['owner']}) for {key}")
+    console.print(f"as of {iso(told['as_of_ms'])}: {json.dumps(told['result'])}")
+    if told["served_ms"] is not None:
+        same = "computed again it is the same" if told["equal"] else "[red]computed again it differs[/red]"
+        of = f", answer {told['id']}" if told["id"] else ""
+        console.print(f"served {iso(told['served_ms'])}{of}; {same}")
+    for one in told["features"]:
+        console.print(f"\n[bold]{one['feature']}[/bold] = {json.dumps(one['value'])}  owner {one['owner']}")
+        console.print(f"  {one['definition']}", markup=False)
+        console.print(f"  {one['events']:,} events" + (", the newest:" if one["newest"] else ""))
+        for event in one["newest"]:
+            console.print("    " + ", ".join(f"{name}={value}" for name, value in event.items()), markup=False)
+    if told["unknown"]:
+        console.print(f"\nnot known to: {', '.join(told['unknown'])}")
