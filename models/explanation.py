@@ -232,7 +232,7 @@ def _copy(rows: FeatureRows) -> FeatureRows:
 
 
 class ExplainRequest(msgspec.Struct):
-    """What to explain. served: the score, as an Arrow IPC stream. at_ms, without it: of the newest logged one up to then,
+    """What to explain. served: the score, as an Arrow IPC stream. at_ms, without it: of the newest logged one by then,
     by `version` if `only_version`; if there is none, of the one that there would have been."""
 
     directory: str
