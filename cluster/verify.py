@@ -21,11 +21,12 @@ from rich.table import Table
 from millpond.cluster.cluster import running
 from millpond.cluster.config import Config
 from millpond.feature_actors.errors import BadRequest, Unavailable
+from millpond.feature_actors.log.part import DAY_MS
 from millpond.feature_actors.past import Past
 from millpond.feature_actors.windows import parse_length_ms
 from millpond.models.registry import Registry
 from millpond.models.rollout import Rollout, RolloutRefused
-from millpond.models.score_log import read_scores
+from millpond.models.score_log import SCHEMA, read_scores
 from millpond.models.verification import CHUNK, Counts, Verification, verify
 
 __all__ = ["VERIFIED_MIN", "check_verified", "moment_ms", "past_of", "print_verification", "verify_cluster"]
@@ -84,11 +85,18 @@ def past_of(config: Config) -> Past:
 
 
 def _newest(tables: Iterable[pa.Table], limit: int) -> Iterator[pa.Table]:
+    """Yield the scores that were served last, of tables by date, the newest date first: within one, each writer has
+    files of its own."""
+    kept, day = SCHEMA.empty_table(), -1
     for table in tables:
-        yield table.slice(max(0, len(table) - limit))
-        limit -= len(table)
-        if limit <= 0:
-            return
+        of = table["served_ms"][0].as_py() // DAY_MS
+        if of != day and len(kept) >= limit:
+            break
+        day = of
+        kept = pa.concat_tables([kept, table]).sort_by("served_ms")
+        kept = kept.slice(max(0, len(kept) - limit))
+    if len(kept):
+        yield kept
 
 
 def check_verified(config: Config, rollout: Rollout | None, model: str, version: str | None, least: int) -> str | None:

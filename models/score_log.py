@@ -173,17 +173,21 @@ def read_scores(
     """
     folder = Folder(base_uri)
     since, until = -(2**63) if since_ms is None else since_ms, 2**63 - 1 if until_ms is None else until_ms
-    wanted = (pc.field("served_ms") >= since) & (pc.field("served_ms") < until)
-    for name, text in (("model", model), ("version", version)):
-        if text is not None:
-            wanted &= pc.field(name) == text
     for day, date in sorted(_dates(folder), reverse=newest_first):
         if (day + 1) * DAY_MS <= since or day * DAY_MS >= until:
             continue
         for path in sorted(folder.files(date), reverse=newest_first):
             if path.endswith(".parquet") and not path.rpartition("/")[2].startswith("."):
                 scores = _scores(folder, path)
-                if scores is not None and len(found := scores.filter(wanted)):
+                if scores is None:
+                    continue
+                # A mask, not an expression: that would be run by threads, and keep no order.
+                served = scores["served_ms"]
+                wanted = pc.and_(pc.greater_equal(served, since), pc.less(served, until))
+                for name, text in (("model", model), ("version", version)):
+                    if text is not None:
+                        wanted = pc.and_(wanted, pc.equal(scores[name], text))
+                if len(found := scores.filter(wanted)):
                     yield found
 
 
