@@ -135,6 +135,28 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--model-version", metavar="VERSION", help="by this version (default: that which answers)")
     explain.add_argument("--events", type=int, default=5, metavar="N", help="events shown of a feature (default: 5)")
     explain.add_argument("--json", action="store_true", help="print it as one JSON object")
+    export = command("export", _export, "Write a pack: events, definitions and live models, to replay elsewhere.")
+    export.add_argument("files", nargs="*", type=Path, metavar="FILE.py",
+                        help="definitions of the cluster (default: those it runs with)")  # fmt: skip
+    export.add_argument("-o", "--output", type=Path, required=True, metavar="PACK", help="the folder, which is made")
+    export.add_argument("--since", metavar="TIME", help="events that arrived then or later")
+    export.add_argument("--until", metavar="TIME", help="events that arrived before")
+    export.add_argument("--entities", type=Path, metavar="CSV", help="only events of these: columns are key fields")
+    export.add_argument("--mask", action="append", default=[], metavar="FIELD,...", help="replace the values, by a key")
+    export.add_argument("--drop", action="append", default=[], metavar="FIELD,...", help="leave the values out")
+    export.add_argument("--mask-key-file", type=Path, metavar="FILE",
+                        help="the key of masks, made if it is not there (default: a new one, not kept)")  # fmt: skip
+    export.add_argument("--allow-personal", action="store_true", help="personal fields may leave as they are")
+    export.add_argument("--json", action="store_true", help="print what is in it as JSON")
+    replay = command("replay", _replay, "Play the events of a pack into a cluster, as they arrived.")
+    replay.add_argument("pack", type=Path, metavar="PACK")
+    replay.add_argument("--to", metavar="URL", help="where a cluster serves (default: the one of this configuration)")
+    replay.add_argument("--speed", default="max", help="how much quicker than it was, `100x`, or `max` (default)")
+    replay.add_argument("--as-of", choices=["arrival", "event"], default="arrival",
+                        help="events arrive when they did, or when they happened")  # fmt: skip
+    replay.add_argument("--token-file", type=Path, metavar="FILE", help="the admin token of a cluster elsewhere")
+    replay.add_argument("--deploy", action="store_true", help="deploy the models of the pack first, if it runs here")
+    replay.add_argument("--json", action="store_true", help="print what became of the events as JSON")
     command("config", _config, "Print every setting and where its value came from.")
     add_bench_arguments(command("bench", run_bench, "Measure; the figures stand in the README under Measured."))
     return parser
@@ -278,9 +300,10 @@ def _check(options: argparse.Namespace, config: Config, origins: dict[str, str])
 
 
 def _verify(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
-    from millpond.cluster.verify import moment_ms, print_verification, verify_cluster
+    from millpond.cluster.times import time_of
+    from millpond.cluster.verify import print_verification, verify_cluster
 
-    since_ms = None if options.since is None else moment_ms(options.since, "--since")
+    since_ms = time_of("--since", options.since)
     found = verify_cluster(config, options.model, options.model_version, since_ms=since_ms, limit=options.limit)
     if options.json:
         print(json.dumps(found.as_json()))
@@ -293,13 +316,13 @@ def _explain(options: argparse.Namespace, config: Config, origins: dict[str, str
     import msgspec
 
     from millpond.cluster.explain import explain_score, key_of, print_explanation
-    from millpond.cluster.verify import moment_ms
+    from millpond.cluster.times import time_of
 
     told = explain_score(
         config,
         options.model,
         key_of(options.rest, options.key),
-        at_ms=None if options.at is None else moment_ms(options.at, "--at"),
+        at_ms=time_of("--at", options.at),
         version=options.model_version,
         events_max=options.events,
     )
@@ -308,6 +331,51 @@ def _explain(options: argparse.Namespace, config: Config, origins: dict[str, str
     else:
         print_explanation(told)
     return 0
+
+
+def _export(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    from millpond.cluster.packs.commands import export_command, names_of
+    from millpond.cluster.packs.export import What
+    from millpond.cluster.times import time_of
+
+    what = What(
+        since_ms=time_of("--since", options.since),
+        until_ms=time_of("--until", options.until),
+        entities=options.entities,
+        mask=names_of(options.mask),
+        drop=names_of(options.drop),
+        allow_personal=options.allow_personal,
+    )
+    exported = export_command(config, options.files, what, options.mask_key_file, options.output)
+    _print_each(exported, options.json)
+    return 0
+
+
+def _replay(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    from millpond.cluster.packs.commands import replay_command
+
+    replayed = replay_command(
+        config,
+        options.pack,
+        to=options.to,
+        speed=options.speed,
+        as_of=options.as_of,
+        token_file=options.token_file,
+        deploy=options.deploy,
+    )
+    _print_each(replayed, options.json)
+    return 0
+
+
+def _print_each(values: dict[str, Any], as_json: bool) -> None:
+    """Print values by name; what is empty only as JSON."""
+    if as_json:
+        print(json.dumps(values))
+        return
+    for name, value in values.items():
+        if value not in ([], {}, None):
+            items = [f"{k} {v:,}" for k, v in value.items()] if isinstance(value, dict) else value
+            print(f"{name.replace('_', ' '):18}{', '.join(items) if isinstance(items, list) else items}")
 
 
 def _down(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:

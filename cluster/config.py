@@ -98,7 +98,7 @@ class Config:
 
     @property
     def history_uri(self) -> str | None:
-        """Where the history goes, a folder of this cluster alone; None if there is none."""
+        """Where the history is, a folder of this cluster alone; None if there is none."""
         return {"off": None, "auto": str(self.directory / "history")}.get(self.history, self.history)
 
     @property

@@ -6,10 +6,8 @@ Also the gate of `millpond promote --verified`. Beside a running cluster it take
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
@@ -20,15 +18,14 @@ from rich.table import Table
 
 from millpond.cluster.cluster import running
 from millpond.cluster.config import Config
-from millpond.feature_actors.errors import BadRequest, Unavailable
+from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.past import Past
-from millpond.feature_actors.windows import parse_length_ms
 from millpond.models.registry import Registry
 from millpond.models.rollout import Rollout, RolloutRefused
 from millpond.models.score_log import read_scores
 from millpond.models.verification import CHUNK, Counts, Verification, verify
 
-__all__ = ["VERIFIED_MIN", "check_verified", "moment_ms", "past_of", "print_verification", "verify_cluster"]
+__all__ = ["VERIFIED_MIN", "check_verified", "past_of", "print_verification", "verify_cluster"]
 
 #: So many scores of a version have to be equal for it to be verified.
 VERIFIED_MIN = 100
@@ -117,24 +114,6 @@ def check_verified(config: Config, rollout: Rollout | None, model: str, version:
             "nothing has been changed"
         )
     return version
-
-
-def moment_ms(text: str, flag: str) -> int:
-    """Return a time given as ISO 8601 with a zone, as milliseconds, or as how long ago it was, such as `24h`."""
-    if (ago_ms := parse_length_ms(text)) is not None:
-        return time.time_ns() // 1_000_000 - ago_ms
-    if text.isascii() and text.isdigit() and len(text) <= 15:
-        return int(text)
-    try:
-        moment = datetime.fromisoformat(text)
-        if moment.tzinfo is not None:
-            return round(moment.timestamp() * 1_000)
-    except ValueError:
-        pass
-    raise BadRequest(
-        f"{flag}: got {text!r:.80}; expected a time such as `2026-01-31T12:00:00Z`, milliseconds since 1970, or how "
-        "long ago, such as `24h`"
-    )
 
 
 def print_verification(found: Verification) -> None:

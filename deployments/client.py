@@ -62,7 +62,7 @@ T = TypeVar("T")
 Id = Mapping[str, Any]
 Event = Mapping[str, Any]
 AsOf = datetime | int | str | None
-Arrival = Literal["now", "event"]
+Arrival = Literal["now", "event", "given"]
 
 _JSON = "application/json"
 _ARROW = "application/vnd.apache.arrow.stream"
@@ -102,8 +102,8 @@ class Client:
 
     url: where the cluster serves. timeout_s: how long one try may wait for its answer. retry_s: no try begins later
     than so long after the first one; 0 is a single try. batch_rows: rows of a request at most; what has more goes in
-    several, one after the other. admin_token: for `status`. connections_max: at once. Proxies of the environment are
-    not used.
+    several, one after the other. admin_token: for `status`, and for events with given arrivals. connections_max: at
+    once. Proxies of the environment are not used.
 
     A request is tried again after 429 and 503, and if there was no answer: after what `Retry-After` says, and a random
     time that doubles. That counts no event twice: they have ids, or the request has an idempotency key.
@@ -146,8 +146,9 @@ class Client:
         in is among the `duplicates`.
 
         events: one, any number (an iterator is not read ahead), or an Arrow table, which is sent as such. A time is a
-        `datetime` with a zone, ISO 8601 with a zone, or milliseconds since the epoch. arrival: "event" for a bulk load
-        or replay, in which an event arrives when it happens. idempotency_key: names this call, so that a later call
+        `datetime` with a zone, ISO 8601 with a zone, or milliseconds since the epoch. arrival: "event" for a bulk load,
+        in which an event arrives when it happens; "given" for a replay of a table with a column `_arrival_ms`, which
+        needs the admin token where the clock is the wall's. idempotency_key: names this call, so that a later call
         with the same key, events and `batch_rows` changes nothing that this one has changed; only sources without an
         `event_id` need it.
 
@@ -364,7 +365,7 @@ class _Calls:
             headers["content-type"] = request.content_type
         if request.idempotency_key:
             headers["idempotency-key"] = request.idempotency_key
-        if request.target == "/v1/status":
+        if request.target == "/v1/status" or request.target.endswith("?arrival=given"):
             headers |= self._admin
         return httpx.Request(
             request.method,
@@ -377,7 +378,7 @@ class _Calls:
     # -- calls
 
     def send(self, source: str, events: Any, arrival: Arrival, key: str | None) -> _Call[Ack]:
-        target = _target("/v1/events/", source, arrival="event" if arrival == "event" else None)
+        target = _target("/v1/events/", source, arrival=None if arrival == "now" else arrival)
         key = secrets.token_hex(16) if key is None else key
         if not _KEY.fullmatch(key):
             raise ValueError(f"idempotency_key: got {key[:80]!r}; allowed are 1 to 200 visible ASCII characters")

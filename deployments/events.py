@@ -8,6 +8,7 @@ import msgspec
 
 from millpond.deployments.http import App, Request, Response, Route
 from millpond.feature_actors.client import EventsRequest, FeatureClient
+from millpond.feature_actors.clock import ClockKind
 from millpond.feature_actors.decode import BodyLimits, Decoder
 from millpond.feature_actors.errors import BadRequest
 from millpond.feature_actors.ingest_queue import IngestQueue, QueueLimits
@@ -25,11 +26,23 @@ class EventsApp(App):
 
     A request is validated as a whole: one bad row refuses it and nothing is applied. The answer
     comes when every shard concerned has applied it, so whoever scores after it sees it.
+
+    clock: of the cluster. admin_token_sha256: the digest of the token that some calls need; None if nobody has it.
     """
 
-    def __init__(self, client: FeatureClient, limits: BodyLimits, queue: QueueLimits | None = None) -> None:
+    def __init__(
+        self,
+        client: FeatureClient,
+        limits: BodyLimits,
+        queue: QueueLimits | None = None,
+        *,
+        clock: ClockKind = "wall",
+        admin_token_sha256: str | None = None,
+    ) -> None:
         super().__init__([Route("POST", "/v1/events/", self.post_events)])
         self._limits = limits
+        self._clock = clock
+        self._admin_token_sha256 = admin_token_sha256
         self._layout = layout = client.layout
         self._decoders = {
             name: Decoder(source, limits, {k for t in layout.tables_of(name) for k in t.key})
@@ -39,22 +52,27 @@ class EventsApp(App):
 
     async def post_events(self, request: Request) -> Response:
         source = self._layout.source(request.name)
-        arrival_is_event_time = _arrival(request)
+        arrival = _arrival(request)
+        if arrival == "given" and self._clock == "wall":
+            # On an event clock time is what events say, whoever sends them.
+            request.check_admin(self._admin_token_sha256, '`?arrival=given` on a cluster with `clock = "wall"`')
         key = _idempotency_key(request, source)
         body = await request.body(self._limits.body_bytes_max)
-        parsed = self._decoders[source.name].parse(body, request.header(b"content-type"))
-        events = EventsRequest(parsed.rows, arrival_is_event_time, key)
+        decoder = self._decoders[source.name]
+        parsed = decoder.parse(body, request.header(b"content-type"), arrivals=arrival == "given")
+        events = EventsRequest(parsed.rows, arrival == "event", key, parsed.arrivals)
         ack = await self._queue.ingest(source.name, parsed, events)
         return Response(200, _encode_ack(ack))
 
 
-def _arrival(request: Request) -> bool:
-    """`?arrival=event`: a bulk load or replay, in which each event arrives at its event time."""
+def _arrival(request: Request) -> str:
+    """`?arrival=event`: a bulk load, in which each event arrives at its event time; `given`: a replay, in which each
+    says when it arrived."""
     request.allow_query("arrival")
     value = request.query.get("arrival", "now")
-    if value not in ("now", "event"):
-        raise BadRequest(f"query: `arrival` is now or event, got {value!r}", path="?arrival")
-    return value == "event"
+    if value not in ("now", "event", "given"):
+        raise BadRequest(f"query: `arrival` is now, event or given, got {value!r}", path="?arrival")
+    return value
 
 
 def _idempotency_key(request: Request, source: Source) -> str | None:

@@ -7,6 +7,8 @@ and pydantic would cost more than reading the features and running the model.
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import hmac
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +17,7 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
-from millpond.feature_actors.errors import BadRequest, MillpondError, NotFound, TooLarge, did_you_mean
+from millpond.feature_actors.errors import BadRequest, MillpondError, NotFound, TooLarge, Unauthorized, did_you_mean
 
 __all__ = ["App", "Request", "Response", "Route", "decode_json", "json_response"]
 
@@ -117,6 +119,16 @@ class Request:
             if key == name:
                 return bytes(value).decode("latin-1")
         return None
+
+    def check_admin(self, token_sha256: str | None, what: str) -> None:
+        """Raise `Unauthorized` unless the request carries the admin token of this digest. what: it is needed for."""
+        scheme, _, given = (self.header(b"authorization") or "").partition(" ")
+        digest = hashlib.sha256(given.encode()).hexdigest()
+        if token_sha256 is None or not hmac.compare_digest(digest, token_sha256) or scheme != "Bearer":
+            raise Unauthorized(
+                f"{what} needs the admin token of the cluster: `Authorization: Bearer ...`; it is in the file "
+                "`admin_token` of the cluster's data directory"
+            )
 
     async def body(self, bytes_max: int) -> bytes:
         """Read the body; stop and raise `TooLarge` as soon as it is over `bytes_max`.

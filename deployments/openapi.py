@@ -29,6 +29,10 @@ _JSON_TYPES: dict[str, dict[str, Any]] = {
 _INT64 = {"type": ["integer", "string"], "format": "int64", "pattern": "^(0|-?[1-9][0-9]*)$"}
 _EXAMPLES: dict[str, Any] = {"string": "abc", "bool": True, "timestamp[ms, UTC]": "2024-05-01T12:00:00Z"}
 
+_ARRIVAL = (
+    "when events arrive. event: when they happen, a bulk load; given: at the `_arrival_ms` (int64) that an Arrow body "
+    "has beside the fields, a replay: needs the admin token unless the cluster's clock is that of its events"
+)
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _ARROW = {"application/vnd.apache.arrow.stream": _BINARY}
 
@@ -76,7 +80,7 @@ def openapi_document(layout: Layout, models: Sequence[ModelEntry], cluster_name:
                 f"events_{source.name}",
                 _ACK,
                 body=forms,
-                parameters=[_parameter("arrival", {"enum": ["now", "event"]}, "event: a bulk load or replay")],
+                parameters=[_parameter("arrival", {"enum": ["now", "event", "given"]}, _ARRIVAL)],
             )
         }
     for model in models:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -29,7 +27,6 @@ from millpond.feature_actors.errors import (
     MillpondError,
     TooLarge,
     TooMany,
-    Unauthorized,
     Unavailable,
     UnsupportedMediaType,
 )
@@ -256,7 +253,7 @@ class ScoreApp(App):
 
     async def get_explain(self, request: Request) -> Response:
         """Say what made a score: one that is served now, or was at a time."""
-        self._check_admin(request)
+        request.check_admin(self._admin_token_sha256, "this call")
         if self._explainer is None:
             raise Unavailable("explain: the cluster keeps no past (settings `history` and `durability`)")
         served = self._models.served.get(request.name) or await self._models.find(request.name)
@@ -293,17 +290,8 @@ class ScoreApp(App):
             writer.write_table(table)
         return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
 
-    def _check_admin(self, request: Request) -> None:
-        scheme, _, given = (request.header(b"authorization") or "").partition(" ")
-        digest = hashlib.sha256(given.encode()).hexdigest()
-        if not hmac.compare_digest(digest, self._admin_token_sha256) or scheme != "Bearer":
-            raise Unauthorized(
-                "this call needs the admin token of the cluster: `Authorization: Bearer ...`; it is in the file "
-                "`admin_token` of the cluster's data directory"
-            )
-
     async def get_status(self, request: Request) -> Response:
-        self._check_admin(request)
+        request.check_admin(self._admin_token_sha256, "this call")
         models = [{"model": m.model, "version": m.version, "owner": m.owner} for m in self._models.entries()]
         return json_response({"shards": await self._status(), "models": models})
 

@@ -164,7 +164,9 @@ class EventsReplica:
 
     def __init__(self, spec: ServingSpec) -> None:
         client, _ = _connect(spec)
-        self._app = EventsApp(client, spec.bodies, spec.queue)
+        self._app = EventsApp(
+            client, spec.bodies, spec.queue, clock=spec.clock, admin_token_sha256=spec.admin_token_sha256
+        )
         self._app.body_timeout_s = spec.body_timeout_s
         keep_what_is_there()
 

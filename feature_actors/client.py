@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from millpond.feature_actors.clock import Clock
+from millpond.feature_actors.decode import ARRIVAL_COLUMN
 from millpond.feature_actors.dedupe import CONFLICT, DUPLICATE, NEW
 from millpond.feature_actors.errors import BadRequest, MillpondError, Problem
 from millpond.feature_actors.events import ELSEWHERE, Events, Receipt
@@ -55,13 +56,14 @@ class TimeLimits:
 class EventsRequest:
     """How many events came together, and how.
 
-    arrival_is_event_time: a bulk load or replay. idempotency_key: says that two requests are the same, where the events
-    have no id.
+    arrival_is_event_time: a bulk load. arrivals: the arrival stamps int64 [rows], of a replay; None if they are made
+    here. idempotency_key: says that two requests are the same, where the events have no id.
     """
 
     rows: int
     arrival_is_event_time: bool = False
     idempotency_key: str | None = None
+    arrivals: Ints | None = None
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,10 @@ class FeatureClient:
         *,
         arrival_is_event_time: bool = False,
         idempotency_key: str | None = None,
+        arrivals: Ints | None = None,
     ) -> Ack:
         """Bring validated events of a source to every shard that keeps something of them; see `ingest_all`."""
-        request = EventsRequest(batch.num_rows, arrival_is_event_time, idempotency_key)
+        request = EventsRequest(batch.num_rows, arrival_is_event_time, idempotency_key, arrivals)
         ingested = await self.ingest_all(source_name, batch, [request])
         (outcome,) = ingested.outcomes
         if isinstance(outcome, MillpondError):
@@ -253,7 +256,7 @@ class FeatureClient:
     ) -> dict[int, BadRequest]:
         """Return which requests have an event that is ahead of its time, or for which a condition fails, and why."""
         try:
-            self._check_ahead(source, batch, received_ms)
+            self._check_ahead(source, batch, requests, received_ms)
             self._check_conditions(source, batch)
             return {}
         except BadRequest as error:
@@ -262,23 +265,30 @@ class FeatureClient:
         refused = {}
         for i, (start, end) in enumerate(itertools.pairwise(_ends(requests))):
             try:
-                self._check_ahead(source, batch.slice(start, end - start), received_ms)
+                self._check_ahead(source, batch.slice(start, end - start), requests[i : i + 1], received_ms)
                 self._check_conditions(source, batch.slice(start, end - start))
             except BadRequest as error:
                 refused[i] = error
         return refused
 
-    def _check_ahead(self, source: Source, batch: pa.RecordBatch, received_ms: int) -> None:
-        """Refuse events that are ahead of the time they came."""
-        times = source.times_ms(batch)
-        ahead = np.flatnonzero(times > received_ms + self._limits.ahead_ms_max)
+    def _check_ahead(
+        self, source: Source, batch: pa.RecordBatch, requests: Sequence[EventsRequest], received_ms: int
+    ) -> None:
+        """Refuse events that are ahead of the time they came, and arrival stamps that are ahead of now."""
+        times, came = source.times_ms(batch), _given_stamps(requests, received_ms)
+        self._check_not_ahead(source, source.event_time, times, came, "its arrival")
+        if isinstance(came, np.ndarray):
+            self._check_not_ahead(source, ARRIVAL_COLUMN, came, received_ms, "now")
+
+    def _check_not_ahead(self, source: Source, name: str, times: Ints, of: Ints | int, what: str) -> None:
+        ahead = np.flatnonzero(times > of + self._limits.ahead_ms_max)
         if ahead.size:
-            allowed = f"its arrival; allowed is {self._limits.ahead_ms_max} ms"
+            by = times - of
             problems: list[Problem] = [
                 (
-                    f"event of `{source.name}`: {source.event_time} {times[i]} lies {times[i] - received_ms} ms ahead "
-                    f"of {allowed}",
-                    f"$[{i}].{source.event_time}",
+                    f"event of `{source.name}`: {name} {times[i]} lies {by[i]} ms ahead of {what}; allowed is "
+                    f"{self._limits.ahead_ms_max} ms",
+                    f"$[{i}].{name}",
                 )
                 for i in ahead[:_PROBLEMS_MAX].tolist()
             ]
@@ -288,13 +298,14 @@ class FeatureClient:
         self, source: Source, batch: pa.RecordBatch, requests: Sequence[EventsRequest], received_ms: int
     ) -> Ints:
         """Return the arrival stamps, int64 [n]."""
+        given = _given_stamps(requests, received_ms)
+        stamps = np.full(batch.num_rows, given, np.int64) if isinstance(given, int) else given
         # Where time stands at the newest stamp, an event arrives when it happens.
         on_event_clock = self._clock.now_ms() is None
-        if not on_event_clock and not any(r.arrival_is_event_time for r in requests):
-            return np.full(batch.num_rows, received_ms, np.int64)
-        times = source.times_ms(batch)
-        of_events = [on_event_clock or r.arrival_is_event_time for r in requests]
-        return np.where(np.repeat(of_events, [r.rows for r in requests]), times, received_ms)
+        at_event_time = [r.arrivals is None and (on_event_clock or r.arrival_is_event_time) for r in requests]
+        if not any(at_event_time):
+            return stamps
+        return np.where(np.repeat(at_event_time, [r.rows for r in requests]), source.times_ms(batch), stamps)
 
     def _received_ms(self) -> int:
         """Return when the request came, for the duplicate filter, whatever its events' arrival stamps say:
@@ -416,6 +427,13 @@ class FeatureClient:
                 if heard_only or concerned[shard, start:end].any():
                     failed.setdefault(i, error)
         return failed
+
+
+def _given_stamps(requests: Sequence[EventsRequest], received_ms: int) -> Ints | int:
+    """Return when events came: int64 [n] with the stamps that requests carry, or one time for all."""
+    if all(r.arrivals is None for r in requests):
+        return received_ms
+    return np.concatenate([np.full(r.rows, received_ms) if r.arrivals is None else r.arrivals for r in requests])
 
 
 def _ends(requests: Sequence[EventsRequest]) -> list[int]:

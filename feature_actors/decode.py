@@ -29,6 +29,7 @@ from typing import Annotated, Any, NamedTuple, NoReturn
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -36,7 +37,7 @@ from millpond.feature_actors.arrow_stream import ArrowStream
 from millpond.feature_actors.errors import BadRequest, Problem, TooLarge, UnsupportedMediaType, did_you_mean
 from millpond.feature_actors.source import Field, Source
 
-__all__ = ["CONTENT_TYPES", "TIME_MAX_MS", "TIME_MIN_MS", "BodyLimits", "Decoder", "Parsed"]
+__all__ = ["ARRIVAL_COLUMN", "CONTENT_TYPES", "TIME_MAX_MS", "TIME_MIN_MS", "BodyLimits", "Decoder", "Parsed"]
 
 #: Content type to body form.
 CONTENT_TYPES = {
@@ -46,6 +47,9 @@ CONTENT_TYPES = {
     "application/jsonl": "ndjson",
     "application/vnd.apache.arrow.stream": "arrow",
 }
+
+#: Beside the fields of an Arrow body: when each event arrived, int64 in milliseconds. No field can have such a name.
+ARRIVAL_COLUMN = "_arrival_ms"
 
 #: 1970-01-01 and 2200-01-01, both included: a time outside is a wrong unit or a broken clock.
 TIME_MIN_MS, TIME_MAX_MS = 0, 7_258_118_400_000
@@ -92,13 +96,14 @@ class BodyLimits:
 
 
 class Parsed(NamedTuple):
-    """A body that was decoded: its events as structures, or as a batch already."""
+    """A body that was decoded: its events as structures, or as a batch already; with arrival stamps, if asked for."""
 
     body: bytes
     form: str
     rows: int
     events: list[Any] | None
     batch: pa.RecordBatch | None
+    arrivals: npt.NDArray[np.int64] | None = None
 
 
 class Decoder:
@@ -156,10 +161,11 @@ class Decoder:
         parsed = self.parse(body, content_type)
         return parsed.batch if parsed.batch is not None else self._batch_of(parsed)
 
-    def parse(self, body: bytes, content_type: str | None) -> Parsed:
+    def parse(self, body: bytes, content_type: str | None, *, arrivals: bool = False) -> Parsed:
         """Decode one body as far as pays alone: a few JSON events are made columns together with others, by `join`.
 
-        Raises as `decode`, but for what `join` says of it.
+        arrivals: of Arrow, which has a column more, `ARRIVAL_COLUMN`. Raises as `decode`, but for what `join` says of
+        it.
         """
         form = self._form(content_type)
         if len(body) > self.limits.body_bytes_max:
@@ -167,8 +173,9 @@ class Decoder:
         if not body:
             raise self._invalid([(f"{self._body}: empty; allowed are events, or `[]`", "$")])
         if form == "arrow":
-            batch = self._decode_arrow(body)
-            return Parsed(body, form, batch.num_rows, None, batch)
+            return self._decode_arrow(body, arrivals)
+        if arrivals:
+            raise self._invalid([(f"{self._body}: arrival stamps come with Arrow only, as `{ARRIVAL_COLUMN}`", "$")])
         try:
             events: Any = self._json.decode(body) if form == "json" else self._ndjson.decode_lines(body)
         except _MISFITS as error:
@@ -273,16 +280,42 @@ class Decoder:
 
     # Arrow.
 
-    def _decode_arrow(self, body: bytes) -> pa.RecordBatch:
+    def _decode_arrow(self, body: bytes, arrivals: bool) -> Parsed:
         try:
             stream = ArrowStream(body, self.limits, "events", self._too_large)
-            self._check_columns(stream.schema)
+            self._check_columns(self._without_arrivals(stream.schema) if arrivals else stream.schema)
             received, rows = stream.columns()
         except (*_MISFITS, MemoryError) as error:
             reason = _shown(str(error).partition("\n")[0], 200)
             problem = (f"{self._body}: not an Arrow IPC stream that can be read: {reason}", "$")
             raise self._invalid([problem]) from None
-        return self._from_columns(received, rows)
+        stamps = self._stamps(received.pop(ARRIVAL_COLUMN)) if arrivals else None
+        return Parsed(body, "arrow", rows, None, self._from_columns(received, rows), stamps)
+
+    def _without_arrivals(self, schema: pa.Schema) -> pa.Schema:
+        """Return the schema of the fields. Raises `BadRequest` if there is no column of arrival stamps beside them."""
+        found = [field for field in schema if field.name == ARRIVAL_COLUMN]
+        if [field.type for field in found] != [pa.int64()]:
+            got = _shown(", ".join(str(field.type) for field in found) or "nothing")
+            path = _member("$[*]", ARRIVAL_COLUMN)
+            raise self._invalid(
+                [(f"{self._event}: expected one column `{ARRIVAL_COLUMN}` of `int64`, got {got}", path)]
+            )
+        return pa.schema([field for field in schema if field.name != ARRIVAL_COLUMN])
+
+    def _stamps(self, column: pa.Array) -> npt.NDArray[np.int64]:
+        values: npt.NDArray[np.int64] = column.fill_null(-1).to_numpy()
+        wrong = np.flatnonzero((values < TIME_MIN_MS) | (values > TIME_MAX_MS))[: self._wanted(())].tolist()
+        if wrong:
+            allowed = "allowed are epoch milliseconds from 1970-01-01 to 2200-01-01"
+            got = [(i, "nothing" if column[i].as_py() is None else column[i].as_py()) for i in wrong]
+            raise self._invalid(
+                [
+                    (f"{self._event}: got the arrival stamp {stamp}; {allowed}", _member(f"$[{i}]", ARRIVAL_COLUMN))
+                    for i, stamp in got
+                ]
+            )
+        return values
 
     def _from_columns(self, received: dict[str, pa.Array], rows: int) -> pa.RecordBatch:
         """Return columns of accepted types as `source.schema`."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from millpond.feature_actors.errors import DeclarationError
 from millpond.models.definition import Definition
 from millpond.models.model import Model
 from millpond.models.pool import Pool
@@ -60,11 +59,8 @@ def version_of(
 
     A model that names no version is called after its content, by the first 12 hex digits of the digest.
     key_fields: of the plan that the model compiles to. created: now, if it is not said.
-    Raises `DeclarationError` if the version's name could not be printed.
     """
     name = model.version or definition.digest[:_DIGITS]
-    if not name.isprintable():
-        raise DeclarationError(f"{model.subject}: version is a text of printable characters, got {name!r}")
     time = (created or datetime.now(UTC)).astimezone(UTC)
     return Version(
         model=model.name,

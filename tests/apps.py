@@ -38,7 +38,7 @@ from millpond.feature_actors import (
     Sum,
 )
 from millpond.feature_actors.client import FeatureClient
-from millpond.feature_actors.clock import Clock, ManualClock
+from millpond.feature_actors.clock import Clock, ClockKind, ManualClock
 from millpond.feature_actors.decode import BodyLimits
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.ports import LocalIngest, LocalRead
@@ -211,7 +211,9 @@ def make_world(
     score = ScoreApp(
         client, Models(served), status or shards_status, scores or ScoreLimits(), digest, cluster_name, log
     )
-    return World(clock, shards, client, EventsApp(client, bodies or BodyLimits()), score)
+    kind: ClockKind = "event" if clock.now_ms() is None else "wall"
+    events = EventsApp(client, bodies or BodyLimits(), clock=kind, admin_token_sha256=digest)
+    return World(clock, shards, client, events, score)
 
 
 def call(

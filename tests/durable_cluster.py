@@ -7,6 +7,7 @@ is on disk then is what a successor finds; what was in memory is gone, and nothi
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -61,7 +62,7 @@ class DurableCluster:
         self._history = str(folder / "history") if history else None
         self._epochs = itertools.count(1)
         self._snapshots: dict[int, tuple[Iterator[Chunk], SnapshotWriter, int]] = {}
-        self._logged: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self._logged: dict[tuple[int, int], tuple[str, list[dict[str, Any]]]] = {}
         self.shard_map = ShardMap.even(n_slots, n_shards)
         self.clock = ManualClock(0)
         self.fault: Fault | None = None
@@ -210,6 +211,23 @@ class DurableCluster:
             self.truncate(number)
             return
 
+    def leave(self, directory: Path) -> Path:
+        """Copy what is on disk as the data directory of a cluster, which others may read."""
+        for number, durable in enumerate(self.shards):
+            shard = directory / "shards" / f"{number:03d}"
+            folder = durable.folder  # type: ignore[attr-defined]
+            shutil.copytree(folder, shard, ignore=shutil.ignore_patterns("*-shm"))
+            opened = {"cluster_id": "tests", "shard": number, "epoch": 9, "run": "r", "log_end": 0}
+            (shard / "epoch.json").write_text(json.dumps(opened))
+        if self._history is not None and Path(self._history).exists():
+            shutil.copytree(self._history, directory / "history")
+        manifest = {
+            "cluster_name": "dev", "cluster_id": "tests", "n_slots": self.shard_map.n_slots, "hash_seed": 5,
+            "key_hash_version": 1, "format": 1, "log_shards": len(self.shards),
+        }  # fmt: skip
+        (directory / "manifest.json").write_text(json.dumps(manifest))
+        return directory
+
     def truncate(self, number: int) -> None:
         self._note(number)
         log = self.shards[number].log
@@ -230,10 +248,14 @@ class DurableCluster:
         for offset, (record, _) in log.read():
             if isinstance(record, EventsRecord | OfferRecord):
                 rows = np.flatnonzero(record.routes & 1)
-                self._logged[number, offset] = record.batch.take(rows).to_pylist()
+                self._logged[number, offset] = record.source, record.batch.take(rows).to_pylist()
 
     def logged(self, field: str) -> list[Any]:
         """Return a field of every event that is or was in the log of its home."""
+        return [event[field] for event in self.logged_events()]
+
+    def logged_events(self, source: str | None = None) -> list[dict[str, Any]]:
+        """Return every event, of a source or of all, that is or was in the log of its home."""
         for number in range(len(self.shards)):
             self._note(number)
-        return [event[field] for events in self._logged.values() for event in events]
+        return [event for of, events in self._logged.values() for event in events if source in (None, of)]

@@ -34,6 +34,7 @@ from millpond.feature_actors.reader import MemoryRead, SlotBusy
 from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.tiles.memory import Control, Memory
+from millpond.feature_actors.tiles.read import EPOCH
 
 Ints = npt.NDArray[np.int64]
 
@@ -256,7 +257,7 @@ class Reader:
 
     @property
     def _epoch(self) -> int:
-        return int(self._port._reader._epochs[0])
+        return int(self._port._reader._shards[EPOCH, 0])
 
     async def read(self, plan: ReadPlan, user: Ints, dead: bool) -> bool:
         """Read once and check the answer; return whether there was one."""

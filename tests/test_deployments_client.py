@@ -199,6 +199,15 @@ def test_a_bulk_load_arrives_when_it_happened(scene: Scene) -> None:
     assert scene.client.send("purchases", purchase("b", paid_at=old), arrival="event") == Ack(accepted=1, unkeyed=1)
 
 
+def test_a_replay_of_a_table_says_when_events_arrived(scene: Scene) -> None:
+    old = NOW - 3 * 3_600_000
+    table = pa.Table.from_pylist([purchase("a", paid_at=old), purchase("b", paid_at=old)])
+    table = table.append_column("_arrival_ms", pa.array([old, NOW]))
+    with Client(scene.url) as client, pytest.raises(RequestRefused, match="needs the admin token"):
+        client.send("purchases", table, arrival="given")
+    assert scene.client.send("purchases", table, arrival="given") == Ack(accepted=2, late=1, unkeyed=2)
+
+
 def test_an_error_says_what_was_acknowledged_before_and_which_row_is_bad(scene: Scene) -> None:
     events = [purchase(f"o{i}", 5) for i in range(8)]
     events[7]["price"] = "dear"

@@ -138,11 +138,78 @@ def test_a_bulk_load_arrives_when_it_happened() -> None:
         }
 
 
+ARRIVING = pa.schema([*purchases.schema, pa.field("_arrival_ms", pa.int64())])
+ADMIN = {"authorization": f"Bearer {TOKEN}"}
+
+
+def arriving(*stamps: Any, schema: pa.Schema = ARRIVING) -> bytes:
+    """Purchases of an hour and a half ago, which say when they arrived."""
+    old = [purchase(f"a{n}", paid_at=NOW - 3 * HOUR // 2) for n in range(len(stamps))]
+    return arrow(purchases, [{**e, "_arrival_ms": s} for e, s in zip(old, stamps, strict=True)], schema)
+
+
+def test_a_replay_says_when_each_event_arrived() -> None:
+    body = arriving(NOW - 3 * HOUR // 2, NOW - HOUR, NOW)
+    for world, headers in ((make_world(), ADMIN), (make_world(clock=EventClock()), {})):
+        reply = world.post_events("purchases?arrival=given", body, ARROW, headers=headers)
+        assert reply.json == {**ACK, "accepted": 3, "late": 1, "unkeyed": 3}
+    # An event clock stands at the newest of the stamps.
+    assert world.get("/v1/features/user_spend?user_id=1").json["as_of"] == NOW_ISO
+
+
+def test_a_replay_needs_the_admin_token_where_the_clock_is_the_walls() -> None:
+    world = make_world()
+    for headers in ({}, {"authorization": "Bearer x"}):
+        message = (
+            '`?arrival=given` on a cluster with `clock = "wall"` needs the admin token of the cluster: `Authorization: '
+            "Bearer ...`; it is in the file `admin_token` of the cluster's data directory"
+        )
+        reply = world.post_events("purchases?arrival=given", arriving(NOW), ARROW, headers=headers)
+        refused(reply, 401, "unauthorized", message)
+    assert world.applied == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "message", "path"),
+    [
+        (TWO, None, "body of `purchases`: arrival stamps come with Arrow only, as `_arrival_ms`", "$"),
+        (arrow(purchases, []), ARROW,
+         "event of `purchases`: expected one column `_arrival_ms` of `int64`, got nothing", "$[*]._arrival_ms"),
+        (arriving(1, schema=ARRIVING.set(6, pa.field("_arrival_ms", pa.int32()))), ARROW,
+         "event of `purchases`: expected one column `_arrival_ms` of `int64`, got int32", "$[*]._arrival_ms"),
+        (arriving(NOW, None), ARROW,
+         "event of `purchases`: got the arrival stamp nothing; allowed are epoch milliseconds from 1970-01-01 to "
+         "2200-01-01", "$[1]._arrival_ms"),
+        (arriving(NOW, -1), ARROW,
+         "event of `purchases`: got the arrival stamp -1; allowed are epoch milliseconds from 1970-01-01 to 2200-01-01",
+         "$[1]._arrival_ms"),
+        (arriving(NOW, NOW + 600_001), ARROW,
+         f"event of `purchases`: _arrival_ms {NOW + 600_001} lies 600001 ms ahead of now; allowed is 600000 ms",
+         "$[1]._arrival_ms"),
+        (arriving(NOW, NOW - 3 * HOUR), ARROW,
+         f"event of `purchases`: paid_at {NOW - 3 * HOUR // 2} lies 5400000 ms ahead of its arrival; allowed is 600000 ms",
+         "$[1].paid_at"),
+    ],
+)  # fmt: skip
+def test_wrong_arrival_stamps_are_refused(body: Any, content_type: Any, message: str, path: str) -> None:
+    world = make_world()
+    reply = world.post_events("purchases?arrival=given", body, content_type, headers=ADMIN)
+    refused(reply, 400, reply.error["code"], message, path)
+    assert reply.error["code"] in ("invalid_events", "event_ahead")
+    assert world.applied == 0
+
+
+def test_arrival_stamps_that_nobody_asked_for_are_no_field(world: World) -> None:
+    message = "event of `purchases`: unknown field `_arrival_ms`"
+    reply = world.post_events("purchases", arriving(NOW), ARROW, headers=ADMIN)
+    assert (reply.status, reply.error["message"][: len(message)]) == (400, message)
+
+
 @pytest.mark.parametrize(
     ("query", "message", "path"),
     [
-        ("?arrival=later", "query: `arrival` is now or event, got 'later'", "?arrival"),
-        ("?arrival=", "query: `arrival` is now or event, got ''", "?arrival"),
+        ("?arrival=later", "query: `arrival` is now, event or given, got 'later'", "?arrival"),
+        ("?arrival=", "query: `arrival` is now, event or given, got ''", "?arrival"),
         ("?arival=event", "query: no parameter `arival`; known: `arrival`; did you mean `arrival`?", "?arival"),
     ],
 )

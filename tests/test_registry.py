@@ -140,14 +140,6 @@ def test_a_model_without_a_version_is_called_after_its_content() -> None:
         assert version_of(definition, model, USER).version == definition.digest[:12]
 
 
-def test_a_version_that_cannot_be_printed_is_refused() -> None:
-    definition = Definition("spend.py", DEFINITION)
-    model = replace(definition.declared().models[0], version="3\n4")
-    with pytest.raises(DeclarationError) as caught:
-        version_of(definition, model, USER)
-    assert str(caught.value) == "model `churn`: version is a text of printable characters, got '3\\n4'"
-
-
 def test_what_was_added_comes_back(registry: Registry) -> None:
     assert (registry.generation(), registry.models(), registry.rollouts()) == (0, [], {})
     pooled = replace(V[0], pool=Pool(2, 0.5, 4, ["lightgbm>=4"]), about="über 🐟")

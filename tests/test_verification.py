@@ -324,7 +324,7 @@ def test_the_command_says_what_differs_and_ends_with_1(
 
 def test_what_cannot_be_verified_is_said(world: VerifiedWorld, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = command(world, capsys, "verify", "--since", "yesterday")
-    assert (status, "--since: got 'yesterday'; expected a time such as" in err) == (1, True)
+    assert (status, "--since: got 'yesterday'; a time is ISO 8601" in err) == (1, True)
     status, _, err = command(world, capsys, "verify", "--history", "off")
     assert (status, "keeps no history (setting `history`)" in err) == (1, True)
     shutil.rmtree(world.path / "history" / "_scores")

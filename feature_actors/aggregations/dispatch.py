@@ -19,14 +19,14 @@ __all__ = ["TAKES_FIELD", "finalize", "init", "merge", "update"]
 def _one_of(verb: str, arguments: str, functions: Sequence[Callable[..., Any]], otherwise: str = "None") -> Any:
     """Return a compiled `verb(kind, arguments)` that calls functions[kind]."""
     names: dict[str, Any] = {
-        f"{verb}_{i}": nb.njit(nogil=True, error_model="numpy")(f) for i, f in enumerate(functions)
+        f"{verb}_{i}": nb.njit(nogil=True, error_model="numpy", _nrt=False)(f) for i, f in enumerate(functions)
     }
     lines = [f"def {verb}(kind, {arguments}):"]
     for kind, name in enumerate(names):
         lines += [f"    if kind == {kind}:", f"        return {name}({arguments})"]
     lines.append(f"    return {otherwise}")
     exec("\n".join(lines), names)  # of nothing but the names of our own functions
-    return nb.njit(nogil=True, error_model="numpy", forceinline=True)(names[verb])
+    return nb.njit(nogil=True, error_model="numpy", _nrt=False, forceinline=True)(names[verb])
 
 
 init = _one_of("init", "p, f, at, n", [part.init for part in PARTS])

@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from millpond.deployments.client_answers import Ack, Score, ViewFeatures
@@ -44,6 +45,7 @@ from millpond.models.version import version_of
 __all__ = ["Ack", "Event", "Events", "Score", "TestCluster", "Time", "ViewFeatures", "several", "time_ms"]
 
 T = TypeVar("T")
+Ints = npt.NDArray[np.int64]
 Time = datetime | int | str
 Event = Mapping[str, Any]
 Events: TypeAlias = Event | Iterable[Event] | pa.Table | pa.RecordBatch
@@ -159,12 +161,14 @@ class TestCluster:
         rows = [events] if isinstance(events, Mapping) else list(events)
         return self._decoders[source.name].decode(_encode(rows, f"events of `{source.name}`"), _JSON)
 
-    def _ingest(self, batch: pa.RecordBatch, source: Source, *, bulk: bool) -> Ack:
+    def _ingest(
+        self, batch: pa.RecordBatch, source: Source, *, bulk: bool = False, arrivals: Ints | None = None
+    ) -> Ack:
         before = self._clock.ms
         if batch.num_rows and not self._clock.is_set:
-            self._clock.ms = max(before or 0, int(source.times_ms(batch).max()))
+            self._clock.ms = max(before or 0, int((source.times_ms(batch) if arrivals is None else arrivals).max()))
         try:
-            ack = complete(self._client.ingest(source.name, batch, arrival_is_event_time=bulk))
+            ack = complete(self._client.ingest(source.name, batch, arrival_is_event_time=bulk, arrivals=arrivals))
         except BaseException:
             self._clock.ms = before
             raise

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,7 +80,6 @@ class _Arrivals:
         self.n = len(order)
         self._cluster, self._source = cluster, source
         self._batch, self._arrivals = batch.take(pa.array(order)), arrivals[order]
-        self._times = source.times_ms(self._batch)
         self._log: list[Event] = []
 
     @classmethod
@@ -102,22 +100,11 @@ class _Arrivals:
     def send_until(self, end: int) -> list[Event]:
         """Send those before the `end`th that have not been; return the log by then, as the oracle takes it."""
         start = len(self._log)
-        for first, last in self._requests(start, end):
-            part = self._batch.slice(first, last - first)
-            received_ms = int(self._arrivals[last - 1])
-            self._cluster.at(received_ms)
-            self._cluster._ingest(part, self._source, bulk=bool(self._times[first] == self._arrivals[first]))
-            for event, arrival in zip(part.to_pylist(), self._arrivals[first:last].tolist(), strict=True):
-                self._log.append({**event, _ARRIVAL: arrival, "received_ms": received_ms})
+        part, arrivals = self._batch.slice(start, end - start), self._arrivals[start:end]
+        self._cluster._ingest(part, self._source, arrivals=arrivals)
+        for event, arrival in zip(part.to_pylist(), arrivals.tolist(), strict=True):
+            self._log.append({**event, _ARRIVAL: arrival, "received_ms": self._cluster._clock.ms})
         return self._log
-
-    def _requests(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Yield where requests begin and end: those that arrive when they happen go together, others that arrive at
-        one time do."""
-        rows = range(start, end)
-        for _, run in groupby(rows, lambda row: -1 if self._times[row] == self._arrivals[row] else self._arrivals[row]):
-            together = list(run)
-            yield together[0], together[-1] + 1
 
 
 def _entities(view: FeatureView, log: Sequence[Event], most: int) -> list[tuple[Any, ...]]:

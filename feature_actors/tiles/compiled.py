@@ -45,8 +45,10 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
 
 #: Compiles a function that is called by kernels only. Inlined, because Numba passes an array as seven arguments: calls
-#: took more than half of the time of a read.
-inner = nb.njit(nogil=True, error_model="numpy", forceinline=True)
+#: took more than half of the time of a read. Without Numba's memory management, because it counts how often an array is
+#: referred to, with two locked instructions for each array of each call: without it a read takes a tenth of the time.
+#: So it cannot make arrays, nor return any; those that it is given are the kernel's, which does count.
+inner = nb.njit(nogil=True, error_model="numpy", forceinline=True, _nrt=False)
 
 
 def kernel(function: Any) -> Any:
@@ -134,7 +136,7 @@ def _pointer(typing_context: Any, address: Any) -> Any:
     return types.voidptr(types.int64), generate
 
 
-@inner
+@nb.njit(nogil=True, error_model="numpy", forceinline=True)  # not `inner`: it returns arrays
 def views_at(address: Any) -> Any:
     """Return the words from an address on as int64, as float64 and as pairs of uint32 halves, the low one first.
 

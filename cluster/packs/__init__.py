@@ -1,0 +1,1 @@
+"""Packs: what a cluster has had, taken out of it as files and played into another."""
