@@ -232,8 +232,8 @@ def _copy(rows: FeatureRows) -> FeatureRows:
 
 
 class ExplainRequest(msgspec.Struct):
-    """What to explain. served: the score, as an Arrow IPC stream. Without it, at_ms says of when: the newest logged score
-    up to then, by `version` if `only_version`; if there is none, the one that there would have been."""
+    """What to explain. served: the score, as an Arrow IPC stream. Without it, at_ms says of when: the newest score that
+    was logged up to then, by `version` if `only_version`; if there is none, the one that there would have been."""
 
     directory: str
     history_uri: str
