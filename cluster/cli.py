@@ -300,10 +300,13 @@ def _check(options: argparse.Namespace, config: Config, origins: dict[str, str])
 
 
 def _verify(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    from millpond.cluster.cluster import running
     from millpond.cluster.times import time_of
     from millpond.cluster.verify import print_verification, verify_cluster
 
     since_ms = time_of("--since", options.since)
+    if running(config.directory) is not None:
+        os.nice(19)  # it comes first
     found = verify_cluster(config, options.model, options.model_version, since_ms=since_ms, limit=options.limit)
     if options.json:
         print(json.dumps(found.as_json()))

@@ -1,11 +1,10 @@
 """`millpond verify`: logged scores of a cluster, running or stopped, computed again from its past and compared.
 
-Also the gate of `millpond promote --verified`. Beside a running cluster it takes what processor time nobody else wants.
+Also the gate of `millpond promote --verified`.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from typing import Any
@@ -16,7 +15,6 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from millpond.cluster.cluster import running
 from millpond.cluster.config import Config
 from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.past import Past
@@ -46,8 +44,6 @@ def verify_cluster(
     past = past_of(config)
     assert past.history_uri is not None
     scores = read_scores(past.history_uri, model=model, version=version, since_ms=since_ms, newest_first=True)
-    if running(config.directory) is not None:
-        os.nice(19)
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("verify"), MofNCompleteColumn(), TextColumn("scores"), TimeElapsedColumn())
     with (
