@@ -63,7 +63,7 @@ class ParityWorkload:
     def __init__(self, config: Config, options: Options) -> None:
         self._options, self.seed = options, options.seed or 0
         logged = {"score_log_share": 1.0, "score_log_flush_s": 0.5, "score_log_waiting_max": 10_000_000}
-        self._bed = Testbed(config, [Path(m.__file__) for m in (accounts, reference)], shards=2, **logged)
+        self._bed = Testbed(config, [Path(accounts.__file__), Path(reference.__file__)], shards=2, **logged)
         self._poster: Poster | None = None
         self._found: Verification | None = None
         self._seconds = 0.0

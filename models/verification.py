@@ -45,7 +45,7 @@ Id = tuple[str, str, str]
 Told = Callable[[int, str], None]
 
 #: So many scores are held, and recalled in one go through the past: it is gone through once for each.
-CHUNK = 100_000
+CHUNK = 50_000
 _PREDICT_ROWS = 1_024
 _TRIES_MAX = 1 << 20
 _EVENTS_SHOWN = 3

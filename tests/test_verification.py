@@ -25,6 +25,7 @@ from millpond.feature_actors.log.part import DAY_MS
 from millpond.feature_actors.plan import ReadPlan
 from millpond.feature_actors.shard import Shard
 from millpond.models.definition import Definition
+from millpond.models.model import LoadedModel
 from millpond.models.score_log import SCHEMA, ScoreFiles, read_scores
 from millpond.models.verification import Counts, Verification
 from millpond.models.version import version_of
@@ -41,7 +42,7 @@ def folder() -> Iterator[Path]:
         shutil.rmtree(path)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 2**32), n_shards=st.sampled_from([1, 3]), history=st.booleans(), crashed=st.booleans(),
     chunk=st.sampled_from([1, 7, 1_000]),
@@ -168,6 +169,22 @@ def test_an_event_moved_to_another_entity_is_missed_at_the_one_and_found_at_the_
     world.change_event("p4", lambda event: {**event, "cents": 2, "user": None})
     found = world.verify()
     assert found.models["user@1"] == Counts(12, 8, 0)
+
+
+def test_versions_that_declare_a_view_otherwise_are_verified_side_by_side(tmp_path: Path) -> None:
+    world = VerifiedWorld(tmp_path)
+    text = FILE.text.replace('"sum": Sum("cents"), "max_1h"', '"max_1h"').partition("both = Model")[0]
+    text += 'user = Model("user", version="2", owner="tests", features=[*BY_USER], predictor=Product)\n'
+    other = Definition("other.py", text)
+    (model,) = other.declared().models
+    version = version_of(other, model, {"user": "int64"})
+    world.registry.add(other, [version])
+    world.send([payment(i, NOW, i, "a", 5) for i in range(4)], NOW)
+    world.score("user", [{"user": 1}, {"user": 2}])
+    world.loaded["user"], world.versions["user"] = LoadedModel(model, LAYOUT, tmp_path), version
+    world.score("user", [{"user": 2}])
+    world.lay_out()
+    assert world.verify().models == {"user@1": Counts(equal=2), "user@2": Counts(equal=1)}
 
 
 # -- within a request, rounding, two stages
