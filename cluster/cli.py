@@ -117,24 +117,6 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--copy", type=Path, metavar="COPYDIR",
                        help="a whole copy of DIR: made if it does not exist, then compared byte for byte")  # fmt: skip
     check.add_argument("--json", action="store_true", help="print it as one JSON object")
-    verify = command("verify", _verify, "Compute logged scores again from the past, and compare; exits with 1 if some "
-                     "differ.")  # fmt: skip
-    verify.add_argument("--model", metavar="MODEL", help="only the scores of this model")
-    verify.add_argument("--model-version", metavar="VERSION", help="only those of this version of it")
-    verify.add_argument("--since", metavar="TIME",
-                        help="only those served since: ISO 8601 with a zone, ms, or how long ago (`24h`)")  # fmt: skip
-    verify.add_argument("--limit", type=int, metavar="N", help="only the newest N")
-    verify.add_argument("--json", action="store_true", help="print it as one JSON object")
-    explain = command("explain", _explain, "Show what made a score: each feature, its owner, its raw events. Any field "
-                      "of the id is a flag: `--user-id 42`.")  # fmt: skip
-    explain.allow_abbrev = False
-    explain.add_argument("model", metavar="MODEL")
-    explain.add_argument("--key", metavar="ID", help="the id as JSON, where a field has the name of a setting")
-    explain.add_argument("--at", metavar="TIME", help="of the newest logged score up to then, or if there is none of "
-                         "the one that there would have been: ISO 8601 with a zone, ms, or how long ago")  # fmt: skip
-    explain.add_argument("--model-version", metavar="VERSION", help="by this version (default: that which answers)")
-    explain.add_argument("--events", type=int, default=5, metavar="N", help="events shown of a feature (default: 5)")
-    explain.add_argument("--json", action="store_true", help="print it as one JSON object")
     export = command("export", _export, "Write a pack: events, definitions and live models, to replay elsewhere.")
     export.add_argument("files", nargs="*", type=Path, metavar="FILE.py",
                         help="definitions of the cluster (default: those it runs with)")  # fmt: skip
@@ -157,6 +139,24 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--token-file", type=Path, metavar="FILE", help="the admin token of a cluster elsewhere")
     replay.add_argument("--deploy", action="store_true", help="deploy the models of the pack first, if it runs here")
     replay.add_argument("--json", action="store_true", help="print what became of the events as JSON")
+    verify = command("verify", _verify, "Compute logged scores again from the past, and compare; exits with 1 if some "
+                     "differ.")  # fmt: skip
+    verify.add_argument("--model", metavar="MODEL", help="only the scores of this model")
+    verify.add_argument("--model-version", metavar="VERSION", help="only those of this version of it")
+    verify.add_argument("--since", metavar="TIME",
+                        help="only those served since: ISO 8601 with a zone, ms, or how long ago (`24h`)")  # fmt: skip
+    verify.add_argument("--limit", type=int, metavar="N", help="only the newest N")
+    verify.add_argument("--json", action="store_true", help="print it as one JSON object")
+    explain = command("explain", _explain, "Show what made a score: each feature, its owner, its raw events. Any field "
+                      "of the id is a flag: `--user-id 42`.")  # fmt: skip
+    explain.allow_abbrev = False
+    explain.add_argument("model", metavar="MODEL")
+    explain.add_argument("--key", metavar="ID", help="the id as JSON, where a field has the name of a setting")
+    explain.add_argument("--at", metavar="TIME", help="of the newest logged score up to then, or if there is none of "
+                         "the one that there would have been: ISO 8601 with a zone, ms, or how long ago")  # fmt: skip
+    explain.add_argument("--model-version", metavar="VERSION", help="by this version (default: that which answers)")
+    explain.add_argument("--events", type=int, default=5, metavar="N", help="events shown of a feature (default: 5)")
+    explain.add_argument("--json", action="store_true", help="print it as one JSON object")
     command("config", _config, "Print every setting and where its value came from.")
     add_bench_arguments(command("bench", run_bench, "Measure; the figures stand in the README under Measured."))
     return parser
@@ -299,43 +299,6 @@ def _check(options: argparse.Namespace, config: Config, origins: dict[str, str])
     return report.status
 
 
-def _verify(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
-    from millpond.cluster.cluster import running
-    from millpond.cluster.times import time_of
-    from millpond.cluster.verify import print_verification, verify_cluster
-
-    since_ms = time_of("--since", options.since)
-    if running(config.directory) is not None:
-        os.nice(19)  # it comes first
-    found = verify_cluster(config, options.model, options.model_version, since_ms=since_ms, limit=options.limit)
-    if options.json:
-        print(json.dumps(found.as_json()))
-    else:
-        print_verification(found)
-    return 1 if found.scores.different else 0
-
-
-def _explain(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
-    import msgspec
-
-    from millpond.cluster.explain import explain_score, key_of, print_explanation
-    from millpond.cluster.times import time_of
-
-    told = explain_score(
-        config,
-        options.model,
-        key_of(options.rest, options.key),
-        at_ms=time_of("--at", options.at),
-        version=options.model_version,
-        events_max=options.events,
-    )
-    if options.json:
-        print(msgspec.json.encode(told).decode())  # NaN is null
-    else:
-        print_explanation(told)
-    return 0
-
-
 def _export(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
     from millpond.cluster.packs.commands import export_command, names_of
     from millpond.cluster.packs.export import What
@@ -379,6 +342,43 @@ def _print_each(values: dict[str, Any], as_json: bool) -> None:
         if value not in ([], {}, None):
             items = [f"{k} {v:,}" for k, v in value.items()] if isinstance(value, dict) else value
             print(f"{name.replace('_', ' '):18}{', '.join(items) if isinstance(items, list) else items}")
+
+
+def _verify(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    from millpond.cluster.cluster import running
+    from millpond.cluster.times import time_of
+    from millpond.cluster.verify import print_verification, verify_cluster
+
+    since_ms = time_of("--since", options.since)
+    if running(config.directory) is not None:
+        os.nice(19)  # it comes first
+    found = verify_cluster(config, options.model, options.model_version, since_ms=since_ms, limit=options.limit)
+    if options.json:
+        print(json.dumps(found.as_json()))
+    else:
+        print_verification(found)
+    return 1 if found.scores.different else 0
+
+
+def _explain(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    import msgspec
+
+    from millpond.cluster.explain import explain_score, key_of, print_explanation
+    from millpond.cluster.times import time_of
+
+    told = explain_score(
+        config,
+        options.model,
+        key_of(options.rest, options.key),
+        at_ms=time_of("--at", options.at),
+        version=options.model_version,
+        events_max=options.events,
+    )
+    if options.json:
+        print(msgspec.json.encode(told).decode())  # NaN is null
+    else:
+        print_explanation(told)
+    return 0
 
 
 def _down(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:

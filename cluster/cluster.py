@@ -192,7 +192,7 @@ class Cluster:
                 reclaim_margin_ms=config.ahead_ms_max + _CLOCKS_APART_MS_MAX,
                 durability=config.durability,
                 cluster_id=manifest.cluster_id,
-                history_uri=config.history_uri,
+                history_uri=self.config.history_uri,
                 history_part_bytes=config.history_part_mb << 20,
                 snapshot_bytes=config.snapshot_mb << 20,
                 disk_free_bytes_min=config.disk_free_mb_min << 20,

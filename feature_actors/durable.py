@@ -16,16 +16,15 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.events import Events
 from millpond.feature_actors.image import SnapshotLacks, load_ids, load_shard, shard_chunks
-from millpond.feature_actors.layout import Layout
+from millpond.feature_actors.layout import Layout, Table
+from millpond.feature_actors.log.applied import applied_records
 from millpond.feature_actors.log.history import History
 from millpond.feature_actors.log.history_reader import read_history
 from millpond.feature_actors.log.log import Log
-from millpond.feature_actors.log.reader import LogReader
 from millpond.feature_actors.log.record import (
     Decoded,
     EventsRecord,
@@ -47,6 +46,7 @@ from millpond.feature_actors.log.snapshot import (
 from millpond.feature_actors.manifest import write_json
 from millpond.feature_actors.routes import shards_of_keys
 from millpond.feature_actors.shard import Prepared, Shard
+from millpond.feature_actors.shard_past import ShardPast
 
 __all__ = ["DurableShard", "RecordLog", "ShardFolder", "VolatileLog", "applied_records"]
 
@@ -113,6 +113,7 @@ class DurableShard:
             self.history = History(folder.history_uri, shard.number, folder.path, folder.epoch)
         #: How often something that was prepared was undone: a snapshot that was begun before is not to be finished.
         self.undone = 0
+        self._lacks: list[Table] = []
         #: The log from here on is needed to finish the part of the history after the last.
         self._history_keeps = 0
 
@@ -122,7 +123,8 @@ class DurableShard:
         """Bring the shard, which is empty, to where it was: by the newest usable snapshot, and the log after it.
 
         A damaged snapshot is passed over for an older one, with a warning. Without any, or when features have been
-        added since, everything is replayed: the history, then the log. Raises `LogDamaged` if that is not possible, and
+        added since, everything is replayed: the history, then the log. A table that was added while the cluster ran and
+        is not in the snapshot is filled from both, after the others. Raises `LogDamaged` if that is not possible, and
         what the snapshots and the history raise; `MemoryFull`.
         """
         log = self.log
@@ -146,6 +148,24 @@ class DurableShard:
         # What was lost, or is of a source that is not declared any more, cannot be delivered.
         deliveries.settle([at for at in deliveries.owed if not self._deliverable(log, at)])
         self.shard.next_offset = log.next
+        self._catch_up(self._lacks)
+
+    def _catch_up(self, tables: Sequence[Table]) -> None:
+        """Bring tables that are behind to the end of the log."""
+        if not tables:
+            return
+        for offset, record in self.past().read_on():
+            for table in tables:
+                self.shard.catch_up(table, record, offset)
+        for table in tables:
+            self.shard.route_to(table)
+            while not self.shard.catch_up_queued(table):
+                pass
+
+    def past(self) -> ShardPast:
+        """Return the past of the shard, from its beginning on."""
+        assert self._folder is not None
+        return ShardPast(self._folder.path, self._folder.history_uri, self.shard.number)
 
     def _deliverable(self, log: Log, offset: int) -> bool:
         record = log.get(offset).record if offset >= log.first else None
@@ -185,6 +205,11 @@ class DurableShard:
                         f"log: it ends at offset {log.next}, and the snapshot `{path}` has events of "
                         f"{loaded.newest_offset}; restore both from one copy"
                     )
+                # Those that are behind anyway are backfilled later.
+                self._lacks = [table for table in loaded.lacks if table not in self.shard.behind]
+                for table in self._lacks:
+                    logger.warning("shard %d: `%s` has nothing of %s", self.shard.number, path, table.name)
+                    self.shard.fall_behind(table)
                 return loaded.state, loaded.begin
             except SnapshotDamaged as error:
                 # Out of the way: of the snapshots that are kept, each is to be good.
@@ -358,34 +383,3 @@ def snapshot_state(path: Path) -> dict[str, Any]:
     header = next(iter(read_snapshot(path, (ShardHeader,)))).header
     assert isinstance(header, ShardHeader)
     return header.state
-
-
-def applied_records(
-    log: Log | LogReader, first: int, end: int, open_offers: dict[int, OfferRecord]
-) -> Iterator[tuple[int, EventsRecord]]:
-    """Yield what the log says was new at its home here, and what was applied here, each at the offset of its record.
-
-    open_offers: those of which nothing was taken yet; emptied and filled on the way.
-    """
-    for offset, (record, _) in log.read(first):
-        if offset >= end:
-            return
-        if isinstance(record, EventsRecord):
-            yield offset, record
-        elif isinstance(record, OfferRecord):
-            if (record.routes > 1).any():
-                open_offers[offset] = record
-            new = np.flatnonzero(record.routes & 1)
-            if len(new):
-                yield offset, _events_of(record, new, np.ones(len(new), np.uint32))
-        elif isinstance(record, TakeRecord) and (offer := open_offers.pop(record.offer, None)) is not None:
-            routes = offer.routes[record.rows] & ~np.uint32(1)
-            if (applied := np.flatnonzero(routes)).size:
-                yield offset, _events_of(offer, record.rows[applied], routes[applied])
-
-
-def _events_of(record: OfferRecord, rows: npt.NDArray[np.int64], routes: npt.NDArray[np.uint32]) -> EventsRecord:
-    batch = record.batch if len(rows) == record.batch.num_rows else record.batch.take(pa.array(rows))
-    return EventsRecord(
-        record.source, record.version, record.received_ms, record.tables, record.arrivals[rows], routes, batch
-    )

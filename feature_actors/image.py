@@ -71,7 +71,7 @@ def shard_chunks(
     The caller makes sure of one thing: what had been *prepared* by the last step is in the log, and synced, before the
     snapshot gets its name; the image may have its ids. If any of that is undone, the snapshot is to be abandoned.
     """
-    layout, store, strings, homes, events = shard.parts
+    _, whole, store, strings, homes, events = shard.parts
     yield Chunk(
         ShardHeader(
             cluster_id=cluster_id,
@@ -84,13 +84,13 @@ def shard_chunks(
             newest_received_ms=store.newest_received_ms,
             events=dict(events),
             strings_refused=strings.refused,
-            tables=tuple(shape_of(table) for table in layout.tables),
+            tables=tuple(shape_of(table) for table in whole),
             state=dict(state or {}),
         )
     )
-    for table in layout.tables:
+    for number, table in enumerate(whole):
         for slot, rows, image in store.image(table):
-            yield Chunk(Rows(table.number, slot, rows), image)
+            yield Chunk(Rows(number, slot, rows), image)
     for source, seen in homes.items():
         for slot, entries in seen.image():
             yield Chunk(Ids(source, slot, seen.memory.newest_ms, seen.memory.cutoff_ms), entries.reshape(-1))
@@ -105,12 +105,14 @@ def shard_chunks(
 @dataclass(frozen=True)
 class Loaded:
     """What was loaded. begin: the offset from which the log is to be replayed. newest_offset: of the newest record that
-    a row has anything of, -1 if there is none; a log that ends before it has lost what was acknowledged."""
+    a row has anything of, -1 if there is none; a log that ends before it has lost what was acknowledged. lacks: tables
+    that were added since, and are empty."""
 
     begin: int
     epoch: int
     newest_offset: int
     state: dict[str, Any]
+    lacks: tuple[Table, ...] = ()
 
 
 def load_shard(
@@ -145,7 +147,9 @@ def load_shard(
     parts.strings.refused = header.strings_refused
     parts.events.update({name: n for name, n in header.events.items() if name in parts.events})
     shard.next_offset = header.begin
-    return Loaded(header.begin, header.epoch, newest >> SEQUENCE_ROW_BITS, header.state)
+    has = {shape.added for shape in header.tables}
+    lacks = tuple(table for table in parts.layout.tables if table.added and table.added not in has)
+    return Loaded(header.begin, header.epoch, newest >> SEQUENCE_ROW_BITS, header.state, lacks)
 
 
 def load_ids(shard: Shard, path: Path) -> None:
@@ -175,8 +179,8 @@ def _fits(shard: Shard, path: Path, header: ShardHeader, cluster_id: str) -> lis
                 f"snapshot: `{path}` is of {what} {its!r}, this is {ours!r}; take the file away", path=str(path)
             )
     layout = shard.parts.layout
-    tables = {(table.source.name, table.key): table for table in layout.tables}
-    shapes = {(shape.source, shape.key): shape for shape in header.tables}
+    tables = {(table.source.name, table.key, table.added): table for table in layout.tables}
+    shapes = {(shape.source, shape.key, shape.added): shape for shape in header.tables}
     if len(shapes) < len(header.tables):
         raise _damaged(path, "two tables have one source and key")
     names = [n for of, table in tables.items() if of in shapes for n in lacking(shapes[of], table, layout)]

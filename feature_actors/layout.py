@@ -8,12 +8,16 @@
 
 A layout holds only tuples and arrays, no views and no expressions but the `wheres`; the same layout
 compiled anywhere is the same (features are ordered by their identity).
+
+A view that comes while the cluster runs gets a table of its own, behind those that are there (`Layout.extended`):
+nothing that was compiled before changes, and plans of before and after read the same memories.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -39,7 +43,7 @@ from millpond.feature_actors.tiles.structure import (
 from millpond.feature_actors.view import Feature, FeatureView
 from millpond.feature_actors.windows import exact_past_ms, tile_width_ms
 
-__all__ = ["Layout", "PlanProgram", "Series", "Table", "compile_layout"]
+__all__ = ["Layout", "PlanProgram", "Series", "Table", "compile_layout", "identity_of", "same_view"]
 
 Words = npt.NDArray[np.int64]
 
@@ -93,6 +97,7 @@ class Table:
     slot_words: of a slot's header; pool_items: words of an item of each of its pools; reserve_words: what an event may
     need at most.
     views_keep_ms: how long after its last event an entity can be known to a view, or `FOR_EVER`.
+    added: identity of the one view that it is of, if that came while the cluster ran; "" if it was there at the start.
     """
 
     number: int
@@ -109,11 +114,13 @@ class Table:
     words_before: int
     series_program: Words
     column_program: Words
+    added: str = ""
     _programs: dict[int, TableProgram] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
-        return f"{self.source.name}[{', '.join(self.key)}]"
+        of_view = f" {self.added.partition('#')[0]}" if self.added else ""
+        return f"{self.source.name}[{', '.join(self.key)}]{of_view}"
 
     @property
     def tiled(self) -> bool:
@@ -198,16 +205,18 @@ class Layout:
         self.tables: list[Table] = []
         self._conditions: dict[str, dict[str, pc.Expression]] = {}
         self._table_numbers: dict[tuple[str, tuple[str, ...]], int] = {}
+        #: Of the views that have a table of their own.
+        self._added_numbers: dict[str, int] = {}
         grouped: dict[tuple[str, tuple[str, ...]], list[FeatureView]] = {}
         for view in views:
             grouped.setdefault((view.source.name, tuple(view.key)), []).append(view)
-        before = 0
         for (source, key), its_views in sorted(grouped.items(), key=lambda item: item[0]):
             self._table_numbers[source, key] = len(self.tables)
-            table = _compile_table(len(self.tables), self.sources[source], key, its_views, before)
-            self.tables.append(table)
-            before += table.slot_words
-        # The series of all tables, that every plan refers to.
+            self.tables.append(_compile_table(len(self.tables), self.sources[source], key, its_views, self.slot_words))
+        self._join_programs()
+
+    def _join_programs(self) -> None:
+        """Put the series of all tables together, that every plan refers to."""
         self._series_before = np.cumsum([0, *(len(t.series) for t in self.tables)]).tolist()
         series, columns_before = [], 0
         for table in self.tables:
@@ -221,12 +230,63 @@ class Layout:
             np.concatenate([_Lines(5).array, *columns]),
         )
 
+    @property
+    def slot_words(self) -> int:
+        """Words of the headers that a slot has, of all tables together."""
+        return sum(table.slot_words for table in self.tables)
+
+    def extended(self, views: Iterable[FeatureView]) -> Layout:
+        """Return this layout with a table for each of `views` behind its own, which stay what and where they are.
+
+        Raises `DeclarationError` for a view that cannot be added: its name is taken, its source is another here, or
+        nothing is kept by its key, so that events were not brought to where it needs them.
+        """
+        other = copy.copy(self)
+        other.views, other.tables = dict(self.views), list(self.tables)
+        other._added_numbers = dict(self._added_numbers)
+        for view in views:
+            self._check_addable(view, other.views)
+            other._added_numbers[view.name] = number = len(other.tables)
+            source, key = self.sources[view.source.name], tuple(view.key)
+            other.tables.append(_compile_table(number, source, key, [view], other.slot_words, added=identity_of(view)))
+            other.views[view.name] = view
+        other._join_programs()
+        return other
+
+    def _check_addable(self, view: FeatureView, views: Mapping[str, FeatureView]) -> None:
+        if view.name in views:
+            raise DeclarationError(
+                f"view `{view.name}`: the cluster keeps it with another definition; a view that has changed is another "
+                "view: give it another name"
+            )
+        known = self.sources.get(view.source.name)
+        if known is not None and known != view.source:
+            raise DeclarationError(
+                f"view `{view.name}`: source `{known.name}` is declared otherwise than the cluster has it; declare it "
+                "word for word, or start the cluster with the definition"
+            )
+        if known is None or (known.name, tuple(view.key)) not in self._table_numbers:
+            key = ", ".join(f"`{name}`" for name in view.key)
+            raise DeclarationError(
+                f"view `{view.name}`: the cluster keeps nothing of source `{view.source.name}` by {key} yet, so past "
+                "events are not where it needs them; start the cluster with the definition"
+            )
+
+    def has_own_table(self, view: str) -> bool:
+        """Return whether a view came while the cluster ran."""
+        return view in self._added_numbers
+
     @cached_property
     def digest(self) -> int:
-        """A number that two layouts share only if memories of the one can be read by the other."""
+        """A number that two layouts share only if memories of the one can be read by the other.
+
+        Tables that were added change nothing of it: a memory has room for them, and who reads one makes sure that it
+        is there.
+        """
         content = [
             (t.name, [where_text(w) for w in t.wheres], t.inputs, t.series_program.tolist(), t.column_program.tolist())
             for t in self.tables
+            if not t.added
         ]
         return int.from_bytes(hashlib.sha256(repr(content).encode()).digest()[:8], "little") >> 1
 
@@ -234,12 +294,14 @@ class Layout:
         return [t for t in self.tables if t.source.name == source]
 
     def table_of(self, view: FeatureView) -> Table:
-        return self.tables[self._table_numbers[view.source.name, tuple(view.key)]]
+        number = self._added_numbers.get(view.name)
+        return self.tables[self._table_numbers[view.source.name, tuple(view.key)] if number is None else number]
 
     def conditions(self, source: str) -> dict[str, pc.Expression]:
-        """Return the conditions of the views and features of a source, by their text."""
+        """Return the conditions of the views and features of a source, by their text: an event for which one of them
+        cannot be computed is refused. Those of added tables just do not hold then, see `shard`."""
         if source not in self._conditions:
-            wheres = [w for t in self.tables_of(source) for w in t.wheres if w is not None]
+            wheres = [w for t in self.tables_of(source) if not t.added for w in t.wheres if w is not None]
             self._conditions[source] = {where_text(w): w for w in wheres}
         return self._conditions[source]
 
@@ -340,7 +402,12 @@ class _Lines(list[list[int]]):
 
 
 def _compile_table(
-    number: int, source: Source, key: tuple[str, ...], views: Sequence[FeatureView], words_before: int
+    number: int,
+    source: Source,
+    key: tuple[str, ...],
+    views: Sequence[FeatureView],
+    words_before: int,
+    added: str = "",
 ) -> Table:
     # A feature stands for all of its identity; the views of one may have other conditions of their own.
     by_id = {f.id: f for v in views for f in v if f.derived is None}
@@ -405,6 +472,7 @@ def _compile_table(
         words_before=words_before,
         series_program=series_rows.array,
         column_program=column_rows.array,
+        added=added,
     )
 
 
@@ -470,7 +538,13 @@ def _views_keep_ms(views: Sequence[FeatureView]) -> int:
     return max(keep)
 
 
-def _same_view(one: FeatureView, other: FeatureView) -> bool:
+def identity_of(view: FeatureView) -> str:
+    """Return the name of a view and a digest of what is kept for it, `name#digest`."""
+    content = [sorted(f.id for f in view if f.derived is None), where_text(view.where)]
+    return f"{view.name}#{hashlib.sha256(repr(content).encode()).hexdigest()[:16]}"
+
+
+def same_view(one: FeatureView, other: FeatureView) -> bool:
     """Return whether two views are one: the same object, or declared alike in two files."""
 
     def content(view: FeatureView) -> list[object]:
@@ -495,7 +569,7 @@ def compile_layout(sources: Iterable[Source], views: Iterable[FeatureView]) -> L
     key_types: dict[str, tuple[str, FeatureView]] = {}
     for view in all_views:
         other_view = names.setdefault(view.name, view)
-        if not _same_view(view, other_view):
+        if not same_view(view, other_view):
             raise DeclarationError(
                 f"two different views are named `{view.name}`; files that share a view declare it word for word"
             )

@@ -42,11 +42,12 @@ def _joined(programs: Sequence[ReadProgram]) -> ReadProgram:
         features.append(one.features.copy())
         features[-1][:, F_SCAN] += before[0]
         before += len(one.scans), len(one.features), len(one.views)
-    first = programs[0]
+    # Layouts that were extended meanwhile: the longest has the series of all, each where it was.
+    longest = max(programs, key=lambda one: len(one.series))
     return ReadProgram(
         np.concatenate(parts),
-        first.series,
-        first.columns,
+        longest.series,
+        longest.columns,
         np.concatenate([one.scans for one in programs]),
         np.concatenate(features),
         np.concatenate([one.views for one in programs]),

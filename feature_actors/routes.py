@@ -32,6 +32,8 @@ def shards_of_keys(layout: Layout, shard_map: ShardMap, source: str, batch: pa.R
     n = batch.num_rows
     concerned, unkeyed = np.zeros((shard_map.n_shards, n), np.bool_), np.zeros(n, np.bool_)
     for table in layout.tables_of(source):
+        if table.added:  # its keys are those of another table
+            continue
         keys = [batch.column(name) for name in table.key]
         valid = key_validity(keys, n)
         unkeyed |= ~valid

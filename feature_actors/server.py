@@ -25,11 +25,18 @@ import numpy as np
 import numpy.typing as npt
 
 from millpond.feature_actors.allocators import give_back
+from millpond.feature_actors.backfill import (
+    AddedViews,
+    apply_slices,
+    note_whole,
+    slices_of,
+    whole_tables,
+)
 from millpond.feature_actors.calls import CallIngest, Calls
 from millpond.feature_actors.durable import DurableShard, ShardFolder, VolatileLog
 from millpond.feature_actors.errors import MillpondError, TooMany, Unavailable
 from millpond.feature_actors.events import Receipt
-from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.layout import Table, compile_layout
 from millpond.feature_actors.log.history import delete_expired
 from millpond.feature_actors.log.log import Durability, Log, LogFull
 from millpond.feature_actors.log.record import HomeRecord, LogDamaged
@@ -43,9 +50,11 @@ from millpond.feature_actors.manifest import lock_shard, note_log, open_shard, s
 from millpond.feature_actors.ports import all_of
 from millpond.feature_actors.shard import Prepared, Shard
 from millpond.feature_actors.shard_map import ShardMap
+from millpond.feature_actors.shard_past import ShardPast
 from millpond.feature_actors.socket_calls import serve_socket, socket_path
 from millpond.feature_actors.source import Source
 from millpond.feature_actors.tiles.memory import Control, Memory
+from millpond.feature_actors.tiles.store import SPARE_SLOT_WORDS
 from millpond.feature_actors.view import FeatureView
 from millpond.feature_actors.wire import QuestionDecoder, decode_events, encode_answer, encode_receipt
 
@@ -64,6 +73,8 @@ _RECOVER_AGAIN_S = 2.0
 #: How long a duplicate waits until all shards have what it is a duplicate of.
 _SETTLE_S_MAX = 5.0
 _HOUSE_S, _HOUSE_AGAIN_S = 0.25, 5.0
+#: How often it is asked whether views have come; how long a backfill rests for the time that it works.
+_VIEWS_S, _REST = 0.2, 1.0
 #: How long an offer waits to be taken.
 OFFER_S_MAX = 60.0
 
@@ -96,6 +107,22 @@ class ShardSpec:
     queue_bytes_max: int
     dedupe_horizon_ms_min: int = 3_600_000
     dedupe_bytes_max: int | None = None
+    added_views: AddedViews | None = None
+
+
+@dataclass
+class _Added:
+    """How far a table that was added is: of its view the state, and up to which offset of which it has been read."""
+
+    table: Table
+    state: str
+    read: int = 0
+    of: int = 0
+    why: str = ""
+    history_since_ms: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {n: getattr(self, n) for n in ("state", "read", "of", "why", "history_since_ms")}
 
 
 class ShardServer:
@@ -112,7 +139,7 @@ class ShardServer:
 
     def __init__(self, spec: ShardSpec, number: int, peers: Callable[[], Calls]) -> None:
         self._spec, self._number, self._of = spec, number, spec.shard_map.n_shards
-        self._layout = compile_layout(spec.sources, spec.views)
+        self._layout = self._layout_at_start = compile_layout(spec.sources, spec.views)
         self._decoder = QuestionDecoder(self._layout)
         self._peers = peers
         logged = spec.durability != "none"
@@ -139,10 +166,16 @@ class ShardServer:
         #: Bytes of the log since the last snapshot was begun, and since the last part of the history.
         self._bytes_since_snapshot = self._bytes_since_history = 0
         self._last_snapshot: dict[str, Any] = {}
+        #: Held while a snapshot is taken and the log truncated, or a view is backfilled, which needs all of the log.
         self._housekeeping = asyncio.Lock()
+        self._added: dict[str, _Added] = {}
+        self._views_generation = -1
+        self._backfilling: asyncio.Task[None] | None = None
+        self._snapshot_wanted = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
         self._house = ThreadPoolExecutor(1, thread_name_prefix="house")
         self._history = ThreadPoolExecutor(1, thread_name_prefix="history")
+        self._views = ThreadPoolExecutor(1, thread_name_prefix="views")
         self._loop = asyncio.new_event_loop()
         self._life = asyncio.run_coroutine_threadsafe(self._live(), self._loop)
         self._life.add_done_callback(self._ended)
@@ -158,7 +191,7 @@ class ShardServer:
         spec, tiles = self._spec, self._control.tiles_path(self._opening.epoch)
         tiles.unlink(missing_ok=True)
         return Shard(
-            self._layout,
+            self._layout_at_start,
             spec.shard_map,
             self._number,
             seed=spec.hash_seed,
@@ -168,6 +201,7 @@ class ShardServer:
             memory=Memory.create(tiles, spec.memory_bytes_max),
             strings_max=spec.strings_max,
             reclaim_margin_ms=spec.reclaim_margin_ms,
+            spare_slot_words=SPARE_SLOT_WORDS if spec.added_views is not None else 0,
         )
 
     # -- life
@@ -185,6 +219,7 @@ class ShardServer:
                 # Apart: a history that cannot be reached, or hangs, keeps no snapshot from being taken.
                 self._keep_house(self._snapshot_is_due, self._take_snapshot),
                 self._keep_house(self._history_is_due, self._write_history),
+                self._follow_views(),
             )
         finally:
             server.close()
@@ -223,6 +258,7 @@ class ShardServer:
             return DurableShard(self._layout, self._shard, VolatileLog())
         spec = self._spec
         durability: Any = spec.durability
+        self._views.submit(self._add_views).result()
         folder = ShardFolder(
             shard_dir(Path(spec.data_dir), self._number), spec.cluster_id, self._opening.epoch, spec.history_uri
         )
@@ -255,6 +291,7 @@ class ShardServer:
         self._thread.shutdown()
         self._house.shutdown()
         self._history.shutdown(wait=False, cancel_futures=True)
+        self._views.shutdown()
         self._lock.release()
 
     def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -325,15 +362,15 @@ class ShardServer:
             await asyncio.sleep(_TICK_S / 10)
             self._check()
 
-    async def _written(self, prepared: Prepared) -> Receipt:
-        """Wait until what was prepared is in the log and applied. What has nothing new waits for what came before it,
-        by which it may have been judged."""
+    def _written(self, prepared: Prepared) -> asyncio.Future[Receipt]:
+        """Return what is done when what was prepared is in the log and applied, after all that was prepared before.
+        What has nothing new waits for that, by which it may have been judged."""
         done: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
         self._waiting.append((prepared, done))
         self._waiting_bytes += prepared.record_bytes
         if self._committer is None:
             self._committer = asyncio.ensure_future(self._commit_waiting())
-        return await done
+        return done
 
     def _check_queue(self) -> None:
         """Refuse more events when too many wait for the log. What is owed or was offered already is not held up."""
@@ -419,11 +456,113 @@ class ShardServer:
         for shard in np.flatnonzero(concerned.any(axis=1)).tolist():
             part = events.of_rows(np.flatnonzero(concerned[shard]), events.arrivals[:0])
             if shard == self._number:
-                started[shard] = asyncio.ensure_future(self._written(self._shard.prepare_deliver(home, part)))
+                started[shard] = self._written(self._shard.prepare_deliver(home, part))
             else:
                 started[shard] = asyncio.ensure_future(peers.deliver(shard, home, part))
         await all_of(started)
         self._shard.deliveries.settle([offset])
+
+    # -- views that come while it runs, see `backfill`
+
+    def _add_views(self) -> None:
+        """Have tables for all views that came since the start, before anything is recovered. What has been whole is to
+        be whole again."""
+        if (port := self._spec.added_views) is None:
+            return
+        self._views_generation, views = port.generation(), port.added()
+        whole = whole_tables(shard_dir(Path(self._spec.data_dir), self._number))
+        layout = self._layout_at_start.extended([one.view for one in views])
+        self._added = {}
+        for table, one in zip(self._shard.extend(layout), views, strict=True):
+            self._added[one.view.name] = _Added(table, one.state)
+            if one.state == "live" or (table.added in whole and one.state != "failed"):
+                self._shard.keep_up(table)
+                self._added[one.view.name].state = "whole"
+        self._layout, self._decoder = layout, QuestionDecoder(layout)
+
+    async def _follow_views(self) -> None:
+        """Take in views that come, and backfill those that are not whole, for ever."""
+        if (port := self._spec.added_views) is None:
+            return
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                generation = await loop.run_in_executor(self._views, port.generation)
+                if generation != self._views_generation and not self._refuses:
+                    views = await loop.run_in_executor(self._views, port.added)
+                    new = views[len(self._added) :]
+                    layout = self._layout.extended([one.view for one in new])
+                    for table, one in zip(self._shard.extend(layout), new, strict=True):
+                        self._added[one.view.name] = _Added(table, one.state)
+                    self._layout, self._decoder = layout, QuestionDecoder(layout)
+                    self._views_generation = generation
+                waiting = [one for one in self._added.values() if one.state == "backfilling"]
+                if waiting and not self._refuses:
+                    self._backfilling = asyncio.ensure_future(self._backfill(waiting))
+                    await asyncio.wait([self._backfilling])
+            except Exception:  # a registry that cannot be read now
+                logger.exception("shard %d cannot follow the views", self._number)
+                await asyncio.sleep(_HOUSE_AGAIN_S)
+            await asyncio.sleep(_VIEWS_S)
+
+    async def _backfill(self, added: Sequence[_Added]) -> None:
+        """Bring tables to where the others are. What cannot be is said to have failed, and events pass it by."""
+        tables = [one.table for one in added]
+        try:
+            async with self._housekeeping:
+                await self._backfill_tables(added, tables)
+        except Exception as error:
+            why = error.message if isinstance(error, MillpondError) else f"{type(error).__name__}: {error}"
+            logger.warning("shard %d cannot backfill: %s", self._number, why, exc_info=error)
+            for one in added:
+                self._shard.give_up(one.table)
+                one.state, one.why = "failed", why
+
+    async def _backfill_tables(self, added: Sequence[_Added], tables: Sequence[Table]) -> None:
+        durable, begun, loop = self._durable, time.monotonic(), asyncio.get_running_loop()
+        assert durable is not None
+        if not isinstance(durable.log, Log):
+            raise Unavailable('without a log (`durability = "none"`) nothing is known of what was before the view')
+        past = durable.past()
+        # 1. All that is in history and log by now.
+        await self._read_on(past, added)
+        # 2. From here on events are prepared for the tables, too; what was prepared before gets into the log.
+        for table in tables:
+            self._shard.route_to(table)
+        await self._written(Prepared(0))
+        (end,) = {self._shard.queue_from_here(table) for table in tables}
+        # 3. What got into the log meanwhile, then what queued.
+        await self._read_on(past, added, end)
+        folder = shard_dir(Path(self._spec.data_dir), self._number)
+        for table in tables:
+            while not self._shard.catch_up_queued(table):
+                await asyncio.sleep(0)
+        await loop.run_in_executor(self._views, note_whole, folder, tables)
+        self._snapshot_wanted = True
+        for one in added:
+            one.state = "whole"
+        logger.info("shard %d: %d views up to %d in %.1f s", self._number, len(tables), end, time.monotonic() - begun)
+
+    async def _read_on(self, past: ShardPast, added: Sequence[_Added], until: int | None = None) -> None:
+        """Apply what is in the past to tables, slice by slice; a thread reads the next one when this one is done."""
+        loop, tables = asyncio.get_running_loop(), [one.table for one in added]
+        slices = slices_of(past.read_on(until))
+        try:
+            while True:
+                begun = time.perf_counter()
+                if not (some := await loop.run_in_executor(self._views, next, slices, None)):
+                    break
+                apply_slices(self._shard, tables, some)
+                for one in added:
+                    one.read, one.of = some[-1].offset, past.end
+                # Scores and events are what the processors are for.
+                await asyncio.sleep((time.perf_counter() - begun) * _REST)
+        finally:
+            await loop.run_in_executor(self._views, slices.close)  # type: ignore[attr-defined]
+        await loop.run_in_executor(self._views, past.note_expired, {table.source.name for table in tables})
+        for one in added:
+            one.read = one.of = past.end
+            one.history_since_ms = past.history_since.get(one.table.source.name)
 
     # -- snapshots, history, truncation
 
@@ -447,7 +586,7 @@ class ShardServer:
     def _snapshot_is_due(self) -> bool:
         # A large snapshot is worth a longer replay: it is not written again for every little.
         least = max(self._spec.snapshot_bytes, int(self._last_snapshot.get("snapshot_bytes", 0)))
-        return self._bytes_since_snapshot >= least
+        return self._snapshot_wanted or self._bytes_since_snapshot >= least
 
     def _history_is_due(self) -> bool:
         return self._spec.history_uri is not None and self._bytes_since_history >= self._spec.history_part_bytes
@@ -479,6 +618,7 @@ class ShardServer:
     async def _snapshot_and_truncate(self, durable: DurableShard) -> None:
         begun, undone, before = time.monotonic(), durable.undone, self._bytes_since_snapshot
         loop, self._bytes_since_snapshot = asyncio.get_running_loop(), 0
+        wanted, self._snapshot_wanted = self._snapshot_wanted, False
         begin, longest_s = self._shard.next_offset, 0.0
         writer = SnapshotWriter(shard_dir(Path(self._spec.data_dir), self._number) / "snapshots")
         try:
@@ -498,6 +638,7 @@ class ShardServer:
             path = await loop.run_in_executor(self._house, writer.finish)
         except BaseException:
             self._bytes_since_snapshot += before
+            self._snapshot_wanted = self._snapshot_wanted or wanted
             await loop.run_in_executor(self._house, writer.abandon)
             raise
         self._last_snapshot = {
@@ -531,12 +672,15 @@ class ShardServer:
         if durable is None:
             return
         self._refuse("is stopping", "stopping", 5_000)
+        if self._backfilling is not None:  # the next start begins it anew
+            self._backfilling.cancel()
+            await asyncio.wait([self._backfilling])
         if not isinstance(durable.log, Log):
             return
         async with self._housekeeping:
             await self._written(Prepared(0))
             kept = newest_snapshots(shard_dir(Path(self._spec.data_dir), self._number) / "snapshots")
-            if not kept or begin_of(kept[0]) < self._shard.next_offset:
+            if not kept or begin_of(kept[0]) < self._shard.next_offset or self._snapshot_wanted:
                 await self._snapshot_and_truncate(durable)
 
     # -- the rest
@@ -568,7 +712,8 @@ class ShardServer:
         first = log.first if isinstance(log, Log) else 0
         done_to = self._durable.history.done_to if self._durable is not None and self._durable.history else 0
         status = asdict(self._shard.status())
-        return {**about, **status, "log_first": first, "history_to": done_to, **self._last_snapshot}
+        added = {name: one.as_json() for name, one in self._added.items()}
+        return {**about, **status, "log_first": first, "history_to": done_to, **self._last_snapshot, "views": added}
 
     async def check(self) -> list[str]:
         self._check()

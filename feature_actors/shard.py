@@ -18,10 +18,14 @@ every table or in none.
 Each of the four is made in three: `prepare` judges and remembers, in memory of the process; then what is new goes into
 the log (see `durable`); then `commit` applies it to the tiles, which readers see. So nothing is seen that is not in the
 log.
+
+A table that was added is behind: what the others have had already it is given out of history and log, `catch_up`, while
+commits pass it by; then commits for it queue, until it has caught up with them, too; from then on it is as any other.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -57,6 +61,8 @@ Ints = npt.NDArray[np.int64]
 #: Address space of a memory that only this process has.
 _OWN_MEMORY_BYTES_MAX = 1 << 34
 _NO_VERDICTS = np.empty(0, np.uint8)
+#: Of a table that is not behind.
+_NO_QUEUE: deque[Any] = deque(maxlen=0)
 _NO_INPUTS, _NO_MASKS = np.empty((0, 0)), np.empty((0, 0), np.bool_)
 
 
@@ -117,10 +123,24 @@ class Prepared:
         return self.record.rows.nbytes if isinstance(self.record, TakeRecord) else self.record.batch.nbytes
 
 
+@dataclass(frozen=True, slots=True)
+class _Queued:
+    """What of a commit is for a table that is behind: of a route the rows; times, arrivals int64 [n]; base as of
+    `TileStore.apply`."""
+
+    route: _Route
+    rows: Ints
+    times: Ints
+    arrivals: Ints
+    base: int
+
+
 class ShardParts(NamedTuple):
-    """What a shard consists of, for its image; homes: of ids, by source; events applied by table."""
+    """What a shard consists of, for its image; tables: those that are not behind; homes: of ids, by source; events
+    applied by table."""
 
     layout: Layout
+    tables: list[Table]
     store: TileStore
     strings: Strings
     homes: dict[str, IdFilter]
@@ -158,6 +178,7 @@ class Shard:
     (None is no limit); for `dedupe_horizon_ms_min` at least.
     memory: where its tiles go; by default of this process alone. strings_max: distinct strings kept.
     reclaim_margin_ms: how far behind the newest arrival stamp a live read may be as of, see `TileStore`.
+    spare_slot_words: room for tables that are added, see there, too.
     """
 
     def __init__(
@@ -173,13 +194,14 @@ class Shard:
         memory: Memory | None = None,
         strings_max: int = 1_000_000,
         reclaim_margin_ms: int = 660_000,
+        spare_slot_words: int = 0,
     ) -> None:
         self._layout = layout
         self.shard_map = shard_map
         self.number = number
         self._owned = np.array([owner == number for owner in shard_map.owners], np.bool_)
         self.memory = memory or Memory.create(None, _OWN_MEMORY_BYTES_MAX)
-        self._store = TileStore(layout, shard_map.n_slots, self.memory, seed, reclaim_margin_ms)
+        self._store = TileStore(layout, shard_map.n_slots, self.memory, seed, reclaim_margin_ms, spare_slot_words)
         self._strings = Strings(self.memory, strings_max)
         self._ids = IdMemory(
             dedupe_horizon_ms,
@@ -195,6 +217,9 @@ class Shard:
         #: Offsets of offers that are being taken: their take has been prepared, and is not in the log yet.
         self._taking: set[int] = set()
         self._events = {t.name: 0 for t in layout.tables}
+        #: Of the tables that are behind, by number: what is to be applied after all that was before it; None if nothing
+        #: is routed to them yet.
+        self._behind: dict[int, deque[_Queued] | None] = {}
         #: Where the next record goes that is committed without saying so.
         self.next_offset = 0
         self._reader = MemoryReader(shard_map, [number])
@@ -259,9 +284,13 @@ class Shard:
         if had := [home.shard for home in homes if self.deliveries.has_had(home)]:
             accepted = accepted & ~np.isin(offer.home, had)
         prepared = offer.prepared
-        prepared.routes = [(route, rows[accepted[rows]]) for route, rows in prepared.routes]
-        self._have(prepared, homes)
         rows = np.flatnonzero(accepted[offer.kept])
+        assert isinstance(prepared.record, OfferRecord)
+        if len(prepared.routes) < len(self._routed(prepared.record.source)):  # a table was added since
+            self._route_anew(prepared, rows)
+        else:
+            prepared.routes = [(route, of[accepted[of]]) for route, of in prepared.routes]
+        self._have(prepared, homes)
         prepared.record = TakeRecord(offer.offset, rows, prepared.homes)
         prepared.offer, prepared.remembered, prepared.verdicts = None, [], _NO_VERDICTS
         self._taking.add(offer.offset)
@@ -335,6 +364,94 @@ class Shard:
     def offers(self) -> list[int]:
         """Offsets of the offers of which no take is in the log: a replay from here on needs them."""
         return [*(offer.offset for offer in self._offers.values()), *self._taking]
+
+    # -- tables that were added
+
+    def extend(self, layout: Layout) -> list[Table]:
+        """Have the tables that an extended layout has added, and return them; they are behind.
+
+        Raises `MemoryFull`, and nothing has changed.
+        """
+        added = layout.tables[len(self._layout.tables) :]
+        self._store.extend(layout)
+        self._layout = layout
+        self._events |= {table.name: 0 for table in added}
+        for table in added:
+            self.fall_behind(table)
+        return added
+
+    def fall_behind(self, table: Table) -> None:
+        """Let commits and replays pass by a table, which is empty."""
+        self._behind[table.number] = None
+        self._store.hear_for(table, NO_CLOCK)
+
+    def keep_up(self, table: Table) -> None:
+        """Apply to a table that is empty whatever comes: a recovery brings it all that was before."""
+        del self._behind[table.number]
+        self._store.hear_for(table, None)
+
+    @property
+    def behind(self) -> list[Table]:
+        """The tables that are behind."""
+        return [self._layout.tables[number] for number in self._behind]
+
+    def catch_up(self, table: Table, record: EventsRecord, offset: int, start: int = 0, end: int | None = None) -> None:
+        """Apply to a table that is behind its part of the events `start` to `end` of a record; in the order of the log.
+
+        Raises `MemoryFull`, and nothing of them has been applied.
+        """
+        assert table.number in self._behind
+        arrivals = owned(record.arrivals[start:end])
+        if len(arrivals):
+            self._store.hear_for(table, int(arrivals.max()))
+        if record.source != table.source.name or table.key not in record.tables:
+            return
+        chosen = (record.routes[start:end] & np.uint32(2 << record.tables.index(table.key))) != 0
+        if not chosen.any():
+            return
+        batch = table.source.upgraded(record.batch.slice(start, len(arrivals)))
+        prepared = Prepared(record.received_ms)
+        try:
+            (route,) = self._routes(prepared, record.source, batch, arrivals, chosen, [table])
+            base = (offset << SEQUENCE_ROW_BITS) + start
+            self._apply_route(_Queued(route, route.rows, self._times(record.source, batch), arrivals, base))
+        finally:
+            self._store.keep_promise(prepared.promised_words)
+
+    def route_to(self, table: Table) -> None:
+        """Prepare for a table that is behind, too, from now on; what is committed of that queues."""
+        self._behind[table.number] = deque()
+
+    def queue_from_here(self, table: Table) -> int:
+        """Return an offset: the table is to be given all of the log before that, and the queue has the rest.
+
+        All that was prepared before `route_to` has been committed, or undone.
+        """
+        queue = self._behind[table.number]
+        assert queue is not None
+        queue.clear()
+        return self.next_offset
+
+    def catch_up_queued(self, table: Table) -> bool:
+        """Apply to a table the oldest commit that queues for it. If none does, it is not behind any more: return True.
+
+        Raises `MemoryFull`.
+        """
+        queue = self._behind[table.number]
+        if not queue:
+            self.keep_up(table)
+            return True
+        oldest = queue.popleft()
+        if len(oldest.arrivals):
+            self._store.hear_for(table, int(oldest.arrivals.max()))
+        words = self._store.promise_room([(table, oldest.route.slots[oldest.rows])])
+        self._apply_route(oldest)
+        self._store.keep_promise(words)
+        return False
+
+    def give_up(self, table: Table) -> None:
+        """Let commits pass by a table that is behind for good."""
+        self._behind[table.number] = None
 
     # -- the same at once, without a log
 
@@ -473,8 +590,9 @@ class Shard:
         """Return the routes of n events as a record has them; home: those that are new here."""
         bits = np.zeros(n, np.uint32)
         bits[home] = 1
-        for number, (_, rows) in enumerate(prepared.routes):
-            bits[rows] |= np.uint32(2 << number)
+        for number, (route, rows) in enumerate(prepared.routes):
+            if not route.table.added:  # those go by the route of the same key
+                bits[rows] |= np.uint32(2 << number)
         return bits
 
     def _fields(self, prepared: Prepared, events: Events, bits: npt.NDArray[np.uint32], kept: Ints) -> Any:
@@ -484,7 +602,7 @@ class Shard:
             batch, stamps, bits = batch.take(pa.array(kept)), stamps[kept], bits[kept]
         source = self._layout.source(events.source)
         ids = events.ids[kept] if events.ids_given and source.event_id is None else None
-        tables = tuple(route.table.key for route, _ in prepared.routes)
+        tables = tuple(route.table.key for route, _ in prepared.routes if not route.table.added)
         prepared.heard = np.concatenate([stamps, clock])
         return source.name, source.version, prepared.received_ms, tables, stamps, bits, batch, ids
 
@@ -500,11 +618,34 @@ class Shard:
             self._store.hear_of(int(heard.max()), prepared.received_ms)
         base = offset << SEQUENCE_ROW_BITS
         for route, rows in prepared.routes:
-            self._store.apply(
-                route.table, rows, route.hashes, prepared.times, prepared.arrivals, route.inputs, route.masks, base
-            )
-            self._events[route.table.name] += len(rows)
+            one = _Queued(route, rows, prepared.times, prepared.arrivals, base)
+            if (queue := self._behind.get(route.table.number)) is not None:
+                queue.append(one)
+            elif route.table.number not in self._behind:  # else it was given up
+                self._apply_route(one)
         self._store.keep_promise(prepared.promised_words)
+
+    def _apply_route(self, one: _Queued) -> None:
+        route = one.route
+        self._store.apply(
+            route.table, one.rows, route.hashes, one.times, one.arrivals, route.inputs, route.masks, one.base
+        )
+        self._events[route.table.name] += len(one.rows)
+
+    def _routed(self, source: str) -> list[Table]:
+        """Return the tables of a source that events are prepared for."""
+        return [t for t in self._layout.tables_of(source) if self._behind.get(t.number, _NO_QUEUE) is not None]
+
+    def _route_anew(self, prepared: Prepared, rows: Ints) -> None:
+        """Find for an offer that was made before tables were added which of its events go to which table here, these,
+        too; rows: of its record, those that are taken."""
+        record = prepared.record
+        assert isinstance(record, OfferRecord)
+        self._store.keep_promise(prepared.promised_words)
+        heard, prepared.promised_words, prepared.routes = prepared.heard, 0, []
+        batch = self._layout.source(record.source).upgraded(record.batch)
+        self._route(prepared, Events.judged(record.source, batch, record.arrivals, record.received_ms), rows)
+        prepared.heard = heard
 
     def _times(self, source: str, batch: pa.RecordBatch) -> Ints:
         times: Ints = owned(self._layout.source(source).times_ms(batch))
@@ -517,22 +658,26 @@ class Shard:
         batch: pa.RecordBatch,
         arrivals: Ints,
         chosen: npt.NDArray[np.bool_] | None = None,
+        tables: Sequence[Table] | None = None,
     ) -> list[_Route]:
-        """Return what of a batch, or of its `chosen` rows, goes to this shard's slots of the tables of its source, and
-        make room for it.
+        """Return what of a batch, or of its `chosen` rows, goes to this shard's slots of the tables of its source, or
+        of some, and make room for it.
 
         What an event can make fail is here, before the filters, which take an event for applied once they have seen it.
         """
         n = batch.num_rows
-        tables = self._layout.tables_of(source)
-        hashed = []
-        for table in tables:
-            keys = [batch.column(name) for name in table.key]
-            hashes = hash_columns(keys, n)
-            slots = slots_of(hashes, self.shard_map.n_slots)
-            mine = key_validity(keys, n) & self._owned[slots]
-            rows = np.flatnonzero(mine if chosen is None else mine & chosen)
-            hashed.append((hashes.view(np.int64), slots, rows))
+        if tables is None:
+            tables = self._routed(source)
+        of_keys: dict[tuple[str, ...], tuple[Ints, Ints, Ints]] = {}
+        for key in (table.key for table in tables):
+            if key not in of_keys:
+                keys = [batch.column(name) for name in key]
+                hashes = hash_columns(keys, n)
+                slots = slots_of(hashes, self.shard_map.n_slots)
+                mine = key_validity(keys, n) & self._owned[slots]
+                rows = np.flatnonzero(mine if chosen is None else mine & chosen)
+                of_keys[key] = hashes.view(np.int64), slots, rows
+        hashed = [of_keys[table.key] for table in tables]
         fields = {name: batch.column(name) for t, (*_, rows) in zip(tables, hashed, strict=True) if len(rows)
                   for name in t.inputs}  # fmt: skip
         of_strings = sum(self._strings.words_for(c) for c in fields.values() if pa.types.is_string(c.type))
@@ -610,7 +755,8 @@ class Shard:
 
     @property
     def parts(self) -> ShardParts:
-        return ShardParts(self._layout, self._store, self._strings, self._homes, self._events)
+        tables = [table for table in self._layout.tables if table.number not in self._behind]
+        return ShardParts(self._layout, tables, self._store, self._strings, self._homes, self._events)
 
     def status(self) -> ShardStatus:
         tables, store = self._layout.tables, self._store
@@ -643,9 +789,26 @@ class Shard:
 
 
 def _masks(table: Table, batch: pa.RecordBatch) -> npt.NDArray[np.bool_]:
-    """Return which events satisfy which of the table's conditions, bool [wheres, n]."""
+    """Return which events satisfy which of the table's conditions, bool [wheres, n].
+
+    A condition of a table that was added is not satisfied by an event for which it cannot be computed: there are such
+    events already, or may be under way.
+    """
     masks = np.ones((len(table.wheres), batch.num_rows), np.bool_)
     for number, where in enumerate(table.wheres):
         if where is not None:
-            masks[number] = mask_of(where, batch).to_numpy(zero_copy_only=False)
+            masks[number] = _mask(where, batch, lenient=bool(table.added))
     return masks
+
+
+def _mask(where: pc.Expression, batch: pa.RecordBatch, *, lenient: bool) -> npt.NDArray[np.bool_]:
+    try:
+        mask: npt.NDArray[np.bool_] = mask_of(where, batch).to_numpy(zero_copy_only=False)
+        return mask
+    except pa.ArrowException:
+        if not lenient:
+            raise
+        if batch.num_rows == 1:
+            return np.zeros(1, np.bool_)
+        half = batch.num_rows // 2
+        return np.concatenate([_mask(where, part, lenient=True) for part in (batch.slice(0, half), batch.slice(half))])

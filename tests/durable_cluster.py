@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from worlds import AHEAD_MS_MAX, batch
 
+from millpond.feature_actors.backfill import apply_slices, note_whole, slices_of, whole_tables
 from millpond.feature_actors.client import FeatureClient, TimeLimits
 from millpond.feature_actors.clock import ManualClock
 from millpond.feature_actors.durable import DurableShard, ShardFolder
@@ -30,6 +31,8 @@ from millpond.feature_actors.log.snapshot import Chunk, SnapshotWriter, remove_o
 from millpond.feature_actors.ports import LocalRead, complete
 from millpond.feature_actors.shard import Prepared, Shard
 from millpond.feature_actors.shard_map import ShardMap
+from millpond.feature_actors.tiles.store import SPARE_SLOT_WORDS
+from millpond.feature_actors.view import FeatureView
 
 #: Where a crash can come: before the log is written, in the middle of it, after it but before the tiles, after both but
 #: before the answer.
@@ -59,6 +62,11 @@ class DurableCluster:
         self, layout: Layout, n_shards: int, folder: Path, n_slots: int = 16, *, history: bool = False
     ) -> None:
         self.layout, self.folder = layout, folder
+        #: Views that came since the start.
+        self.added: list[FeatureView] = []
+        self._backfills: dict[int, Iterator[None]] = {}
+        #: Whether a backfill goes on when the next take comes, after its offer.
+        self.backfill_at_take = 0
         self._history = str(folder / "history") if history else None
         self._epochs = itertools.count(1)
         self._snapshots: dict[int, tuple[Iterator[Chunk], SnapshotWriter, int]] = {}
@@ -76,7 +84,14 @@ class DurableCluster:
     # -- deaths
 
     def _opened(self, number: int, folder: Path) -> DurableShard:
-        shard = Shard(self.layout, self.shard_map, number, reclaim_margin_ms=AHEAD_MS_MAX + 60_000)
+        margin_ms = AHEAD_MS_MAX + 60_000
+        shard = Shard(
+            self.layout, self.shard_map, number, reclaim_margin_ms=margin_ms, spare_slot_words=SPARE_SLOT_WORDS
+        )
+        whole = whole_tables(folder)
+        for table in shard.extend(self.layout.extended(self.added)):
+            if table.added in whole:
+                shard.keep_up(table)
         of = ShardFolder(folder, "tests", next(self._epochs), self._history)
         folder.mkdir(parents=True, exist_ok=True)
         durable = DurableShard(self.layout, shard, Log(of.log, "process"), of)
@@ -88,7 +103,7 @@ class DurableCluster:
         """Start a new ingress: what the last one had not told the homes, nobody tells them."""
         read = LocalRead([d.shard for d in self.shards])
         limits = TimeLimits(ahead_ms_max=AHEAD_MS_MAX)
-        self.client = FeatureClient(self.layout, self.shard_map, self, read, self.clock, limits)
+        self.client = FeatureClient(self.layout.extended(self.added), self.shard_map, self, read, self.clock, limits)
 
     def restart(self, number: int, wal_bytes_max: int | None = None) -> None:
         """Let a successor recover a shard from what is on disk; wal_bytes_max: where the write-ahead file ends."""
@@ -99,6 +114,7 @@ class DurableCluster:
         if wal_bytes_max is not None:
             os.truncate(new / "log" / _WAL, wal_bytes_max)
         self._snapshots.pop(number, None)
+        self._backfills.pop(number, None)
         self.shards[number] = self._opened(number, new)
         self._connect()
 
@@ -140,6 +156,7 @@ class DurableCluster:
         return await self._write(shard, self.shards[shard].shard.prepare_offer(request, events))
 
     async def take(self, shard: int, request: bytes, accepted: Any, homes: Sequence[HomeRecord]) -> None:
+        self.backfill_steps(shard, self.backfill_at_take)
         await self._write(shard, self.shards[shard].shard.prepare_take(request, accepted, homes))
 
     async def settle(self, shard: int, settled: Sequence[int], wait_before: int) -> None:
@@ -193,6 +210,8 @@ class DurableCluster:
     def snapshot_steps(self, number: int, steps: int) -> None:
         """Go on with the snapshot of a shard, or begin one; when it is whole, remove old ones and truncate the log."""
         durable = self.shards[number]
+        if number in self._backfills:
+            return
         if number not in self._snapshots:
             directory = durable.folder / "snapshots"  # type: ignore[attr-defined]
             self._snapshots[number] = durable.snapshot_chunks(), SnapshotWriter(directory), durable.undone
@@ -227,6 +246,48 @@ class DurableCluster:
         }  # fmt: skip
         (directory / "manifest.json").write_text(json.dumps(manifest))
         return directory
+
+    def add_view(self, view: FeatureView) -> None:
+        """Have a view from now on; `backfill_steps` brings it what was before."""
+        self.added.append(view)
+        layout = self.layout.extended(self.added)
+        for durable in self.shards:
+            durable.shard.extend(layout)
+        self._backfills.clear()
+        self._connect()
+
+    def backfill_steps(self, number: int, steps: int) -> bool:
+        """Go on with the backfill of a shard, or begin it; return whether nothing is left to do. No snapshot is under
+        way meanwhile."""
+        if number not in self._backfills:
+            if not self.shards[number].shard.behind or number in self._snapshots:
+                return not self.shards[number].shard.behind
+            self._backfills[number] = self._backfill(self.shards[number])
+        for _ in range(steps):
+            if next(self._backfills[number], self) is self:
+                del self._backfills[number]
+                return True
+        return False
+
+    @staticmethod
+    def _backfill(durable: DurableShard) -> Iterator[None]:
+        """The steps of `ShardServer`; whatever is prepared here is in the log when the next step is taken."""
+        shard, tables, past = durable.shard, durable.shard.behind, durable.past()
+        for slices in slices_of(past.read_on(), 3, 2):
+            apply_slices(shard, tables, slices)
+            yield
+        for table in tables:
+            shard.route_to(table)
+        yield
+        (end,) = {shard.queue_from_here(table) for table in tables}
+        yield
+        for slices in slices_of(past.read_on(end), 3, 2):
+            apply_slices(shard, tables, slices)
+            yield
+        for table in tables:
+            while not shard.catch_up_queued(table):
+                yield
+        note_whole(durable.folder, tables)  # type: ignore[attr-defined]
 
     def truncate(self, number: int) -> None:
         self._note(number)

@@ -52,7 +52,7 @@ def replayed(layout: Layout, runs: list[Run], n_shards: int, end_ms: int) -> Fea
     return client
 
 
-@settings(max_examples=max(1, settings().max_examples // 2))
+@settings(max_examples=max(1, settings().max_examples // 4))
 @given(world=worlds(events_max=90), shards=st.integers(1, 4), others=st.integers(1, 4), history=st.booleans())
 def test_a_replay_has_the_bits_of_the_cluster_on_any_number_of_shards(
     world: World, shards: int, others: int, history: bool
@@ -72,7 +72,7 @@ def test_a_replay_has_the_bits_of_the_cluster_on_any_number_of_shards(
         assert everything(again, world) == everything(live.client, world)
 
 
-@settings(max_examples=max(1, settings().max_examples // 2))
+@settings(max_examples=max(1, settings().max_examples // 4))
 @given(world=worlds(events_max=60), shards=st.integers(2, 4), data=st.data())
 def test_what_was_delivered_late_keeps_its_place_among_the_events_of_its_entities(
     world: World, shards: int, data: st.DataObject

@@ -104,7 +104,7 @@ def questions(world: World, plan: ReadPlan, now_ms: int, as_of: int | None, draw
     return plan.question(columns, len(ids), now_ms, times)
 
 
-@settings(max_examples=60)
+@settings(max_examples=max(1, settings().max_examples // 2))
 @given(world=worlds(events_max=60), data=st.data(), n_shards=st.sampled_from([1, 3]), history=st.booleans())
 def test_what_was_read_is_read_again(world: World, data: st.DataObject, n_shards: int, history: bool) -> None:
     layout = world.layout
@@ -209,7 +209,7 @@ def test_what_cannot_be_read_again_is_said(tmp_path: Path) -> None:
     assert later.answer.values[1, 0] == 4
 
 
-@settings(max_examples=20)
+@settings(max_examples=max(1, settings().max_examples // 4))
 @given(world=worlds(events_max=60), n_shards=st.sampled_from([1, 2]))
 def test_the_events_of_an_entity_are_those_that_its_row_has_had(world: World, n_shards: int) -> None:
     layout = world.layout

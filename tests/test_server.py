@@ -24,6 +24,7 @@ import pytest
 from port_contract import LAYOUT, N_SLOTS, NOW, Cluster, PortContract, Run, by_book, by_user, order, orders
 
 from millpond.feature_actors import Count, FeatureView, Sum, manifest
+from millpond.feature_actors.backfill import AddedView
 from millpond.feature_actors.calls import CallIngest, CallRead
 from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.clock import ManualClock
@@ -374,6 +375,82 @@ def test_a_feature_that_is_added_is_computed_from_the_history_and_the_log(server
     client = FeatureClient(layout, ShardMap.even(N_SLOTS, 1), CallIngest(servers), read, ManualClock(NOW))
     rows = servers.runner.run(client.read(plan, {"user": list(range(10))}, 10))
     assert rows.matrix.tolist() == [[2.0 * n / 10, n / 10]] * 10
+
+
+class Coming:
+    """The views that come while a cluster of the tests runs."""
+
+    def __init__(self) -> None:
+        self.views: list[AddedView] = []
+
+    def generation(self) -> int:
+        return len(self.views)
+
+    def added(self) -> list[AddedView]:
+        return list(self.views)
+
+
+LATER = FeatureView("later", owner="tests", source=by_user.source, key=by_user.key,
+                    features={"n": Count(), "sum": Sum("price")})  # fmt: skip
+
+
+def later(servers: Servers) -> list[Any]:
+    """What the shards say of the view, when none backfills any more."""
+    for _ in range(3_000):
+        says = [server.called("status", []).result(30).get("views", {}).get("later") for server in servers.servers]
+        if all(one is not None and one["state"] != "backfilling" for one in says):
+            return says
+        time.sleep(0.01)
+    raise AssertionError(says)
+
+
+def test_a_view_that_comes_is_computed_while_events_go_on_and_is_there_after_any_restart(servers: Servers) -> None:
+    coming = Coming()
+    cluster = servers.cluster(2, "process", added_views=coming)
+    users = [{"user": u} for u in range(20)]
+
+    def send(times: int) -> None:
+        for _ in range(times):
+            cluster.ingest(*(order(user=u) for u in range(20)))
+
+    send(30)
+    coming.views.append(AddedView(LATER, "backfilling"))
+    send(30)
+    assert [one["state"] for one in later(servers)] == ["whole", "whole"]
+    send(1)
+    layout = LAYOUT.extended([LATER])
+
+    def counts() -> Any:
+        reads = CallRead(servers, servers.spec.shard_map)
+        client = FeatureClient(layout, servers.spec.shard_map, CallIngest(servers), reads, ManualClock(NOW))
+        plan = ReadPlan(layout, [LATER["n"]], "the test")
+        keys = plan.key_columns(users, batch=True)
+        return servers.runner.run(client.read(plan, keys, len(users))).matrix[:, 0].tolist()
+
+    assert counts() == [61.0] * 20
+    servers.restart(0)  # its successor has it before it lets anybody in, though nobody has said that it is live
+    servers.ready()
+    assert counts() == [61.0] * 20
+    for server in servers.servers:
+        server.called("drain", []).result(30)
+    coming.views[0] = AddedView(LATER, "live")
+    servers.restart()
+    servers.ready()
+    assert counts() == [61.0] * 20
+    send(1)
+    assert counts() == [62.0] * 20
+
+
+def test_without_a_log_a_view_that_comes_fails_and_says_why(servers: Servers) -> None:
+    coming = Coming()
+    cluster = servers.cluster(1, "none", added_views=coming)
+    cluster.ingest(order(user=1))
+    coming.views.append(AddedView(LATER, "backfilling"))
+    (one,) = later(servers)
+    assert (one["state"], one["why"]) == (
+        "failed", 'without a log (`durability = "none"`) nothing is known of what was before the view'
+    )  # fmt: skip
+    cluster.ingest(order(user=1))
 
 
 def test_with_too_little_room_left_on_the_disk_events_are_refused_and_reads_go_on(servers: Servers) -> None:

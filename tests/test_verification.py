@@ -42,7 +42,7 @@ def folder() -> Iterator[Path]:
         shutil.rmtree(path)
 
 
-@settings(max_examples=15)
+@settings(max_examples=max(1, settings().max_examples // 5))
 @given(
     seed=st.integers(0, 2**32), n_shards=st.sampled_from([1, 3]), history=st.booleans(), crashed=st.booleans(),
     chunk=st.sampled_from([1, 7, 1_000]),

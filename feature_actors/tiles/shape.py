@@ -58,12 +58,13 @@ class SeriesShape(msgspec.Struct, frozen=True):
 
 
 class TableShape(msgspec.Struct, frozen=True):
-    """What the rows of a table are made of."""
+    """What the rows of a table are made of; added: as of `Table`."""
 
     source: str
     key: tuple[str, ...]
     wheres: tuple[str, ...]
     series: tuple[SeriesShape, ...]
+    added: str = ""
 
 
 def shape_of(table: Table) -> TableShape:
@@ -75,7 +76,7 @@ def shape_of(table: Table) -> TableShape:
         )
         for s in table.series
     )
-    return TableShape(table.source.name, table.key, wheres, series)
+    return TableShape(table.source.name, table.key, wheres, series, table.added)
 
 
 def _shape_of(column: Column, table: Table) -> ColumnShape:

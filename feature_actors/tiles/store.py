@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,7 +55,7 @@ from millpond.feature_actors.tiles.structure import (
 if TYPE_CHECKING:
     from millpond.feature_actors.layout import Layout, PlanProgram, Table
 
-__all__ = ["TileStore"]
+__all__ = ["SPARE_SLOT_WORDS", "TileStore"]
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -73,13 +73,22 @@ _RECLAIM_PER_EVENT, _RECLAIM_PER_NEW_ROW = 1 / 16, 4
 #: A step of an image ends after so many words or places of an index: a millisecond or so.
 IMAGE_WORDS_MAX, IMAGE_PLACES_MAX = 1 << 15, 1 << 13
 
+#: Words of a slot's headers that are kept free for tables that are added: five and five more for each pool, see
+#: `structure`, so about eight views of ten series. It takes 4 KB a slot.
+SPARE_SLOT_WORDS = 512
+
 
 @dataclass
 class _Sweep:
-    """How far reclaim has come in a table: slot and place; how many places are still to be looked at."""
+    """How far reclaim has come in a table: slot and place; how many places are still to be looked at.
 
-    cursor: Ints
+    newest_ms: the newest arrival stamp of what has been applied to the table, while that is less than the shard has
+    heard of.
+    """
+
+    cursor: Ints = field(default_factory=lambda: np.zeros(2, np.int64))
     due: float = 0.0
+    newest_ms: int | None = None
 
 
 class TileStore:
@@ -87,10 +96,17 @@ class TileStore:
 
     memory: empty; it belongs to the store from now on. seed: the cluster's own seed of the index.
     reclaim_margin_ms: reclaim keeps what a read could see that is as of so long before the newest arrival stamp.
+    spare_slot_words: room for the headers of tables that are added.
     """
 
     def __init__(
-        self, layout: Layout, n_slots: int, memory: Memory, seed: int = 0, reclaim_margin_ms: int = 660_000
+        self,
+        layout: Layout,
+        n_slots: int,
+        memory: Memory,
+        seed: int = 0,
+        reclaim_margin_ms: int = 660_000,
+        spare_slot_words: int = 0,
     ) -> None:
         self.memory = memory
         self._layout = layout
@@ -98,8 +114,9 @@ class TileStore:
         self._margin_ms = reclaim_margin_ms
         self._reclaimed_ms = NO_CLOCK
         self._promised_words = 0
-        self._sweeps = [_Sweep(np.zeros(2, np.int64)) for _ in layout.tables]
-        header = max((t.slots_at(n_slots) + n_slots * t.slot_words for t in layout.tables), default=MEMORY_HEADER_WORDS)
+        self._sweeps = [_Sweep() for _ in layout.tables]
+        self._slot_words_max = layout.slot_words + spare_slot_words
+        header = MEMORY_HEADER_WORDS + n_slots * self._slot_words_max
         words = memory.words
         memory.grow(header)
         words[M_USED] = header
@@ -107,6 +124,24 @@ class TileStore:
         words[M_NEWEST_ARRIVAL] = words[M_NEWEST_RECEIVED] = NO_CLOCK
         words[M_LAYOUT] = layout.digest
         words[M_MAGIC] = MEMORY_MAGIC
+
+    def extend(self, layout: Layout) -> None:
+        """Have room for the tables that an extended layout has added. Raises `MemoryFull`, and nothing has changed."""
+        if layout.slot_words > self._slot_words_max:
+            raise MemoryFull(
+                f"tiles: the headers of {len(layout.tables)} tables take {layout.slot_words} words a slot, and there "
+                f"is room for {self._slot_words_max}; start the cluster again, which makes room"
+            )
+        self._layout = layout
+        self._sweeps += [_Sweep() for _ in layout.tables[len(self._sweeps) :]]
+
+    def hear_for(self, table: Table, arrival_ms: int | None) -> None:
+        """Say that a table is behind, and which arrival stamps it has had: nothing is out of its sight that is not as
+        of then. None: that it is not behind any more."""
+        sweep = self._sweeps[table.number]
+        if arrival_ms is not None and sweep.newest_ms is not None:
+            arrival_ms = max(arrival_ms, sweep.newest_ms)
+        sweep.newest_ms = arrival_ms
 
     @property
     def newest_arrival_ms(self) -> int:
@@ -325,14 +360,15 @@ class TileStore:
 
     def reclaim(self, table: Table, places: int) -> int:
         """Look at so many places of a table's indexes and free what no window can see; return rows freed."""
-        if self.newest_arrival_ms == NO_CLOCK or (table.views_keep_ms == FOR_EVER and not table.tiled):
+        sweep = self._sweeps[table.number]
+        newest_ms = self.newest_arrival_ms if sweep.newest_ms is None else sweep.newest_ms
+        if newest_ms == NO_CLOCK or (table.views_keep_ms == FOR_EVER and not table.tiled):
             return 0
-        floor = self.newest_arrival_ms - self._margin_ms
+        floor = newest_ms - self._margin_ms
         keep = 1 << 61 if table.views_keep_ms == FOR_EVER else table.views_keep_ms
         return int(
             reclaim_rows(
-                self.memory.words, self.memory.halves, table.program(self._n_slots), self._sweeps[table.number].cursor,
-                places, floor, keep,
+                self.memory.words, self.memory.halves, table.program(self._n_slots), sweep.cursor, places, floor, keep,
             )
         )  # fmt: skip
 

@@ -1,0 +1,94 @@
+"""The past of one shard, read piece by piece while it goes on: what a table is given that was added.
+
+What it promises: every event that the shard has applied comes once, in the order of its log, and what is appended
+meanwhile comes later. No piece keeps the log's file from being written over for longer than it takes to read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+from millpond.feature_actors.errors import Unavailable
+from millpond.feature_actors.log.applied import applied_records
+from millpond.feature_actors.log.folder import Folder
+from millpond.feature_actors.log.history import History
+from millpond.feature_actors.log.history_reader import read_history
+from millpond.feature_actors.log.part import DAY_MS, expired
+from millpond.feature_actors.log.reader import LogReader
+from millpond.feature_actors.log.record import EventsRecord, OfferRecord
+
+__all__ = ["ShardPast"]
+
+#: For so long the log is read without letting go of it.
+_PIECE_S = 1.0
+
+
+class ShardPast:
+    """Of the shard in a folder, from its beginning on. history_uri: where its history lies, None if it has none.
+
+    next: the offset up to which it has been read; end: where the log ended when it was looked at last. The log must not
+    be truncated meanwhile.
+    """
+
+    def __init__(self, folder: Path, history_uri: str | None, shard: int) -> None:
+        self._folder, self._history_uri, self._shard = folder, history_uri, shard
+        self._open_offers: dict[int, OfferRecord] = {}
+        self._read_log_from: int | None = None
+        self.next = self.end = 0
+        #: Since when the history has everything of a source, where retention has taken what was before, in ms.
+        self.history_since: dict[str, int] = {}
+
+    def read_on(self, until: int | None = None) -> Iterator[tuple[int, EventsRecord]]:
+        """Yield what the shard has applied, and what was new at its home there, at the offsets of its log; up to where
+        the log ends now, or before `until`. Bits of `routes` as of `Past.records`.
+
+        The next call goes on from there. To be used by one thread at a time, and to its end. Raises `LogDamaged`,
+        `HistoryDamaged`, `HistoryUnavailable`, and `Unavailable` if events from before the log are in no history.
+        """
+        if self._read_log_from is None:
+            yield from self._read_history()
+        while True:
+            with closing(LogReader(self._folder / "log")) as log:
+                self.end = log.next if until is None else min(log.next, until)
+                if self.next >= self.end:
+                    return
+                let_go_s = time.monotonic() + _PIECE_S
+                assert self._read_log_from is not None
+                for offset, record in applied_records(log, self._read_log_from, self.end, self._open_offers):
+                    # An offer that is taken after the history's end may have been made before.
+                    if offset >= self.next:
+                        yield offset, record
+                        self._read_log_from = self.next = offset + 1
+                        if time.monotonic() > let_go_s:
+                            break
+                else:
+                    self._read_log_from = self.next = self.end
+
+    def _read_history(self) -> Iterator[tuple[int, EventsRecord]]:
+        """Yield what is not in the log any more: what is there is read from there."""
+        with closing(LogReader(self._folder / "log")) as log:
+            self._read_log_from, self.end = log.first, log.next
+        if log.first == 0:
+            return
+        done_to = History(self._history_uri, self._shard, self._folder, 0).done_to if self._history_uri else 0
+        if self._history_uri is None or done_to < log.first:
+            raise Unavailable(
+                f"the log of shard {self._shard} begins at offset {log.first}, and there is no history of what was "
+                "before (setting `history`)"
+            )
+        for offset, record in read_history(self._history_uri, self._shard, 0, done_to):
+            yield offset, record
+            self.next = offset + 1
+        self.next = done_to
+
+    def note_expired(self, sources: Iterable[str]) -> None:
+        """Note since when the history has everything of some sources, see `history_since`."""
+        if self._history_uri is None or self._read_log_from == 0:
+            return
+        folder = Folder(self._history_uri)
+        for source in sources:
+            if (before_day := expired(folder, source).before_day) > -(2**63):
+                self.history_since[source] = before_day * DAY_MS

@@ -1,0 +1,218 @@
+"""A view that comes while the cluster runs is, once it is whole, what it would be if it had been there all the time."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+from durable_cluster import STEPS, Crash, DurableCluster, Fault
+from hypothesis import given
+from hypothesis import strategies as st
+from test_durable import BY_SHOP, BY_USER, PAYMENTS, SHOPS, SUMS, USERS, everything, folder, has_ids, totals, totals_of
+from test_engine_vs_oracle import Judge, keys_of, plan_of, read
+from worlds import World, worlds
+
+from millpond.feature_actors import Count, FeatureView, Last, Mean, Source, Sum
+from millpond.feature_actors.errors import DeclarationError, Unavailable
+from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.log.log import LogFull
+from millpond.feature_actors.plan_set import PlanSet
+from millpond.feature_actors.tiles.memory import MemoryFull
+
+
+@given(world=worlds(events_max=60), data=st.data())
+def test_bit_for_bit_what_a_start_with_the_view_gives_and_right_whatever_ends_meanwhile(
+    world: World, data: st.DataObject
+) -> None:
+    draw = data.draw
+    added = draw(st.sampled_from(world.views))
+    beside = FeatureView("beside", owner="tests", source=added.source, key=added.key, features={"n": Count()})
+    at_start = [*(view for view in world.views if view is not added), beside]
+    at = draw(st.integers(0, len(world.batches)))
+    with folder() as path:
+        calm = DurableCluster(compile_layout([], [*at_start, added]), 1, path / "calm")
+        stormy = DurableCluster(compile_layout([], at_start), 1, path / "stormy", history=True)
+        for number, (name, now_ms, events) in enumerate(world.batches):
+            if number == at:
+                stormy.add_view(added)
+            for _ in range(draw(st.integers(0, 2))):
+                what = draw(st.sampled_from(["restart", "snapshot", "history", "backfill", "backfill"]))
+                if what == "restart":
+                    stormy.restart_all()
+                elif what == "snapshot":
+                    stormy.snapshot_steps(0, draw(st.sampled_from([1, 3, 1_000])))
+                elif what == "history":
+                    stormy.write_history(0)
+                else:
+                    stormy.backfill_steps(0, draw(st.sampled_from([1, 3, 1_000])))
+            calm.send(name, now_ms, events)
+            if has_ids([*at_start, added], name) and draw(st.booleans()):
+                stormy.fault = Fault(draw(st.sampled_from(STEPS)), torn=draw(st.integers(1, 5_000)))
+                with suppress(Crash):
+                    stormy.send(name, now_ms, events)
+                stormy.fault = None
+            stormy.send(name, now_ms, events)
+        if at == len(world.batches):
+            stormy.add_view(added)
+        while not stormy.backfill_steps(0, 1_000):  # a snapshot may be under way
+            stormy.snapshot_steps(0, 1_000)
+        stormy.clock.ms = calm.clock.ms
+        assert everything(stormy.client, world) == everything(calm.client, world)
+        if draw(st.booleans()):
+            stormy.snapshot_steps(0, 1_000)
+        stormy.restart_all()
+        assert stormy.shards[0].shard.behind == []
+        stormy.clock.ms = calm.clock.ms
+        assert everything(stormy.client, world) == everything(calm.client, world)
+        assert stormy.shards[0].shard.check() == []
+        log = world.events(added.source.name)
+        keys, plan = keys_of(added, log, most=20), plan_of(stormy.client, added)
+        Judge(added, log).check(keys, plan, read(stormy.client, plan, keys))
+
+
+AGAIN = FeatureView("again", owner="tests", source=PAYMENTS, key=["user"], features={**SUMS, "mean": Mean("cents")})
+SHOP_AGAIN = FeatureView("shop_again", owner="tests", source=PAYMENTS, key=["shop"], features={**SUMS, "l": Last("id")})
+
+
+@given(data=st.data())
+def test_on_several_shards_it_has_every_event_that_the_others_have(data: st.DataObject) -> None:
+    """Offers made before the view came are taken after; requests fail and are sent again, or given up."""
+    draw = data.draw
+    with folder() as path:
+        n_shards = draw(st.sampled_from([1, 2, 3]))
+        cluster = DurableCluster(compile_layout([], [BY_USER, BY_SHOP]), n_shards, path, history=True)
+        sent: dict[str, dict[str, Any]] = {}
+        coming = [(draw(st.integers(0, 7)), view) for view in (AGAIN, SHOP_AGAIN)]
+        for number in range(8):
+            for at, view in coming:
+                if at == number:
+                    cluster.add_view(view)
+            events = [
+                {"id": f"{number}-{row}", "at": number, "user": draw(st.sampled_from(USERS)),
+                 "shop": draw(st.sampled_from(SHOPS)), "cents": draw(st.integers(1, 1_000))}
+                for row in range(draw(st.sampled_from([1, 2, 12])))
+            ]  # fmt: skip
+            sent |= {e["id"]: e for e in events}
+            if draw(st.booleans()):
+                who = draw(st.sampled_from(["shard", "ingress", "all"]))
+                cluster.fault = Fault(draw(st.sampled_from(STEPS)), who, draw(st.integers(0, 6)))
+            cluster.backfill_at_take = draw(st.sampled_from([0, 0, 1, 3, 1_000]))
+            with suppress(Crash, LogFull):
+                cluster.send("payments", number + 1, events)
+            cluster.fault = None
+            for _ in range(draw(st.integers(0, 3))):
+                shard, steps = draw(st.integers(0, n_shards - 1)), draw(st.sampled_from([1, 5, 1_000]))
+                what = draw(st.sampled_from(["snapshot", "history", "backfill", "deliver"]))
+                if what == "snapshot":
+                    cluster.snapshot_steps(shard, steps)
+                elif what == "history":
+                    cluster.write_history(shard)
+                elif what == "deliver":
+                    cluster.deliver_owed()
+                else:
+                    cluster.backfill_steps(shard, steps)
+        for shard in range(n_shards):
+            while not cluster.backfill_steps(shard, 1_000):
+                cluster.snapshot_steps(shard, 1_000)
+        for _ in range(2):
+            cluster.deliver_owed()
+            expected = totals_of([sent[i] for i in cluster.logged("id")])
+            assert totals(cluster) == expected
+            users = read(cluster.client, plan_of(cluster.client, AGAIN), [(u,) for u in USERS if u is not None])
+            shops = read(cluster.client, plan_of(cluster.client, SHOP_AGAIN), [(s,) for s in SHOPS if s is not None])
+            assert [np.nan_to_num(rows.matrix[:, :3]).tolist() for rows in (users, shops)] == expected
+            assert [d.shard.check() for d in cluster.shards] == [[]] * n_shards
+            cluster.restart_all()
+
+
+def test_a_plan_of_before_reads_memories_and_stands_in_a_set_with_plans_of_after(tmp_path: Path) -> None:
+    by_user = FeatureView("by_user", owner="tests", source=PAYMENTS, key=["user"], features={"n": Count()})
+    cluster = DurableCluster(compile_layout([], [by_user]), 1, tmp_path)
+    cluster.send("payments", 9, [{"id": f"{n}", "at": 5, "user": n % 2, "shop": None, "cents": n} for n in range(6)])
+    before = plan_of(cluster.client, by_user)
+    cluster.add_view(AGAIN)
+    assert cluster.backfill_steps(0, 1_000)
+    after = plan_of(cluster.client, AGAIN)
+    assert read(cluster.client, before, [(0,), (1,)]).matrix.tolist() == [[3], [3]]
+    assert read(cluster.client, after, [(0,), (1,)]).matrix.tolist() == [[3, 6, 4, 2], [3, 9, 5, 3]]
+    plans = PlanSet([before, after], 16)
+    together = cluster.client.read_together_now(plans, [(before, [1]), (after, [1, 0])])
+    assert together is not None
+    assert [rows.matrix.tolist() for rows in together] == [[[3]], [[3, 9, 5, 3], [3, 6, 4, 2]]]
+
+
+def test_an_event_for_which_its_condition_cannot_be_computed_does_not_satisfy_it(tmp_path: Path) -> None:
+    by_user = FeatureView("by_user", owner="tests", source=PAYMENTS, key=["user"], features={"n": Count()})
+    ratio = FeatureView(
+        "ratio", owner="tests", source=PAYMENTS, key=["user"],
+        features={"n": Count(), "large": Count(where=pc.scalar(100) / pc.field("cents") > 9)},
+    )  # fmt: skip
+    cluster = DurableCluster(compile_layout([], [by_user]), 1, tmp_path)
+
+    def send(first: int) -> None:
+        events = [{"id": f"{first + n}", "at": 5, "user": 1, "shop": None, "cents": n % 20} for n in range(100)]
+        assert cluster.send("payments", 9, events).accepted == 100
+
+    send(0)
+    cluster.add_view(ratio)
+    assert cluster.backfill_steps(0, 1_000)
+    send(1_000)
+    for _ in range(2):
+        assert read(cluster.client, plan_of(cluster.client, ratio), [(1,)]).matrix.tolist() == [[200, 100]]
+        cluster.restart_all()
+
+
+OTHER = Source("other", owner="tests", fields=PAYMENTS.fields, event_id="id", event_time="at")
+
+
+@pytest.mark.parametrize(
+    ("view", "message"),
+    [
+        (
+            FeatureView("by_user", owner="tests", source=PAYMENTS, key=["user"], features={"n": Count(window="1h")}),
+            "view `by_user`: the cluster keeps it with another definition; a view that has changed is another view: "
+            "give it another name",
+        ),
+        (
+            FeatureView("v", owner="tests", source=PAYMENTS, key=["user", "shop"], features={"n": Count()}),
+            "view `v`: the cluster keeps nothing of source `payments` by `user`, `shop` yet, so past events are not "
+            "where it needs them; start the cluster with the definition",
+        ),
+        (
+            FeatureView("v", owner="tests", source=OTHER, key=["user"], features={"n": Count()}),
+            "view `v`: the cluster keeps nothing of source `other` by `user` yet, so past events are not where it "
+            "needs them; start the cluster with the definition",
+        ),
+    ],
+)
+def test_what_cannot_be_added_is_refused(view: FeatureView, message: str) -> None:
+    layout = compile_layout([], [BY_USER, BY_SHOP])
+    with pytest.raises(DeclarationError) as refused:
+        layout.extended([view])
+    assert str(refused.value) == message
+    assert layout.extended([AGAIN]).digest == layout.digest
+
+
+def test_without_room_for_its_headers_nothing_has_changed(tmp_path: Path) -> None:
+    cluster = DurableCluster(compile_layout([], [BY_USER]), 1, tmp_path)
+    windows = {f"n{k}": Sum("cents", window=f"{k}h") for k in range(1, 150)}
+    many = [FeatureView(f"v{k}", owner="tests", source=PAYMENTS, key=["user"], features=windows) for k in range(40)]
+    with pytest.raises(MemoryFull, match=r"the headers of \d+ tables take \d+ words a slot, and there is room for \d+"):
+        cluster.shards[0].shard.extend(cluster.layout.extended(many))
+    cluster.add_view(AGAIN)
+    assert cluster.backfill_steps(0, 1_000)
+
+
+def test_what_was_before_the_log_and_is_in_no_history_is_missed(tmp_path: Path) -> None:
+    cluster = DurableCluster(compile_layout([], [BY_USER]), 1, tmp_path)
+    for number in range(3):
+        cluster.send("payments", 9, [{"id": f"{number}", "at": 5, "user": 1, "shop": None, "cents": 1}])
+        cluster.snapshot_steps(0, 1_000)
+    assert cluster.shards[0].log.first > 0  # type: ignore[attr-defined]
+    cluster.add_view(AGAIN)
+    with pytest.raises(Unavailable, match=r"begins at offset \d, and there is no history of what was before"):
+        cluster.backfill_steps(0, 1_000)
