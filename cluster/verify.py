@@ -78,7 +78,7 @@ def past_of(config: Config) -> Past:
 
 def _newest(tables: Iterable[pa.Table], limit: int) -> Iterator[pa.Table]:
     for table in tables:
-        yield table.slice(max(0, len(table) - limit))
+        yield table.sort_by("served_ms").slice(max(0, len(table) - limit))
         limit -= len(table)
         if limit <= 0:
             return

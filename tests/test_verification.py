@@ -25,6 +25,7 @@ from millpond.feature_actors.log.part import DAY_MS
 from millpond.feature_actors.plan import ReadPlan
 from millpond.feature_actors.shard import Shard
 from millpond.models.definition import Definition
+from millpond.models.explanation import explain
 from millpond.models.model import LoadedModel
 from millpond.models.score_log import SCHEMA, ScoreFiles, read_scores
 from millpond.models.verification import Counts, Verification
@@ -185,6 +186,51 @@ def test_versions_that_declare_a_view_otherwise_are_verified_side_by_side(tmp_pa
     world.score("user", [{"user": 2}])
     world.lay_out()
     assert world.verify().models == {"user@1": Counts(equal=2), "user@2": Counts(equal=1)}
+
+
+WIDE = """
+AGAIN = FeatureView("again", owner="tests", source=PAYMENTS, key=["user"],
+                    features={"last": Last("cents"), "n_1h": Count(window="1h")})
+TWICE = FeatureView("twice", owner="tests", source=PAYMENTS, key=["user"], features={"min": Min("cents")})
+wide = Model("wide", version="1", owner="tests", features=[*AGAIN, *BY_USER, *TWICE], predictor=Product)
+apart = Model("apart", version="1", owner="tests", features=[*AGAIN, *TWICE], predictor=Product)
+"""
+
+
+@pytest.mark.parametrize("n_shards", [1, 2])
+def test_views_that_came_while_the_cluster_ran_are_verified_and_explained(tmp_path: Path, n_shards: int) -> None:
+    world = VerifiedWorld(tmp_path, n_shards=n_shards, history=True)
+    text = FILE.text.replace("import Count,", "import Count, Min,").partition("both = Model")[0] + WIDE
+    definition = Definition("wide.py", text)
+    models = {model.name: model for model in definition.declared().models}
+    world.versions |= {name: version_of(definition, model, {"user": "int64"}) for name, model in models.items()}
+    world.registry.add(definition, [world.versions[name] for name in models])
+    views = {feature.view.name: feature.view for feature in models["apart"].features}
+    for i in range(12):
+        now_ms = NOW + i * 20 * MINUTE
+        world.send([payment(3 * i + k, now_ms - k, k % 2, "a", 10 * i + k) for k in range(3)], now_ms)
+        if i == 4:
+            for view in views.values():
+                world.cluster.add_view(view)
+            for number in range(n_shards):
+                while not world.cluster.backfill_steps(number, 1_000):
+                    pass
+            world.loaded |= {
+                name: LoadedModel(model, world.cluster.client.layout, tmp_path) for name, model in models.items()
+            }
+            assert world.loaded["wide"].plan.program.parts == 3
+        world.score("user", [{"user": 0}])
+        if i >= 4:
+            world.score("wide", [{"user": 0}, {"user": 1}, {"user": 7}])
+            world.score("apart", [{"user": 1}])
+    world.lay_out()
+    found = world.verify()
+    assert (found.differences, found.why_missing) == ([], {})
+    assert found.models == {
+        "user@1": Counts(equal=12), "wide@1": Counts(equal=24), "apart@1": Counts(equal=8)
+    }  # fmt: skip
+    told = explain(world.past, world.registry, "wide", "1", {"user": 1}, served=world.tables[-2].slice(1, 1))
+    assert told["equal"] is True
 
 
 # -- within a request, rounding, two stages
