@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -148,17 +148,20 @@ def added_views(scores: pa.Table) -> list[tuple[str, ...]]:
     return [tuple(filter(None, names[a:b])) for a, b in itertools.pairwise(ends)]
 
 
-def layout_with(views: Iterable[FeatureView], added: Collection[str]) -> Layout:
-    """Compile views as a cluster has them to which those of the names `added` came while it ran."""
-    first: dict[str, FeatureView] = {}
-    later = []
+def layout_with(views: Collection[FeatureView], added: Collection[str]) -> Layout:
+    """Compile views as a cluster has them to which those of the names `added` came while it ran.
+
+    Raises `DeclarationError` if they cannot stand side by side.
+    """
+    first: list[FeatureView] = []
+    later: dict[str, FeatureView] = {}
     for view in sorted(views, key=lambda view: view.name in added):
-        routes = [(one.source.name, *one.key) for one in first.values()]
-        if view.name in added and (view.source.name, *view.key) in routes:
-            later.append(view)
+        if view.name in added and any(one.source == view.source and one.key == view.key for one in first):
+            later.setdefault(view.name, view)
         else:
-            first[view.name] = view
-    return compile_layout([], first.values()).extended(later)
+            first.append(view)
+    compile_layout([], views)  # where two of one name are one view
+    return compile_layout([], first).extended(later.values())
 
 
 def rows_at(rows: FeatureRows, at: Ints) -> FeatureRows:

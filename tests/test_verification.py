@@ -185,7 +185,11 @@ def test_versions_that_declare_a_view_otherwise_are_verified_side_by_side(tmp_pa
     world.loaded["user"], world.versions["user"] = LoadedModel(model, LAYOUT, tmp_path), version
     world.score("user", [{"user": 2}])
     world.lay_out()
-    assert world.verify().models == {"user@1": Counts(equal=2), "user@2": Counts(equal=1)}
+    scores = [one for table in world.tables for one in table.to_pylist()]
+    for order in (scores, scores[::-1]):
+        served = [{**one, "served_ms": place} for place, one in enumerate(order)]
+        found = world.verify([pa.Table.from_pylist(served, schema=SCHEMA)])
+        assert found.models == {"user@1": Counts(equal=2), "user@2": Counts(equal=1)}
 
 
 WIDE = """
