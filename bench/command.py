@@ -31,6 +31,7 @@ SCENARIOS = {
     "soak": "memory and latency over many minutes of mixed load",
     "store": "the feature store by itself",
     "faults": "kills while events are written",
+    "parity": "scores that were served, computed again from the past",
     "recovery": "how long a killed shard takes to be back",
 }
 ALIASES = {"scale-users": "users", "scale-models": "models"}

@@ -300,8 +300,9 @@ def _check(options: argparse.Namespace, config: Config, origins: dict[str, str])
 
 
 def _export(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
-    from millpond.cluster.packs.commands import export_command, names_of, time_of
+    from millpond.cluster.packs.commands import export_command, names_of
     from millpond.cluster.packs.export import What
+    from millpond.cluster.times import time_of
 
     what = What(
         since_ms=time_of("--since", options.since),
@@ -344,9 +345,13 @@ def _print_each(values: dict[str, Any], as_json: bool) -> None:
 
 
 def _verify(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
-    from millpond.cluster.verify import moment_ms, print_verification, verify_cluster
+    from millpond.cluster.cluster import running
+    from millpond.cluster.times import time_of
+    from millpond.cluster.verify import print_verification, verify_cluster
 
-    since_ms = None if options.since is None else moment_ms(options.since, "--since")
+    since_ms = time_of("--since", options.since)
+    if running(config.directory) is not None:
+        os.nice(19)  # it comes first
     found = verify_cluster(config, options.model, options.model_version, since_ms=since_ms, limit=options.limit)
     if options.json:
         print(json.dumps(found.as_json()))
@@ -359,13 +364,13 @@ def _explain(options: argparse.Namespace, config: Config, origins: dict[str, str
     import msgspec
 
     from millpond.cluster.explain import explain_score, key_of, print_explanation
-    from millpond.cluster.verify import moment_ms
+    from millpond.cluster.times import time_of
 
     told = explain_score(
         config,
         options.model,
         key_of(options.rest, options.key),
-        at_ms=None if options.at is None else moment_ms(options.at, "--at"),
+        at_ms=time_of("--at", options.at),
         version=options.model_version,
         events_max=options.events,
     )

@@ -1,15 +1,12 @@
 """`millpond verify`: logged scores of a cluster, running or stopped, computed again from its past and compared.
 
-Also the gate of `millpond promote --verified`. Beside a running cluster it takes what processor time nobody else wants.
+Also the gate of `millpond promote --verified`.
 """
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
@@ -18,18 +15,16 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from millpond.cluster.cluster import running
 from millpond.cluster.config import Config
-from millpond.feature_actors.errors import BadRequest, Unavailable
+from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.log.part import DAY_MS
 from millpond.feature_actors.past import Past
-from millpond.feature_actors.windows import parse_length_ms
 from millpond.models.registry import Registry
 from millpond.models.rollout import Rollout, RolloutRefused
 from millpond.models.score_log import SCHEMA, read_scores
 from millpond.models.verification import CHUNK, Counts, Verification, verify
 
-__all__ = ["VERIFIED_MIN", "check_verified", "moment_ms", "past_of", "print_verification", "verify_cluster"]
+__all__ = ["VERIFIED_MIN", "check_verified", "past_of", "print_verification", "verify_cluster"]
 
 #: So many scores of a version have to be equal for it to be verified.
 VERIFIED_MIN = 100
@@ -50,8 +45,6 @@ def verify_cluster(
     past = past_of(config)
     assert past.history_uri is not None
     scores = read_scores(past.history_uri, model=model, version=version, since_ms=since_ms, newest_first=True)
-    if running(config.directory) is not None:
-        os.nice(19)
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("verify"), MofNCompleteColumn(), TextColumn("scores"), TimeElapsedColumn())
     with (
@@ -125,24 +118,6 @@ def check_verified(config: Config, rollout: Rollout | None, model: str, version:
             "nothing has been changed"
         )
     return version
-
-
-def moment_ms(text: str, flag: str) -> int:
-    """Return a time given as ISO 8601 with a zone, as milliseconds, or as how long ago it was, such as `24h`."""
-    if (ago_ms := parse_length_ms(text)) is not None:
-        return time.time_ns() // 1_000_000 - ago_ms
-    if text.isascii() and text.isdigit() and len(text) <= 15:
-        return int(text)
-    try:
-        moment = datetime.fromisoformat(text)
-        if moment.tzinfo is not None:
-            return round(moment.timestamp() * 1_000)
-    except ValueError:
-        pass
-    raise BadRequest(
-        f"{flag}: got {text!r:.80}; expected a time such as `2026-01-31T12:00:00Z`, milliseconds since 1970, or how "
-        "long ago, such as `24h`"
-    )
 
 
 def print_verification(found: Verification) -> None:

@@ -41,6 +41,7 @@ __all__ = [
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+Key = tuple[str, ...]
 
 #: In place of an offset: the row had no event yet; the part is not asked for.
 NO_EVENT, NOT_ASKED = -1, -2
@@ -277,35 +278,35 @@ class _Events:
         if len(batches) > 1:
             batch = pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
         sizes = [one.num_rows for one in batches]
-        bits, chosen = np.zeros(batch.num_rows, np.uint32), np.zeros(batch.num_rows, np.bool_)
-        hashes = {}
-        for number, (table, keys) in enumerate(wanted.items()):
-            mine = np.concatenate([_applied(record, table) for _, record in records])
-            hashes[table] = hash_columns([batch.column(field) for field in table.key], batch.num_rows)[:, 0].view(
-                np.int64
-            )
-            mine &= keys[np.searchsorted(keys[:-1], hashes[table])] == hashes[table]
+        bits = np.zeros(batch.num_rows, np.uint32)
+        hashes: dict[Key, Ints] = {}
+        routes = tuple(dict.fromkeys(table.key for table in wanted))  # an added table goes by the route of its key
+        for number, key in enumerate(routes):
+            keys = np.unique(np.concatenate([of for table, of in wanted.items() if table.key == key]))
+            mine = np.concatenate([_applied(record, key) for _, record in records])
+            columns = [batch.column(field) for field in key]
+            hashes[key] = hash_columns(columns, batch.num_rows)[:, 0].view(np.int64)
+            mine &= keys[np.searchsorted(keys[:-1], hashes[key])] == hashes[key]
             bits[mine] |= np.uint32(2 << number)
-            chosen |= mine
-        rows = np.flatnonzero(chosen)
+        rows = np.flatnonzero(bits)
         self.n = len(rows)
         self.offsets: Ints = np.repeat([offset for offset, _ in records], sizes)[rows]
         self.record = EventsRecord(
-            name, source.version, NO_CLOCK, tuple(table.key for table in wanted),
+            name, source.version, NO_CLOCK, routes,
             np.concatenate([record.arrivals for _, record in records])[rows], bits[rows], batch.take(pa.array(rows)),
         )  # fmt: skip
         #: By table: its events, int64 [k], and the low halves of their keys' hashes.
         self.of_table: dict[Table, tuple[Ints, Ints]] = {}
-        for number, table in enumerate(wanted):
-            at = np.flatnonzero(bits[rows] & np.uint32(2 << number))
-            self.of_table[table] = at, hashes[table][rows[at]]
+        for table in wanted:
+            at = np.flatnonzero(bits[rows] & np.uint32(2 << routes.index(table.key)))
+            self.of_table[table] = at, hashes[table.key][rows[at]]
 
 
-def _applied(record: EventsRecord, table: Table) -> Bools:
-    """Return which events of a record were applied to a table, bool [n]."""
-    if table.key not in record.tables:
+def _applied(record: EventsRecord, key: Key) -> Bools:
+    """Return which events of a record were applied to the table of a key, bool [n]."""
+    if key not in record.tables:
         return np.zeros(len(record.routes), np.bool_)
-    return (record.routes & np.uint32(2 << record.tables.index(table.key))).astype(np.bool_)
+    return (record.routes & np.uint32(2 << record.tables.index(key))).astype(np.bool_)
 
 
 class _Span(NamedTuple):
@@ -409,7 +410,7 @@ def events_of(
                 continue
             events = _Events(layout, records, of_source)
             for table, (at, los) in events.of_table.items():
-                for lo in np.unique(los).tolist():
+                for lo in wanted[table] & set(los.tolist()):
                     rows = at[los == lo]
                     parts[table.number, lo].append(
                         EntityEvents(

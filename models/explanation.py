@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from millpond.feature_actors.errors import MillpondError, error_to_wire
-from millpond.feature_actors.layout import Layout, compile_layout
+from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.log.part import DAY_MS
 from millpond.feature_actors.past import Past
 from millpond.feature_actors.plan import FeatureRows, ReadPlan
@@ -38,7 +38,7 @@ from millpond.feature_actors.windows import exact_past_ms
 from millpond.models.model import LoadedModel
 from millpond.models.registry import Registry
 from millpond.models.score_log import read_scores
-from millpond.models.score_rows import ScoreRows
+from millpond.models.score_rows import ScoreRows, added_views, layout_with
 
 __all__ = ["ExplainRequest", "explain", "explained", "logged_score", "seen_by"]
 
@@ -70,7 +70,8 @@ def explain(
     """
     known = registry.version(model, version)
     (declared,) = (m for m in registry.definition(known).declared().models if m.name == model)
-    layout = compile_layout([], {f.view.name: f.view for f in (*declared.features, *declared.reads)}.values())
+    added = () if served is None else added_views(served)[0]
+    layout = layout_with({f.view.name: f.view for f in (*declared.features, *declared.reads)}.values(), added)
     loaded = LoadedModel(replace(declared, version=version), layout, registry.artifacts_dir(known))
     plan = loaded.plan
     keys = plan.key_columns([key], batch=False)
@@ -232,8 +233,8 @@ def _copy(rows: FeatureRows) -> FeatureRows:
 
 
 class ExplainRequest(msgspec.Struct):
-    """What to explain. served: the score, as an Arrow IPC stream. at_ms, without it: of the newest logged one by then,
-    by `version` if `only_version`; if there is none, of the one that there would have been."""
+    """What to explain. served: the score, as an Arrow IPC stream. Without it, at_ms says of when: the newest score that
+    was logged up to then, by `version` if `only_version`; if there is none, the one that there would have been."""
 
     directory: str
     history_uri: str

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,10 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from millpond.feature_actors.errors import MillpondError
+from millpond.feature_actors.layout import Layout, compile_layout
 from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.feature_actors.recall import RowReads
+from millpond.feature_actors.view import FeatureView
 
-__all__ = ["Agreement", "CannotRead", "ScoreRows", "rows_at"]
+__all__ = ["Agreement", "CannotRead", "ScoreRows", "added_views", "layout_with", "rows_at"]
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -60,7 +64,8 @@ class ScoreRows:
             pc.all(pc.equal(pc.list_value_length(lists), length)).as_py()
             for lists, length in ((features, width), (read, parts))
         )
-        if not fits or tables.to_pylist() != [table.name for table in plan.program.tables] * n:
+        names = [name.partition("] ")[0].removesuffix("]") for name in tables.to_pylist()]
+        if not fits or names != [table.name.partition("] ")[0].removesuffix("]") for table in plan.program.tables] * n:
             raise CannotRead("it was logged with other features or tables than its version reads")
         keys = [_decode(text) for text in scores["key"].to_pylist()]
         texts = [_decode(text) for text in scores["texts"].to_pylist()]
@@ -132,6 +137,31 @@ class ScoreRows:
         for number, feature in enumerate(self.plan.features):
             views[:, names.index(feature.view.name)] &= features[:, number]
         return Agreement(features, known, views)
+
+
+def added_views(scores: pa.Table) -> list[tuple[str, ...]]:
+    """Return of each score which of its views had come while the cluster ran: those have tables of their own, which
+    are named after them."""
+    read = scores["rows"].combine_chunks()
+    names = [name.partition("] ")[2] for name in pc.struct_field(read.flatten(), "table").to_pylist()]
+    ends = np.cumsum([0, *pc.list_value_length(read).to_pylist()]).tolist()
+    return [tuple(filter(None, names[a:b])) for a, b in itertools.pairwise(ends)]
+
+
+def layout_with(views: Collection[FeatureView], added: Collection[str]) -> Layout:
+    """Compile views as a cluster has them to which those of the names `added` came while it ran.
+
+    Raises `DeclarationError` if they cannot stand side by side.
+    """
+    first: list[FeatureView] = []
+    later: dict[str, FeatureView] = {}
+    for view in sorted(views, key=lambda view: view.name in added):
+        if view.name in added and any(one.source == view.source and one.key == view.key for one in first):
+            later.setdefault(view.name, view)
+        else:
+            first.append(view)
+    compile_layout([], views)  # where two of one name are one view
+    return compile_layout([], first).extended(later.values())
 
 
 def rows_at(rows: FeatureRows, at: Ints) -> FeatureRows:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from millpond.feature_actors.errors import DeclarationError, MillpondError
-from millpond.feature_actors.layout import Layout, compile_layout
+from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.log.folder import Folder
 from millpond.feature_actors.log.part import DAY_MS, expired
 from millpond.feature_actors.past import Past
@@ -34,18 +34,18 @@ from millpond.feature_actors.recall import GONE, LATER, NOT_ASKED, Recalled, Row
 from millpond.feature_actors.view import FeatureView
 from millpond.models.model import LoadedModel, Model
 from millpond.models.registry import Registry, VersionRetired
-from millpond.models.score_rows import Agreement, CannotRead, ScoreRows, rows_at
+from millpond.models.score_rows import Agreement, CannotRead, ScoreRows, added_views, layout_with, rows_at
 
 __all__ = ["CHUNK", "Counts", "ScoreDifference", "Verification", "verify"]
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
-#: Model, version and digest.
-Id = tuple[str, str, str]
+#: Model, version and digest, and which of its views had come while the cluster ran.
+Id = tuple[str, str, str, tuple[str, ...]]
 Told = Callable[[int, str], None]
 
 #: So many scores are held, and recalled in one go through the past: it is gone through once for each.
-CHUNK = 100_000
+CHUNK = 50_000
 _PREDICT_ROWS = 1_024
 _TRIES_MAX = 1 << 20
 _EVENTS_SHOWN = 3
@@ -139,18 +139,22 @@ class _Views:
 
     def __init__(self) -> None:
         self._views: dict[str, FeatureView] = {}
+        self._added: set[str] = set()
         self._layout: Layout | None = None
         self.models: dict[Id, tuple[Model, Any]] = {}
 
     def take(self, one: Id, model: Model, artifacts: Any) -> bool:
         """Take a model in, if its views can stand beside these."""
         own = {f.view.name: f.view for f in (*model.features, *model.reads)}
+        if any((name in one[3]) != (name in self._added) for name in own if name in self._views):
+            return False
         if any(_content(view) != _content(self._views.get(name)) for name, view in own.items()):
+            views, added = [*self._views.values(), *own.values()], {*self._added, *one[3]}
             try:
-                self._layout = compile_layout([], [*self._views.values(), *own.values()])
+                self._layout = layout_with(views, added)
             except DeclarationError:
                 return False
-            self._views |= own
+            self._views, self._added = {**self._views, **own}, added
         self.models[one] = model, artifacts
         return True
 
@@ -277,7 +281,8 @@ class _Verifier:
     def verify(self, scores: pa.Table) -> None:
         """Verify some scores, as the module says."""
         rows: dict[Id, list[int]] = defaultdict(list)
-        ids = zip(*(scores[name].to_pylist() for name in ("model", "version", "digest")), strict=True)
+        columns = [scores[name].to_pylist() for name in ("model", "version", "digest")]
+        ids: Iterable[Id] = zip(*columns, added_views(scores), strict=True)
         for i, one in enumerate(ids):
             rows[one].append(i)
         of_version = {one: scores.take(pa.array(of)) for one, of in rows.items()}
@@ -314,7 +319,7 @@ class _Verifier:
         return groups
 
     def _declared(self, one: Id) -> tuple[Model, Any]:
-        name, version, digest = one
+        name, version, digest, _ = one
         known = self._registry.version(name, version)
         if known.digest != digest:
             raise MillpondError("its version has another content in the registry than the one that served")

@@ -192,7 +192,7 @@ def test_the_command(world: VerifiedWorld, capsys: pytest.CaptureFixture[str]) -
         (["nobody", "--user", "1"], "no model `nobody`"),
         (["both", "--user", "1"], "model `both`: no version of it is live; name one with --model-version"),
         (["user", "--key", "[]"], "--key: got '[]'; expected an id as a JSON object"),
-        (["user", "--user", "1", "--at", "noon"], "--at: got 'noon'; expected a time such as"),
+        (["user", "--user", "1", "--at", "noon"], "--at: got 'noon'; a time is ISO 8601"),
         (["user", "--user", "1", "--history", "off"], "keeps no history (setting `history`)"),
     ],
 )

@@ -25,11 +25,12 @@ from hypothesis import strategies as st
 from millpond.cluster.cli import main
 from millpond.cluster.packs import export as exporting
 from millpond.cluster.packs import replay as replaying
-from millpond.cluster.packs.commands import names_of, time_of
+from millpond.cluster.packs.commands import names_of
 from millpond.cluster.packs.export import What, export_pack
 from millpond.cluster.packs.masking import Mask
 from millpond.cluster.packs.pack import Pack, PackDamaged, checksum_of
 from millpond.cluster.packs.replay import Pace, ReplayFailed, replay, speed_of
+from millpond.cluster.times import time_of
 from millpond.deployments import Ack, Client
 from millpond.deployments.score import ScoreApp, ScoreLimits
 from millpond.feature_actors.clock import EventClock, ManualClock

@@ -98,7 +98,7 @@ class VerifiedWorld:
 
         before = FeatureRows(rows.matrix.copy(), rows.as_of, rows.unknown, rows.texts, rows.trace)
         results = loaded.predict(rows, keys, read)
-        scorer = Scorer(name, "1", self.versions[name].digest, role)
+        scorer = Scorer(name, self.versions[name].version, self.versions[name].digest, role)
         first = sum(map(len, self.tables))
         ids = [str(first + i) for i in range(n)]
         self.tables.append(

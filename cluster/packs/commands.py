@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +23,10 @@ from millpond.feature_actors.errors import BadRequest
 from millpond.feature_actors.past import Past
 from millpond.models.definition import Definition
 
-__all__ = ["export_command", "names_of", "replay_command", "time_of"]
+__all__ = ["export_command", "names_of", "replay_command"]
 
 #: A cluster that is being started or recovers is waited for so long.
 _RETRY_S = 120.0
-
-
-def time_of(option: str, text: str | None) -> int | None:
-    """Return a time in milliseconds: ISO 8601, of UTC unless it says another zone, or milliseconds since the epoch.
-
-    >>> time_of("--since", "2024-01-01"), time_of("--since", "1704067200000")
-    (1704067200000, 1704067200000)
-    """
-    if text is None:
-        return None
-    if text.isascii() and text.isdigit():
-        return int(text)
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise BadRequest(f"{option}: got {text!r}; a time is ISO 8601, or milliseconds since the epoch") from None
-    return round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1_000)
 
 
 def names_of(texts: Sequence[str]) -> tuple[str, ...]:

@@ -35,6 +35,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         shards=3,
         clock="event",
         draining_period_s=0,
+        score_log_share=1.0,
+        score_log_flush_s=0.2,
     )
     before = set(shared_memory())
     cluster = Cluster(config, [Definition("apps.py", DEFINITION)])

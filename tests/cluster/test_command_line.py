@@ -46,7 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, flights: Flights) -> Path:
     folder = tmp_path_factory.mktemp("terminal")
     (folder / "apps.py").write_text(DEFINITION)
     (folder / "millpond.toml").write_text(
-        'name = "told"\nport = 0\nshards = 2\nclock = "event"\ndraining_period_s = 0\n'
+        'name = "told"\nport = 0\nshards = 2\nclock = "event"\ndraining_period_s = 0\nscore_log_share = 1.0\n'
+        "score_log_flush_s = 3_600.0\n"  # what is logged is written at a clean stop
     )
     (folder / "trained").mkdir()
     past = flights.between("2013-02-01", DAY)
@@ -193,13 +194,23 @@ class TestUpOnServesProxy(ServedContract):
             message = f"millpond: no cluster `told` runs on {served.directory}; start one with `millpond up`\n"
             assert (done.returncode, done.stdout, done.stderr) == (1, "", message)
 
+    def test_what_was_served_until_the_stop_is_logged_and_verified(self, up: Up, folder: Path) -> None:
+        assert up.process.poll() == 0
+        done = run(folder, "verify", "--json")
+        assert (done.returncode, done.stderr) == (0, "")
+        found = json.loads(done.stdout)
+        assert (found["scores"]["different"], found["why_missing"]) == (0, {})
+        # Of the users of the killed shard alone: before, while it was away, and after.
+        assert found["models"]["churn@3"]["equal"] >= 3 * 60
+
 
 @pytest.fixture(scope="module")
 def replayed(up: Up, folder: Path) -> Iterator[Up]:
     """Another cluster, with a data directory of its own: the clock of the first is at its newest event."""
     assert up.process.poll() == 0, "the first run has been stopped"
     up = Up(
-        folder, "apps.py", str(Path(example.__file__)), "--artifacts", "trained", "--proxy", "haproxy", "--name", "replay"
+        folder, "apps.py", str(Path(example.__file__)), "--artifacts", "trained", "--proxy", "haproxy", "--name", "replay",
+        "--score-log-flush-s", "0.1",
     )  # fmt: skip
     yield up
     up.end()
@@ -268,6 +279,22 @@ class TestUpAgain:
         assert np.std(results) > 0.01
         tampered = [{**answers[0], "result": np.nextafter(answers[0]["result"], 1)}, *answers[1:]]
         assert parity(tampered, example.flight_delay, offline, results) == len(answers) - 1
+
+    def test_every_score_of_the_day_is_verified_while_the_cluster_runs(
+        self, day_answers: list[dict[str, Any]], folder: Path
+    ) -> None:
+        n = len(day_answers)
+
+        def logged() -> bool:
+            return json.loads(run(folder, "status", "--json", "--name", "replay").stdout)["score_log"]["written"] == n
+
+        until(logged, "the scores to be logged")
+        done = run(folder, "verify", "--json", "--name", "replay")
+        assert (done.returncode, done.stderr) == (0, "")
+        found = json.loads(done.stdout)
+        assert found["scores"] == {"equal": n, "different": 0, "missing": 0}
+        assert set(found["views"]) == {f.view.name for f in example.flight_delay.features}
+        assert {counts["equal"] for counts in found["views"].values()} == {n}
 
     def test_the_same_data_directory_opens_again(self, up_again: Up, folder: Path) -> None:
         directory = folder / ".millpond" / "told"
