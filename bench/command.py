@@ -32,6 +32,7 @@ SCENARIOS = {
     "store": "the feature store by itself",
     "faults": "kills while events are written",
     "recovery": "how long a killed shard takes to be back",
+    "trainset": "training sets from the past of a cluster: rows a second, and memory",
 }
 ALIASES = {"scale-users": "users", "scale-models": "models"}
 
