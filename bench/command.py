@@ -33,6 +33,7 @@ SCENARIOS = {
     "faults": "kills while events are written",
     "parity": "scores that were served, computed again from the past",
     "recovery": "how long a killed shard takes to be back",
+    "trainset": "training sets from the past of a cluster: rows a second, and memory",
 }
 ALIASES = {"scale-users": "users", "scale-models": "models"}
 

@@ -104,6 +104,22 @@ def _parser() -> argparse.ArgumentParser:
     features = command("features", _features, "Show the views of a definition file, and what they take of memory.")
     features.add_argument("file", type=Path, metavar="FILE.py")
     features.add_argument("--json", action="store_true", help="print it as JSON")
+    train = command("train-set", _train_set, "For each label the features that the cluster would have served at its "
+                    "time: Parquet in, the same with features beside out.")  # fmt: skip
+    train.add_argument("file", type=Path, metavar="FILE.py")
+    train.add_argument("--model", metavar="NAME", help="whose features (default: the one model of the file)")
+    train.add_argument("--labels", type=Path, required=True, metavar="FILE.parquet",
+                       help="ids, the time of each, and any other columns")  # fmt: skip
+    train.add_argument("-o", "--out", type=Path, required=True, metavar="FILE.parquet")
+    train.add_argument("--as-of", default="as_of", metavar="COLUMN", help="the labels' time (default: as_of)")
+    train.add_argument("--knowledge", choices=["event-time", "arrival"], default="event-time",
+                       help="a label knows what had happened by its time (default), or what had arrived")  # fmt: skip
+    train.add_argument("--events", action="append", default=[], metavar="SOURCE=FILE.parquet",
+                       help="raw events, for each source, instead of those of the cluster")  # fmt: skip
+    train.add_argument("--incomplete", action="store_true",
+                       help="take labels, too, that look back to what retention has deleted")  # fmt: skip
+    train.add_argument("--threads", type=int, metavar="N", help="computed by so many (default: one for each core)")
+    train.add_argument("--json", action="store_true", help="print where it comes from as JSON")
     status = command("status", _status, "Show what the running cluster holds.")
     status.add_argument("--json", action="store_true", help="print it as JSON")
     command("down", _down, "Stop the running cluster cleanly.")
@@ -255,6 +271,30 @@ def _features(options: argparse.Namespace, config: Config, origins: dict[str, st
         print(json.dumps([asdict(view) for view in views]))
     else:
         print_views(views)
+    return 0
+
+
+def _train_set(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    from millpond.cluster.train_set import make_training_set, summary
+
+    # So that a file that is half-written is cleared away.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    made = make_training_set(
+        config,
+        options.file,
+        model=options.model,
+        labels=options.labels,
+        out=options.out,
+        events=options.events,
+        as_of=options.as_of,
+        knowledge=options.knowledge,
+        incomplete=options.incomplete,
+        threads=options.threads,
+    )
+    if options.json:
+        print(json.dumps(made))
+    else:
+        print(f"{options.out}: {summary(made)}")
     return 0
 
 

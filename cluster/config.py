@@ -21,7 +21,7 @@ from millpond.feature_actors.windows import parse_length_ms
 __all__ = ["Config", "ConfigError", "load_config"]
 
 #: Variables of ours that are not settings of a cluster.
-_OTHER_VARIABLES = frozenset({"MILLPOND_DATASETS", "MILLPOND_EXAMPLES"})
+_OTHER_VARIABLES = frozenset({"MILLPOND_DATASETS", "MILLPOND_EXAMPLES", "MILLPOND_PARITY"})
 
 
 class ConfigError(MillpondError):

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import pyarrow as pa
 
-from millpond.feature_actors.errors import DeclarationError
+from millpond.feature_actors.errors import DeclarationError, NotFound, did_you_mean
 from millpond.feature_actors.manifest import ManifestError, write_json
 from millpond.feature_actors.source import FIELD_TYPES, Field, Source
 
@@ -109,6 +109,20 @@ class DeclaredSources:
                 "source `%s` is not declared any more; its events stay, and are read again when it is declared", name
             )
         return kept | declared
+
+    def check_readable(self, sources: Iterable[Source]) -> None:
+        """Raise unless the events of these sources that the directory has can be read as they are declared here.
+
+        Raises `DeclarationError`, and `NotFound` for a source that it has never had.
+        """
+        for source in sources:
+            if source.name in self.sources:
+                _check_change(source.name, self.sources[source.name], DeclaredSource.of(source))
+            elif self.sources:
+                raise NotFound(
+                    f"source `{source.name}` is not of the cluster in `{self._path.parent}`"
+                    + did_you_mean(source.name, self.sources)
+                )
 
     def keep(self, sources: Mapping[str, DeclaredSource]) -> None:
         """Write down what `check` has returned."""

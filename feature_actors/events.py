@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from millpond.feature_actors.keys import Hashes
 
-__all__ = ["ELSEWHERE", "Events", "Receipt"]
+__all__ = ["ELSEWHERE", "Events", "PastEvents", "Receipt"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -62,6 +62,21 @@ class Events:
             np.concatenate([self.arrivals[rows], clock]),
             self.received_ms,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class PastEvents:
+    """n events of one source, in the order in which they became known: what a join applies while it is asked.
+
+    batch: rows of the source's schema, or of the part of it that is needed. known int64 [n], ascending: who asks as of
+    then or later sees the event. arrivals int64 [n]: stamps. routes uint32 [n]: bit t says that the event goes to the
+    table at place t of `Layout.tables_of`.
+    """
+
+    batch: pa.RecordBatch
+    known: Ints
+    arrivals: Ints
+    routes: npt.NDArray[np.uint32]
 
 
 class Receipt(NamedTuple):

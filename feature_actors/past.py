@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 from millpond.feature_actors.durable import applied_records
 from millpond.feature_actors.errors import Unavailable
+from millpond.feature_actors.log.folder import Folder
 from millpond.feature_actors.log.history import History
 from millpond.feature_actors.log.history_reader import read_history
+from millpond.feature_actors.log.part import DAY_MS, Expired, expired, parts_of
 from millpond.feature_actors.log.reader import LogReader
 from millpond.feature_actors.log.record import EventsRecord, OfferRecord
 from millpond.feature_actors.manifest import Manifest, shard_dir
@@ -30,10 +33,29 @@ class Past:
     def __init__(self, directory: Path, history_uri: str | None) -> None:
         self.directory, self.history_uri = directory, history_uri
         self.manifest = Manifest.read(directory)
+        self._folder = Folder(history_uri) if history_uri else None
         #: How many shards have a past.
         self.shards = self.manifest.log_shards
         if not self.shards:
             raise Unavailable(f'past: `{directory}` holds no log; a cluster with `durability = "none"` has no past')
+
+    def since_ms(self, source: str) -> int | None:
+        """Return the arrival stamp from which on all events of a source are there; None if all are that ever were.
+
+        Retention deletes the oldest dates, and a history that was begun late lacks what was before it.
+        Raises `HistoryDamaged`, `HistoryUnavailable`.
+        """
+        if self._folder is None:
+            return None  # `records` refuses a log that does not begin at its beginning
+        since = []
+        if (before_day := expired(self._folder, source).before_day) > Expired().before_day:
+            since.append(before_day * DAY_MS)
+        for shard in range(self.shards):
+            parts = parts_of(self._folder, shard)
+            if parts and parts[0].from_offset:
+                assert self.history_uri is not None
+                since += [record.received_ms for _, record in islice(read_history(self.history_uri, shard), 1)]
+        return max(since, default=None)
 
     def records(self, shard: int, from_offset: int = 0) -> Iterator[tuple[int, EventsRecord]]:
         """Yield what a shard has applied, and what was new at its home there, at the offsets of its log.

@@ -140,7 +140,9 @@ class ReadPlan:
         read: dict[str, Feature] = {}
         for feature in features:
             _add_kept_for(feature, read, set())
-        self.program = layout.plan_program(list(read.values()))
+        #: What is read of the shards: the features themselves, and what those that are derived are computed from.
+        self.kept = tuple(read.values())
+        self.program = layout.plan_program(list(self.kept))
         ends = np.cumsum([0, *(f.width for f in read.values())]).tolist()
         self._columns = {name: slice(a, b) for name, a, b in zip(read, ends, ends[1:], strict=False)}
         #: Whether what is read is the matrix, as it is.

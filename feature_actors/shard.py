@@ -38,7 +38,7 @@ import pyarrow.compute as pc
 from millpond.feature_actors.dedupe import DUPLICATE, NEW, IdFilter, IdMemory
 from millpond.feature_actors.deliveries import Deliveries
 from millpond.feature_actors.errors import Unavailable
-from millpond.feature_actors.events import ELSEWHERE, Events, Receipt
+from millpond.feature_actors.events import ELSEWHERE, Events, PastEvents, Receipt
 from millpond.feature_actors.keys import Hashes, hash_columns, owned, slots_of
 from millpond.feature_actors.layout import Layout, Table
 from millpond.feature_actors.log.record import EventsRecord, HomeRecord, OfferRecord, TakeRecord
@@ -720,36 +720,38 @@ class Shard:
         """
         return self._reader.read(question)
 
-    def join(
-        self, question: Question, events: Mapping[str, tuple[pa.RecordBatch, Ints]], answer: Answer | None = None
-    ) -> Answer:
-        """Answer a question while the events come in: the point-in-time join of a training set.
+    def join(self, question: Question, events: Mapping[str, PastEvents], answer: Answer) -> None:
+        """Answer a question while events come in: a piece of the point-in-time join of a training set.
 
-        question.as_of: int64 [n], ascending. events: per source a batch in ascending event time and
-        its arrival stamps. Row i is read when every event up to as_of[i] is applied and none after.
-        The state is left as after all the events. answer: where other shards have put their part already.
+        question.clock: int64 [n], ascending. Row i is read, as of question.as_of[i], when every event known up to
+        clock[i] is applied and none after. events: by source, for every source. answer: made for the question, gets
+        what is this shard's. The state is left as after all the events; the next piece is of what is known later.
+        Raises `MemoryFull`.
         """
         assert question.as_of is not None
-        answer, program = answer or Answer.empty(question), question.program
-        base = self.next_offset << SEQUENCE_ROW_BITS
+        program, base = question.program, self.next_offset << SEQUENCE_ROW_BITS
         self.next_offset += 1
-        for name, (batch, arrivals) in events.items():
-            times, prepared = self._times(name, batch), Prepared(0)
-            for route in self._routes(prepared, name, batch, arrivals):
-                rows = route.rows
+        for name, past in events.items():
+            times, prepared = self._times(name, past.batch), Prepared(0)
+            for place, route in enumerate(self._routes(prepared, name, past.batch, past.arrivals)):
                 if route.table not in program.tables:
                     continue
+                rows = route.rows[past.routes[route.rows] >> np.uint32(place) & np.uint32(1) != 0]
                 keys = question.hashes[program.keys.index(route.table.key)]
                 asked = np.flatnonzero(self._owned[slots_of(keys.view(np.uint64), self.shard_map.n_slots)])
-                # A stable sort of events before questions: an event at the very as-of is seen.
-                order = np.argsort(np.concatenate([times[rows], question.as_of[asked]]), kind="stable")
+                # A stable sort of events before questions: an event at the very moment is seen.
+                order = np.argsort(np.concatenate([past.known[rows], question.clock[asked]]), kind="stable")
                 steps = np.concatenate([rows, ~asked])[order]
                 self._store.join(
-                    route.table, program, steps, route.hashes, times, owned(arrivals), route.inputs, route.masks, keys,
-                    question.as_of, answer.values, answer.known, base,
+                    route.table, program, steps, route.hashes, times, owned(past.arrivals), route.inputs, route.masks,
+                    keys, question.as_of, answer.values, answer.known, base,
                 )  # fmt: skip
+                self._events[route.table.name] += len(rows)
+            self._store.keep_promise(prepared.promised_words)
+        for past in events.values():  # what they push out of sight is of no question any more
+            if len(past.arrivals):
+                self._store.hear_of(int(past.arrivals.max()), NO_CLOCK)
         self._reader.read_texts(question, answer)
-        return answer
 
     # -- what it holds
 

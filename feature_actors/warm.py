@@ -17,11 +17,12 @@ from millpond.feature_actors.aggregations import Count, Last, Sum
 from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.clock import EventClock
 from millpond.feature_actors.dedupe import DedupeFull
+from millpond.feature_actors.events import PastEvents
 from millpond.feature_actors.image import load_shard, shard_chunks
 from millpond.feature_actors.keys import hash_columns, hash_word
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.log.snapshot import write_snapshot
-from millpond.feature_actors.plan import ReadPlan
+from millpond.feature_actors.plan import Answer, ReadPlan
 from millpond.feature_actors.ports import LocalIngest, LocalRead, complete
 from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.shard_map import ShardMap
@@ -59,7 +60,8 @@ def warm_kernels() -> None:
     hash_word(1, np.empty((1, 1, 2), np.int64))
     as_of = np.full(n, n * 60_000, np.int64)
     question = plan.question({"n": batch["n"], "id": batch["id"]}, n, None, as_of)
-    Shard(layout, shard_map, 0).join(question, {"warm": (batch, as_of)})
+    past = PastEvents(batch, as_of, as_of, np.ones(n, np.uint32))
+    Shard(layout, shard_map, 0).join(question, {"warm": past}, Answer.empty(question))
     with tempfile.TemporaryDirectory(prefix="millpond-warm-") as folder:
         path = write_snapshot(Path(folder), shard_chunks(shard, cluster_id="warm", epoch=0, begin=0))
         load_shard(Shard(layout, shard_map, 0), path, cluster_id="warm")

@@ -28,6 +28,8 @@ from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.log.log import Log, LogFull
 from millpond.feature_actors.log.record import EventsRecord, HomeRecord, OfferRecord, TakeRecord
 from millpond.feature_actors.log.snapshot import Chunk, SnapshotWriter, remove_old_snapshots
+from millpond.feature_actors.manifest import Manifest
+from millpond.feature_actors.past import Past
 from millpond.feature_actors.ports import LocalRead, complete
 from millpond.feature_actors.shard import Prepared, Shard
 from millpond.feature_actors.shard_map import ShardMap
@@ -301,6 +303,16 @@ class DurableCluster:
     def write_history(self, number: int) -> None:
         shard = self.shards[number].shard
         self.shards[number].write_history(shard.next_offset, shard.deliveries.state())
+
+    def past(self) -> Past:
+        """Return the past of the shards, from a directory such as clusters have."""
+        data = self.folder / "data"
+        (data / "shards").mkdir(parents=True)
+        for number, durable in enumerate(self.shards):
+            (data / "shards" / f"{number:03d}").symlink_to(durable.folder)  # type: ignore[attr-defined]
+        manifest = Manifest("dev", "tests", self.shard_map.n_slots, 5, log_shards=len(self.shards))
+        manifest.write(data)
+        return Past(data, self._history)
 
     def _note(self, number: int) -> None:
         """Note which events are in the log of their home: later it may have been truncated."""

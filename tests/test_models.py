@@ -409,7 +409,7 @@ def same(one: Any, two: Any) -> bool:
 def test_a_training_set_is_what_the_cluster_would_have_served() -> None:
     """Serving == training: the same events and reads in the order of time, live, give the same bits."""
     events, labels = world()
-    rows = training_set(EVERY_KIND, {"purchases": events}, labels)
+    rows = training_set(EVERY_KIND, labels, {"purchases": events})
     shard_map = ShardMap.even(16, 3)
     layout = compile_layout([], [*VIEWS, taste])
     shards = [Shard(layout, shard_map, i) for i in range(3)]
@@ -436,23 +436,23 @@ def test_a_training_set_is_what_the_cluster_would_have_served() -> None:
 def test_a_label_sees_the_event_at_its_very_time_and_none_after() -> None:
     events = pa.Table.from_pylist([purchase("a", 1, 5.0, NOW), purchase("b", 1, 7.0, NOW + 1)], schema=purchases.schema)
     labels = pa.table({"user_id": [1, 1, 1], "as_of": pa.array([NOW - 1, NOW, NOW + 1], pa.timestamp("ms", "UTC"))})
-    rows = training_set(list(user_spend), {"purchases": events}, labels)
+    rows = training_set(list(user_spend), labels, {"purchases": events})
     np.testing.assert_array_equal(rows.matrix, [[0, 0, np.nan, np.nan], [1, 5, 5, 0], [2, 12, 7, 0]])
     assert rows.unknown == [["user_spend"], [], []]
 
 
 def test_the_number_of_shards_changes_nothing() -> None:
     events, labels = world()
-    one = training_set(EVERY_KIND, {"purchases": events}, labels)
+    one = training_set(EVERY_KIND, labels, {"purchases": events})
     for n_shards in (2, 3, 64):
-        assert same(one, training_set(EVERY_KIND, {"purchases": events}, labels, n_shards=n_shards))
+        assert same(one, training_set(EVERY_KIND, labels, {"purchases": events}, n_shards=n_shards))
 
 
 def test_the_order_of_the_labels_changes_nothing() -> None:
     events, labels = world()
-    one = training_set(EVERY_KIND, {"purchases": events}, labels)
+    one = training_set(EVERY_KIND, labels, {"purchases": events})
     order = np.random.default_rng(0).permutation(len(labels))
-    other = training_set(EVERY_KIND, {"purchases": events}, labels.take(pa.array(order)))
+    other = training_set(EVERY_KIND, labels.take(pa.array(order)), {"purchases": events})
     assert other.matrix.tobytes() == one.matrix[order].tobytes()
     assert other.as_of.tolist() == one.as_of[order].tolist()
     assert other.unknown == [one.unknown[i] for i in order]
@@ -460,7 +460,7 @@ def test_the_order_of_the_labels_changes_nothing() -> None:
 
 def test_chunks_types_and_further_columns_change_nothing() -> None:
     events, labels = world()
-    one = training_set(EVERY_KIND, {"purchases": events}, labels)
+    one = training_set(EVERY_KIND, labels, {"purchases": events})
     chunked = pa.concat_tables([events.slice(i, 97) for i in range(0, len(events), 97)])
     wide = labels.set_column(2, "as_of", labels["as_of"].cast(pa.timestamp("us", "UTC"))).append_column(
         "late", labels["user_id"]
@@ -471,7 +471,7 @@ def test_chunks_types_and_further_columns_change_nothing() -> None:
     assert same(
         one,
         training_set(
-            EVERY_KIND, {"purchases": chunked, "unused": labels}, pa.concat_tables([wide.slice(0, 5), wide.slice(5)])
+            EVERY_KIND, pa.concat_tables([wide.slice(0, 5), wide.slice(5)]), {"purchases": chunked, "unused": labels}
         ),
     )
 
@@ -480,14 +480,14 @@ def test_events_that_come_twice_count_once() -> None:
     events, labels = world(100)
     twice = pa.concat_tables([t for i in range(len(events)) for t in [events.slice(i, 1)] * 2])
     assert same(
-        training_set(EVERY_KIND, {"purchases": events}, labels), training_set(EVERY_KIND, {"purchases": twice}, labels)
+        training_set(EVERY_KIND, labels, {"purchases": events}), training_set(EVERY_KIND, labels, {"purchases": twice})
     )
 
 
 def test_no_labels_are_no_rows_and_no_events_are_no_features() -> None:
     events, labels = world(50)
-    assert training_set(FEATURES, {"purchases": events}, labels.slice(0, 0)).matrix.shape == (0, len(FEATURES))
-    rows = training_set(FEATURES, {"purchases": events.slice(0, 0)}, labels)
+    assert training_set(FEATURES, labels.slice(0, 0), {"purchases": events}).matrix.shape == (0, len(FEATURES))
+    rows = training_set(FEATURES, labels, {"purchases": events.slice(0, 0)})
     assert rows.unknown == [["user_spend", "book_sales", "user_book"]] * len(labels)
 
 
@@ -496,30 +496,30 @@ def test_a_missing_column_of_the_labels_is_named(column: str) -> None:
     events, labels = world(10)
     less = labels.drop_columns([column])
     with pytest.raises(BadRequest) as caught:
-        training_set(FEATURES, {"purchases": events}, less)
+        training_set(FEATURES, less, {"purchases": events})
     assert str(caught.value) == f"training set: labels have no column `{column}`; they have {less.column_names}"
 
 
 def test_missing_events_and_missing_fields_are_named() -> None:
     events, labels = world(10)
     with pytest.raises(BadRequest) as caught:
-        training_set(FEATURES, {"purchase": events}, labels)
+        training_set(FEATURES, labels, {"purchase": events})
     assert str(caught.value) == "training set: no events of source `purchases`; given are ['purchase']"
     with pytest.raises(BadRequest) as caught:
-        training_set(FEATURES, {"purchases": events.drop_columns(["price", "gift"])}, labels)
+        training_set(FEATURES, labels, {"purchases": events.drop_columns(["price", "gift"])})
     assert str(caught.value) == (
         "training set: events of `purchases` have no column `price`; they have ['order_id', 'user_id', 'book_id', 'paid_at']"
     )
 
 
-def test_events_that_are_not_in_time_order_are_refused_with_the_first() -> None:
-    events, labels = world(10)
-    swapped = pa.concat_tables([events.slice(0, 3), events.slice(5, 1), events.slice(3, 2)])
-    with pytest.raises(BadRequest) as caught:
-        training_set(FEATURES, {"purchases": swapped}, labels)
-    assert str(caught.value) == (
-        "training set: events of `purchases` are not in time order; sort them by `paid_at` - at `$[4].paid_at`"
-    )
+def test_the_order_of_events_changes_nothing_but_which_of_an_id_and_of_a_millisecond_is_first() -> None:
+    events, labels = world()
+    spread = np.arange(len(events)) * 1_000 + events["paid_at"].cast(pa.int64()).to_numpy()[0]
+    place = events.column_names.index("paid_at")
+    events = events.set_column(place, "paid_at", pa.array(spread, pa.timestamp("ms", "UTC")))
+    one = training_set(EVERY_KIND, labels, {"purchases": events})
+    order = np.random.default_rng(0).permutation(len(events))
+    assert same(one, training_set(EVERY_KIND, labels, {"purchases": events.take(pa.array(order))}))
 
 
 @pytest.mark.parametrize("column", ["user_id", "book_id", "as_of"])
@@ -528,7 +528,7 @@ def test_a_label_without_a_key_or_a_time_is_refused(column: str) -> None:
     holed = labels.to_pylist()
     holed[7][column] = None
     with pytest.raises(BadRequest) as caught:
-        training_set(FEATURES, {"purchases": events}, pa.Table.from_pylist(holed, schema=labels.schema))
+        training_set(FEATURES, pa.Table.from_pylist(holed, schema=labels.schema), {"purchases": events})
     assert str(caught.value) == f"training set: label without `{column}` - at `$[7].{column}`"
 
 
@@ -538,7 +538,7 @@ def test_a_null_in_a_field_of_an_event_that_is_not_optional_is_refused() -> None
     holed[4]["price"] = None
     nullable = pa.schema([f.with_nullable(True) for f in purchases.schema])
     with pytest.raises(BadRequest) as caught:
-        training_set(FEATURES, {"purchases": pa.Table.from_pylist(holed, schema=nullable)}, labels)
+        training_set(FEATURES, labels, {"purchases": pa.Table.from_pylist(holed, schema=nullable)})
     assert str(caught.value) == "event of `purchases`: expected `float64`, got `null` - at `$[4].price`"
 
 
@@ -549,7 +549,7 @@ def test_a_number_of_an_event_that_is_not_finite_is_refused_as_when_served(numbe
     wrong[4]["price"] = number
     shown = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(number)]
     with pytest.raises(BadRequest) as caught:
-        training_set(FEATURES, {"purchases": pa.Table.from_pylist(wrong, schema=purchases.schema)}, labels)
+        training_set(FEATURES, labels, {"purchases": pa.Table.from_pylist(wrong, schema=purchases.schema)})
     assert str(caught.value) == (
         f"event of `purchases`: expected `float64`, got `{shown}`; allowed are finite numbers - at `$[4].price`"
     )
@@ -559,7 +559,7 @@ def test_events_of_another_type_are_refused_as_when_served() -> None:
     events, labels = world(10)
     wrong = events.set_column(1, "user_id", events["user_id"].cast(pa.string()))
     with pytest.raises(BadRequest) as caught:
-        training_set(FEATURES, {"purchases": wrong}, labels)
+        training_set(FEATURES, labels, {"purchases": wrong})
     assert str(caught.value) == "event of `purchases`: expected `int64`, got a column of `string` - at `$[*].user_id`"
 
 
@@ -580,7 +580,7 @@ def test_labels_of_a_wrong_type_are_refused_by_name(column: str, values: pa.Arra
     events, labels = world(10)
     wrong = labels.slice(0, 2).set_column(labels.column_names.index(column), column, values)
     with pytest.raises(BadRequest) as caught:
-        training_set(FEATURES, {"purchases": events}, wrong)
+        training_set(FEATURES, wrong, {"purchases": events})
     assert str(caught.value) == message
 
 
@@ -589,11 +589,11 @@ def test_times_of_labels_in_other_units_and_keys_in_a_dictionary_are_read() -> N
     whole = labels["as_of"].cast(pa.int64()).to_numpy() // 1_000 * 1_000
     labels = labels.set_column(2, "as_of", pa.array(whole, pa.timestamp("ms", "UTC")))
     other = labels.set_column(1, "book_id", labels["book_id"].dictionary_encode())
-    one = training_set(FEATURES, {"purchases": events}, labels)
+    one = training_set(FEATURES, labels, {"purchases": events})
     encoded = events.set_column(2, "book_id", events["book_id"].dictionary_encode())
     for unit, zone in (("s", None), ("us", "Europe/Berlin"), ("ns", "UTC")):
         in_unit = other.set_column(2, "as_of", labels["as_of"].cast(pa.timestamp(unit, zone)))
-        assert same(one, training_set(FEATURES, {"purchases": encoded}, in_unit))
+        assert same(one, training_set(FEATURES, in_unit, {"purchases": encoded}))
 
 
 BETS = Source(
@@ -658,7 +658,7 @@ def test_defaults_duplicates_and_conflicts_are_trained_on_as_they_are_served(abs
         served.append(complete(client.read(plan, keys, len(asked), time)).matrix)
     assert min(duplicates, conflicts) > 20
     schema = pa.schema({"user_id": pa.int64(), "shop": pa.string(), "as_of": pa.timestamp("ms", "UTC")})
-    trained = training_set(features, {"bets": given}, pa.Table.from_pylist(labels, schema=schema))
+    trained = training_set(features, pa.Table.from_pylist(labels, schema=schema), {"bets": given})
     assert trained.matrix.tobytes() == np.concatenate(served).tobytes()
 
 
@@ -670,7 +670,7 @@ def test_an_event_of_a_known_id_is_not_counted_for_another_key() -> None:
     given = pa.Table.from_pylist(log)
     given = given.set_column(3, "at", given["at"].cast(pa.timestamp("ms", "UTC")))
     labels = pa.table({"user_id": [1, 2], "as_of": pa.array([NOW + 2] * 2, pa.timestamp("ms", "UTC"))})
-    rows = training_set([USER_BETS["n"], USER_BETS["stake"]], {"bets": given}, labels)
+    rows = training_set([USER_BETS["n"], USER_BETS["stake"]], labels, {"bets": given})
     assert rows.matrix.tolist() == [[1, 3], [0, 0]]
     assert rows.unknown == [[], ["user_bets"]]
 

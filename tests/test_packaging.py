@@ -198,7 +198,7 @@ def test_every_command_and_setting_that_the_readme_names_is_one(readme: str) -> 
     assert sub.choices is not None
     assert commands <= set(sub.choices), commands
     variables = set(re.findall(r"\bMILLPOND_([A-Z_]+)\b", readme))
-    assert {v.lower() for v in variables} <= {f.name for f in fields(Config)} | {"datasets", "examples"}
+    assert {v.lower() for v in variables} <= {f.name for f in fields(Config)} | {"datasets", "examples", "parity"}
 
 
 def test_the_python_of_the_readme_runs_and_prints_what_it_says(readme: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from worlds import DAY, HOUR, World, batch, source, worlds
 
 from millpond.feature_actors import Count, FeatureView, Last, Max, Mean, Min, SecondsSince, Sum, oracle
 from millpond.feature_actors.dedupe import DUPLICATE, NEW, DedupeFull
-from millpond.feature_actors.events import Events
+from millpond.feature_actors.events import Events, PastEvents
 from millpond.feature_actors.image import load_shard, shard_chunks
 from millpond.feature_actors.keys import hash_columns
-from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.layout import Layout, compile_layout
 from millpond.feature_actors.log.record import EventsRecord
 from millpond.feature_actors.log.snapshot import Ids, write_snapshot
 from millpond.feature_actors.plan import Answer, Question, ReadPlan
@@ -402,6 +403,13 @@ def test_an_id_that_comes_by_a_clock_that_is_behind_is_remembered_as_long_as_oth
 # -- the point-in-time join
 
 
+def _known(layout: Layout, name: str, log: list[dict[str, Any]], start: int, end: int) -> PastEvents:
+    events = [e for e in log if start <= e["at"] < end]
+    times = np.array([e["at"] for e in events], np.int64)
+    routes = np.full(len(events), (1 << len(layout.tables_of(name))) - 1, np.uint32)
+    return PastEvents(batch(layout.sources[name], events), times, times, routes)
+
+
 @given(world=worlds(events_max=60), data=st.data())
 def test_a_join_sees_what_had_happened_by_each_as_of(world: World, data: st.DataObject) -> None:
     layout = world.layout
@@ -423,10 +431,18 @@ def test_a_join_sees_what_had_happened_by_each_as_of(world: World, data: st.Data
     plan = ReadPlan(layout, [f for v in world.views for f in v], "test")
     keys = {f: [e[f] for e, _ in asked] for f in plan.key_fields}
     question = plan.question(keys, len(asked), None, np.array(times, np.int64))
-    answer = shard.join(
-        question,
-        {n: (batch(layout.sources[n], log), np.array([e["at"] for e in log], np.int64)) for n, log in logs.items()},
-    )
+    question.clock = np.array(times, np.int64)
+    # In one piece or in several, each of what is known from one time to the next.
+    ends = sorted(data.draw(st.lists(st.sampled_from(times), max_size=2)))
+    answer = Answer.empty(question)
+    for start, end in itertools.pairwise([-(2**62), *ends, 2**62]):
+        rows_of = np.flatnonzero((question.clock >= start) & (question.clock < end))
+        part = question.of_rows(rows_of, question.clock)
+        part_answer = Answer.empty(part)
+        shard.join(part, {n: _known(layout, n, log, start, end) for n, log in logs.items()}, part_answer)
+        answer.values[rows_of], answer.known[rows_of] = part_answer.values, part_answer.known
+        for column, texts in part_answer.texts.items():
+            answer.texts.setdefault(column, []).extend(texts)
     rows = plan.rows(answer)
     values = plan.named_values(rows)
     for declared in world.views:

@@ -115,14 +115,14 @@ def _train(stage: Stage, purchases: pa.Table, labels: pa.Table, advance: Any) ->
 
     known = pa.concat_tables([churn_labels(purchases, day) for day in TRAINED_AS_OF])
     features = example.churn.features
-    past = training_set(features, {"purchases": purchases}, known)
+    past = training_set(features, known, {"purchases": purchases})
     churned = known["churned"].to_numpy()
     example.train(past.matrix, churned, str(stage.artifacts_dir / "churn.npz"))
     advance(note=f"{len(known):,} labels")
     # The first two features are of the last order alone: what an application knows without history.
     baseline = str(stage.artifacts_dir / "baseline.npz")
     example.train(past.matrix[:, :2], churned, baseline)
-    now = training_set(features, {"purchases": purchases}, labels)
+    now = training_set(features, labels, {"purchases": purchases})
     scores = example.Churn(baseline).predict(Features(now.matrix[:, :2], ()))
     stage.figures["auc_baseline"] = round(float(roc_auc_score(labels["churned"].to_numpy(), scores)), 4)
 
@@ -199,7 +199,7 @@ def _compare(stage: Stage, scored: list[Scored]) -> None:
         }
     )
     until = _between(load_purchases(), "1997-01-01", WEEK[1])
-    offline = training_set(example.churn.features, {"purchases": until}, labels, n_shards=stage.config.shards + 1)
+    offline = training_set(example.churn.features, labels, {"purchases": until}, n_shards=stage.config.shards + 1)
     results = offline_model(stage, example.churn).predict(offline)
     answers = [answer for _, _, answer in scored]
     stage.figures["parity_equal"] = parity(answers, example.churn, offline, results)

@@ -110,8 +110,8 @@ def _train(stage: Stage, flights: Flights, advance: Any) -> None:
 
     rows = training_set(
         example.flight_delay.features,
-        {"departures": flights.departures, "arrivals": flights.arrivals},
         flights.labels,
+        {"departures": flights.departures, "arrivals": flights.arrivals},
     )
     late = flights.labels["late"].to_numpy()
     times = rows.as_of.view("datetime64[ms]")
@@ -209,8 +209,8 @@ def _compare(stage: Stage, answers: list[dict[str, Any] | None]) -> None:
     until = flights.between(YEAR, WEEK[1])
     offline = training_set(
         example.flight_delay.features,
-        {"departures": until.departures, "arrivals": until.arrivals},
         labels,
+        {"departures": until.departures, "arrivals": until.arrivals},
         n_shards=stage.config.shards + 1,
     )
     results = offline_model(stage, example.flight_delay).predict(offline)

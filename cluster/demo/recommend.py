@@ -103,7 +103,7 @@ class Past:
         fields = {name: self.ratings.schema.field(name).type for name in keys}
         columns = {name: pa.array(values, fields[name]) for name, values in keys.items()}
         return training_set(
-            features, {"ratings": self.ratings}, pa.table({**columns, "as_of": as_of}), n_shards=self.n_shards
+            features, pa.table({**columns, "as_of": as_of}), {"ratings": self.ratings}, n_shards=self.n_shards
         )
 
 

@@ -285,15 +285,17 @@ class TileStore:
         base: int,
     ) -> None:
         """Apply events and read features in the order of `steps`; see `join_features`."""
-        memory, start, part = self.memory, 0, plan.tables.index(table)
+        memory, start, part, before = self.memory, 0, plan.tables.index(table), self._rows(table)
         while True:
             start = join_features(
                 memory.words, memory.floats, memory.halves, table.program(self._n_slots), steps, start, hashes, times,
                 arrivals, inputs, masks, base, plan.arrays(self._n_slots), part, asked, as_of, out, known,
             )  # fmt: skip
             if start == DONE:
-                return
+                break
             self._grow(table)
+        new_rows = self._rows(table) - before
+        self.reclaim(table, int(len(steps) * _RECLAIM_PER_EVENT) + new_rows * _RECLAIM_PER_NEW_ROW)
 
     # -- images
 

@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, flights: Flights) -> Path:
     (folder / "trained").mkdir()
     past = flights.between("2013-02-01", DAY)
     rows = training_set(
-        example.flight_delay.features, {"departures": past.departures, "arrivals": past.arrivals}, past.labels
+        example.flight_delay.features, past.labels, {"departures": past.departures, "arrivals": past.arrivals}
     )
     with threadpool_limits(1, user_api="openmp"):
         example.train(
@@ -265,8 +265,8 @@ class TestUpAgain:
         labels = day.departures.select(KEY).append_column("as_of", day.departures["departed_at"])
         offline = training_set(
             example.flight_delay.features,
-            {"departures": until_next.departures, "arrivals": until_next.arrivals},
             labels,
+            {"departures": until_next.departures, "arrivals": until_next.arrivals},
             n_shards=5,
         )
         views = {f.view.name: f.view for f in example.flight_delay.features}.values()
