@@ -21,6 +21,9 @@ from millpond.models.rollout import Rollout
 
 __all__ = ["explain_score", "key_of", "print_explanation"]
 
+#: How much longer than the cluster may take an answer is waited for.
+_ANSWER_S_MAX = 30.0
+
 
 def key_of(arguments: Sequence[str], given: str | None) -> dict[str, Any]:
     """Return the id that flags say, `--user-id 42` for a field `user_id`, or one JSON object."""
@@ -62,7 +65,9 @@ def explain_score(
     assert past.history_uri is not None
     state = running(config.directory)
     if state is not None and at_ms is None and version is None:
-        return _ask(state["url"], admin_token(config.directory), model, key, events_max)
+        # The cluster gives up first, by its own setting, and says so.
+        timeout_s = config.explain_timeout_s + _ANSWER_S_MAX
+        return _ask(state["url"], admin_token(config.directory), model, key, events_max, timeout_s)
     with open_registry(config) as registry:
         registry.versions(model)  # raises if there is none
         only = version is not None
@@ -84,11 +89,11 @@ def _version_for(rollout: Rollout | None, model: str, key: Mapping[str, Any]) ->
     return rollout.canary.version if canary else rollout.champion.version
 
 
-def _ask(url: str, token: str, model: str, key: Mapping[str, Any], events_max: int) -> dict[str, Any]:
+def _ask(url: str, token: str, model: str, key: Mapping[str, Any], events_max: int, timeout_s: float) -> dict[str, Any]:
     query = {**{name: str(value) for name, value in key.items()}, "events": str(events_max)}
     try:
         answer = httpx.get(
-            f"{url}/v1/explain/{model}", params=query, headers={"authorization": f"Bearer {token}"}, timeout=None
+            f"{url}/v1/explain/{model}", params=query, headers={"authorization": f"Bearer {token}"}, timeout=timeout_s
         )
         told = answer.json()
     except (httpx.HTTPError, ValueError) as error:

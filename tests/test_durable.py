@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from durable_cluster import STEPS, Crash, DurableCluster, Fault
+from folders import folder
 from hypothesis import given
 from hypothesis import strategies as st
 from test_engine_vs_oracle import keys_of, plan_of, read
@@ -21,15 +20,6 @@ from millpond.feature_actors import Count, FeatureView, Field, Last, Max, Source
 from millpond.feature_actors.client import Ack, FeatureClient
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.log.log import LogFull
-
-
-@contextmanager
-def folder() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp())
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path)
 
 
 def everything(client: FeatureClient, world: World) -> list[Any]:

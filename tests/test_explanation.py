@@ -5,11 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ import pyarrow as pa
 import pytest
 from apps import TOKEN, call
 from check_directory import BY_USER
+from folders import folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine_vs_oracle import keys_of
@@ -35,15 +32,6 @@ from millpond.models.explanation import explain, logged_score, seen_by
 from millpond.models.score_log import SCHEMA
 
 NOW = 1_700_000_000_000
-
-
-@contextmanager
-def folder() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp())
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path)
 
 
 def explained(world: VerifiedWorld, model: str, key: dict[str, Any], **options: Any) -> dict[str, Any]:

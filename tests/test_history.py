@@ -20,6 +20,7 @@ import pyarrow.dataset as dataset
 import pyarrow.parquet as pq
 import pytest
 import worlds
+from folders import folder
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import fs
@@ -145,15 +146,6 @@ def crashing(at: int | None) -> Iterator[None]:
         patch.setattr(Folder, "delete", delete_or_crash)
         patch.setattr(history, "write_json", write_json_or_crash)
         yield
-
-
-@contextmanager
-def folder() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp())
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path)
 
 
 def write(base: Path | str, records: Records, shard: int = 0, ends: Sequence[int] = ()) -> History:

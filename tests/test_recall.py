@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from check_directory import BY_SHOP, BY_USER, LAYOUT, events, lay_out
 from durable_cluster import STEPS, Crash, DurableCluster, Fault
+from folders import folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine_vs_oracle import keys_of
@@ -37,15 +36,6 @@ from millpond.feature_actors.recall import (
 )  # fmt: skip
 from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.tiles.structure import SEQUENCE_ROW_BITS
-
-
-@contextmanager
-def folder() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp())
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path)
 
 
 def reads_of(cluster: DurableCluster, question: Question, answer: Answer) -> RowReads:

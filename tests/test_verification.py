@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from check_directory import LAYOUT, PAYMENTS
+from folders import folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from verified_world import FILE, MINUTE, VerifiedWorld, payment, random_world
@@ -32,15 +31,6 @@ from millpond.models.verification import Counts, Verification
 from millpond.models.version import version_of
 
 NOW = 1_700_000_000_000
-
-
-@contextmanager
-def folder() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp())
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path)
 
 
 @settings(max_examples=max(1, settings().max_examples // 5))
