@@ -54,8 +54,8 @@ class Explainer:
                 out, _ = await asyncio.wait_for(process.communicate(asked), self.timeout_s)
             except TimeoutError:
                 raise ExplainTimeout(
-                    f"explain: no answer within {self.timeout_s:g} s (setting `explain_timeout_s`); `millpond explain` "
-                    "on the cluster's machine takes as long as it takes"
+                    f"explain: no answer within {self.timeout_s:g} s (setting `explain_timeout_s`); `millpond explain "
+                    "--at TIME` on the cluster's machine has no limit"
                 ) from None
             finally:
                 if process.returncode is None:
