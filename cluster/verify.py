@@ -40,7 +40,7 @@ def verify_cluster(
 ) -> Verification:
     """Verify the logged scores of a cluster: of a model or version, those served since a time, the newest `limit`.
 
-    Raises `Unavailable` if it keeps no history, or has no past.
+    Raises `Unavailable` if it keeps no history, or has no past; `NotFound` if it has no such model or version.
     """
     past = past_of(config)
     assert past.history_uri is not None
@@ -57,6 +57,8 @@ def verify_cluster(
             disable=not console.is_terminal,
         ) as bar,
     ):
+        if model is not None:  # one that nobody knows has no score that differs
+            registry.versions(model) if version is None else registry.version(model, version)
         task = bar.add_task("verify", total=limit, what="")
         return verify(
             past,

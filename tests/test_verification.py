@@ -370,7 +370,7 @@ def test_the_command_says_what_differs_and_ends_with_1(
     assert lines[at + 1] == "`by_user.sum`: logged 6.0, recomputed 3.0"
     assert lines[at + 5].startswith("id='p4', at=1700000119995, user=1, shop='a', cents=2, _arrival_ms=1700000120000,")
     assert command(world, capsys, "verify", "--model", "both")[0] == 0
-    assert command(world, capsys, "verify", "--model", "user", "--model-version", "2")[0] == 0
+    assert command(world, capsys, "verify", "--model", "user", "--model-version", "1")[0] == 1
     status, out, _ = command(world, capsys, "verify", "--json", "--limit", "3")
     assert (status, json.loads(out)["scores"]["equal"]) == (0, 3)
     status, out, _ = command(world, capsys, "verify", "--json", "--since", str(NOW + 9 * MINUTE))
@@ -384,6 +384,9 @@ def test_what_cannot_be_verified_is_said(world: VerifiedWorld, capsys: pytest.Ca
     assert (status, "--since: got 'yesterday'; a time is ISO 8601" in err) == (1, True)
     status, _, err = command(world, capsys, "verify", "--history", "off")
     assert (status, "keeps no history (setting `history`)" in err) == (1, True)
+    for unknown in (("--model", "usre"), ("--model", "user", "--model-version", "9")):
+        status, _, err = command(world, capsys, "verify", *unknown)
+        assert (status, "; known: " in err) == (1, True)
     shutil.rmtree(world.path / "history" / "_scores")
     status, out, _ = command(world, capsys, "verify")
     assert (status, "no score has been logged" in out) == (0, True)
