@@ -814,7 +814,11 @@ def test_a_version_that_ends_the_process_as_it_loads_leaves_a_note(registry: Reg
     # In the first process `good` is still being loaded when the other ends it.
     slow = "import os, time; time.sleep(1e6 if os.environ['REPLICA'] == 'first' else 0)"
     registry.deploy([version_in(registry, definition("good", "1", load=slow))])
-    registry.deploy([version_in(registry, definition("deadly", "1", load="import os; os._exit(9)"))])
+    deadly = """import os, time
+        while os.environ['REPLICA'] == 'first' and not LOADS['good@1']:
+            time.sleep(0.01)
+        os._exit(9)"""
+    registry.deploy([version_in(registry, definition("deadly", "1", load=deadly))])
     story = """
 import asyncio, os, sys
 from pathlib import Path
