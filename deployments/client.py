@@ -110,7 +110,7 @@ class Client:
 
     >>> client = Client(url)
     >>> client.send("purchases", {"order_id": "a1", "user_id": 42, "price": 12.5, "paid_at": now})
-    Ack(accepted=1, duplicates=0, conflicts=0, late=0, too_late=0, unkeyed=1)
+    Ack(accepted=1, duplicates=0, conflicts=0, late=0, too_late=0, unkeyed=1, forgotten=0)
     >>> client.score("churn", {"user_id": 42}).result
     26.0
     >>> client.features("user_spend", user_id=42).features["spend_30d"]

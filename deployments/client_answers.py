@@ -33,10 +33,11 @@ _ROW = re.compile(r"^(\$(?:\.ids)?)\[(\d+)\]")
 
 @dataclass(frozen=True)
 class Ack:
-    """What became of events. Late, too late and unkeyed are of the accepted ones.
+    """What became of events. Late, too late and unkeyed are of the accepted ones; forgotten ones were not taken, for
+    their entity was forgotten after they had happened.
 
     >>> Ack(accepted=2, late=1) + Ack(accepted=1, duplicates=4)
-    Ack(accepted=3, duplicates=4, conflicts=0, late=1, too_late=0, unkeyed=0)
+    Ack(accepted=3, duplicates=4, conflicts=0, late=1, too_late=0, unkeyed=0, forgotten=0)
     """
 
     accepted: int = 0
@@ -45,6 +46,7 @@ class Ack:
     late: int = 0
     too_late: int = 0
     unkeyed: int = 0
+    forgotten: int = 0
 
     def __add__(self, other: Ack) -> Ack:
         return Ack(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))

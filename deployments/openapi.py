@@ -62,6 +62,7 @@ _ACK = {
             "late": "of the accepted, behind their arrival by more than the limit: still merged",
             "too_late": "of the accepted, older than anything kept",
             "unkeyed": "of the accepted, without a key for some view",
+            "forgotten": "of an entity that was forgotten after they had happened: dropped",
         }.items()
     },
 }

@@ -21,7 +21,7 @@ from millpond.feature_actors.clock import Clock
 from millpond.feature_actors.decode import ARRIVAL_COLUMN
 from millpond.feature_actors.dedupe import CONFLICT, DUPLICATE, NEW
 from millpond.feature_actors.errors import BadRequest, MillpondError, Problem
-from millpond.feature_actors.events import ELSEWHERE, Events, Receipt
+from millpond.feature_actors.events import ELSEWHERE, FORGOTTEN, Events, Receipt
 from millpond.feature_actors.keys import Hashes, hash_columns
 from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.log.record import HomeRecord
@@ -68,7 +68,8 @@ class EventsRequest:
 
 @dataclass(frozen=True)
 class Ack:
-    """What became of the events of a request. Late, too late and unkeyed are of the accepted ones."""
+    """What became of the events of a request. Late, too late and unkeyed are of the accepted ones; forgotten ones were
+    not taken, for their entity was forgotten after they had happened."""
 
     accepted: int = 0
     duplicates: int = 0
@@ -76,6 +77,7 @@ class Ack:
     late: int = 0
     too_late: int = 0
     unkeyed: int = 0
+    forgotten: int = 0
 
 
 @dataclass(frozen=True)
@@ -409,7 +411,8 @@ class FeatureClient:
         accepted, times = verdicts == NEW, source.times_ms(batch)
         too_late = accepted & self.layout.too_late(source.name, times, arrivals)
         late = accepted & (times < arrivals - self._limits.late_after_ms) & ~too_late
-        masks = [accepted, verdicts == DUPLICATE, verdicts == CONFLICT, late, too_late, accepted & unkeyed]
+        duplicates, conflicts, forgotten = (verdicts == one for one in (DUPLICATE, CONFLICT, FORGOTTEN))
+        masks = [accepted, duplicates, conflicts, late, too_late, accepted & unkeyed, forgotten]
         if len(requests) == 1:
             return [Ack(*(int(np.count_nonzero(mask)) for mask in masks))]
         sums = np.zeros((len(masks), batch.num_rows + 1), np.int64)

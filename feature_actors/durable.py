@@ -47,6 +47,7 @@ from millpond.feature_actors.manifest import write_json
 from millpond.feature_actors.routes import shards_of_keys
 from millpond.feature_actors.shard import Prepared, Shard
 from millpond.feature_actors.shard_past import ShardPast
+from millpond.feature_actors.tombstones import Secret, Tombstones
 
 __all__ = ["DurableShard", "RecordLog", "ShardFolder", "VolatileLog", "applied_records"]
 
@@ -91,11 +92,15 @@ class VolatileLog:
 class ShardFolder:
     """Where a shard keeps what it has acknowledged: `log/`, `snapshots/`, and its part of the cluster's history.
 
-    history_uri: base of the history, None for none. epoch: how often the shard was opened.
+    history_uri: base of the history, None for none. epoch: how often the shard was opened. secret: of the cluster, for
+    its tombstones.
     """
 
-    def __init__(self, path: Path, cluster_id: str, epoch: int, history_uri: str | None) -> None:
+    def __init__(
+        self, path: Path, cluster_id: str, epoch: int, history_uri: str | None, secret: Secret = (0, 0)
+    ) -> None:
         self.path, self.cluster_id, self.epoch, self.history_uri = path, cluster_id, epoch, history_uri
+        self.tombstones = Tombstones(path / "tombstones.json", secret)
         self.log = path / "log"
         self.snapshots = path / "snapshots"
 
@@ -111,6 +116,9 @@ class DurableShard:
         self.history: History | None = None
         if folder is not None:
             self.history = History(folder.history_uri, shard.number, folder.path, folder.epoch)
+            shard.tombstones = folder.tombstones
+        #: Tombstones of which the shard has removed what was there, as its snapshots say.
+        self.erased: set[str] = set()
         #: How often something that was prepared was undone: a snapshot that was begun before is not to be finished.
         self.undone = 0
         self._lacks: list[Table] = []
@@ -133,6 +141,7 @@ class DurableShard:
         state, begin = self._load_snapshot(log)
         if state is not None:
             self.shard.deliveries.load(state["deliveries"])
+            self.erased = set(state.get("erased", ())) if begin is not None else set()
         elif log.first > 0:
             self.shard.deliveries.load(self._kept_deliveries())
         if begin is None:
@@ -162,10 +171,15 @@ class DurableShard:
             while not self.shard.catch_up_queued(table):
                 pass
 
-    def past(self) -> ShardPast:
-        """Return the past of the shard, from its beginning on."""
+    def past(self, *, whole: bool = True) -> ShardPast:
+        """Return the past of the shard, from its beginning on; whole: as of `ShardPast`."""
         assert self._folder is not None
-        return ShardPast(self._folder.path, self._folder.history_uri, self.shard.number)
+        return ShardPast(self._folder.path, self._folder.history_uri, self.shard.number, whole=whole)
+
+    @property
+    def shard_folder(self) -> ShardFolder:
+        assert self._folder is not None
+        return self._folder
 
     def _deliverable(self, log: Log, offset: int) -> bool:
         record = log.get(offset).record if offset >= log.first else None
@@ -327,7 +341,11 @@ class DurableShard:
     def snapshot_chunks(self) -> Iterator[Chunk]:
         """Yield the chunks of a snapshot, each a short step between two commits; see `image.shard_chunks`."""
         assert self._folder is not None
-        state = {"deliveries": self.shard.deliveries.state(), "offers": self.shard.offers}
+        state = {
+            "deliveries": self.shard.deliveries.state(),
+            "offers": self.shard.offers,
+            "erased": sorted(self.erased),
+        }
         return shard_chunks(
             self.shard,
             cluster_id=self._folder.cluster_id,

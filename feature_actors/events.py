@@ -11,12 +11,14 @@ import pyarrow as pa
 
 from millpond.feature_actors.keys import Hashes
 
-__all__ = ["ELSEWHERE", "Events", "PastEvents", "Receipt"]
+__all__ = ["ELSEWHERE", "FORGOTTEN", "Events", "PastEvents", "Receipt"]
 
 Ints = npt.NDArray[np.int64]
 
 #: The verdict of a shard that is not the home of an event; the others are in `dedupe`.
 ELSEWHERE = 3
+#: Of an event that its home does not take, for its entity was forgotten after it.
+FORGOTTEN = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,8 @@ class PastEvents:
 class Receipt(NamedTuple):
     """A shard's answer to events: they are in its log.
 
-    verdicts uint8 [n]: `NEW`, `DUPLICATE` or `CONFLICT` of those whose home it is, `ELSEWHERE` of the others.
+    verdicts uint8 [n]: `NEW`, `DUPLICATE`, `CONFLICT` or `FORGOTTEN` of those whose home it is, `ELSEWHERE` of the
+    others.
     offset: of their record in its log, -1 if nothing had to be written. settled: the offset before which all that it is
     the home of has been applied everywhere. wait_before: what a duplicate is a duplicate of has been applied everywhere
     when all before this offset has; 0 if there is nothing to wait for. waits: whether something of an offer waits here

@@ -11,6 +11,7 @@ import pyarrow as pa
 from millpond.feature_actors.keys import hash_columns
 from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.shard_map import ShardMap
+from millpond.feature_actors.tokens import is_token
 
 __all__ = ["key_validity", "shards_of_keys"]
 
@@ -18,9 +19,12 @@ Bools = npt.NDArray[np.bool_]
 
 
 def key_validity(keys: Sequence[pa.Array], n: int) -> Bools:
-    """Return which of n rows have all their key fields, bool [n]."""
+    """Return which of n rows have all their key fields, bool [n]: a null is none, nor is what stands for a forgotten
+    one, so that no entity is kept for that."""
     valid = np.ones(n, np.bool_)
     for key in keys:
+        if (tokens := is_token(key)) is not None:
+            valid &= ~tokens
         if key.null_count:
             valid &= key.is_valid().to_numpy(zero_copy_only=False)
     return valid

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,7 +38,8 @@ import pyarrow.compute as pc
 from millpond.feature_actors.dedupe import DUPLICATE, NEW, IdFilter, IdMemory
 from millpond.feature_actors.deliveries import Deliveries
 from millpond.feature_actors.errors import Unavailable
-from millpond.feature_actors.events import ELSEWHERE, Events, PastEvents, Receipt
+from millpond.feature_actors.erasure import Erasure
+from millpond.feature_actors.events import ELSEWHERE, FORGOTTEN, Events, PastEvents, Receipt
 from millpond.feature_actors.keys import Hashes, hash_columns, owned, slots_of
 from millpond.feature_actors.layout import Layout, Table
 from millpond.feature_actors.log.record import EventsRecord, HomeRecord, OfferRecord, TakeRecord
@@ -51,6 +52,7 @@ from millpond.feature_actors.tiles.read import NO_CLOCK
 from millpond.feature_actors.tiles.store import TileStore
 from millpond.feature_actors.tiles.strings import Strings
 from millpond.feature_actors.tiles.structure import SEQUENCE_ROW_BITS
+from millpond.feature_actors.tombstones import Tombstone, Tombstones
 from millpond.feature_actors.view import mask_of
 
 __all__ = ["Shard", "ShardStatus"]
@@ -85,6 +87,7 @@ class _Offer:
 
     home int64 [n]: the shard that each event's id is at home at. kept int64 [k]: which of the events are in the record.
     since_s: when it was made, as its caller measures time. offset: of its record, -1 until that is in the log.
+    stale: whether it has to be found anew what goes to which table, for something of it has been forgotten since.
     """
 
     prepared: Prepared
@@ -92,6 +95,7 @@ class _Offer:
     kept: Ints
     since_s: float
     offset: int = -1
+    stale: bool = False
 
 
 @dataclass(slots=True)
@@ -217,6 +221,8 @@ class Shard:
         #: Offsets of offers that are being taken: their take has been prepared, and is not in the log yet.
         self._taking: set[int] = set()
         self._events = {t.name: 0 for t in layout.tables}
+        #: Of entities that were forgotten: what happened before that is not taken any more.
+        self.tombstones = Tombstones()
         #: Of the tables that are behind, by number: what is to be applied after all that was before it; None if nothing
         #: is routed to them yet.
         self._behind: dict[int, deque[_Queued] | None] = {}
@@ -234,7 +240,7 @@ class Shard:
         """
         prepared = Prepared(events.received_ms)
         try:
-            new = self._judge(prepared, events)
+            new = self._judge(prepared, events, self._forgotten(events))
             self._route(prepared, events, new)
             bits = self._bits(prepared, events.n, new)
             if bits.any():
@@ -251,8 +257,11 @@ class Shard:
         """
         prepared = Prepared(events.received_ms)
         try:
-            new = self._judge(prepared, events)
+            forgotten = self._forgotten(events)
+            new = self._judge(prepared, events, forgotten)
             likely = np.flatnonzero((prepared.verdicts == NEW) | (prepared.verdicts == ELSEWHERE))
+            if forgotten is not None:  # its home may take it still, which has not heard of it
+                events = self._erased(events)
             self._route(prepared, events, likely)
             bits = self._bits(prepared, events.n, new)
             if bits.any():
@@ -286,7 +295,7 @@ class Shard:
         prepared = offer.prepared
         rows = np.flatnonzero(accepted[offer.kept])
         assert isinstance(prepared.record, OfferRecord)
-        if len(prepared.routes) < len(self._routed(prepared.record.source)):  # a table was added since
+        if offer.stale or len(prepared.routes) < len(self._routed(prepared.record.source)):  # a table was added since
             self._route_anew(prepared, rows)
         else:
             prepared.routes = [(route, of[accepted[of]]) for route, of in prepared.routes]
@@ -303,6 +312,8 @@ class Shard:
             return prepared
         self._have(prepared, [home])
         try:
+            if self._forgotten(events) is not None:
+                events = self._erased(events)
             everything = np.arange(events.n)
             self._route(prepared, events, everything)
             bits = self._bits(prepared, events.n, everything[:0])
@@ -339,6 +350,7 @@ class Shard:
             request, offer = prepared.offer
             offer.offset = offset
             self._offers[request] = offer
+            self._erase_in(offer)
         else:
             self._apply(prepared, offset)
         return receipt
@@ -364,6 +376,67 @@ class Shard:
     def offers(self) -> list[int]:
         """Offsets of the offers of which no take is in the log: a replay from here on needs them."""
         return [*(offer.offset for offer in self._offers.values()), *self._taking]
+
+    # -- entities that were forgotten
+
+    def forget(self, tombstones: Sequence[Tombstone]) -> None:
+        """Take no events any more that are before these tombstones, which have been written. What was prepared before
+        may still get into the log, and what others have taken gets there with tokens."""
+        self.tombstones.take(tombstones)
+        for offer in self._offers.values():
+            self._erase_in(offer)
+
+    def _erase_in(self, offer: _Offer) -> None:
+        """Have tokens in an offer that waits for what has been forgotten."""
+        record = offer.prepared.record
+        assert isinstance(record, OfferRecord)
+        if forgotten := self.erasure.forgotten(record.source, record.batch, record.arrivals):
+            offer.prepared.record, offer.stale = self.erasure.record(record, forgotten), True
+
+    def remove(self, keys: Mapping[int, Ints], events: Mapping[int, int]) -> int:
+        """Remove rows by the number of their table, int64 [n, 2] hashes of keys, and so many events from what is
+        counted; return how many rows there were."""
+        tables = self._layout.tables
+        for number, n in events.items():
+            self._events[tables[number].name] -= n
+        return sum(self._store.remove(tables[number], hashes) for number, hashes in keys.items())
+
+    def apply_again(self, table: Table, record: EventsRecord, offset: int, rows: npt.NDArray[np.bool_]) -> None:
+        """Apply to a table some events of a record, bool [n], that it has had: their rows have been removed since.
+        Raises `MemoryFull`."""
+        if table.number not in self._behind:
+            self._events[table.name] -= int(np.count_nonzero(rows))
+            self._apply_to(table, record, offset, 0, rows)
+
+    def other_ids(self, before: EventsRecord, after: EventsRecord) -> None:
+        """Remember the ids of a record as those of another, of the same events with tokens: so a replay of that does."""
+        if before.received_ms < self._ids.oldest_ms or (source := self._layout.sources.get(before.source)) is None:
+            return
+        if (name := source.event_id) is not None and not before.batch.column(name).equals(after.batch.column(name)):
+            home = np.flatnonzero(before.routes & 1)
+            ids = hash_columns([before.batch.column(name)], before.batch.num_rows)
+            slots = slots_of(ids, self.shard_map.n_slots)
+            self._homes[before.source].forget(home, slots, ids.view(np.int64))
+        self.remember(after)
+
+    @property
+    def erasure(self) -> Erasure:
+        """What the tombstones say of events."""
+        return Erasure(self.tombstones, self._layout.sources)
+
+    def _forgotten(self, events: Events) -> npt.NDArray[np.bool_] | None:
+        """Return which events are of entities that were forgotten after them, bool [n]; None if none is."""
+        forgotten = self.erasure.forgotten(events.source, events.batch, events.arrivals[: events.n])
+        if not forgotten:
+            return None
+        rows: npt.NDArray[np.bool_] = np.logical_or.reduce([one.rows for one in forgotten])
+        return rows
+
+    def _erased(self, events: Events) -> Events:
+        """Return events as they are kept, with tokens for what was forgotten."""
+        erasure = self.erasure
+        forgotten = erasure.forgotten(events.source, events.batch, events.arrivals[: events.n])
+        return replace(events, batch=erasure.batch(events.source, events.batch, forgotten))
 
     # -- tables that were added
 
@@ -407,9 +480,15 @@ class Shard:
         if record.source != table.source.name or table.key not in record.tables:
             return
         chosen = (record.routes[start:end] & np.uint32(2 << record.tables.index(table.key))) != 0
-        if not chosen.any():
-            return
-        batch = table.source.upgraded(record.batch.slice(start, len(arrivals)))
+        if chosen.any():
+            self._apply_to(table, record, offset, start, chosen)
+
+    def _apply_to(
+        self, table: Table, record: EventsRecord, offset: int, start: int, chosen: npt.NDArray[np.bool_]
+    ) -> None:
+        """Apply to a table those events of a record from `start` on that are chosen, bool [n]."""
+        arrivals = owned(record.arrivals[start : start + len(chosen)])
+        batch = table.source.upgraded(record.batch.slice(start, len(chosen)))
         prepared = Prepared(record.received_ms)
         try:
             (route,) = self._routes(prepared, record.source, batch, arrivals, chosen, [table])
@@ -550,22 +629,31 @@ class Shard:
         prepared.heard = None
         self.next_offset = offset + 1
         bits = {key: np.uint32(2 << number) for number, key in enumerate(record.tables)}
-        prepared.routes = [
-            (route, np.flatnonzero(routes & bits.get(route.table.key, np.uint32(0)))) for route, _ in prepared.routes
-        ]
+        for number, (route, possible) in enumerate(prepared.routes):
+            said = np.zeros(len(routes), np.bool_)
+            said[possible] = True  # what has become a token since is no key any more
+            said &= (routes & bits.get(route.table.key, np.uint32(0))) != 0
+            prepared.routes[number] = route, np.flatnonzero(said)
         return prepared
 
     # -- steps of prepare and commit
 
-    def _judge(self, prepared: Prepared, events: Events) -> Ints:
-        """Judge the ids at home here into `prepared.verdicts`, and remember them; return the rows that are new."""
-        mine = np.flatnonzero(self._owned[slots_of(events.ids, self.shard_map.n_slots)])
+    def _judge(self, prepared: Prepared, events: Events, forgotten: npt.NDArray[np.bool_] | None) -> Ints:
+        """Judge the ids at home here into `prepared.verdicts`, and remember them; return the rows that are new.
+
+        forgotten bool [n]: which are not taken any more; None if all may be."""
+        mine = home = np.flatnonzero(self._owned[slots_of(events.ids, self.shard_map.n_slots)])
+        if forgotten is not None:
+            mine = home[~forgotten[home]]
         if events.ids_given:
-            return self._judge_ids(prepared, events.source, owned(events.ids), owned(events.contents), mine)
-        # Chosen for this very request, they cannot come again.
-        prepared.verdicts = np.full(events.n, ELSEWHERE, np.uint8)
-        prepared.verdicts[mine] = NEW
-        return mine
+            new = self._judge_ids(prepared, events.source, owned(events.ids), owned(events.contents), mine)
+        else:  # chosen for this very request, they cannot come again
+            prepared.verdicts = np.full(events.n, ELSEWHERE, np.uint8)
+            prepared.verdicts[mine] = NEW
+            new = mine
+        if forgotten is not None:
+            prepared.verdicts[home[forgotten[home]]] = FORGOTTEN
+        return new
 
     def _judge_ids(self, prepared: Prepared, source: str, ids: Hashes, contents: Ints, rows: Ints) -> Ints:
         prepared.verdicts = np.full(len(ids), ELSEWHERE, np.uint8)

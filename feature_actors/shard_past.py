@@ -28,13 +28,14 @@ _PIECE_S = 1.0
 
 class ShardPast:
     """Of the shard in a folder, from its beginning on. history_uri: where its history lies, None if it has none.
+    whole: whether what was before the log has to be there.
 
     next: the offset up to which it has been read; end: where the log ended when it was looked at last. The log must not
     be truncated meanwhile.
     """
 
-    def __init__(self, folder: Path, history_uri: str | None, shard: int) -> None:
-        self._folder, self._history_uri, self._shard = folder, history_uri, shard
+    def __init__(self, folder: Path, history_uri: str | None, shard: int, *, whole: bool = True) -> None:
+        self._folder, self._history_uri, self._shard, self._whole = folder, history_uri, shard, whole
         self._open_offers: dict[int, OfferRecord] = {}
         self._read_log_from: int | None = None
         self.next = self.end = 0
@@ -72,6 +73,9 @@ class ShardPast:
         with closing(LogReader(self._folder / "log")) as log:
             self._read_log_from, self.end = log.first, log.next
         if log.first == 0:
+            return
+        if self._history_uri is None and not self._whole:
+            self.next = log.first
             return
         done_to = History(self._history_uri, self._shard, self._folder, 0).done_to if self._history_uri else 0
         if self._history_uri is None or done_to < log.first:

@@ -22,6 +22,7 @@ from millpond.feature_actors.backfill import apply_slices, note_whole, slices_of
 from millpond.feature_actors.client import FeatureClient, TimeLimits
 from millpond.feature_actors.clock import ManualClock
 from millpond.feature_actors.durable import DurableShard, ShardFolder
+from millpond.feature_actors.eraser import Eraser
 from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.events import Events, Receipt
 from millpond.feature_actors.layout import Layout
@@ -34,12 +35,14 @@ from millpond.feature_actors.ports import LocalRead, complete
 from millpond.feature_actors.shard import Prepared, Shard
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.tiles.store import SPARE_SLOT_WORDS
+from millpond.feature_actors.tombstones import Tombstone
 from millpond.feature_actors.view import FeatureView
 
 #: Where a crash can come: before the log is written, in the middle of it, after it but before the tiles, after both but
 #: before the answer.
 STEPS = ("before append", "torn append", "after append", "after commit")
 _WAL = "cache.db-wal"
+SECRET = (7, 9)
 Who = Literal["shard", "ingress", "all"]
 
 
@@ -67,6 +70,7 @@ class DurableCluster:
         #: Views that came since the start.
         self.added: list[FeatureView] = []
         self._backfills: dict[int, Iterator[None]] = {}
+        self._erasures: dict[int, Iterator[None]] = {}
         #: Whether a backfill goes on when the next take comes, after its offer.
         self.backfill_at_take = 0
         self._history = str(folder / "history") if history else None
@@ -94,7 +98,7 @@ class DurableCluster:
         for table in shard.extend(self.layout.extended(self.added)):
             if table.added in whole:
                 shard.keep_up(table)
-        of = ShardFolder(folder, "tests", next(self._epochs), self._history)
+        of = ShardFolder(folder, "tests", next(self._epochs), self._history, SECRET)
         folder.mkdir(parents=True, exist_ok=True)
         durable = DurableShard(self.layout, shard, Log(of.log, "process"), of)
         durable.folder = folder  # type: ignore[attr-defined]
@@ -117,6 +121,7 @@ class DurableCluster:
             os.truncate(new / "log" / _WAL, wal_bytes_max)
         self._snapshots.pop(number, None)
         self._backfills.pop(number, None)
+        self._erasures.pop(number, None)
         self.shards[number] = self._opened(number, new)
         self._connect()
 
@@ -212,7 +217,7 @@ class DurableCluster:
     def snapshot_steps(self, number: int, steps: int) -> None:
         """Go on with the snapshot of a shard, or begin one; when it is whole, remove old ones and truncate the log."""
         durable = self.shards[number]
-        if number in self._backfills:
+        if number in self._backfills or number in self._erasures:
             return
         if number not in self._snapshots:
             directory = durable.folder / "snapshots"  # type: ignore[attr-defined]
@@ -290,6 +295,50 @@ class DurableCluster:
             while not shard.catch_up_queued(table):
                 yield
         note_whole(durable.folder, tables)  # type: ignore[attr-defined]
+
+    def forget(self, number: int, tombstone: Tombstone) -> None:
+        """Have a tombstone on a shard; `erase_steps` does what it asks for."""
+        shard = self.shards[number].shard
+        shard.tombstones.write([tombstone])
+        shard.forget([tombstone])
+
+    def erase_steps(self, number: int, steps: int) -> bool:
+        """Go on with what the tombstones of a shard ask for, or begin it; return whether nothing is left to do."""
+        if number not in self._erasures:
+            if number in self._backfills or not self.shards[number].shard.tombstones.waiting:
+                return not self.shards[number].shard.tombstones.waiting
+            self._snapshots.pop(number, None)
+            self._erasures[number] = self._erase(number)
+        for _ in range(steps):
+            if next(self._erasures[number], self) is self:
+                del self._erasures[number]
+                return True
+        return False
+
+    def _erase(self, number: int) -> Iterator[None]:
+        """The steps of `ShardServer`; whatever was prepared before the tombstone is in the log."""
+        durable = self.shards[number]
+        eraser = Eraser(durable)
+        eraser.learn()
+        yield
+        eraser.remove()
+        yield
+        writer = SnapshotWriter(durable.folder / "snapshots")  # type: ignore[attr-defined]
+        for chunk in durable.snapshot_chunks():
+            writer.write(chunk)
+            yield
+        writer.finish()
+        yield
+        eraser.remove_snapshots()
+        yield
+        while eraser.rewrite_log():
+            yield
+        yield
+        eraser.rewrite_history()
+        yield
+        assert eraser.scrub()
+        yield
+        eraser.finish()
 
     def truncate(self, number: int) -> None:
         self._note(number)

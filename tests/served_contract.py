@@ -18,7 +18,7 @@ from apps import ARROW, NDJSON, TWO_DAYS, arrow, make_world, purchase, purchases
 
 from millpond.feature_actors.clock import EventClock
 
-ACK = {"accepted": 0, "duplicates": 0, "conflicts": 0, "late": 0, "too_late": 0, "unkeyed": 0}
+ACK = {"accepted": 0, "duplicates": 0, "conflicts": 0, "late": 0, "too_late": 0, "unkeyed": 0, "forgotten": 0}
 #: After every event of any other test on the same cluster: on its event clock, time goes one way.
 START = 1_710_000_000_000
 _numbers = itertools.count()

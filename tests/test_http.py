@@ -49,7 +49,7 @@ from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.plan import ReadPlan
 
-ACK = {"accepted": 0, "duplicates": 0, "conflicts": 0, "late": 0, "too_late": 0, "unkeyed": 0}
+ACK = {"accepted": 0, "duplicates": 0, "conflicts": 0, "late": 0, "too_late": 0, "unkeyed": 0, "forgotten": 0}
 HOUR = 3_600_000
 
 

@@ -41,6 +41,7 @@ def applied_records(
 
 def _events_of(record: OfferRecord, rows: npt.NDArray[np.int64], routes: npt.NDArray[np.uint32]) -> EventsRecord:
     batch = record.batch if len(rows) == record.batch.num_rows else record.batch.take(pa.array(rows))
+    ids = None if record.ids is None else record.ids[rows]
     return EventsRecord(
-        record.source, record.version, record.received_ms, record.tables, record.arrivals[rows], routes, batch
+        record.source, record.version, record.received_ms, record.tables, record.arrivals[rows], routes, batch, ids
     )

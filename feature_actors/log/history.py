@@ -48,7 +48,14 @@ from millpond.feature_actors.log.record import EventsRecord, Record
 from millpond.feature_actors.manifest import write_json
 from millpond.feature_actors.source import Source
 
-__all__ = ["HISTORY_PART_BYTES", "History", "HistoryDamaged", "HistoryUnavailable", "delete_expired"]
+__all__ = [
+    "HISTORY_PART_BYTES",
+    "History",
+    "HistoryDamaged",
+    "HistoryUnavailable",
+    "delete_expired",
+    "parquet_options",
+]
 
 #: So much of the log makes a part: see FORMAT.md for what that is in Parquet.
 HISTORY_PART_BYTES = 1 << 30
@@ -248,7 +255,7 @@ class _Split:
     def write(self, file: PartFile, content: BinaryIO) -> None:
         """Write the Parquet file of some rows."""
         schema = _schema(self._sources[file.source][file.number].schema)
-        with pq.ParquetWriter(content, schema, **_options(schema)) as writer:
+        with pq.ParquetWriter(content, schema, **parquet_options(schema)) as writer:
             for group in _groups(self._chunks[file.source, file.number, file.route, file.day]):
                 table = pa.concat_tables(map(self._read, group))
                 writer.write_table(table, row_group_size=table.num_rows)
@@ -308,8 +315,8 @@ def _groups(chunks: Sequence[_Chunk]) -> Iterable[list[_Chunk]]:
     yield group
 
 
-def _options(schema: pa.Schema) -> dict[str, object]:
-    """Return how columns are written. Times and offsets go by differences: a third smaller than by dictionary, and
+def parquet_options(schema: pa.Schema) -> dict[str, object]:
+    """Return how the columns of a file are written. Times and offsets go by differences: a third smaller than by dictionary, and
     twice as fast; level 1 of zstd is as small as 6 after that."""
     by_difference = {f.name for f in schema if pa.types.is_timestamp(f.type)} | set(OWN_COLUMNS.names)
     return {

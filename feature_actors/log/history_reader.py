@@ -37,7 +37,7 @@ from millpond.feature_actors.log.part import (
 from millpond.feature_actors.log.record import EventsRecord
 from millpond.feature_actors.source import Source
 
-__all__ = ["check_history", "read_history", "scan_history"]
+__all__ = ["check_history", "is_there", "opened_file", "read_history", "row_group", "scan_history"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -83,7 +83,7 @@ def scan_history(
     shard by shard, each in the order of its log. Raises `HistoryUnavailable`, `HistoryDamaged`.
     """
     folder = Folder(base_uri)
-    whole = {part.stem for part in parts_of(folder)}
+    whole = {of.path(file) for of in (read_part(folder, part) for part in parts_of(folder)) for file in of.files}
     gone = expired(folder, source.name)
     since, until = -_NEVER if since_ms is None else since_ms, _NEVER if until_ms is None else until_ms
     dates = folder.folders(f"{source_folder(source.name)}/route={route_name(route or HOME)}")
@@ -92,11 +92,11 @@ def scan_history(
         if day in gone.deleting or (day + 1) * DAY_MS <= since or day * DAY_MS >= until:
             continue
         for path in folder.files(date):
-            if (part := part_of(path)) is None or part.stem not in whole:
+            if path not in whole:
                 continue
-            with _opened(folder, path) as file:
+            with opened_file(folder, path) as file:
                 for number in range(file.num_row_groups):
-                    batch = _row_group(file, number)
+                    batch = row_group(file, number)
                     arrivals = batch.column("_arrival_ms")
                     asked = pc.and_(pc.greater_equal(arrivals, since), pc.less(arrivals, until))
                     if not pc.all(asked).as_py():
@@ -129,7 +129,7 @@ def check_history(base_uri: str, shard: int, until_offset: int | None = None) ->
         for file in part.files:
             known.add(part.path(file))
             try:
-                if _is_there(folder, part, file, expired_of):
+                if is_there(folder, part, file, expired_of):
                     _check_file(folder, part, file)
             except HistoryDamaged as error:
                 problems.append(str(error))
@@ -168,7 +168,7 @@ def _check_end(folder: Folder, parts: Sequence[Part], shard: int, until_offset: 
         )
 
 
-def _is_there(folder: Folder, part: Part, file: PartFile, expired_of: dict[str, Expired]) -> bool:
+def is_there(folder: Folder, part: Part, file: PartFile, expired_of: dict[str, Expired]) -> bool:
     """Return whether a file is to be read: not if it has expired. Raises `HistoryDamaged` if it is missing, or not
     what was written."""
     if file.source not in expired_of:
@@ -183,6 +183,11 @@ def _is_there(folder: Folder, part: Part, file: PartFile, expired_of: dict[str, 
         return True
     if file.day < gone.before_day:
         return False
+    if any(part.range == now.range and part.revision < now.revision for now in parts_of(folder, part.shard)):
+        raise HistoryUnavailable(
+            f"history: `{part.marker}` has just been rewritten, for an entity is being forgotten; read it again",
+            retry_after_ms=1_000,
+        )
     raise HistoryDamaged(f"history: `{path}` is missing; restore it from a copy")
 
 
@@ -190,7 +195,7 @@ def _is_there(folder: Folder, part: Part, file: PartFile, expired_of: dict[str, 
 
 
 @contextmanager
-def _opened(folder: Folder, path: str) -> Iterator[pq.ParquetFile]:
+def opened_file(folder: Folder, path: str) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file of the history, and say so if what is done with it shows that it is none."""
     try:
         with folder.open(path) as content, pq.ParquetFile(content, page_checksum_verification=True) as opened:
@@ -203,7 +208,7 @@ def _opened(folder: Folder, path: str) -> Iterator[pq.ParquetFile]:
         raise HistoryDamaged(f"history: `{path}` cannot be read: {text}; restore it from a copy") from None
 
 
-def _row_group(file: pq.ParquetFile, number: int) -> pa.RecordBatch:
+def row_group(file: pq.ParquetFile, number: int) -> pa.RecordBatch:
     table = file.read_row_group(number, use_threads=False)
     # Parquet numbers the fields, in metadata that the schema of a source does not have.
     schema = pa.schema([field.remove_metadata() for field in table.schema])
@@ -226,9 +231,9 @@ def _scanned(batch: pa.RecordBatch, source: Source) -> pa.RecordBatch:
 def _check_file(folder: Folder, part: Part, file: PartFile) -> None:
     path = part.path(file)
     last, n = (-1, -1), 0
-    with _opened(folder, path) as opened:
+    with opened_file(folder, path) as opened:
         for number in range(opened.num_row_groups):
-            batch = _row_group(opened, number)
+            batch = row_group(opened, number)
             offsets, rows, days = _ints(batch, "_offset"), _ints(batch, "_row"), _ints(batch, "_arrival_ms") // DAY_MS
             steps = np.diff(offsets)
             ascending = ((steps > 0) | ((steps == 0) & (np.diff(rows) > 0))).all()
@@ -272,9 +277,9 @@ def _records(
     """
     groups = []
     for file in part.files:
-        if _is_there(folder, part, file, expired_of):
+        if is_there(folder, part, file, expired_of):
             path = part.path(file)
-            with _opened(folder, path) as opened:
+            with opened_file(folder, path) as opened:
                 for number in range(opened.num_row_groups):
                     first, last = _bounds(opened, number)
                     if last >= from_offset:
@@ -283,8 +288,8 @@ def _records(
     waiting: list[_Rows] = []
     for group, after in itertools.zip_longest(groups, groups[1:]):
         _, path, number, file = group
-        with _opened(folder, path) as opened:
-            batch = _row_group(opened, number)
+        with opened_file(folder, path) as opened:
+            batch = row_group(opened, number)
         waiting.append(_Rows(file, batch, _ints(batch, "_offset")).cut(from_offset)[1])
         upto = _NEVER if after is None else after[0]
         complete: dict[tuple[str, int], list[_Rows]] = {}

@@ -15,8 +15,10 @@ import diskcache
 from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.log.record import (
     Decoded,
+    EventsRecord,
     LogDamaged,
     LostRecord,
+    OfferRecord,
     Record,
     TakeRecord,
     decode,
@@ -162,6 +164,39 @@ class Log:
         """Return how many bytes the records from an offset on have."""
         ((size,),) = self._cache._sql("SELECT COALESCE(SUM(LENGTH(value)), 0) FROM Cache WHERE key >= ?", (offset,))
         return int(size)
+
+    def rewrite(self, records: Sequence[tuple[int, Decoded]]) -> None:
+        """Put other records in place of some, in one transaction, and sync; what they were may be left on the disk
+        until `scrub`. Raises `LogFull`: nothing has been written then."""
+        self._check_room()
+        try:
+            with self._cache.transact():
+                for offset, (record, settled) in records:
+                    assert isinstance(record, EventsRecord | OfferRecord)
+                    schema = self._schemas.name_of(record.batch.schema)
+                    self._cache.set(offset, encode(record, offset, settled, schema))
+        except (sqlite3.OperationalError, OSError) as error:
+            if "full" in str(error) or getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT):
+                raise LogFull(f"log: no room on the disk: {error}; free some", retry_after_ms=10_000) from None
+            raise
+
+    def scrub(self) -> bool:
+        """Leave nothing on the disk of what was rewritten or truncated: the database is written anew without it, what
+        was deleted in it overwritten, and the write-ahead file emptied. Appends wait meanwhile.
+
+        Returns False if another process reads the log just now: call it again then. Raises `LogFull`.
+        """
+        try:
+            self._cache._sql("PRAGMA secure_delete = 1")
+            self._cache._sql("VACUUM")
+            ((busy, _, _),) = self._cache._sql("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error) or "busy" in str(error):
+                return False
+            if "full" in str(error):
+                raise LogFull(f"log: no room on the disk: {error}; free some", retry_after_ms=10_000) from None
+            raise
+        return not busy
 
     def truncate(self, before: int) -> bool:
         """Delete some of the records before an offset, so few that an append that waits for it does not wait long.

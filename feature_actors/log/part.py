@@ -58,7 +58,7 @@ OWN_COLUMNS = pa.schema(
     ]
 )
 _PARTS = "_parts"
-_STEM = re.compile(r"([0-9]{3,})-([0-9]+)-([0-9]{20,})-([0-9]{20,})")
+_STEM = re.compile(r"([0-9]{3,})-([0-9]+)-([0-9]{20,})-([0-9]{20,})(?:-r([0-9]+))?")
 #: A folder's name has 255 bytes at most, everywhere.
 _ROUTE_CHARS_MAX = 160
 
@@ -71,7 +71,8 @@ class HistoryDamaged(MillpondError):
 
 class PartFile(msgspec.Struct, frozen=True):
     """One Parquet file. number: tells apart schemas of the source in this part, 0 the first. route: a key, or `HOME`.
-    day: of the arrival stamps, since the epoch. bytes and crc32 are of the whole file."""
+    day: of the arrival stamps, since the epoch. bytes and crc32 are of the whole file. revision: of the part, in which
+    the file was written."""
 
     source: str
     version: int
@@ -81,12 +82,14 @@ class PartFile(msgspec.Struct, frozen=True):
     rows: int
     bytes: int
     crc32: int
+    revision: int = 0
 
 
 class Part(msgspec.Struct, frozen=True):
     """Offsets [from_offset, to_offset) of a shard, as they were planned by its opening number `epoch`.
 
-    files: all of them. tables: by source, from which offset on a record had which keys of tables.
+    files: all of them. tables: by source, from which offset on a record had which keys of tables. revision: how often
+    it was rewritten; of two revisions the later one is the part.
     """
 
     shard: int
@@ -96,10 +99,20 @@ class Part(msgspec.Struct, frozen=True):
     files: tuple[PartFile, ...] = ()
     tables: dict[str, tuple[tuple[int, tuple[Key, ...]], ...]] = {}
     format: int = FORMAT
+    revision: int = 0
 
     @property
     def stem(self) -> str:
-        return f"{self.shard:03d}-{self.epoch}-{self.from_offset:020d}-{self.to_offset:020d}"
+        return self._stem(self.revision)
+
+    def _stem(self, revision: int) -> str:
+        stem = f"{self.shard:03d}-{self.epoch}-{self.from_offset:020d}-{self.to_offset:020d}"
+        return f"{stem}-r{revision}" if revision else stem
+
+    @property
+    def range(self) -> tuple[int, int, int, int]:
+        """What all revisions of a part have in common."""
+        return self.shard, self.from_offset, self.to_offset, self.epoch
 
     @property
     def marker(self) -> str:
@@ -108,7 +121,7 @@ class Part(msgspec.Struct, frozen=True):
     def path(self, file: PartFile) -> str:
         number = f".{file.number}" if file.number else ""
         folder = f"{source_folder(file.source)}/route={route_name(file.route)}/date={day_text(file.day)}"
-        return f"{folder}/{self.stem}{number}.parquet"
+        return f"{folder}/{self._stem(file.revision)}{number}.parquet"
 
 
 def source_folder(source: str) -> str:
@@ -147,14 +160,18 @@ def day_of(path: str) -> int | None:
 def part_of(path: str) -> Part | None:
     """Return the range of the part that a file belongs to by its name, None if it has another name."""
     match = re.fullmatch(rf"{_STEM.pattern}(?:(?:\.[0-9]+)?\.parquet|\.json)", path.rpartition("/")[2])
-    return Part(int(match[1]), int(match[2]), int(match[3]), int(match[4])) if match else None
+    return Part(*(int(match[n]) for n in range(1, 5)), revision=int(match[5] or 0)) if match else None
 
 
 def parts_of(folder: Folder, shard: int | None = None) -> list[Part]:
-    """Return the ranges of the whole parts of a shard, or of all, in order: what the names of their markers say."""
+    """Return the ranges of the whole parts of a shard, or of all, in order: what the names of their markers say. Of a
+    part that is being rewritten it is the later revision."""
     paths = folder.files(_PARTS if shard is None else f"{_PARTS}/{shard:03d}", recursive=shard is None)
     parts = [part for path in paths if (part := part_of(path)) is not None]
-    return sorted(parts, key=lambda p: (p.shard, p.from_offset, p.to_offset, p.epoch))
+    latest: dict[tuple[int, int, int, int], Part] = {}
+    for part in sorted(parts, key=lambda p: (p.shard, p.from_offset, p.to_offset, p.epoch, p.revision)):
+        latest[part.range] = part
+    return list(latest.values())
 
 
 def write_part(folder: Folder, part: Part, tag: str) -> None:

@@ -61,7 +61,7 @@ from millpond.feature_actors.tiles.structure import (
     take_out,
 )
 
-__all__ = ["DONE", "apply_events", "apply_one", "has_room", "new_row", "reclaim_rows"]
+__all__ = ["DONE", "apply_events", "apply_one", "has_room", "new_row", "reclaim_rows", "remove_rows"]
 
 #: What `apply_events` returns when it has come to the end.
 DONE = -1
@@ -467,7 +467,75 @@ def reclaim_rows(words: Any, halves: Any, program: Any, cursor: Any, budget: Any
         begin_write(words, slot)
         take_out(words, slot, cursor[1])  # another entry may stand here now
         words[slot + H_ROWS] -= 1
+        words[row], words[row + 1] = 0, 0  # whose it was
         give(words, halves, slot + H_POOLS, row)
         end_write(words, slot)
         freed += 1
     return freed
+
+
+# -- rows that are to leave nothing behind
+
+
+@inner
+def _wipe_ring(words: Any, halves: Any, pool: Any, head_half: Any, size: Any) -> None:
+    """Free all tiles of a ring, each of so many words, and overwrite them."""
+    head = np.int64(halves[head_half])
+    if head == 0:
+        return
+    tile = next_of(halves, head)
+    while True:
+        after = next_of(halves, tile)
+        words[tile : tile + size] = 0
+        give(words, halves, pool, tile)
+        if tile == head:
+            break
+        tile = after
+    halves[head_half] = 0
+
+
+@inner
+def _place_of_row(words: Any, slot: Any, row: Any, mark: Any) -> Any:
+    """Return the place in the index at which a row stands."""
+    index, places = words[slot + H_INDEX_AT], words[slot + H_PLACES]
+    place = place_of(mark, places)
+    while np.int64(np.uint64(words[index + place]) & np.uint64(NUMBER_MASK)) != row:
+        place = place + 1 if place + 1 < places else 0
+    return place
+
+
+@kernel
+def remove_rows(words: Any, halves: Any, program: Any, hashes: Any) -> Any:
+    """Remove the rows of some keys, int64 [n, 2], those that are there, and overwrite what they had; return how many
+    there were."""
+    table, series, _ = program
+    slots = np.uint64(words[M_SLOTS])
+    removed = 0
+    for i in range(hashes.shape[0]):
+        lo, hi = hashes[i, 0], hashes[i, 1]
+        slot = table[T_SLOTS_AT] + np.int64(np.uint64(hi) % slots) * table[T_SLOT_WORDS]
+        mark = mark_of(words, lo)
+        row = find(words, slot, lo, hi, mark, _NO_LIMIT, table[T_ROW_WORDS])
+        if row == 0:
+            continue
+        begin_write(words, slot)
+        for s in range(series.shape[0]):
+            if series[s, S_LIFETIME]:
+                continue
+            head_half = 2 * row + series[s, S_ROW_AT]
+            if series[s, S_EXACT]:
+                head = np.int64(halves[head_half])
+                tile = head
+                while head != 0:
+                    _wipe_ring(words, halves, slot + series[s, S_FINE_POOL], 2 * (tile + 1), _fine_words(series, s))
+                    tile = next_of(halves, tile)
+                    if tile == head:
+                        break
+            _wipe_ring(words, halves, slot + series[s, S_POOL], head_half, series[s, S_TILE_WORDS])
+        take_out(words, slot, _place_of_row(words, slot, row, mark))
+        words[slot + H_ROWS] -= 1
+        words[row : row + table[T_ROW_WORDS]] = 0
+        give(words, halves, slot + H_POOLS, row)
+        end_write(words, slot)
+        removed += 1
+    return removed

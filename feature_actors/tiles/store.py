@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from millpond.feature_actors.tiles.apply import DONE, apply_events, reclaim_rows
+from millpond.feature_actors.tiles.apply import DONE, apply_events, reclaim_rows, remove_rows
 from millpond.feature_actors.tiles.check import check_table
 from millpond.feature_actors.tiles.image import (
     ALL_MARKS,
@@ -377,6 +377,10 @@ class TileStore:
     def reclaim_all(self, table: Table) -> int:
         """Look at everything of a table, see `reclaim`."""
         return self.reclaim(table, 2 * self._places(table))
+
+    def remove(self, table: Table, hashes: Ints) -> int:
+        """Remove the rows of some keys, int64 [n, 2], and overwrite what they had; return how many there were."""
+        return int(remove_rows(self.memory.words, self.memory.halves, table.program(self._n_slots), hashes))
 
     # -- what it holds
 

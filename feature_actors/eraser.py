@@ -1,0 +1,184 @@
+"""Forgetting entities in one shard: what tombstones ask for, step by step, on what the shard has and keeps.
+
+    1. learn      which rows are theirs, and where else their events went, from history and log; in a thread
+    2. remove     their rows, between two commits; then a snapshot is taken without them, and the older ones go
+    3. log        records get tokens, a few in each transaction; in the thread of the log
+    4. history    parts get tokens; in the thread that writes them
+    5. scrub      what was there before is overwritten on the disk; in the thread of the log
+    6. finish     the tombstones say that it is done, and name nobody any more
+
+Tombstones hold from before 1. on, so nothing comes after it that would have to be forgotten. After a crash at any step
+all of it is done again: what is done already is not found any more. Until the snapshot of 2. is there nothing is
+rewritten, so what 1. learns is learned again; from then on a recovery has not the rows.
+
+Pure, but for files: `server` takes the steps. No snapshot, truncation or backfill is under way meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from millpond.feature_actors.durable import DurableShard
+from millpond.feature_actors.keys import hash_columns
+from millpond.feature_actors.layout import Table
+from millpond.feature_actors.log.history_rewriter import rewrite_history
+from millpond.feature_actors.log.log import Log
+from millpond.feature_actors.log.record import Decoded, EventsRecord, OfferRecord
+from millpond.feature_actors.log.snapshot import newest_snapshots
+from millpond.feature_actors.tombstones import Tombstone
+
+__all__ = ["Eraser"]
+
+Bools = npt.NDArray[np.bool_]
+Key = tuple[int, int]
+
+#: So many records are looked at in a step, and so many bytes rewritten: some milliseconds.
+_RECORDS, _BYTES = 64, 1 << 20
+
+
+class Eraser:
+    """Forget the entities of all tombstones of a shard that wait."""
+
+    def __init__(self, durable: DurableShard) -> None:
+        self._durable, self._shard = durable, durable.shard
+        self._tables = self._shard.parts.layout.tables
+        self.waiting = self._shard.tombstones.waiting
+        self._erasure = self._shard.erasure
+        assert isinstance(durable.log, Log)
+        self._log = durable.log
+        self._log_at, self._log_end = self._log.first, self._log.next
+        #: Rows that are theirs, by number of the table.
+        self._rows: dict[int, set[Key]] = defaultdict(set)
+        #: By tombstone and number of the table, how many events were counted there.
+        self._counted: Counter[tuple[Tombstone, int]] = Counter()
+        #: What of them came later, and begins afresh: table, record, its offset and which of its events.
+        self._later: list[tuple[Table, EventsRecord, int, Bools]] = []
+        self._past = durable.past(whole=durable.shard_folder.history_uri is not None)
+        #: Records of their events at home here: before and after.
+        self._homes: list[tuple[EventsRecord, EventsRecord]] = []
+        self.removed: Counter[str] = Counter()
+
+    # -- 1.
+
+    def learn(self) -> None:
+        """Raises `LogDamaged`, `HistoryDamaged`, `HistoryUnavailable`."""
+        for one in self.waiting:
+            for table in self._tables:
+                if table.key == (one.field,) and one.hash is not None:
+                    self._rows[table.number].add(one.hash)
+        self._read_on()
+
+    def _read_on(self) -> None:
+        for offset, record in self._past.read_on():
+            for one in self._erasure.forgotten(record.source, record.batch, record.arrivals):
+                self._learn(record, one.tombstone, one.rows)
+            for one in self._erasure.forgotten(record.source, record.batch, record.arrivals, later=True):
+                for table, applied in self._applied(record, one.tombstone, one.rows):
+                    self._later.append((table, record, offset, applied))
+
+    def _applied(self, record: EventsRecord, tombstone: Tombstone, rows: Bools) -> Iterator[tuple[Table, Bools]]:
+        """Yield the tables that have the forgotten field in their key, and which of some events were applied there."""
+        for table in self._tables:
+            if table.source.name == record.source and table.key in record.tables and tombstone.field in table.key:
+                applied = rows & ((record.routes & np.uint32(2 << record.tables.index(table.key))) != 0)
+                if applied.any():
+                    yield table, applied
+
+    def _learn(self, record: EventsRecord, tombstone: Tombstone, rows: Bools) -> None:
+        for table, applied in self._applied(record, tombstone, rows):
+            columns = [record.batch.column(name) for name in table.key]
+            hashes = hash_columns(columns, len(rows)).view(np.int64)[applied]
+            self._rows[table.number].update(map(tuple, hashes.tolist()))
+            self._counted[tombstone, table.number] += int(np.count_nonzero(applied))
+        home = np.flatnonzero(rows & ((record.routes & 1) != 0))
+        if len(home):
+            self.removed["events"] += len(home)
+            at = pa.array(home)
+            ids = None if record.ids is None else record.ids[home]
+            before = replace(
+                record, arrivals=record.arrivals[home], routes=np.ones(len(home), np.uint32), batch=record.batch.take(at),
+                ids=ids, homes=(),
+            )  # fmt: skip
+            forgotten = self._erasure.forgotten(before.source, before.batch, before.arrivals)
+            self._homes.append((before, self._erasure.record(before, forgotten)))
+
+    # -- 2.
+
+    def remove(self) -> None:
+        """Then a snapshot is to be taken, and `remove_snapshots` called. All that was prepared has been committed, or is
+        behind the end of the log."""
+        self._read_on()  # what came meanwhile
+        keys = {number: np.array(sorted(of), np.int64).reshape(-1, 2) for number, of in self._rows.items()}
+        events: Counter[int] = Counter()
+        for (tombstone, number), n in self._counted.items():
+            if _named(tombstone) not in self._durable.erased:  # else the snapshot has counted them out
+                events[number] += n
+        self.removed["rows"] += self._shard.remove(keys, events)
+        for table, record, offset, rows in self._later:
+            self._shard.apply_again(table, record, offset, rows)
+        for before, after in self._homes:
+            self._shard.other_ids(before, after)
+        self._durable.erased |= {_named(one) for one in self.waiting}
+
+    def remove_snapshots(self) -> None:
+        """Remove all snapshots but the newest, damaged ones, too: they have the rows."""
+        folder = self._durable.shard_folder.snapshots
+        newest = newest_snapshots(folder)[:1]
+        for path in folder.iterdir():
+            if path not in newest:
+                path.unlink(missing_ok=True)
+
+    # -- 3.
+
+    def rewrite_log(self) -> bool:
+        """Rewrite some records; return whether there are more. Raises `LogFull`, `LogDamaged`."""
+        some: list[tuple[int, Decoded]] = []
+        end, size = min(self._log_at + _RECORDS, self._log_end), 0
+        while self._log_at < end and size < _BYTES:
+            record, settled = self._log.get(self._log_at)
+            if isinstance(record, EventsRecord | OfferRecord):
+                if forgotten := self._erasure.forgotten(record.source, record.batch, record.arrivals):
+                    some.append((self._log_at, Decoded(self._erasure.record(record, forgotten), settled)))
+                    size += record.batch.nbytes
+            self._log_at += 1
+        if some:
+            self._log.rewrite(some)
+        return self._log_at < self._log_end
+
+    # -- 4.
+
+    def rewrite_history(self) -> None:
+        """Raises `HistoryUnavailable`, `HistoryDamaged`."""
+        folder = self._durable.shard_folder
+        if folder.history_uri is not None:
+            rewrite_history(folder.history_uri, self._shard.number, self._erasure, folder.path)
+
+    # -- 5.
+
+    def scrub(self) -> bool:
+        """Return whether nothing is left on the disk; else something reads the log, and it is to be tried again."""
+        return self._log.scrub()
+
+    # -- 6.
+
+    def finish(self) -> None:
+        """Raises `OSError`."""
+        tombstones = self._shard.tombstones
+        done = [_done(one, dict(self.removed)) for one in self.waiting if tombstones.get(one.name) == one]
+        self._shard.tombstones.write(done)
+        self._durable.erased -= {_named(one) for one in self.waiting}
+        self._shard.tombstones.take(done)
+
+
+def _done(tombstone: Tombstone, removed: dict[str, int]) -> Tombstone:
+    return Tombstone(tombstone.field, tombstone.mark, tombstone.at_ms, tombstone.token, None, removed)
+
+
+def _named(tombstone: Tombstone) -> str:
+    return f"{tombstone.mark}@{tombstone.at_ms}"
