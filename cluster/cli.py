@@ -173,6 +173,12 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--model-version", metavar="VERSION", help="by this version (default: that which answers)")
     explain.add_argument("--events", type=int, default=5, metavar="N", help="events shown of a feature (default: 5)")
     explain.add_argument("--json", action="store_true", help="print it as one JSON object")
+    forget = command("forget", _forget, "Forget an entity: its rows, logged scores, and whose its events were. Its key "
+                     "field is a flag: `--user-id 42`.")  # fmt: skip
+    forget.allow_abbrev = False
+    forget.add_argument("--key", metavar="ID", help="the id as JSON, where the field has the name of a setting")
+    forget.add_argument("--status", action="store_true", help="only say how far it is")
+    forget.add_argument("--json", action="store_true", help="print it as one JSON object")
     command("config", _config, "Print every setting and where its value came from.")
     add_bench_arguments(command("bench", run_bench, "Measure; the figures stand in the README under Measured."))
     return parser
@@ -419,6 +425,16 @@ def _explain(options: argparse.Namespace, config: Config, origins: dict[str, str
     else:
         print_explanation(told)
     return 0
+
+
+def _forget(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    from millpond.cluster.explain import key_of
+    from millpond.cluster.forget import forget_entity, told_in_words
+
+    key = key_of(options.rest, options.key, "forget")
+    told = forget_entity(config, key, only_look=options.status, say=lambda text: print(text, file=sys.stderr))
+    print(json.dumps(told) if options.json else told_in_words(told))
+    return 0 if told["state"] == "done" else 1
 
 
 def _down(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:

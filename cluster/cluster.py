@@ -19,6 +19,7 @@ from millpond.cluster.deploy import check_models, client_of, nobody, publish, wa
 from millpond.cluster.embedded import NAMESPACE, EmbeddedCluster, EmbeddedSettings
 from millpond.cluster.pools import PoolKeeper
 from millpond.deployments.deployment import Deployment
+from millpond.deployments.erased_scores import ScoreEraser
 from millpond.deployments.host import HostLimits, is_alive
 from millpond.deployments.lane import LaneLimits
 from millpond.deployments.score import ScoreLimits
@@ -199,6 +200,8 @@ class Cluster:
                 queue_bytes_max=config.queue_mb_max << 20,
                 dedupe_horizon_ms_min=config.dedupe_horizon_ms_min,
                 dedupe_bytes_max=config.dedupe_mb_max << 20,
+                wall_clock=config.clock == "wall",
+                scores=self._score_eraser(),
             ),
             NAMESPACE,
             num_cpus=0.1,
@@ -232,6 +235,13 @@ class Cluster:
             past=self._past_place(),
         )
         return self.spec
+
+    def _score_eraser(self) -> ScoreEraser | None:
+        """Return what removes logged scores, whether any are logged now or not."""
+        uri = self.config.history_uri
+        if uri is None or self.config.durability == "none":
+            return None
+        return ScoreEraser(uri, str(self.registry_dir), self._score_log_settings() is not None)
 
     def _past_place(self) -> PastPlace | None:
         """Return where scores are explained from; None if the cluster has no past."""

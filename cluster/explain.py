@@ -25,8 +25,8 @@ __all__ = ["explain_score", "key_of", "print_explanation"]
 _ANSWER_S_MAX = 30.0
 
 
-def key_of(arguments: Sequence[str], given: str | None) -> dict[str, Any]:
-    """Return the id that flags say, `--user-id 42` for a field `user_id`, or one JSON object."""
+def key_of(arguments: Sequence[str], given: str | None, command: str = "explain") -> dict[str, Any]:
+    """Return the id that flags of a command say, `--user-id 42` for a field `user_id`, or one JSON object."""
     key: dict[str, Any] = {}
     if given is not None:
         try:
@@ -40,10 +40,10 @@ def key_of(arguments: Sequence[str], given: str | None) -> dict[str, Any]:
     rest = [part for one in arguments for part in (one.split("=", 1) if one.startswith("--") else [one])]
     for flag, value in zip(rest[::2], rest[1::2], strict=False):
         if not flag.startswith("--"):
-            raise BadRequest(f"explain: got {flag!r:.80}; expected a key field as a flag, such as `--user-id 42`")
+            raise BadRequest(f"{command}: got {flag!r:.80}; expected a key field as a flag, such as `--user-id 42`")
         key[flag.removeprefix("--").replace("-", "_")] = value
     if len(rest) % 2:
-        raise BadRequest(f"explain: {rest[-1]!r:.80} has no value; name a key field and its value, `--user-id 42`")
+        raise BadRequest(f"{command}: {rest[-1]!r:.80} has no value; name a key field and its value, `--user-id 42`")
     return key
 
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 from millpond.deployments.answers import Answers, iso
 from millpond.deployments.arrow_scores import ARROW_TYPE, arrow_answer, keys_of, wants_arrow
 from millpond.deployments.explainer import Explainer
+from millpond.deployments.forgetter import Forgetter
 from millpond.deployments.http import App, Request, Response, Route, decode_json, json_response
 from millpond.deployments.lane import Lane
 from millpond.deployments.openapi import docs_page, openapi_document
@@ -63,6 +64,7 @@ class ScoreApp(App):
         cluster_name: str,
         score_log: ScoreLog | None = None,
         explainer: Explainer | None = None,
+        forgetter: Forgetter | None = None,
     ) -> None:
         super().__init__(
             [
@@ -72,6 +74,8 @@ class ScoreApp(App):
                 Route("GET", "/healthz", self.get_healthz),
                 Route("GET", "/readyz", self.get_readyz),
                 Route("GET", "/v1/explain/", self.get_explain),
+                Route("POST", "/v1/forget", self.post_forget),
+                Route("GET", "/v1/forget", self.get_forget),
                 Route("GET", "/v1/status", self.get_status),
                 Route("GET", "/openapi.json", self.get_openapi),
                 Route("GET", "/docs", self.get_docs),
@@ -85,7 +89,7 @@ class ScoreApp(App):
         layout = client.layout
         self._view_plans = {name: ReadPlan(layout, list(view), f"view `{name}`") for name, view in layout.views.items()}
         self._answers = Answers(score_log)
-        self._explainer = explainer
+        self._explainer, self._forgetter = explainer, forgetter
         self._cluster_name = cluster_name
 
     # -- the score journey
@@ -289,6 +293,24 @@ class ScoreApp(App):
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
         return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+    async def post_forget(self, request: Request) -> Response:
+        """Begin to forget an entity; what happened to it up to now is refused when this returns."""
+        request.check_admin(self._admin_token_sha256, "this call")
+        request.allow_query()
+        check_json(request)
+        key = decode_json(await request.body(self._limits.body_bytes_max))
+        return json_response(await self._forgets().forget(key), 202)
+
+    async def get_forget(self, request: Request) -> Response:
+        """Say how far that is."""
+        request.check_admin(self._admin_token_sha256, "this call")
+        return json_response(await self._forgets().status(dict(request.query)))
+
+    def _forgets(self) -> Forgetter:
+        if self._forgetter is None:
+            raise Unavailable("forget: this replica does not reach the shards")
+        return self._forgetter
 
     async def get_status(self, request: Request) -> Response:
         request.check_admin(self._admin_token_sha256, "this call")

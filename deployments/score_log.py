@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from millpond.deployments.erased_scores import forgotten_by, heeded, noticed
 from millpond.feature_actors.errors import MillpondError
 from millpond.feature_actors.plan import FeatureRows
 from millpond.feature_actors.shard_map import ShardMap
-from millpond.models.score_log import ScoreFiles, Scorer, scores_table
+from millpond.models.score_log import ForgottenScores, ScoreFiles, Scorer, forgotten_scores, scores_table
 
 if TYPE_CHECKING:
     from millpond.deployments.lane import Lane, Scored
@@ -80,6 +81,8 @@ class ScoreLog:
         self._waiting: deque[_Waiting] = deque()
         self._files: ScoreFiles | None = None
         self._deleted_s = -_DELETE_EVERY_S
+        #: What is not to be logged any more, by the names of the notices that say so.
+        self._forgotten: dict[str, ForgottenScores] = {}
         #: What became of the scores that were taken.
         self.written = self.dropped = 0
         self._wake, self._closed = threading.Event(), False
@@ -138,6 +141,7 @@ class ScoreLog:
         while not self._closed:
             self._wake.wait(self.settings.flush_s)
             self._wake.clear()
+            self._heed()
             self._flush()
             self._delete_old()
         self._flush()
@@ -147,7 +151,10 @@ class ScoreLog:
         if not taken:
             return
         try:
-            self._opened().write(self._table(taken))
+            table = self._table(taken)
+            if self._forgotten:
+                table = table.filter(pa.array(~forgotten_scores(table, list(self._forgotten.values()))))
+            self._opened().write(table)
             self.written += len(taken)
         except MillpondError as error:
             self.dropped += len(taken)
@@ -155,6 +162,18 @@ class ScoreLog:
         except Exception:  # of ours; what is served goes on
             self.dropped += len(taken)
             logger.exception("%d scores are not logged", len(taken))
+
+    def _heed(self) -> None:
+        """Take out what is to be forgotten, and say that it is; what comes of it later is not logged."""
+        try:
+            folder = self._opened().folder
+            for name in noticed(folder) - self._forgotten.keys():
+                if (forgotten := forgotten_by(folder, name)) is not None:
+                    self._forgotten[name] = forgotten
+                    self._opened().erase([forgotten])
+                    heeded(folder, name, self._writer)
+        except MillpondError as error:
+            logger.warning("logged scores cannot be forgotten yet: %s", error)
 
     def _opened(self) -> ScoreFiles:
         if self._files is None:

@@ -21,6 +21,7 @@ from typing import Any
 from millpond.deployments.deployment import Deployment
 from millpond.deployments.events import EventsApp
 from millpond.deployments.explainer import Explainer
+from millpond.deployments.forgetter import Forgetter
 from millpond.deployments.host import HostLimits, ModelHost
 from millpond.deployments.score import ScoreApp, ScoreLimits
 from millpond.deployments.score_log import ScoreLog, ScoreLogSettings
@@ -193,7 +194,7 @@ class ScoreReplica:
             explainer = Explainer(past.directory, past.history_uri, spec.shard_map, past.explain_timeout_s)
         self._app = ScoreApp(
             client, self._host, read.status, spec.scores, spec.admin_token_sha256, spec.cluster_name, self._score_log,
-            explainer,
+            explainer, Forgetter(read, client.layout, spec.clock == "wall"),
         )  # fmt: skip
         self._app.body_timeout_s = spec.body_timeout_s
         keep_what_is_there()

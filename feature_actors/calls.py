@@ -135,6 +135,21 @@ class CallRead:
                     whole.texts[column][int(rows[i])] = answer.texts[column][i]
         return whole
 
+    # -- entities that are to be forgotten
+
+    async def forget(self, field: str, value: int | str, at_ms: int) -> None:
+        """Have tombstones of an entity on all shards: from then on nothing that is before is taken any more, and what
+        there is goes in the background. Raises `Unavailable` if a shard is; the others see to it then that it has one."""
+        tombstone = await self._calls.call(0, "forget", field, value, at_ms)
+        await all_of({n: self._calls.call(n, "entomb", tombstone) for n in range(1, self._calls.n_shards)})
+
+    async def forgotten(self, field: str, value: int | str) -> list[dict[str, Any] | None]:
+        """Return how far each shard is with an entity, None if it has no tombstone of it."""
+        answers: dict[int, Any] = await all_of(
+            {n: self._calls.call(n, "forgotten", field, value) for n in range(self._calls.n_shards)}
+        )
+        return [answers[n] for n in sorted(answers)]
+
     async def status(self) -> list[dict[str, Any]]:
         """Return what every shard says of itself, also one that is still recovering, or cannot be reached."""
         started = {shard: self._calls.call(shard, "status") for shard in range(self._calls.n_shards)}

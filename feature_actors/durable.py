@@ -56,6 +56,7 @@ Progress = Callable[[int, int], None]
 Bools = npt.NDArray[np.bool_]
 
 _PROGRESS_S = 0.1
+NEVER_MS = 1 << 62
 
 logger = logging.getLogger("millpond.shard")
 
@@ -373,6 +374,15 @@ class DurableShard:
         newest_ms = max((offer.received_ms for offer in open_offers.values()), default=0)
         recent = [at for at, offer in open_offers.items() if offer.received_ms > newest_ms - _OFFER_LASTS_MS]
         self._history_keeps = min([self.history.done_to, *recent])
+
+    def oldest_ms(self, first: int) -> int:
+        """Return the oldest arrival stamp of the first record with events from an offset of the log on, or `NEVER_MS`
+        if there is none."""
+        assert isinstance(self.log, Log)
+        for _, (record, _) in self.log.read(first):
+            if isinstance(record, EventsRecord | OfferRecord) and len(record.arrivals):
+                return int(record.arrivals.min())
+        return NEVER_MS
 
     def truncatable(self, needed: Sequence[int]) -> int:
         """Return the offset before which the log is needed by nothing any more.

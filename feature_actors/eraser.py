@@ -139,6 +139,7 @@ class Eraser:
     def rewrite_log(self) -> bool:
         """Rewrite some records; return whether there are more. Raises `LogFull`, `LogDamaged`."""
         some: list[tuple[int, Decoded]] = []
+        self._log_at = max(self._log_at, self._log.first)  # it may have been truncated
         end, size = min(self._log_at + _RECORDS, self._log_end), 0
         while self._log_at < end and size < _BYTES:
             record, settled = self._log.get(self._log_at)

@@ -28,7 +28,7 @@ from millpond.feature_actors.tombstones import Forgotten, Tombstone, Tombstones
 __all__ = ["Erasure", "replaced_fields"]
 
 Ints = npt.NDArray[np.int64]
-R = TypeVar("R", EventsRecord, OfferRecord)
+R = TypeVar("R", bound=EventsRecord | OfferRecord)
 
 
 def replaced_fields(source: Source | None, field: str) -> list[str]:
@@ -51,9 +51,7 @@ class Erasure:
         declared = self._sources.get(source)
         return self._tombstones.fields | ({declared.event_time} if declared is not None else set())
 
-    def forgotten(
-        self, source: str, batch: pa.RecordBatch, arrivals: Ints, *, later: bool = False
-    ) -> list[Forgotten]:
+    def forgotten(self, source: str, batch: pa.RecordBatch, arrivals: Ints, *, later: bool = False) -> list[Forgotten]:
         """Return which events of a batch, of any version of a source, are forgotten; later: which are of the same
         entities and came after. arrivals int64 [n]: stamps."""
         if not self._tombstones.fields.intersection(batch.schema.names):

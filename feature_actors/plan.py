@@ -22,7 +22,7 @@ from millpond.feature_actors.layout import Layout, PlanProgram
 from millpond.feature_actors.tiles.read import NO_CLOCK
 from millpond.feature_actors.view import Feature, FeatureView
 
-__all__ = ["Answer", "FeatureFailed", "FeatureRows", "Question", "ReadPlan", "as_of_in_past"]
+__all__ = ["Answer", "FeatureFailed", "FeatureRows", "Question", "ReadPlan", "as_of_in_past", "key_value"]
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -173,7 +173,7 @@ class ReadPlan:
                 problems += self._wrong_fields(one, path)
             for name, kind in self.key_fields.items():
                 if name in one:
-                    value = _key_value(one[name], kind)
+                    value = key_value(one[name], kind)
                     if value is None:
                         got = "true" if one[name] is True else repr(one[name])[:80]
                         limit = f" of at most {KEY_BYTES_MAX} bytes" if kind == "string" else ""
@@ -359,7 +359,7 @@ def _add_kept_for(feature: Feature, read: dict[str, Feature], seen: set[str]) ->
         _add_kept_for(one, read, seen)
 
 
-def _key_value(value: Any, kind: str) -> int | str | None:
+def key_value(value: Any, kind: str) -> int | str | None:
     """Return a key value as int64 or string, or None if it is neither; digits in a string are an int64."""
     if kind == "string":
         if not isinstance(value, str):

@@ -14,13 +14,14 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -34,6 +35,7 @@ from millpond.feature_actors.backfill import (
 )
 from millpond.feature_actors.calls import CallIngest, Calls
 from millpond.feature_actors.durable import DurableShard, ShardFolder, VolatileLog
+from millpond.feature_actors.eraser import Eraser
 from millpond.feature_actors.errors import MillpondError, TooMany, Unavailable
 from millpond.feature_actors.events import Receipt
 from millpond.feature_actors.layout import Table, compile_layout
@@ -55,10 +57,11 @@ from millpond.feature_actors.socket_calls import serve_socket, socket_path
 from millpond.feature_actors.source import Source
 from millpond.feature_actors.tiles.memory import Control, Memory
 from millpond.feature_actors.tiles.store import SPARE_SLOT_WORDS
+from millpond.feature_actors.tombstones import Tombstone, forget_secret, tombstone_of
 from millpond.feature_actors.view import FeatureView
 from millpond.feature_actors.wire import QuestionDecoder, decode_events, encode_answer, encode_receipt
 
-__all__ = ["ShardServer", "ShardSpec"]
+__all__ = ["ScoreEraser", "ShardServer", "ShardSpec"]
 
 Bools = npt.NDArray[np.bool_]
 
@@ -77,8 +80,21 @@ _HOUSE_S, _HOUSE_AGAIN_S = 0.25, 5.0
 _VIEWS_S, _REST = 0.2, 1.0
 #: How long an offer waits to be taken.
 OFFER_S_MAX = 60.0
+#: How often it is looked what retention has to take, and by how much it may be late: history is deleted by whole days.
+_EXPIRE_S, _DAY_MS = 3_600.0, 86_400_000
 
 logger = logging.getLogger("millpond.shard")
+
+
+class ScoreEraser(Protocol):
+    """What removes logged scores, from the history and from who writes them."""
+
+    def forget(self, field: str, hash: tuple[int, int], as_of_ms: int) -> int:
+        """Remove the scores of the key whose field has a value of that hash; return how many there were in files.
+
+        as_of_ms: what was read as of then or before is not logged any more either. Waits until that is so; may be
+        called again. Raises `HistoryUnavailable`, `HistoryDamaged`.
+        """
 
 
 @dataclass(frozen=True)
@@ -107,6 +123,8 @@ class ShardSpec:
     queue_bytes_max: int
     dedupe_horizon_ms_min: int = 3_600_000
     dedupe_bytes_max: int | None = None
+    wall_clock: bool = False
+    scores: ScoreEraser | None = None
     added_views: AddedViews | None = None
 
 
@@ -134,7 +152,22 @@ class ShardServer:
 
     #: What may be called.
     METHODS = frozenset(
-        {"ingest", "offer", "take", "deliver", "settle", "ready", "read", "status", "check", "snapshot", "drain"}
+        {
+            "ingest",
+            "offer",
+            "take",
+            "deliver",
+            "settle",
+            "ready",
+            "read",
+            "status",
+            "check",
+            "snapshot",
+            "drain",
+            "forget",
+            "entomb",
+            "forgotten",
+        }
     )
 
     def __init__(self, spec: ShardSpec, number: int, peers: Callable[[], Calls]) -> None:
@@ -171,6 +204,11 @@ class ShardServer:
         self._added: dict[str, _Added] = {}
         self._views_generation = -1
         self._backfilling: asyncio.Task[None] | None = None
+        #: Held while tombstones are written. By name, how far the shard is with those that wait.
+        self._entombing = asyncio.Lock()
+        self._forgetting: dict[tuple[str, str], str] = {}
+        self._erasing: asyncio.Task[None] | None = None
+        self._expired_s = -_EXPIRE_S
         self._snapshot_wanted = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
         self._house = ThreadPoolExecutor(1, thread_name_prefix="house")
@@ -220,6 +258,8 @@ class ShardServer:
                 self._keep_house(self._snapshot_is_due, self._take_snapshot),
                 self._keep_house(self._history_is_due, self._write_history),
                 self._follow_views(),
+                self._keep_house(lambda: bool(self._shard.tombstones.waiting) and not self._refuses, self._erase),
+                self._keep_house(self._retention_is_due, self._expire),
             )
         finally:
             server.close()
@@ -260,8 +300,9 @@ class ShardServer:
         durability: Any = spec.durability
         self._views.submit(self._add_views).result()
         folder = ShardFolder(
-            shard_dir(Path(spec.data_dir), self._number), spec.cluster_id, self._opening.epoch, spec.history_uri
-        )
+            shard_dir(Path(spec.data_dir), self._number), spec.cluster_id, self._opening.epoch, spec.history_uri,
+            forget_secret(Path(spec.data_dir)),
+        )  # fmt: skip
         log = Log(folder.log, durability, spec.disk_free_bytes_min)
         sure_to = log.next if durability == "sync" else 0  # the rest may go with the power
         note_log(Path(spec.data_dir), self._number, spec.cluster_id, log.next, sure_to=sure_to)
@@ -564,6 +605,133 @@ class ShardServer:
             one.read = one.of = past.end
             one.history_since_ms = past.history_since.get(one.table.source.name)
 
+    # -- entities that are to be forgotten, see `eraser`
+
+    async def forget(self, field: str, value: int | str, at_ms: int) -> dict[str, Any]:
+        """Have a tombstone of an entity, or that which waits already; return it. What it asks for is done in the
+        background, on all shards."""
+        self._check()
+        secret = forget_secret(Path(self._spec.data_dir))
+        tombstone = tombstone_of(secret, field, value, at_ms)
+        known = self._shard.tombstones.get(tombstone.name)
+        wire: dict[str, Any] = msgspec.to_builtins(tombstone if known is None or known.done else known)
+        await self.entomb(wire)
+        return wire
+
+    async def entomb(self, wire: Mapping[str, Any]) -> None:
+        """Have a tombstone: from now on nothing that is before it gets into the log."""
+        self._check()
+        if self._durable is None or not isinstance(self._durable.log, Log):
+            raise Unavailable(
+                f'shard {self._number} of {self._of} keeps nothing on disk (`durability = "none"`), so nothing is known '
+                "of what was; stop the cluster, and everything is forgotten"
+            )
+        tombstone = msgspec.convert(wire, Tombstone)
+        loop, tombstones = asyncio.get_running_loop(), self._shard.tombstones
+        async with self._entombing:
+            known = tombstones.get(tombstone.name)
+            again = known is not None and known.done and known.token != tombstone.token
+            if known is None or known.at_ms < tombstone.at_ms or (again and known.at_ms == tombstone.at_ms):
+                await loop.run_in_executor(self._house, tombstones.write, [tombstone])
+                self._shard.forget([tombstone])
+        # What was prepared before gets into the log before it is looked through.
+        await self._written(Prepared(0))
+
+    async def forgotten(self, field: str, mark_or_value: str | int, *, by_mark: bool = False) -> dict[str, Any] | None:
+        """Return how far the shard is with an entity, None if it has no tombstone of it."""
+        self._check()
+        if not by_mark:
+            secret = forget_secret(Path(self._spec.data_dir))
+            mark_or_value = tombstone_of(secret, field, mark_or_value, 0).mark
+        known = self._shard.tombstones.get((field, str(mark_or_value)))
+        if known is None:
+            return None
+        state = "done" if known.done else self._forgetting.get(known.name, "waiting")
+        return {"shard": self._number, "state": state, "at_ms": known.at_ms, "removed": known.removed or {}}
+
+    async def _erase(self, durable: DurableShard) -> None:
+        self._erasing = asyncio.ensure_future(self._erase_waiting(durable))
+        await asyncio.wait([self._erasing])
+        if not self._erasing.cancelled():
+            self._erasing.result()
+
+    async def _erase_waiting(self, durable: DurableShard) -> None:
+        """Do what tombstones ask for: the steps of `eraser`, each where it belongs. Broken off it begins anew."""
+        loop, begun = asyncio.get_running_loop(), time.monotonic()
+        waiting, others = self._shard.tombstones.waiting, [n for n in range(self._of) if n != self._number]
+        # Whoever asked for it may have gone: every shard sees to it that all have it.
+        wires = [msgspec.to_builtins(one) for one in waiting]
+        await all_of({(n, i): self._peers().call(n, "entomb", w) for n in others for i, w in enumerate(wires)})
+        await self._written(Prepared(0))
+
+        def say(state: str) -> None:
+            self._forgetting = {one.name: state for one in waiting}
+
+        async with self._housekeeping:
+            eraser = Eraser(durable)
+            say("reading its past")
+            await loop.run_in_executor(self._views, eraser.learn)
+            eraser.remove()
+            say("taking a snapshot")
+            await self._snapshot_and_truncate(durable)
+            await loop.run_in_executor(self._house, eraser.remove_snapshots)
+            say("rewriting its log")
+            while await self._in_thread(eraser.rewrite_log):
+                await asyncio.sleep(0.001)
+            say("rewriting its history")
+            await loop.run_in_executor(self._history, eraser.rewrite_history)
+            say("scrubbing its log")
+            while not await self._in_thread(eraser.scrub):
+                await asyncio.sleep(_TICK_S)
+        if self._number == 0 and self._spec.scores is not None:
+            say("removing logged scores")
+            await self._erase_scores(waiting, others, eraser, self._spec.scores)
+        async with self._entombing:
+            await loop.run_in_executor(self._house, eraser.finish)
+        logger.info("shard %d: %d entities forgotten in %.1f s", self._number, len(waiting), time.monotonic() - begun)
+
+    async def _erase_scores(
+        self, waiting: Sequence[Tombstone], others: Sequence[int], eraser: Eraser, scores: ScoreEraser
+    ) -> None:
+        """Remove the logged scores, when no shard has anything any more by which one could be made."""
+        loop = asyncio.get_running_loop()
+        for one in waiting:
+            for n in others:
+                while (await self._peers().call(n, "forgotten", one.field, one.mark, True))["state"] != "done":
+                    await asyncio.sleep(_TICK_S)
+            assert one.hash is not None
+            as_of_ms = max(self._now_ms(), one.at_ms)
+            eraser.removed["scores"] += await loop.run_in_executor(
+                self._views, scores.forget, one.field, one.hash, as_of_ms
+            )
+
+    def _now_ms(self) -> int:
+        """Return the time of the cluster's clock."""
+        newest_ms = self._shard.status().newest_arrival_ms or 0
+        return max(newest_ms, time.time_ns() // 1_000_000) if self._spec.wall_clock else newest_ms
+
+    # -- retention
+
+    def _retention_is_due(self) -> bool:
+        return (
+            self._spec.history_uri is not None
+            and any(source.retention_ms is not None for source in self._spec.sources)
+            and time.monotonic() - self._expired_s >= _EXPIRE_S
+        )
+
+    async def _expire(self, durable: DurableShard) -> None:
+        """Delete of the history what is older than its source keeps it. What has been in the log for a day goes to the
+        history, and leaves the log with the next snapshots, that it can be deleted at all."""
+        uri, sources, now_ms = self._spec.history_uri, self._spec.sources, self._now_ms()
+        assert durable.history is not None
+        assert uri is not None
+        if await self._in_thread(durable.oldest_ms, durable.history.done_to) <= now_ms - _DAY_MS:
+            await self._write_history(durable)
+        if self._bytes_since_snapshot and await self._in_thread(durable.oldest_ms, 0) <= now_ms - _DAY_MS:
+            self._snapshot_wanted = True
+        await asyncio.get_running_loop().run_in_executor(self._history, delete_expired, uri, sources, now_ms)
+        self._expired_s = time.monotonic()
+
     # -- snapshots, history, truncation
 
     async def _keep_house(self, is_due: Callable[[], bool], keep: Callable[[DurableShard], Awaitable[None]]) -> None:
@@ -601,9 +769,7 @@ class ShardServer:
             if durable.undone != undone:
                 raise Unavailable("a part of the history is begun again: something was not written to the log")
             await loop.run_in_executor(self._history, durable.write_history, end, deliveries)
-            if (newest_ms := self._shard.status().newest_arrival_ms) is not None:
-                uri, sources = self._spec.history_uri, self._spec.sources
-                await loop.run_in_executor(self._history, delete_expired, uri, sources, newest_ms)
+            self._expired_s = -_EXPIRE_S  # there may be something that is older than it is kept
             await loop.run_in_executor(self._history, give_back)
         except BaseException:
             self._bytes_since_history += size
@@ -672,9 +838,10 @@ class ShardServer:
         if durable is None:
             return
         self._refuse("is stopping", "stopping", 5_000)
-        if self._backfilling is not None:  # the next start begins it anew
-            self._backfilling.cancel()
-            await asyncio.wait([self._backfilling])
+        for broken_off in (self._backfilling, self._erasing):  # the next start begins it anew
+            if broken_off is not None:
+                broken_off.cancel()
+                await asyncio.wait([broken_off])
         if not isinstance(durable.log, Log):
             return
         async with self._housekeeping:

@@ -37,8 +37,8 @@ import pyarrow.compute as pc
 
 from millpond.feature_actors.dedupe import DUPLICATE, NEW, IdFilter, IdMemory
 from millpond.feature_actors.deliveries import Deliveries
-from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.erasure import Erasure
+from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.events import ELSEWHERE, FORGOTTEN, Events, PastEvents, Receipt
 from millpond.feature_actors.keys import Hashes, hash_columns, owned, slots_of
 from millpond.feature_actors.layout import Layout, Table

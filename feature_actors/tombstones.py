@@ -112,7 +112,9 @@ class Tombstones:
             try:
                 file = msgspec.json.decode(path.read_bytes(), type=_File)
             except (OSError, msgspec.DecodeError) as error:
-                raise ManifestError(f"data directory: `{path}` cannot be read: {error}; restore it from a copy") from None
+                raise ManifestError(
+                    f"data directory: `{path}` cannot be read: {error}; restore it from a copy"
+                ) from None
             if file.format != _FORMAT:
                 raise ManifestError(f"data directory: `{path}` has format {file.format}; this version reads {_FORMAT}")
             self._take(file.tombstones)
@@ -149,9 +151,7 @@ class Tombstones:
             field: (np.array([int(one.mark[:16], 16) for one in of], np.uint64), of) for field, of in fields.items()
         }
 
-    def of(
-        self, batch: pa.RecordBatch, arrivals: Ints, times: Ints | None, *, later: bool = False
-    ) -> list[Forgotten]:
+    def of(self, batch: pa.RecordBatch, arrivals: Ints, times: Ints | None, *, later: bool = False) -> list[Forgotten]:
         """Return which events of a batch are forgotten: those that happened, or arrived, up to the time of a tombstone.
 
         arrivals, times int64 [n]: stamps and event times; no times if the source is not declared any more. later: return

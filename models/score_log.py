@@ -7,7 +7,7 @@ read for it is there bit by bit, with how far the log had been applied to each r
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,16 @@ from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.tiles.structure import SEQUENCE_ROW_BITS
 
-__all__ = ["SCHEMA", "ScoreFiles", "Scorer", "read_scores", "scores_table"]
+__all__ = [
+    "SCHEMA",
+    "ForgottenScores",
+    "ScoreFiles",
+    "Scorer",
+    "erase_scores",
+    "forgotten_scores",
+    "read_scores",
+    "scores_table",
+]
 
 Ints = npt.NDArray[np.int64]
 
@@ -55,6 +64,7 @@ _FOLDER = "_scores"
 _BY_DICTIONARY = ["model", "version", "digest", "role", "unknown.list.element", "rows.list.element.table"]
 
 _encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(dict[str, Any]).decode
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,32 @@ class Scorer:
     version: str
     digest: str
     role: str
+
+
+class ForgottenScores(msgspec.Struct, frozen=True):
+    """Scores that are not to be there: of the key whose `field` has a value of that hash, read as of then or before."""
+
+    field: str
+    hash: tuple[int, int]
+    as_of_ms: int
+
+
+def forgotten_scores(scores: pa.Table, forgotten: Sequence[ForgottenScores]) -> npt.NDArray[np.bool_]:
+    """Return which scores, in `SCHEMA`, are not to be there, bool [n]."""
+    found = np.zeros(len(scores), np.bool_)
+    keys = [_decode(text) for text in scores["key"].to_pylist()] if forgotten and len(scores) else []
+    for field in {one.field for one in forgotten}:
+        rows = np.array([i for i, key in enumerate(keys) if field in key], np.int64)
+        for kind in (int, str):
+            of = rows[[type(keys[i][field]) is kind for i in rows.tolist()]] if len(rows) else rows
+            if not len(of):
+                continue
+            hashes = hash_keys([[keys[i][field] for i in of.tolist()]], len(of)).view(np.int64)
+            as_of = scores["as_of_ms"].to_numpy()[of]
+            for one in forgotten:
+                if one.field == field:
+                    found[of] |= (hashes == np.array(one.hash, np.int64)).all(axis=1) & (as_of <= one.as_of_ms)
+    return found
 
 
 def scores_table(
@@ -124,7 +160,7 @@ class ScoreFiles:
     """
 
     def __init__(self, base_uri: str, writer: str, rows_max: int) -> None:
-        self._folder = Folder(base_uri)
+        self.folder = Folder(base_uri)
         self._writer, self._rows_max = writer, rows_max
         self._number, self._day = -1, -1
         self._open = SCHEMA.empty_table()
@@ -141,21 +177,56 @@ class ScoreFiles:
         begins = day != self._day or len(self._open) + len(scores) > self._rows_max
         number = self._number + begins
         grown = scores if begins else pa.concat_tables([self._open, scores])
-        content = io.BytesIO()
-        pq.write_table(
-            grown, content, compression="zstd", use_dictionary=_BY_DICTIONARY, write_page_checksum=True
-        )  # fmt: skip
-        content.seek(0)
-        self._folder.write(f"{_FOLDER}/date={day_text(day)}/{self._writer}-{number:08d}.parquet", content, "new")
+        _write_file(self.folder, self._path(day, number), grown)
         self._number, self._day, self._open = number, day, grown
+
+    def _path(self, day: int, number: int) -> str:
+        return f"{_FOLDER}/date={day_text(day)}/{self._writer}-{number:08d}.parquet"
+
+    def erase(self, forgotten: Sequence[ForgottenScores]) -> None:
+        """Take scores out of the file that is being filled, and of this writer's memory; others' may do so with the
+        rest, see `erase_scores`."""
+        gone = forgotten_scores(self._open, forgotten)
+        if gone.any():
+            kept = self._open.filter(pa.array(~gone))
+            _write_file(self.folder, self._path(self._day, self._number), kept)
+            self._open = kept
 
     def delete_before(self, ms: int) -> list[str]:
         """Delete the dates that lie wholly before a time; return their folders. Any writer may do so."""
         before = ms // DAY_MS
-        old = [path for day, path in _dates(self._folder) if day < before]
+        old = [path for day, path in _dates(self.folder) if day < before]
         for path in old:
-            self._folder.delete(path)
+            self.folder.delete(path)
         return old
+
+
+def _write_file(folder: Folder, path: str, scores: pa.Table) -> None:
+    content = io.BytesIO()
+    pq.write_table(scores, content, compression="zstd", use_dictionary=_BY_DICTIONARY, write_page_checksum=True)
+    content.seek(0)
+    folder.write(path, content, "new")
+
+
+def erase_scores(base_uri: str, forgotten: Sequence[ForgottenScores], writers: Collection[str]) -> int:
+    """Take scores out of all files, and remove what writers that have ended have left; return how many scores there were.
+
+    writers: those that live, each of which has no such score in the file that it fills, nor will have: see
+    `ScoreFiles.erase`. Raises `HistoryUnavailable`, `HistoryDamaged`.
+    """
+    folder, n = Folder(base_uri), 0
+    for _, date in _dates(folder):
+        for path in folder.files(date):
+            name = path.rpartition("/")[2]
+            if name.startswith("."):
+                if name[1:].rpartition("-")[0] not in writers:
+                    folder.delete(path)
+            elif name.endswith(".parquet") and (scores := _scores(folder, path)) is not None:
+                gone = forgotten_scores(scores, forgotten)
+                if gone.any():
+                    _write_file(folder, path, scores.filter(pa.array(~gone)))
+                    n += int(np.count_nonzero(gone))
+    return n
 
 
 def read_scores(

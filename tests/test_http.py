@@ -117,6 +117,7 @@ def test_the_ack_says_what_became_of_each_event(world: World) -> None:
     ]
     assert world.post_events("purchases", batch).json == {
         "accepted": 3, "duplicates": 1, "conflicts": 1, "late": 1, "too_late": 0, "unkeyed": 1,
+        "forgotten": 0,
     }  # fmt: skip
 
 
@@ -135,6 +136,7 @@ def test_a_bulk_load_arrives_when_it_happened() -> None:
             "accepted": 1,
             "late": late,
             "unkeyed": 1,
+            "forgotten": 0,
         }
 
 

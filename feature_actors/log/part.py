@@ -160,7 +160,9 @@ def day_of(path: str) -> int | None:
 def part_of(path: str) -> Part | None:
     """Return the range of the part that a file belongs to by its name, None if it has another name."""
     match = re.fullmatch(rf"{_STEM.pattern}(?:(?:\.[0-9]+)?\.parquet|\.json)", path.rpartition("/")[2])
-    return Part(*(int(match[n]) for n in range(1, 5)), revision=int(match[5] or 0)) if match else None
+    if match is None:
+        return None
+    return Part(int(match[1]), int(match[2]), int(match[3]), int(match[4]), revision=int(match[5] or 0))
 
 
 def parts_of(folder: Folder, shard: int | None = None) -> list[Part]:
