@@ -167,6 +167,7 @@ class ShardServer:
             "forget",
             "entomb",
             "forgotten",
+            "entombed",
         }
     )
 
@@ -637,13 +638,14 @@ class ShardServer:
         # What was prepared before gets into the log before it is looked through.
         await self._written(Prepared(0))
 
-    async def forgotten(self, field: str, mark_or_value: str | int, *, by_mark: bool = False) -> dict[str, Any] | None:
+    async def forgotten(self, field: str, value: int | str) -> dict[str, Any] | None:
         """Return how far the shard is with an entity, None if it has no tombstone of it."""
+        return await self.entombed(field, tombstone_of(forget_secret(Path(self._spec.data_dir)), field, value, 0).mark)
+
+    async def entombed(self, field: str, mark: str) -> dict[str, Any] | None:
+        """Return the same of an entity of which the mark is known."""
         self._check()
-        if not by_mark:
-            secret = forget_secret(Path(self._spec.data_dir))
-            mark_or_value = tombstone_of(secret, field, mark_or_value, 0).mark
-        known = self._shard.tombstones.get((field, str(mark_or_value)))
+        known = self._shard.tombstones.get((field, mark))
         if known is None:
             return None
         state = "done" if known.done else self._forgetting.get(known.name, "waiting")
@@ -660,8 +662,8 @@ class ShardServer:
         loop, begun = asyncio.get_running_loop(), time.monotonic()
         waiting, others = self._shard.tombstones.waiting, [n for n in range(self._of) if n != self._number]
         # Whoever asked for it may have gone: every shard sees to it that all have it.
-        wires = [msgspec.to_builtins(one) for one in waiting]
-        await all_of({(n, i): self._peers().call(n, "entomb", w) for n in others for i, w in enumerate(wires)})
+        wires, peers = [msgspec.to_builtins(one) for one in waiting], self._peers()
+        await all_of({(n, i): peers.call(n, "entomb", w) for n in others for i, w in enumerate(wires)})
         await self._written(Prepared(0))
 
         def say(state: str) -> None:
@@ -694,10 +696,10 @@ class ShardServer:
         self, waiting: Sequence[Tombstone], others: Sequence[int], eraser: Eraser, scores: ScoreEraser
     ) -> None:
         """Remove the logged scores, when no shard has anything any more by which one could be made."""
-        loop = asyncio.get_running_loop()
+        loop, peers = asyncio.get_running_loop(), self._peers()
         for one in waiting:
             for n in others:
-                while (await self._peers().call(n, "forgotten", one.field, one.mark, True))["state"] != "done":
+                while (await peers.call(n, "entombed", one.field, one.mark))["state"] != "done":
                     await asyncio.sleep(_TICK_S)
             assert one.hash is not None
             as_of_ms = max(self._now_ms(), one.at_ms)
