@@ -51,6 +51,7 @@ class ScoreEraser:
         while waited_for & self._writers() - _heeded_by(folder, name):
             time.sleep(_LOOK_S)
         n = erase_scores(self.history_uri, [forgotten], waited_for)
+        n += sum(int(folder.read(f"{_NOTICES}/{name}.{writer}")) for writer in _heeded_by(folder, name))
         for path in folder.files(_NOTICES):
             folder.delete(path)
         return n
@@ -86,9 +87,9 @@ def forgotten_by(folder: Folder, name: str) -> ForgottenScores | None:
         return None
 
 
-def heeded(folder: Folder, name: str, writer: str) -> None:
-    """Note that a writer does what a notice says."""
-    folder.write(f"{_NOTICES}/{name}.{writer}", io.BytesIO(), "new")
+def heeded(folder: Folder, name: str, writer: str, scores: int) -> None:
+    """Note that a writer does what a notice says, and of how many scores it has rid its file."""
+    folder.write(f"{_NOTICES}/{name}.{writer}", io.BytesIO(str(scores).encode()), "new")
 
 
 def _heeded_by(folder: Folder, name: str) -> set[str]:

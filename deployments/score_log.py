@@ -170,8 +170,7 @@ class ScoreLog:
             for name in noticed(folder) - self._forgotten.keys():
                 if (forgotten := forgotten_by(folder, name)) is not None:
                     self._forgotten[name] = forgotten
-                    self._opened().erase([forgotten])
-                    heeded(folder, name, self._writer)
+                    heeded(folder, name, self._writer, self._opened().erase([forgotten]))
         except MillpondError as error:
             logger.warning("logged scores cannot be forgotten yet: %s", error)
 

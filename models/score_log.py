@@ -183,14 +183,15 @@ class ScoreFiles:
     def _path(self, day: int, number: int) -> str:
         return f"{_FOLDER}/date={day_text(day)}/{self._writer}-{number:08d}.parquet"
 
-    def erase(self, forgotten: Sequence[ForgottenScores]) -> None:
-        """Take scores out of the file that is being filled, and of this writer's memory; others' may do so with the
-        rest, see `erase_scores`."""
+    def erase(self, forgotten: Sequence[ForgottenScores]) -> int:
+        """Take scores out of the file that is being filled, and of this writer's memory; return how many there were.
+        The other files are for whoever calls `erase_scores`."""
         gone = forgotten_scores(self._open, forgotten)
         if gone.any():
             kept = self._open.filter(pa.array(~gone))
             _write_file(self.folder, self._path(self._day, self._number), kept)
             self._open = kept
+        return int(np.count_nonzero(gone))
 
     def delete_before(self, ms: int) -> list[str]:
         """Delete the dates that lie wholly before a time; return their folders. Any writer may do so."""

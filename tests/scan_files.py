@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sqlite3
 import stat
 import sys
@@ -33,7 +34,7 @@ def needles(wanted: dict[str, list[Any]]) -> dict[bytes, str]:
 
 def contents(path: Path) -> Iterator[bytes]:
     """Yield what a file is and what it holds, as bytes."""
-    raw = path.read_bytes()
+    raw = written(path)
     yield raw
     if raw[:4] == b"PAR1" and raw[-4:] == b"PAR1":
         table = pq.read_table(io.BytesIO(raw))
@@ -47,6 +48,22 @@ def contents(path: Path) -> Iterator[bytes]:
                 for row in database.execute(f'SELECT * FROM "{name}"'):
                     for value in row:
                         yield value if isinstance(value, bytes) else str(value).encode()
+
+
+def written(path: Path) -> bytes:
+    """Return what is in a file, without its holes."""
+    parts, end = [], path.stat().st_size
+    with path.open("rb") as file:
+        at = 0
+        while at < end:
+            try:
+                at = os.lseek(file.fileno(), at, os.SEEK_DATA)
+            except OSError:  # nothing but a hole is left
+                break
+            hole = os.lseek(file.fileno(), at, os.SEEK_HOLE)
+            parts.append(os.pread(file.fileno(), hole - at, at))
+            at = hole
+    return b"".join(parts)
 
 
 def buffers(column: pa.ChunkedArray) -> Iterator[bytes]:
