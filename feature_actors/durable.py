@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -49,7 +50,7 @@ from millpond.feature_actors.shard import Prepared, Shard
 from millpond.feature_actors.shard_past import ShardPast
 from millpond.feature_actors.tombstones import Secret, Tombstones
 
-__all__ = ["DurableShard", "RecordLog", "ShardFolder", "VolatileLog", "applied_records"]
+__all__ = ["DurableShard", "Erasing", "RecordLog", "ShardFolder", "VolatileLog", "applied_records"]
 
 #: Called with the offset that was replayed and the one where the log ends.
 Progress = Callable[[int, int], None]
@@ -106,6 +107,16 @@ class ShardFolder:
         self.snapshots = path / "snapshots"
 
 
+class Erasing(msgspec.Struct):
+    """How far a shard is with what it erases, see `eraser`. removed: tombstones whose rows are gone, and are not counted
+    any more. stale: by table, the keys (two words) of rows of others that may have seen their values; texts: the strings
+    among these."""
+
+    removed: set[str] = msgspec.field(default_factory=set)
+    stale: dict[str, set[tuple[int, int]]] = msgspec.field(default_factory=dict)
+    texts: set[str] = msgspec.field(default_factory=set)
+
+
 class DurableShard:
     """A shard whose `Prepared` goes to a log before it is committed. `recover` comes before all else."""
 
@@ -118,8 +129,8 @@ class DurableShard:
         if folder is not None:
             self.history = History(folder.history_uri, shard.number, folder.path, folder.epoch)
             shard.tombstones = folder.tombstones
-        #: Tombstones of which the shard has removed what was there, as its snapshots say.
-        self.erased: set[str] = set()
+        #: What the shard has begun to erase, as its snapshots say.
+        self.erasing = Erasing()
         #: How often something that was prepared was undone: a snapshot that was begun before is not to be finished.
         self.undone = 0
         self._lacks: list[Table] = []
@@ -142,7 +153,8 @@ class DurableShard:
         state, begin = self._load_snapshot(log)
         if state is not None:
             self.shard.deliveries.load(state["deliveries"])
-            self.erased = set(state.get("erased", ())) if begin is not None else set()
+            if begin is not None:
+                self.erasing = msgspec.convert(state.get("erasing", {}), Erasing)
         elif log.first > 0:
             self.shard.deliveries.load(self._kept_deliveries())
         if begin is None:
@@ -345,7 +357,7 @@ class DurableShard:
         state = {
             "deliveries": self.shard.deliveries.state(),
             "offers": self.shard.offers,
-            "erased": sorted(self.erased),
+            "erasing": msgspec.to_builtins(self.erasing),
         }
         return shard_chunks(
             self.shard,

@@ -4,8 +4,10 @@
     2. remove     their rows, between two commits; then a snapshot is taken without them, and the older ones go
     3. log        records get tokens, a few in each transaction; in the thread of the log
     4. history    parts get tokens; in the thread that writes them
-    5. scrub      what was there before is overwritten on the disk; in the thread of the log
-    6. finish     the tombstones say that it is done, and name nobody any more
+    5. others     rows of others that had values which are tokens now are made anew, beside, in a thread; then put in
+                  place, between two commits, and strings go that no row names any more; another snapshot is taken
+    6. scrub      what was there before is overwritten on the disk; in the thread of the log
+    7. finish     the tombstones say that it is done, and name nobody any more
 
 Tombstones hold from before 1. on, so nothing comes after it that would have to be forgotten. After a crash at any step
 all of it is done again: what is done already is not found any more. Until the snapshot of 2. is there nothing is
@@ -17,7 +19,7 @@ Pure, but for files: `server` takes the steps. No snapshot, truncation or backfi
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -25,6 +27,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from millpond.feature_actors.durable import DurableShard
+from millpond.feature_actors.erasure import replaced_fields
 from millpond.feature_actors.keys import hash_columns
 from millpond.feature_actors.layout import Table
 from millpond.feature_actors.log.history_rewriter import rewrite_history
@@ -36,6 +39,7 @@ from millpond.feature_actors.tombstones import Tombstone
 __all__ = ["Eraser"]
 
 Bools = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
 Key = tuple[int, int]
 
 #: So many records are looked at in a step, and so many bytes rewritten: some milliseconds.
@@ -63,6 +67,8 @@ class Eraser:
         #: Records of their events at home here: before and after.
         self._homes: list[tuple[EventsRecord, EventsRecord]] = []
         self.removed: Counter[str] = Counter()
+        self._erasing = durable.erasing
+        self._beside = self._shard.alike()
 
     # -- 1.
 
@@ -92,10 +98,10 @@ class Eraser:
 
     def _learn(self, record: EventsRecord, tombstone: Tombstone, rows: Bools) -> None:
         for table, applied in self._applied(record, tombstone, rows):
-            columns = [record.batch.column(name) for name in table.key]
-            hashes = hash_columns(columns, len(rows)).view(np.int64)[applied]
+            hashes = _hashes(table, record)[applied]
             self._rows[table.number].update(map(tuple, hashes.tolist()))
             self._counted[tombstone, table.number] += int(np.count_nonzero(applied))
+        self._learn_others(record, tombstone, rows)
         home = np.flatnonzero(rows & ((record.routes & 1) != 0))
         if len(home):
             self.removed["events"] += len(home)
@@ -108,6 +114,25 @@ class Eraser:
             forgotten = self._erasure.forgotten(before.source, before.batch, before.arrivals)
             self._homes.append((before, self._erasure.record(before, forgotten)))
 
+    def _learn_others(self, record: EventsRecord, tombstone: Tombstone, rows: Bools) -> None:
+        """Note rows of others that have seen values which are replaced, and the strings among these."""
+        for table in self._tables:
+            if table.source.name != record.source or table.key not in record.tables or tombstone.field in table.key:
+                continue
+            if reads := table.reads & set(replaced_fields(table.source, tombstone.field)):
+                applied = rows & ((record.routes & np.uint32(2 << record.tables.index(table.key))) != 0)
+                hashes = _hashes(table, record)[applied]
+                self._erasing.stale.setdefault(table.name, set()).update(map(tuple, hashes.tolist()))
+                self._note_texts(record, rows, reads)
+        for table in self._tables:
+            if table.source.name == record.source and tombstone.field in table.key:
+                self._note_texts(record, rows, table.reads & set(replaced_fields(table.source, tombstone.field)))
+
+    def _note_texts(self, record: EventsRecord, rows: Bools, fields: Collection[str]) -> None:
+        for name in fields:
+            if name in record.batch.schema.names and pa.types.is_string(record.batch.column(name).type):
+                self._erasing.texts.update(filter(None, record.batch.column(name).filter(pa.array(rows)).to_pylist()))
+
     # -- 2.
 
     def remove(self) -> None:
@@ -117,14 +142,14 @@ class Eraser:
         keys = {number: np.array(sorted(of), np.int64).reshape(-1, 2) for number, of in self._rows.items()}
         events: Counter[int] = Counter()
         for (tombstone, number), n in self._counted.items():
-            if _named(tombstone) not in self._durable.erased:  # else the snapshot has counted them out
+            if _named(tombstone) not in self._erasing.removed:  # else the snapshot has counted them out
                 events[number] += n
         self.removed["rows"] += self._shard.remove(keys, events)
         for table, record, offset, rows in self._later:
             self._shard.apply_again(table, record, offset, rows)
         for before, after in self._homes:
             self._shard.other_ids(before, after)
-        self._durable.erased |= {_named(one) for one in self.waiting}
+        self._erasing.removed |= {_named(one) for one in self.waiting}
 
     def remove_snapshots(self) -> None:
         """Remove all snapshots but the newest, damaged ones, too: they have the rows."""
@@ -162,19 +187,59 @@ class Eraser:
 
     # -- 5.
 
+    def make_beside(self) -> bool:
+        """Make rows of others anew; return whether there are any, or strings that may go. Raises as `learn`; and
+        `MemoryFull`."""
+        self._past = self._durable.past(whole=self._durable.shard_folder.history_uri is not None)
+        if self._erasing.stale:
+            self._apply_beside()
+        return bool(self._erasing.stale or self._erasing.texts)
+
+    def _apply_beside(self) -> None:
+        stale = {table: keys for table in self._tables if (keys := self._erasing.stale.get(table.name))}
+        lows = {table: np.unique([lo for lo, _ in keys]) for table, keys in stale.items()}
+        for offset, record in self._past.read_on():
+            for table in stale:
+                if table.source.name == record.source and table.key in record.tables:
+                    rows = np.isin(_hashes(table, record)[:, 0], lows[table])
+                    rows &= (record.routes & np.uint32(2 << record.tables.index(table.key))) != 0
+                    if rows.any():
+                        self._beside.apply_again(table, record, offset, rows)
+
+    def put_in_place(self) -> None:
+        """Then a snapshot is to be taken, and `remove_snapshots` called. Raises `MemoryFull`."""
+        keys = {
+            table.number: np.array(sorted(self._erasing.stale[table.name]), np.int64).reshape(-1, 2)
+            for table in self._tables
+            if table.name in self._erasing.stale
+        }
+        if keys:
+            self._apply_beside()  # what came meanwhile
+            self._shard.transplant(self._beside, keys)
+        self._shard.remove_texts(self._erasing.texts)
+        self._erasing.stale, self._erasing.texts = {}, set()
+
+    # -- 6.
+
     def scrub(self) -> bool:
         """Return whether nothing is left on the disk; else something reads the log, and it is to be tried again."""
         return self._log.scrub()
 
-    # -- 6.
+    # -- 7.
 
     def finish(self) -> None:
         """Raises `OSError`."""
         tombstones = self._shard.tombstones
         done = [_done(one, dict(self.removed)) for one in self.waiting if tombstones.get(one.name) == one]
         self._shard.tombstones.write(done)
-        self._durable.erased -= {_named(one) for one in self.waiting}
+        self._erasing.removed -= {_named(one) for one in self.waiting}
         self._shard.tombstones.take(done)
+
+
+def _hashes(table: Table, record: EventsRecord) -> Ints:
+    """Return the hashes of the keys of a record's events, int64 [n, 2]."""
+    columns = [record.batch.column(name) for name in table.key]
+    return hash_columns(columns, record.batch.num_rows).view(np.int64)
 
 
 def _done(tombstone: Tombstone, removed: dict[str, int]) -> Tombstone:

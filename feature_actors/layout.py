@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -121,6 +122,12 @@ class Table:
     def name(self) -> str:
         of_view = f" {self.added.partition('#')[0]}" if self.added else ""
         return f"{self.source.name}[{', '.join(self.key)}]{of_view}"
+
+    @property
+    def reads(self) -> set[str]:
+        """The fields that it looks at, in its conditions, too."""
+        conditions = " ".join(where_text(where) for where in self.wheres)
+        return set(self.inputs) | {n for n in self.source.fields if re.search(rf"\b{n}\b", conditions)}
 
     @property
     def tiled(self) -> bool:

@@ -682,6 +682,11 @@ class ShardServer:
                 await asyncio.sleep(0.001)
             say("rewriting its history")
             await loop.run_in_executor(self._history, eraser.rewrite_history)
+            say("making rows of others anew")
+            if await loop.run_in_executor(self._views, eraser.make_beside):
+                eraser.put_in_place()
+                await self._snapshot_and_truncate(durable)
+                await loop.run_in_executor(self._house, eraser.remove_snapshots)
             say("scrubbing its log")
             while not await self._in_thread(eraser.scrub):
                 await asyncio.sleep(_TICK_S)

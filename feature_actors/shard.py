@@ -47,8 +47,10 @@ from millpond.feature_actors.plan import Answer, Question
 from millpond.feature_actors.reader import MemoryReader
 from millpond.feature_actors.routes import key_validity
 from millpond.feature_actors.shard_map import ShardMap
+from millpond.feature_actors.tiles.image import Texts
 from millpond.feature_actors.tiles.memory import Memory
 from millpond.feature_actors.tiles.read import NO_CLOCK
+from millpond.feature_actors.tiles.shape import fit_of, shape_of
 from millpond.feature_actors.tiles.store import TileStore
 from millpond.feature_actors.tiles.strings import Strings
 from millpond.feature_actors.tiles.structure import SEQUENCE_ROW_BITS
@@ -62,6 +64,7 @@ Ints = npt.NDArray[np.int64]
 
 #: Address space of a memory that only this process has.
 _OWN_MEMORY_BYTES_MAX = 1 << 34
+_NEVER_RECLAIM_MS = 1 << 50
 _NO_VERDICTS = np.empty(0, np.uint8)
 #: Of a table that is not behind.
 _NO_QUEUE: deque[Any] = deque(maxlen=0)
@@ -418,6 +421,36 @@ class Shard:
             slots = slots_of(ids, self.shard_map.n_slots)
             self._homes[before.source].forget(home, slots, ids.view(np.int64))
         self.remember(after)
+
+    def transplant(self, other: Shard, keys: Mapping[int, Ints]) -> None:
+        """Put rows of another shard of the same layout in place of those here, by the number of their table: all that it
+        has there, and nothing for keys that it has not. Raises `MemoryFull`."""
+        before, now = [np.empty(0)], [np.empty(0)]
+        for addresses, texts in other._strings.image():
+            before.append(addresses)
+            now.append(self._strings.load(texts))
+        of_all = np.concatenate(before)
+        order = np.argsort(of_all, kind="stable")
+        moved = Texts(of_all[order], np.concatenate(now)[order])
+        for number, hashes in keys.items():
+            table = self._layout.tables[number]
+            self._store.remove(table, hashes)
+            fit = fit_of(shape_of(table), table)
+            for slot, rows, image in other._store.image(table):
+                self._store.load(table, fit, slot, rows, image, moved)
+
+    def remove_texts(self, texts: Iterable[str]) -> None:
+        """Remove those strings that no row names any more."""
+        kept = sorted(
+            (text for text in texts if text in self._strings), key=lambda t: self._strings.addresses_of([t])[0]
+        )
+        if kept:
+            used = self._store.texts_in_use(self._strings.addresses_of(kept))
+            self._strings.remove([text for text, is_used in zip(kept, used.tolist(), strict=True) if not is_used])
+
+    def alike(self) -> Shard:
+        """Return an empty shard of the same layout and slots, in memory of this process alone."""
+        return Shard(self._layout, self.shard_map, self.number, reclaim_margin_ms=_NEVER_RECLAIM_MS)
 
     @property
     def erasure(self) -> Erasure:

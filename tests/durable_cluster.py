@@ -336,6 +336,17 @@ class DurableCluster:
         yield
         eraser.rewrite_history()
         yield
+        if eraser.make_beside():
+            yield
+            eraser.put_in_place()
+            yield
+            writer = SnapshotWriter(durable.folder / "snapshots")  # type: ignore[attr-defined]
+            for chunk in durable.snapshot_chunks():
+                writer.write(chunk)
+            writer.finish()
+            yield
+            eraser.remove_snapshots()
+        yield
         assert eraser.scrub()
         yield
         eraser.finish()

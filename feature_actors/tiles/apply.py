@@ -61,7 +61,7 @@ from millpond.feature_actors.tiles.structure import (
     take_out,
 )
 
-__all__ = ["DONE", "apply_events", "apply_one", "has_room", "new_row", "reclaim_rows", "remove_rows"]
+__all__ = ["DONE", "apply_events", "apply_one", "has_room", "mark_texts", "new_row", "reclaim_rows", "remove_rows"]
 
 #: What `apply_events` returns when it has come to the end.
 DONE = -1
@@ -502,6 +502,58 @@ def _place_of_row(words: Any, slot: Any, row: Any, mark: Any) -> Any:
     while np.int64(np.uint64(words[index + place]) & np.uint64(NUMBER_MASK)) != row:
         place = place + 1 if place + 1 < places else 0
     return place
+
+
+@inner
+def _mark(floats: Any, at: Any, text_words: Any, first: Any, end: Any, addresses: Any, used: Any) -> None:
+    for t in range(first, end):
+        value = floats[at + text_words[t]]
+        place = np.searchsorted(addresses, value)
+        if place < addresses.shape[0] and addresses[place] == value:
+            used[place] = True
+
+
+@kernel
+def mark_texts(
+    words: Any, floats: Any, halves: Any, program: Any, firsts: Any, text_words: Any, addresses: Any, used: Any
+) -> None:
+    """Mark in `used`, bool [k], which of the strings at `addresses`, float64 [k], ascending, a row of the table names.
+
+    firsts int64 [series + 1]: where in text_words int64 [m] those words of a series' partial stand that are addresses.
+    """
+    table, series, _ = program
+    for number in range(words[M_SLOTS]):
+        slot = table[T_SLOTS_AT] + number * table[T_SLOT_WORDS]
+        index = words[slot + H_INDEX_AT]
+        for place in range(words[slot + H_PLACES]):
+            row = words[index + place] & NUMBER_MASK
+            if row == 0:
+                continue
+            for s in range(series.shape[0]):
+                first, end = firsts[s], firsts[s + 1]
+                if first == end:
+                    continue
+                if series[s, S_LIFETIME]:
+                    at = row + series[s, S_ROW_AT] + (0 if series[s, S_KEEP_MS] == FOR_EVER else 1)
+                    _mark(floats, at, text_words, first, end, addresses, used)
+                    continue
+                head = np.int64(halves[2 * row + series[s, S_ROW_AT]])
+                tile = head
+                while head != 0:
+                    header = EXACT_TILE_HEADER_WORDS if series[s, S_EXACT] else TILE_HEADER_WORDS
+                    _mark(floats, tile + header, text_words, first, end, addresses, used)
+                    fine_head = np.int64(0)
+                    if series[s, S_EXACT]:
+                        fine_head = np.int64(halves[2 * (tile + 1)])
+                    fine = fine_head
+                    while fine_head != 0:
+                        _mark(floats, fine + TILE_HEADER_WORDS, text_words, first, end, addresses, used)
+                        fine = next_of(halves, fine)
+                        if fine == fine_head:
+                            break
+                    tile = next_of(halves, tile)
+                    if tile == head:
+                        break
 
 
 @kernel

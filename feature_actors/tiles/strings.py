@@ -84,6 +84,21 @@ class Strings:
             start, size = start + len(texts), 0
             yield np.array([self._addresses[text] for text in texts], np.float64), texts
 
+    def __contains__(self, text: str) -> bool:
+        return text in self._addresses
+
+    def addresses_of(self, texts: Sequence[str]) -> npt.NDArray[np.float64]:
+        """Return the addresses of strings that are kept, float64 [n]."""
+        return np.array([self._addresses[text] for text in texts], np.float64)
+
+    def remove(self, texts: Sequence[str]) -> None:
+        """Remove strings that nothing names any more, and overwrite them."""
+        for text in texts:
+            at = int(self._addresses.pop(text))
+            self._memory.words[at : at + 2 + len(text.encode()) // WORD_BYTES] = 0
+        gone = set(texts)
+        self._in_order = [text for text in self._in_order if text not in gone]
+
     def load(self, texts: Sequence[str]) -> npt.NDArray[np.float64]:
         """Keep the strings of an image; return the address of each now, float64 [n]. Raises `MemoryFull`."""
         return self.addresses(pa.array(texts, pa.string()))
