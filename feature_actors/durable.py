@@ -23,9 +23,11 @@ from millpond.feature_actors.events import Events
 from millpond.feature_actors.image import SnapshotLacks, load_ids, load_shard, shard_chunks
 from millpond.feature_actors.layout import Layout, Table
 from millpond.feature_actors.log.applied import applied_records
+from millpond.feature_actors.log.folder import Folder
 from millpond.feature_actors.log.history import History
 from millpond.feature_actors.log.history_reader import read_history
 from millpond.feature_actors.log.log import Log
+from millpond.feature_actors.log.part import Expired, expired, parts_of
 from millpond.feature_actors.log.record import (
     Decoded,
     EventsRecord,
@@ -183,6 +185,18 @@ class DurableShard:
             self.shard.route_to(table)
             while not self.shard.catch_up_queued(table):
                 pass
+
+    def has_whole_past(self, source: str) -> bool:
+        """Return whether all events of a source are in history and log that the shard ever had. Raises what reading the
+        history does."""
+        assert isinstance(self.log, Log)
+        if self.log.first == 0:
+            return True
+        if (uri := self.shard_folder.history_uri) is None:
+            return False
+        folder = Folder(uri)
+        parts = parts_of(folder, self.shard.number)
+        return bool(parts) and parts[0].from_offset == 0 and expired(folder, source) == Expired()
 
     def past(self, *, whole: bool = True) -> ShardPast:
         """Return the past of the shard, from its beginning on; whole: as of `ShardPast`."""

@@ -69,6 +69,7 @@ class Eraser:
         self.removed: Counter[str] = Counter()
         self._erasing = durable.erasing
         self._beside = self._shard.alike()
+        self._anew: set[Table] = set()
 
     # -- 1.
 
@@ -188,18 +189,19 @@ class Eraser:
     # -- 5.
 
     def make_beside(self) -> bool:
-        """Make rows of others anew; return whether there are any, or strings that may go. Raises as `learn`; and
-        `MemoryFull`."""
+        """Make rows of others anew, if all their events are known still; return whether there are any, or strings that
+        may go. Raises as `learn`; and `MemoryFull`."""
         self._past = self._durable.past(whole=self._durable.shard_folder.history_uri is not None)
-        if self._erasing.stale:
+        stale = [table for table in self._tables if table.name in self._erasing.stale]
+        self._anew = {table for table in stale if self._durable.has_whole_past(table.source.name)}
+        if self._anew:
             self._apply_beside()
         return bool(self._erasing.stale or self._erasing.texts)
 
     def _apply_beside(self) -> None:
-        stale = {table: keys for table in self._tables if (keys := self._erasing.stale.get(table.name))}
-        lows = {table: np.unique([lo for lo, _ in keys]) for table, keys in stale.items()}
+        lows = {table: np.unique([lo for lo, _ in self._erasing.stale[table.name]]) for table in self._anew}
         for offset, record in self._past.read_on():
-            for table in stale:
+            for table in lows:
                 if table.source.name == record.source and table.key in record.tables:
                     rows = np.isin(_hashes(table, record)[:, 0], lows[table])
                     rows &= (record.routes & np.uint32(2 << record.tables.index(table.key))) != 0
@@ -207,15 +209,22 @@ class Eraser:
                         self._beside.apply_again(table, record, offset, rows)
 
     def put_in_place(self) -> None:
-        """Then a snapshot is to be taken, and `remove_snapshots` called. Raises `MemoryFull`."""
-        keys = {
-            table.number: np.array(sorted(self._erasing.stale[table.name]), np.int64).reshape(-1, 2)
+        """Then a snapshot is to be taken, and `remove_snapshots` called. Raises `MemoryFull`.
+
+        Where not all events of a row are known any more, only its features of the fields in question begin anew.
+        """
+        stale = {
+            table: np.array(sorted(self._erasing.stale[table.name]), np.int64).reshape(-1, 2)
             for table in self._tables
             if table.name in self._erasing.stale
         }
-        if keys:
+        if self._anew:
             self._apply_beside()  # what came meanwhile
-            self._shard.transplant(self._beside, keys)
+            self._shard.transplant(self._beside, {table.number: stale[table] for table in self._anew})
+        for table, keys in stale.items():
+            if table not in self._anew:
+                fields = {n for one in self.waiting for n in replaced_fields(table.source, one.field)}
+                self._shard.clear(table.number, keys, fields)
         self._shard.remove_texts(self._erasing.texts)
         self._erasing.stale, self._erasing.texts = {}, set()
 

@@ -26,7 +26,7 @@ commits pass it by; then commits for it queue, until it has caught up with them,
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -438,6 +438,10 @@ class Shard:
             fit = fit_of(shape_of(table), table)
             for slot, rows, image in other._store.image(table):
                 self._store.load(table, fit, slot, rows, image, moved)
+
+    def clear(self, number: int, keys: Ints, fields: Collection[str]) -> None:
+        """Begin anew with the features of some fields, for rows of the table of a number; keys int64 [n, 2]."""
+        self._store.clear(self._layout.tables[number], keys, fields)
 
     def remove_texts(self, texts: Iterable[str]) -> None:
         """Remove those strings that no row names any more."""

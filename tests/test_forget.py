@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from durable_cluster import SECRET, STEPS, Crash, DurableCluster, Fault
 from folders import folder
 from hypothesis import given
 from hypothesis import strategies as st
 from test_engine_vs_oracle import plan_of, read
 
-from millpond.feature_actors import Count, FeatureView, Field, Max, Source, Sum
+from millpond.feature_actors import Count, FeatureView, Field, First, LastN, Max, Source, Sum
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.log.history_reader import read_history
 from millpond.feature_actors.log.log import Log
@@ -39,7 +40,17 @@ PAYMENTS = Source(
 SUMS = {"n": Count(), "sum": Sum("cents"), "max": Max("cents")}  # exact, in whatever order
 BY_USER = FeatureView("by_user", owner="tests", source=PAYMENTS, key=["user"], features=SUMS)
 BY_SHOP = FeatureView(
-    "by_shop", owner="tests", source=PAYMENTS, key=["shop"], features={**SUMS, "n_1h": Count(window="1h")}
+    "by_shop",
+    owner="tests",
+    source=PAYMENTS,
+    key=["shop"],
+    features={
+        **SUMS,
+        "n_1h": Count(window="1h"),
+        "who": LastN("user", n=3),
+        "emails": LastN("email", n=2, window="1h"),
+        "first": First("email", where=pc.field("user") > 7),
+    },
 )
 BY_BOTH = FeatureView(
     "by_both", owner="tests", source=PAYMENTS, key=["user", "shop"],
@@ -181,6 +192,11 @@ def test_whatever_ends_at_any_step_the_entity_is_gone_and_everybody_else_stays(d
             cluster.restart_all()
             cluster.deliver_owed()
             check()
+            for one, other in zip(live, [d.shard for d in cluster.shards], strict=True):
+                same = differences(
+                    one, other, cluster.layout, ReplayOptions(reclaim_margin_ms=1 << 50), from_history=True
+                )
+                assert same == []
         for number in range(n_shards):
             for record in on_disk(cluster, number, path):
                 for event in record.batch.to_pylist():

@@ -61,7 +61,17 @@ from millpond.feature_actors.tiles.structure import (
     take_out,
 )
 
-__all__ = ["DONE", "apply_events", "apply_one", "has_room", "mark_texts", "new_row", "reclaim_rows", "remove_rows"]
+__all__ = [
+    "DONE",
+    "apply_events",
+    "apply_one",
+    "clear_columns",
+    "has_room",
+    "mark_texts",
+    "new_row",
+    "reclaim_rows",
+    "remove_rows",
+]
 
 #: What `apply_events` returns when it has come to the end.
 DONE = -1
@@ -554,6 +564,51 @@ def mark_texts(
                     tile = next_of(halves, tile)
                     if tile == head:
                         break
+
+
+@inner
+def _clear(words: Any, floats: Any, at: Any, columns: Any, chosen: Any, first: Any, count: Any) -> None:
+    for c in range(first, first + count):
+        if chosen[c]:
+            dispatch.init(columns[c, C_PART], words, floats, at + columns[c, C_OFFSET], columns[c, C_N])
+
+
+@kernel
+def clear_columns(words: Any, floats: Any, halves: Any, program: Any, hashes: Any, chosen: Any) -> None:
+    """Have nothing in the chosen columns, bool [columns], of the rows of some keys, int64 [n, 2]."""
+    table, series, columns = program
+    slots = np.uint64(words[M_SLOTS])
+    for i in range(hashes.shape[0]):
+        lo, hi = hashes[i, 0], hashes[i, 1]
+        slot = table[T_SLOTS_AT] + np.int64(np.uint64(hi) % slots) * table[T_SLOT_WORDS]
+        row = find(words, slot, lo, hi, mark_of(words, lo), _NO_LIMIT, table[T_ROW_WORDS])
+        if row == 0:
+            continue
+        begin_write(words, slot)
+        for s in range(series.shape[0]):
+            first, count = series[s, S_COLUMN], series[s, S_COLUMNS]
+            if series[s, S_LIFETIME]:
+                at = row + series[s, S_ROW_AT] + (0 if series[s, S_KEEP_MS] == FOR_EVER else 1)
+                _clear(words, floats, at, columns, chosen, first, count)
+                continue
+            head = np.int64(halves[2 * row + series[s, S_ROW_AT]])
+            tile = head
+            while head != 0:
+                header = EXACT_TILE_HEADER_WORDS if series[s, S_EXACT] else TILE_HEADER_WORDS
+                _clear(words, floats, tile + header, columns, chosen, first, count)
+                fine_head = np.int64(0)
+                if series[s, S_EXACT]:
+                    fine_head = np.int64(halves[2 * (tile + 1)])
+                fine = fine_head
+                while fine_head != 0:
+                    _clear(words, floats, fine + TILE_HEADER_WORDS, columns, chosen, first, count)
+                    fine = next_of(halves, fine)
+                    if fine == fine_head:
+                        break
+                tile = next_of(halves, tile)
+                if tile == head:
+                    break
+        end_write(words, slot)
 
 
 @kernel

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from millpond.feature_actors.tiles.apply import DONE, apply_events, mark_texts, reclaim_rows, remove_rows
+from millpond.feature_actors.tiles.apply import DONE, apply_events, clear_columns, mark_texts, reclaim_rows, remove_rows
 from millpond.feature_actors.tiles.check import check_table
 from millpond.feature_actors.tiles.image import (
     ALL_MARKS,
@@ -381,6 +381,12 @@ class TileStore:
     def remove(self, table: Table, hashes: Ints) -> int:
         """Remove the rows of some keys, int64 [n, 2], and overwrite what they had; return how many there were."""
         return int(remove_rows(self.memory.words, self.memory.halves, table.program(self._n_slots), hashes))
+
+    def clear(self, table: Table, hashes: Ints, fields: Collection[str]) -> None:
+        """Have nothing in the columns that look at some fields, of the rows of some keys, int64 [n, 2]."""
+        chosen = np.array([column.field in fields for series in table.series for column in series.columns], np.bool_)
+        memory, program = self.memory, table.program(self._n_slots)
+        clear_columns(memory.words, memory.floats, memory.halves, program, hashes, chosen)
 
     def texts_in_use(self, addresses: Floats) -> Bools:
         """Return which of the strings at addresses, float64 [n], ascending, some row names, bool [n]. Looks at all rows,
