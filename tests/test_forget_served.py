@@ -50,7 +50,12 @@ BY_BOOK = FeatureView(
     features={"n": Count(window="7d"), "sum": Sum("price"), "last": Last("price", ttl="90d")},
 )  # fmt: skip
 BY_BOTH = FeatureView("by_both", owner="tests", source=ORDERS, key=["user", "book"], features={"n": Count()})
-LAYOUT = compile_layout([], [BY_USER, BY_BOOK, BY_BOTH])
+#: What others have of the one who is to be forgotten.
+SEEN = FeatureView(
+    "seen", owner="tests", source=ORDERS, key=["book"],
+    features={"who": LastN("user", n=3), "mails": LastN("email", n=2, window="7d")},
+)  # fmt: skip
+LAYOUT = compile_layout([], [BY_USER, BY_BOOK, BY_BOTH, SEEN])
 WHO, EMAIL = 4_242_424_242_424_242, "who@somewhere.example"
 OTHERS = range(1, 30)
 BOOKS = ["a", "b", "c"]
@@ -71,7 +76,8 @@ def scan(*folders: Path) -> list[tuple[str, str]]:
     mask = Mask(b"a key that exports have")
     low, high = hash_values([[WHO]], 1).view(np.int64)[0].tolist()
     masked = int(mask.words(np.array([WHO], np.uint64), 64).view(np.int64)[0])
-    wanted = {"words": [WHO, low, high, masked], "texts": [EMAIL, mask.text(EMAIL)]}
+    as_float = int(np.array([WHO], np.float64).view(np.int64)[0])
+    wanted = {"words": [WHO, low, high, masked, as_float], "texts": [EMAIL, mask.text(EMAIL)]}
     script = Path(__file__).parent / "scan_files.py"
     command = [sys.executable, str(script), json.dumps(wanted), *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -190,6 +196,8 @@ def test_nothing_of_who_is_forgotten_is_in_any_file_and_others_notice_nothing(se
     # From here on what happened before is refused, wherever the others are with it.
     assert world.send(orders(2, WHO, "new")) == Ack(forgotten=2)
     world.wait_until_forgotten()
+    texts = world.features(SEEN, [{"book": book} for book in BOOKS])[1]["seen.mails"]
+    assert all(text is not None and text.startswith("~forgotten-") for pair in texts for text in pair)
     removed = [one["removed"] for one in world.forgotten()]
     assert sum(one.get("events", 0) for one in removed) == len(sent)
     assert (sum(one["rows"] for one in removed), removed[0]["scores"]) == (1 + 3, 2)
