@@ -22,6 +22,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -236,10 +237,10 @@ class Eraser:
 
     # -- 7.
 
-    def finish(self) -> None:
-        """Raises `OSError`."""
+    def finish(self, now_ms: int) -> None:
+        """now_ms: by the cluster's clock. Raises `OSError`."""
         tombstones = self._shard.tombstones
-        done = [_done(one, dict(self.removed)) for one in self.waiting if tombstones.get(one.name) == one]
+        done = [_done(one, dict(self.removed), now_ms) for one in self.waiting if tombstones.get(one.name) == one]
         self._shard.tombstones.write(done)
         self._erasing.removed -= {_named(one) for one in self.waiting}
         self._shard.tombstones.take(done)
@@ -251,8 +252,8 @@ def _hashes(table: Table, record: EventsRecord) -> Ints:
     return hash_columns(columns, record.batch.num_rows).view(np.int64)
 
 
-def _done(tombstone: Tombstone, removed: dict[str, int]) -> Tombstone:
-    return Tombstone(tombstone.field, tombstone.mark, tombstone.at_ms, tombstone.token, None, removed)
+def _done(tombstone: Tombstone, removed: dict[str, int], now_ms: int) -> Tombstone:
+    return msgspec.structs.replace(tombstone, hash=None, removed=removed, done_ms=now_ms)
 
 
 def _named(tombstone: Tombstone) -> str:

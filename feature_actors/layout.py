@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -41,7 +40,7 @@ from millpond.feature_actors.tiles.structure import (
     ROW_HEADER_WORDS,
     TILE_HEADER_WORDS,
 )
-from millpond.feature_actors.view import Feature, FeatureView
+from millpond.feature_actors.view import Feature, FeatureView, fields_in
 from millpond.feature_actors.windows import exact_past_ms, tile_width_ms
 
 __all__ = ["Layout", "PlanProgram", "Series", "Table", "compile_layout", "identity_of", "same_view"]
@@ -126,8 +125,7 @@ class Table:
     @property
     def reads(self) -> set[str]:
         """The fields that it looks at, in its conditions, too."""
-        conditions = " ".join(where_text(where) for where in self.wheres)
-        return set(self.inputs) | {n for n in self.source.fields if re.search(rf"\b{n}\b", conditions)}
+        return set(self.inputs) | fields_in(self.source, self.wheres)
 
     @property
     def tiled(self) -> bool:

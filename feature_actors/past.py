@@ -20,6 +20,7 @@ from millpond.feature_actors.log.part import DAY_MS, Expired, expired, parts_of
 from millpond.feature_actors.log.reader import LogReader
 from millpond.feature_actors.log.record import EventsRecord, OfferRecord
 from millpond.feature_actors.manifest import Manifest, shard_dir
+from millpond.feature_actors.tombstones import Tombstone, Tombstones
 
 __all__ = ["Past"]
 
@@ -56,6 +57,12 @@ class Past:
                 assert self.history_uri is not None
                 since += [record.received_ms for _, record in islice(read_history(self.history_uri, shard), 1)]
         return max(since, default=None)
+
+    def tombstones(self) -> list[Tombstone]:
+        """Return the tombstones of entities that were forgotten, as shards have them; one of several may be done and
+        another not. Raises `ManifestError`."""
+        folders = (shard_dir(self.directory, shard) for shard in range(self.shards))
+        return [one for folder in folders for one in Tombstones(folder / "tombstones.json").every]
 
     def records(self, shard: int, from_offset: int = 0) -> Iterator[tuple[int, EventsRecord]]:
         """Yield what a shard has applied, and what was new at its home there, at the offsets of its log.

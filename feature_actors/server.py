@@ -694,7 +694,7 @@ class ShardServer:
             say("removing logged scores")
             await self._erase_scores(waiting, others, eraser, self._spec.scores)
         async with self._entombing:
-            await loop.run_in_executor(self._house, eraser.finish)
+            await loop.run_in_executor(self._house, eraser.finish, self._now_ms())
         logger.info("shard %d: %d entities forgotten in %.1f s", self._number, len(waiting), time.monotonic() - begun)
 
     async def _erase_scores(

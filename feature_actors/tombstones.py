@@ -39,7 +39,7 @@ class Tombstone(msgspec.Struct, frozen=True):
 
     mark: the keyed hash of its key, 32 hex digits. at_ms: what happened or arrived up to then is forgotten. token: the
     number by which its events show it, see `tokens`. hash: of its key, two words, while something is left to be done.
-    removed: what was removed, when that is done; None before.
+    removed: what was removed, when that is done; None before. done_ms: when that was, by the cluster's clock.
     """
 
     field: str
@@ -48,6 +48,7 @@ class Tombstone(msgspec.Struct, frozen=True):
     token: int
     hash: tuple[int, int] | None = None
     removed: dict[str, int] | None = None
+    done_ms: int = 0
 
     @property
     def done(self) -> bool:
@@ -126,6 +127,10 @@ class Tombstones:
     def fields(self) -> set[str]:
         """The key fields by which something was forgotten."""
         return set(self._of_field)
+
+    @property
+    def every(self) -> list[Tombstone]:
+        return list(self._all.values())
 
     @property
     def waiting(self) -> list[Tombstone]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -241,6 +242,19 @@ class FeatureView:
 
     def __iter__(self) -> Any:
         return (self[name] for name in self.features)
+
+    @property
+    def reads(self) -> set[str]:
+        """The fields that its features look at, in its conditions, too."""
+        kept = [feature for feature in self if feature.derived is None]
+        named = {feature.kept.field for feature in kept if feature.kept.field is not None}
+        return named | fields_in(self.source, [feature.where for feature in kept])
+
+
+def fields_in(source: Source, wheres: Iterable[pc.Expression | None]) -> set[str]:
+    """Return the fields of a source that conditions name, or more: what has such a name in their text."""
+    texts = " ".join(where_text(where) for where in wheres)
+    return {name for name in source.fields if re.search(rf"\b{name}\b", texts)}
 
 
 def mask_of(where: pc.Expression, batch: pa.RecordBatch) -> pa.Array:

@@ -6,8 +6,8 @@
                 what differs is recalled after each event of its key in the record, and the first that agrees is taken
     4. predict  from what was recalled, and compare the results
 
-A score is equal, different, or missing: it cannot be computed again, since events of it have expired or its version is
-gone. A result is equal if it is the same JSON, or differs in rounding alone: beside other rows a product of matrices
+A score is equal, different, or missing: it cannot be computed again, since events of it have expired, do not show any
+more what has been forgotten, or its version is gone. A result is equal if it is the same JSON, or differs in rounding alone: beside other rows a product of matrices
 may be rounded otherwise.
 """
 
@@ -25,6 +25,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from millpond.feature_actors.errors import DeclarationError, MillpondError
+from millpond.feature_actors.erasure import replaced_fields
 from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.log.folder import Folder
 from millpond.feature_actors.log.part import DAY_MS, expired
@@ -53,6 +54,7 @@ _EVENTS_SHOWN = 3
 _REL, _ABS = 1e-9, 1e-12
 _NEVER = -(2**63)
 _EXPIRED = "events that it saw have expired"
+_FORGOTTEN = "events that it saw do not show any more what has been forgotten"
 
 _decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.Encoder().encode
@@ -359,7 +361,8 @@ class _Verifier:
     def _tell(self, layout: Layout, one: _Compared) -> None:
         """Count the scores of a version, and name the first that differ."""
         found, agrees = self.found, one.agrees.views
-        lost = ~agrees & self._may_lack(one)
+        shows_tokens = ~agrees & self._may_show_tokens(one)
+        lost = shows_tokens | (~agrees & self._may_lack(one))
         for view, name in enumerate(one.program.view_names):
             found.views[name].add("equal", agrees[:, view].sum())
             found.views[name].add("missing", lost[:, view].sum())
@@ -374,7 +377,8 @@ class _Verifier:
             outcome = "different" if views or i in wrong else "missing" if lost[i].any() else "equal"
             found.scores.add(outcome)
             of_model.add(outcome)
-            found.why_missing.update([_EXPIRED] * (outcome == "missing"))
+            if outcome == "missing":
+                found.why_missing[_FORGOTTEN if shows_tokens[i].any() else _EXPIRED] += 1
             if outcome == "different" and len(found.differences) + len(named) < self._differences_max:
                 what = one.words(i, views) if views else [wrong[i]]
                 named.append((i, what, one.parts_of(views) if views else list(range(one.program.parts))))
@@ -389,6 +393,16 @@ class _Verifier:
             if before_ms > _NEVER:
                 lack[:, number] = True if reach_ms is None else one.rows.as_of < before_ms + reach_ms
         return lack
+
+    def _may_show_tokens(self, one: _Compared) -> Bools:
+        """Return which views of which scores may have read values that have been forgotten since, bool [n, views]."""
+        may = np.zeros(one.agrees.views.shape, np.bool_)
+        for number, name in enumerate(one.program.view_names):
+            view = one.scores.plan.views[name]
+            for tombstone in self._past.tombstones():
+                if view.reads & set(replaced_fields(view.source, tombstone.field)):
+                    may[:, number] |= (one.rows.as_of <= tombstone.done_ms) | (not tombstone.done)
+        return may
 
     def _expired_before_ms(self, source: str) -> int:
         """Return before which arrival events of a source may have expired, `_NEVER` if none have."""

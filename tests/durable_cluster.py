@@ -349,7 +349,7 @@ class DurableCluster:
         yield
         assert eraser.scrub()
         yield
-        eraser.finish()
+        eraser.finish(self.clock.ms)
 
     def truncate(self, number: int) -> None:
         self._note(number)
