@@ -139,7 +139,7 @@ class CallRead:
 
     async def forget(self, field: str, value: int | str, at_ms: int) -> None:
         """Have tombstones of an entity on all shards: from then on nothing that is before is taken any more, and what
-        there is goes in the background. Raises `Unavailable` if a shard is; the others see to it then that it has one."""
+        there is goes in the background. Raises `Unavailable` if a shard is: the others see to it that it has one."""
         tombstone = await self._calls.call(0, "forget", field, value, at_ms)
         await all_of({n: self._calls.call(n, "entomb", tombstone) for n in range(1, self._calls.n_shards)})
 

@@ -110,9 +110,11 @@ class ShardFolder:
 
 
 class Erasing(msgspec.Struct):
-    """How far a shard is with what it erases, see `eraser`. removed: tombstones whose rows are gone, and are not counted
-    any more. stale: by table, the keys (two words) of rows of others that may have seen their values; texts: the strings
-    among these."""
+    """How far a shard is with what it erases, see `eraser`.
+
+    removed: tombstones whose rows are gone, and are not counted any more. stale: by table, the keys (two words) of rows
+    of others that may have seen their values; texts: the strings among these.
+    """
 
     removed: set[str] = msgspec.field(default_factory=set)
     stale: dict[str, set[tuple[int, int]]] = msgspec.field(default_factory=dict)

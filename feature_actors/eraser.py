@@ -87,8 +87,9 @@ class Eraser:
             for one in self._erasure.forgotten(record.source, record.batch, record.arrivals):
                 self._learn(record, one.tombstone, one.rows)
             for one in self._erasure.forgotten(record.source, record.batch, record.arrivals, later=True):
-                for table, applied in self._applied(record, one.tombstone, one.rows):
-                    self._later.append((table, record, offset, applied))
+                if not one.tombstone.done:
+                    for table, applied in self._applied(record, one.tombstone, one.rows):
+                        self._later.append((table, record, offset, applied))
 
     def _applied(self, record: EventsRecord, tombstone: Tombstone, rows: Bools) -> Iterator[tuple[Table, Bools]]:
         """Yield the tables that have the forgotten field in their key, and which of some events were applied there."""
@@ -107,12 +108,14 @@ class Eraser:
         home = np.flatnonzero(rows & ((record.routes & 1) != 0))
         if len(home):
             self.removed["events"] += len(home)
-            at = pa.array(home)
-            ids = None if record.ids is None else record.ids[home]
             before = replace(
-                record, arrivals=record.arrivals[home], routes=np.ones(len(home), np.uint32), batch=record.batch.take(at),
-                ids=ids, homes=(),
-            )  # fmt: skip
+                record,
+                arrivals=record.arrivals[home],
+                routes=np.ones(len(home), np.uint32),
+                batch=record.batch.take(pa.array(home)),
+                ids=None if record.ids is None else record.ids[home],
+                homes=(),
+            )
             forgotten = self._erasure.forgotten(before.source, before.batch, before.arrivals)
             self._homes.append((before, self._erasure.record(before, forgotten)))
 
@@ -138,8 +141,7 @@ class Eraser:
     # -- 2.
 
     def remove(self) -> None:
-        """Then a snapshot is to be taken, and `remove_snapshots` called. All that was prepared has been committed, or is
-        behind the end of the log."""
+        """Then a snapshot is to be taken, and `remove_snapshots` called. Raises `MemoryFull`."""
         self._read_on()  # what came meanwhile
         keys = {number: np.array(sorted(of), np.int64).reshape(-1, 2) for number, of in self._rows.items()}
         events: Counter[int] = Counter()
@@ -170,10 +172,11 @@ class Eraser:
         end, size = min(self._log_at + _RECORDS, self._log_end), 0
         while self._log_at < end and size < _BYTES:
             record, settled = self._log.get(self._log_at)
-            if isinstance(record, EventsRecord | OfferRecord):
-                if forgotten := self._erasure.forgotten(record.source, record.batch, record.arrivals):
-                    some.append((self._log_at, Decoded(self._erasure.record(record, forgotten), settled)))
-                    size += record.batch.nbytes
+            if isinstance(record, EventsRecord | OfferRecord) and (
+                forgotten := self._erasure.forgotten(record.source, record.batch, record.arrivals)
+            ):
+                some.append((self._log_at, Decoded(self._erasure.record(record, forgotten), settled)))
+                size += record.batch.nbytes
             self._log_at += 1
         if some:
             self._log.rewrite(some)

@@ -624,8 +624,8 @@ class ShardServer:
         self._check()
         if self._durable is None or not isinstance(self._durable.log, Log):
             raise Unavailable(
-                f'shard {self._number} of {self._of} keeps nothing on disk (`durability = "none"`), so nothing is known '
-                "of what was; stop the cluster, and everything is forgotten"
+                f'shard {self._number} of {self._of} keeps nothing on disk (`durability = "none"`), so nothing is '
+                "known of what was; stop the cluster, and everything is forgotten"
             )
         tombstone = msgspec.convert(wire, Tombstone)
         loop, tombstones = asyncio.get_running_loop(), self._shard.tombstones

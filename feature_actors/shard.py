@@ -412,7 +412,7 @@ class Shard:
             self._apply_to(table, record, offset, 0, rows)
 
     def other_ids(self, before: EventsRecord, after: EventsRecord) -> None:
-        """Remember the ids of a record as those of another, of the same events with tokens: so a replay of that does."""
+        """Remember the ids of a record as a replay of another would, of the same events with tokens."""
         if before.received_ms < self._ids.oldest_ms or (source := self._layout.sources.get(before.source)) is None:
             return
         if (name := source.event_id) is not None and not before.batch.column(name).equals(after.batch.column(name)):
@@ -423,8 +423,8 @@ class Shard:
         self.remember(after)
 
     def transplant(self, other: Shard, keys: Mapping[int, Ints]) -> None:
-        """Put rows of another shard of the same layout in place of those here, by the number of their table: all that it
-        has there, and nothing for keys that it has not. Raises `MemoryFull`."""
+        """Put rows of another shard of the same layout in place of those here, by the number of their table: all that
+        it has there, and nothing for keys that it has not. Raises `MemoryFull`."""
         before, now = [np.empty(0)], [np.empty(0)]
         for addresses, texts in other._strings.image():
             before.append(addresses)

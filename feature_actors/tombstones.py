@@ -159,8 +159,8 @@ class Tombstones:
     def of(self, batch: pa.RecordBatch, arrivals: Ints, times: Ints | None, *, later: bool = False) -> list[Forgotten]:
         """Return which events of a batch are forgotten: those that happened, or arrived, up to the time of a tombstone.
 
-        arrivals, times int64 [n]: stamps and event times; no times if the source is not declared any more. later: return
-        instead those of the same entities that came after it.
+        arrivals, times int64 [n]: stamps and event times; no times if the source is not declared any more. later:
+        return instead those of the same entities that came after it.
         """
         found: list[Forgotten] = []
         for field in sorted(self._of_field.keys() & set(batch.schema.names)):

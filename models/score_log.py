@@ -210,7 +210,7 @@ def _write_file(folder: Folder, path: str, scores: pa.Table) -> None:
 
 
 def erase_scores(base_uri: str, forgotten: Sequence[ForgottenScores], writers: Collection[str]) -> int:
-    """Take scores out of all files, and remove what writers that have ended have left; return how many scores there were.
+    """Take scores out of all files, and remove what writers that have ended have left; return how many they were.
 
     writers: those that live, each of which has no such score in the file that it fills, nor will have: see
     `ScoreFiles.erase`. Raises `HistoryUnavailable`, `HistoryDamaged`.

@@ -7,8 +7,8 @@
     4. predict  from what was recalled, and compare the results
 
 A score is equal, different, or missing: it cannot be computed again, since events of it have expired, do not show any
-more what has been forgotten, or its version is gone. A result is equal if it is the same JSON, or differs in rounding alone: beside other rows a product of matrices
-may be rounded otherwise.
+more what has been forgotten, or its version is gone. A result is equal if it is the same JSON, or differs in rounding
+alone: beside other rows a product of matrices may be rounded otherwise.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from millpond.feature_actors.errors import DeclarationError, MillpondError
 from millpond.feature_actors.erasure import replaced_fields
+from millpond.feature_actors.errors import DeclarationError, MillpondError
 from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.log.folder import Folder
 from millpond.feature_actors.log.part import DAY_MS, expired

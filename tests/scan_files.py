@@ -93,7 +93,7 @@ def main() -> None:
             if stat.S_ISREG(path.lstat().st_mode):
                 for content in contents(path):
                     found |= {(str(path), what) for needle, what in wanted.items() if needle in content}
-    print(json.dumps(sorted(found)))
+    sys.stdout.write(json.dumps(sorted(found)))
 
 
 if __name__ == "__main__":

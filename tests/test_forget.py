@@ -112,7 +112,8 @@ def test_whatever_ends_at_any_step_the_entity_is_gone_and_everybody_else_stays(d
             events = [
                 {
                     "id": f"{now}-{row}", "at": now - draw(st.sampled_from([0, 0, 5_000])),
-                    "user": draw(st.sampled_from([42, 42, *USERS, None])), "shop": draw(st.sampled_from([*SHOPS, None])),
+                    "user": draw(st.sampled_from([42, 42, *USERS, None])),
+                    "shop": draw(st.sampled_from([*SHOPS, None])),
                     "cents": draw(st.integers(1, 1_000)), "email": draw(st.sampled_from(["x@y", None])),
                 }
                 for row in range(n)

@@ -27,7 +27,6 @@ from millpond.feature_actors.clock import ManualClock
 from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.keys import hash_values
 from millpond.feature_actors.layout import compile_layout
-from millpond.feature_actors.shard_map import ShardMap
 from millpond.models.score_log import SCHEMA, ScoreFiles, read_scores
 
 NOW = 1_700_000_000_000
@@ -165,8 +164,9 @@ def planted(world: World) -> list[dict[str, Any]]:
     world.send(own)
     scores = [
         {
-            "id": f"s{i}", "served_ms": NOW, "as_of_ms": NOW, "model": "m", "version": "1", "digest": "", "role": "champion",
-            "key": json.dumps({"user": user}), "features": [1.0], "texts": "{}", "unknown": [], "result": "1", "rows": [],
+            "id": f"s{i}", "served_ms": NOW, "as_of_ms": NOW, "model": "m", "version": "1", "digest": "",
+            "role": "champion", "key": json.dumps({"user": user}), "features": [1.0], "texts": "{}", "unknown": [],
+            "result": "1", "rows": [],
         }
         for i, user in enumerate([WHO, 1, WHO, 2])
     ]  # fmt: skip

@@ -67,7 +67,8 @@ def test_old_events_leave_log_and_history_though_little_comes(servers: Servers, 
     # Two snapshots after it the log has nothing of it either.
     for number in range(3):
         send(2, f"later-{number}", 4 + number)
-        until(lambda at=status()["log_end"]: status().get("snapshot_offset", 0) >= at)
+        end = status()["log_end"]
+        until(lambda end=end: status().get("snapshot_offset", 0) >= end)
     until(lambda: status()["log_first"] >= 1)
     data = Path(servers.spec.data_dir)
     ids = [i for _, r in Past(data, str(tmp_path / "history")).records(0) for i in r.batch.column("order").to_pylist()]

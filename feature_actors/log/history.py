@@ -316,8 +316,8 @@ def _groups(chunks: Sequence[_Chunk]) -> Iterable[list[_Chunk]]:
 
 
 def parquet_options(schema: pa.Schema) -> dict[str, object]:
-    """Return how the columns of a file are written. Times and offsets go by differences: a third smaller than by dictionary, and
-    twice as fast; level 1 of zstd is as small as 6 after that."""
+    """Return how the columns of a file are written. Times and offsets go by differences: a third smaller than by
+    dictionary, and twice as fast; level 1 of zstd is as small as 6 after that."""
     by_difference = {f.name for f in schema if pa.types.is_timestamp(f.type)} | set(OWN_COLUMNS.names)
     return {
         "compression": "zstd",

@@ -389,8 +389,7 @@ class TileStore:
         clear_columns(memory.words, memory.floats, memory.halves, program, hashes, chosen)
 
     def texts_in_use(self, addresses: Floats) -> Bools:
-        """Return which of the strings at addresses, float64 [n], ascending, some row names, bool [n]. Looks at all rows,
-        about ten million a second."""
+        """Return which of the strings at addresses, float64 [n], ascending, some row names, bool [n]. Looks at all."""
         used = np.zeros(len(addresses), np.bool_)
         for table in self._layout.tables:
             firsts, text_words = [0], []
