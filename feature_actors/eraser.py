@@ -71,6 +71,7 @@ class Eraser:
         self._erasing = durable.erasing
         self._beside = self._shard.alike()
         self._anew: set[Table] = set()
+        self._vacuumed = False
 
     # -- 1.
 
@@ -235,8 +236,12 @@ class Eraser:
     # -- 6.
 
     def scrub(self) -> bool:
-        """Return whether nothing is left on the disk; else something reads the log, and it is to be tried again."""
-        return self._log.scrub()
+        """Return whether nothing is left on the disk; else something reads the log, and it is to be called again.
+        Raises `LogFull`."""
+        if not self._vacuumed:
+            self._log.vacuum()
+            self._vacuumed = True
+        return self._log.empty_write_ahead()
 
     # -- 7.
 

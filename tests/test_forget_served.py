@@ -20,11 +20,12 @@ from test_server import Servers
 
 from millpond.cluster.packs.masking import Mask
 from millpond.deployments.erased_scores import ScoreEraser
+from millpond.deployments.forgetter import Forgetter
 from millpond.feature_actors import Count, FeatureView, Field, Last, LastN, Source, Sum
 from millpond.feature_actors.calls import CallIngest, CallRead
 from millpond.feature_actors.client import Ack, FeatureClient
 from millpond.feature_actors.clock import ManualClock
-from millpond.feature_actors.errors import Unavailable
+from millpond.feature_actors.errors import BadRequest, NotFound, Unavailable
 from millpond.feature_actors.keys import hash_values
 from millpond.feature_actors.layout import compile_layout
 from millpond.models.score_log import SCHEMA, ScoreFiles, read_scores
@@ -238,3 +239,29 @@ def test_shards_that_end_meanwhile_go_on_with_it_by_themselves(servers: Servers,
     world.wait_until_forgotten()
     assert scan(world.home, tmp_path) == []
     assert world.everybody() == before
+
+
+def test_what_is_no_entity_is_refused_and_says_why(servers: Servers, tmp_path: Path) -> None:
+    world = World(servers, tmp_path / "history", n_shards=1)
+    forgetter = Forgetter(world.read_port, LAYOUT, wall_clock=False)
+
+    def refused(key: Any) -> str:
+        with pytest.raises((BadRequest, NotFound)) as caught:
+            servers.runner.run(forgetter.forget(key))
+        return str(caught.value)
+
+    assert refused({"usr": 1}) == "forget: no view has `usr` in its key; known: `book`, `user`; did you mean `user`?"
+    assert refused({"user": "x"}) == "forget: expected `user` as int64, got 'x' - at `$.user`"
+    assert refused({"user": 1, "book": "a"}).startswith(
+        "forget: got `user`, `book`; an entity is forgotten by one field"
+    )
+    assert "an object of one key field" in refused([])
+    unknown = servers.runner.run(forgetter.status({"user": "7"}))
+    assert unknown == {"key": {"user": 7}, "state": "unknown", "up_to": None, "removed": None, "shards": []}
+
+
+def test_a_log_that_is_only_in_memory_has_nothing_to_forget(servers: Servers) -> None:
+    servers.start(LAYOUT, 1, "none")
+    servers.ready()
+    with pytest.raises(Unavailable, match="keeps nothing on disk"):
+        servers.runner.run(CallRead(servers, servers.spec.shard_map).forget("user", 1, NOW))

@@ -166,10 +166,12 @@ class Log:
         return int(size)
 
     def rewrite(self, records: Sequence[tuple[int, Decoded]]) -> None:
-        """Put other records in place of some, in one transaction, and sync; what they were may be left on the disk
-        until `scrub`. Raises `LogFull`: nothing has been written then."""
+        """Put other records in place of some, in one transaction, and sync. What they were is overwritten, but for what
+        the write-ahead file has, and free pages from before: see `vacuum`. Raises `LogFull`: nothing has been written
+        then."""
         self._check_room()
         try:
+            self._cache._sql("PRAGMA secure_delete = 1")
             with self._cache.transact():
                 for offset, (record, settled) in records:
                     assert isinstance(record, EventsRecord | OfferRecord)
@@ -180,22 +182,20 @@ class Log:
                 raise LogFull(f"log: no room on the disk: {error}; free some", retry_after_ms=10_000) from None
             raise
 
-    def scrub(self) -> bool:
-        """Leave nothing on the disk of what was rewritten or truncated: the database is written anew without it, what
-        was deleted in it overwritten, and the write-ahead file emptied. Appends wait meanwhile.
-
-        Returns False if another process reads the log just now: call it again then. Raises `LogFull`.
-        """
+    def vacuum(self) -> None:
+        """Write the database anew, without what was rewritten or truncated, through the write-ahead file. Appends wait
+        meanwhile. Raises `LogFull`."""
         try:
-            self._cache._sql("PRAGMA secure_delete = 1")
             self._cache._sql("VACUUM")
-            ((busy, _, _),) = self._cache._sql("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         except sqlite3.OperationalError as error:
-            if "locked" in str(error) or "busy" in str(error):
-                return False
             if "full" in str(error):
                 raise LogFull(f"log: no room on the disk: {error}; free some", retry_after_ms=10_000) from None
             raise
+
+    def empty_write_ahead(self) -> bool:
+        """Bring all that was written ahead to its place, and leave nothing of it in that file. Returns False if another
+        process reads the log just now: call it again then."""
+        ((busy, _, _),) = self._cache._sql("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         return not busy
 
     def truncate(self, before: int) -> bool:
