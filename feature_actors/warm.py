@@ -65,6 +65,11 @@ def warm_kernels() -> None:
     with tempfile.TemporaryDirectory(prefix="millpond-warm-") as folder:
         path = write_snapshot(Path(folder), shard_chunks(shard, cluster_id="warm", epoch=0, begin=0))
         load_shard(Shard(layout, shard_map, 0), path, cluster_id="warm")
+    store, (table,) = shard.parts.store, layout.tables
+    keys = hash_columns([batch["n"], batch["id"]], n).view(np.int64)
+    store.clear(table, keys, {"x"})
+    store.texts_in_use(np.ones(1))
+    store.remove(table, keys)
     with contextlib.suppress(DedupeFull):
         ids = hash_columns([batch["id"]], n)
         Shard(layout, shard_map, 0, dedupe_bytes_max=0).admit("warm", ids, ids[:, 0].view(np.int64), 0)
