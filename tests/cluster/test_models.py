@@ -305,7 +305,7 @@ def test_a_new_view_is_computed_from_what_was_before_while_events_and_scores_go_
     refused = with_view(folder, "refused", "1", '"n": Count()')
     refused.write_text(refused.read_text().replace('key=["user_id"]', 'key=["gift_of"]').replace('"user_id": "int64"',
                        '"user_id": "int64", "gift_of": Field("int64", optional=True)'))  # fmt: skip
-    with pytest.raises(DeclarationError, match="view `refused`: source `purchases` is declared otherwise"):
+    with pytest.raises(DeclarationError, match="source `purchases` is declared otherwise than the cluster has it"):
         deploy_file(config, refused)
     assert everything(config) == before
     same = with_view(folder, "later", "1", '"n": Count(), "mean": Mean("price")')
