@@ -297,7 +297,20 @@ def test_a_new_view_is_computed_from_what_was_before_while_events_and_scores_go_
         send("after", 7)
         (one,) = served.score("of_later", [{"user_id": 7}])
         assert (one["version"], one["result"]) == ("1", [13, 19 / 13])
-    assert [one.state for one in views(config)] == ["live", "live"]
+        # One with a key by which nothing has been kept: events were not even brought there.
+        sending = aside.submit(lambda: [send("meanwhile", u) for u in users])
+        path = folder / "reads.py"
+        path.write_text(
+            f'{HEAD}\nv = FeatureView("reads", owner="ml", source=purchases, key=["book_id", "user_id"], '
+            'features={"n": Count()})\n'
+        )
+        (told,) = deploy_file(config, path)["views"]
+        assert told["view"] == "reads"
+        sending.result()
+        for user in users[::7]:
+            found = served.call("GET", f"/v1/features/reads?user_id={user}&book_id=b")[2]["features"]
+            assert found == {"n": user + 6.0 + 3 * (user == 7)}
+    assert [one.state for one in views(config)] == ["live", "live", "live"]
     # Of both versions the table, and what is said of it; and the model.
     assert run(folder, "status").stdout.count("later") == 5
     # What cannot be added changes nothing.
