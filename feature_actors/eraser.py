@@ -52,7 +52,8 @@ class Eraser:
 
     def __init__(self, durable: DurableShard) -> None:
         self._durable, self._shard = durable, durable.shard
-        self._tables = self._shard.parts.layout.tables
+        # Those that are behind are given what is left, later.
+        self._tables = self._shard.parts.tables
         self.waiting = self._shard.tombstones.waiting
         self._erasure = self._shard.erasure
         assert isinstance(durable.log, Log)
