@@ -97,11 +97,11 @@ class ShardFolder:
     """Where a shard keeps what it has acknowledged: `log/`, `snapshots/`, and its part of the cluster's history.
 
     history_uri: base of the history, None for none. epoch: how often the shard was opened. secret: of the cluster, for
-    its tombstones.
+    its tombstones; None to take nothing in, but to look at what there is.
     """
 
     def __init__(
-        self, path: Path, cluster_id: str, epoch: int, history_uri: str | None, secret: Secret = (0, 0)
+        self, path: Path, cluster_id: str, epoch: int, history_uri: str | None, secret: Secret | None = None
     ) -> None:
         self.path, self.cluster_id, self.epoch, self.history_uri = path, cluster_id, epoch, history_uri
         self.tombstones = Tombstones(path / "tombstones.json", secret)

@@ -4,9 +4,12 @@
     manifest.json            format, cluster id and name, number of slots, seed, key hash version; how many shards have
                              logs, 0 until they do
     sources.json             see `declared_sources`
+    forget.key               16 bytes, see `tombstones`
     shards/NNN/lock          held by the process that writes to the shard, while it lives
     shards/NNN/epoch.json    of which cluster and shard the folder is, how often it was opened and by which run of the
                              cluster, and up to where its log went at least
+    shards/NNN/tombstones.json
+                             what is left of entities that were forgotten
     shards/NNN/log/          what it has acknowledged, see log/FORMAT.md
 
 Written beside and renamed, synced. A shard that finds its own run in `epoch.json` has been restarted within the run:

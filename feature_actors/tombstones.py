@@ -69,6 +69,8 @@ class Forgotten(msgspec.Struct, frozen=True):
 
 class _File(msgspec.Struct, frozen=True):
     format: int
+    #: The mark of nobody, by which it is known that the secret is the one that the others were made with.
+    nobody: str
     tombstones: list[Tombstone]
 
 
@@ -102,9 +104,10 @@ def _marks(column: pa.Array, secret: Secret) -> list[str]:
 
 
 class Tombstones:
-    """The tombstones of a shard. path: of their file, None to keep them in memory. Raises `ManifestError`."""
+    """The tombstones of a shard. path: of their file, None to keep them in memory. secret: None to read only what they
+    say. Raises `ManifestError`, also if they were made with another secret."""
 
-    def __init__(self, path: Path | None = None, secret: Secret = (0, 0)) -> None:
+    def __init__(self, path: Path | None = None, secret: Secret | None = None) -> None:
         self._path, self._secret = path, secret
         self._all: dict[tuple[str, str], Tombstone] = {}
         #: By field: low halves of the marks uint64 [k], ascending, and whose they are.
@@ -118,7 +121,17 @@ class Tombstones:
                 ) from None
             if file.format != _FORMAT:
                 raise ManifestError(f"data directory: `{path}` has format {file.format}; this version reads {_FORMAT}")
+            if secret is not None and file.nobody != self._nobody:
+                raise ManifestError(
+                    f"data directory: `{path}` was written with another `forget.key` than there is, so nobody in it "
+                    "would be known again; restore that from a copy"
+                )
             self._take(file.tombstones)
+
+    @property
+    def _nobody(self) -> str:
+        assert self._secret is not None
+        return _marks(pa.array([""]), self._secret)[0]
 
     def get(self, name: tuple[str, str]) -> Tombstone | None:
         return self._all.get(name)
@@ -141,7 +154,7 @@ class Tombstones:
         """Write tombstones, each in place of one of the same entity, and sync; they hold from `take` on."""
         if self._path is not None:
             every = {**self._all, **{one.name: one for one in some}}
-            write_json(self._path, msgspec.to_builtins(_File(_FORMAT, list(every.values()))))
+            write_json(self._path, msgspec.to_builtins(_File(_FORMAT, self._nobody, list(every.values()))))
 
     def take(self, some: Iterable[Tombstone]) -> None:
         """Go by tombstones, which have been written."""
@@ -164,6 +177,7 @@ class Tombstones:
         """
         found: list[Forgotten] = []
         for field in sorted(self._of_field.keys() & set(batch.schema.names)):
+            assert self._secret is not None
             column = batch.column(field)
             lows, tombstones = self._of_field[field]
             marks = hash_columns([column], len(column), self._secret)

@@ -101,7 +101,7 @@ def left(without_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_a_start_leaves_is_taken_by_the_next(config: Config) -> None:
     assert sorted(p.name for p in config.directory.iterdir()) == [
-        "admin_token", "manifest.json", "registry", "shards", "sources.json",
+        "admin_token", "forget.key", "manifest.json", "registry", "shards", "sources.json",
     ]  # fmt: skip
 
     def but_the_registry() -> dict[str, Any]:  # its database notes that it was opened

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
+import pytest
 from durable_cluster import SECRET, STEPS, Crash, DurableCluster, Fault
 from folders import folder
 from hypothesis import given
@@ -16,12 +18,15 @@ from hypothesis import strategies as st
 from test_engine_vs_oracle import plan_of, read
 
 from millpond.feature_actors import Count, FeatureView, Field, First, LastN, Max, Source, Sum
+from millpond.feature_actors.erasure import Erasure
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.log.history_reader import read_history
 from millpond.feature_actors.log.log import Log
 from millpond.feature_actors.log.record import EventsRecord, OfferRecord
+from millpond.feature_actors.manifest import ManifestError
 from millpond.feature_actors.replays import ReplayOptions, differences
-from millpond.feature_actors.tombstones import tombstone_of
+from millpond.feature_actors.tokens import is_token, token_of
+from millpond.feature_actors.tombstones import Tombstones, forget_secret, tombstone_of
 
 PAYMENTS = Source(
     "payments",
@@ -202,3 +207,91 @@ def test_whatever_ends_at_any_step_the_entity_is_gone_and_everybody_else_stays(d
             for record in on_disk(cluster, number, path):
                 for event in record.batch.to_pylist():
                     assert event["id"] not in gone or (event["user"] != 42 and event["email"] != "x@y")
+
+
+def test_tombstones_are_read_with_the_secret_that_they_were_made_with_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "tombstones.json"
+    one = tombstone_of(SECRET, "user", 42, 5)
+    Tombstones(path, SECRET).write([one])
+    assert Tombstones(path, SECRET).every == [one]
+    assert path.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(ManifestError, match=r"was written with another `forget\.key`"):
+        Tombstones(path, (1, 2))
+    path.write_text("{}")
+    with pytest.raises(ManifestError, match="cannot be read"):
+        Tombstones(path, SECRET)
+
+
+def test_the_secret_is_made_once_and_is_nobody_elses(tmp_path: Path) -> None:
+    secret = forget_secret(tmp_path)
+    assert forget_secret(tmp_path) == secret
+    assert (tmp_path / "forget.key").stat().st_mode & 0o777 == 0o600
+    assert [p.name for p in tmp_path.iterdir()] == ["forget.key"]
+    assert tombstone_of(secret, "user", 42, 0).mark != tombstone_of(SECRET, "user", 42, 0).mark
+
+
+EVERYTHING = Source(
+    "everything",
+    owner="tests",
+    fields={
+        "id": Field("string", personal=True), "at": "timestamp[ms, UTC]", "user": "int32",
+        "name": Field("string", personal=True),
+        "age": Field("int16", personal=True), "height": Field("float64", optional=True, personal=True),
+        "weight": Field("float64", personal=True), "born": Field("timestamp[ms, UTC]", personal=True),
+        "member": Field("bool", personal=True), "cents": "int64",
+    },
+    event_id="id",
+    event_time="at",
+)  # fmt: skip
+
+
+def test_every_kind_of_field_is_replaced_once_and_nothing_else_is() -> None:
+    def event(number: int, user: int, at: int = 5) -> dict[str, Any]:
+        return {
+            "id": f"e{number}", "at": at, "user": user, "name": "Ann", "age": 40, "height": 1.7, "weight": 60.0,
+            "born": 9, "member": True, "cents": number,
+        }  # fmt: skip
+
+    batch = pa.RecordBatch.from_pylist(
+        [event(0, 42), event(1, 7), event(2, 42), event(3, 42, at=99)], schema=EVERYTHING.schema
+    )
+    tombstones = Tombstones(None, SECRET)
+    one = tombstone_of(SECRET, "user", 42, 10)
+    tombstones.take([one])
+    erasure = Erasure(tombstones, {"everything": EVERYTHING})
+    arrivals = np.array([5, 5, 12, 99])
+    forgotten = erasure.forgotten("everything", batch, arrivals)
+    assert [f.rows.tolist() for f in forgotten] == [[True, False, True, False]]
+    later = erasure.forgotten("everything", batch, arrivals, later=True)
+    assert [f.rows.tolist() for f in later] == [[False, False, False, True]]
+    erased = erasure.batch("everything", batch, forgotten)
+    assert (erased.schema, erased.slice(1, 1), erased.slice(3, 1)) == (
+        batch.schema,
+        batch.slice(1, 1),
+        batch.slice(3, 1),
+    )
+    first, second = erased.to_pylist()[0], erased.to_pylist()[2]
+    token, text = token_of(pa.int32(), one.token), token_of(pa.string(), one.token)
+    for event_, cents in ((first, 0), (second, 2)):
+        assert (event_["user"], event_["name"], event_["age"]) == (token, text, -(2**15))
+        assert (event_["height"], event_["weight"], event_["member"], event_["cents"]) == (None, 0.0, False, cents)
+        assert event_["born"].timestamp() == 0
+        assert event_["at"] == batch.to_pylist()[cents]["at"]
+        assert event_["id"].startswith(text)
+    assert first["id"] != second["id"]
+    # Done again, by whoever has the same tombstone, it is the same, and then nothing.
+    assert erasure.batch("everything", batch, forgotten).equals(erased)
+    assert erasure.forgotten("everything", erased, arrivals) == []
+    assert is_token(erased.column("user")).tolist() == [True, False, True, False]  # type: ignore[union-attr]
+
+
+@given(number=st.integers(0, 2**32 - 1), kind=st.sampled_from(["string", "int32", "uint32", "int64", "uint64"]))
+def test_a_token_is_known_for_one_and_hardly_any_value_is_taken_for_one(number: int, kind: str) -> None:
+    of = getattr(pa, kind)()
+    assert is_token(pa.array([token_of(of, number), None], of)).tolist() == [True, False]  # type: ignore[union-attr]
+    values = ["", "forgotten", "~"] if kind == "string" else [0, 1, 42, 2**31 - 1]
+    if kind.startswith("int"):
+        values += [-1, -(2 ** (of.bit_width - 1)), 2 ** (of.bit_width - 1) - 1]
+    if kind.startswith("uint"):
+        values += [2**of.bit_width - 1]
+    assert is_token(pa.array(values, of)) is None

@@ -670,8 +670,8 @@ def test_a_wrong_question_for_features_is_refused(
         ("PUT", "/v1/score/churn", 405, "PUT /v1/score/churn: allowed is POST"),
         ("POST", "/v1/features/user_spend", 405, "POST /v1/features/user_spend: allowed is GET"),
         ("DELETE", "/healthz", 405, "DELETE /healthz: allowed is GET"),
-        ("GET", "/nope", 404, "no call GET /nope; there are POST /v1/score/{name}, POST /v1/score, GET /v1/features/{name}, GET /healthz, GET /readyz, GET /v1/explain/{name}, GET /v1/status, GET /openapi.json, GET /docs"),
-        ("POST", "/v1/score/", 404, "no call POST /v1/score/; there are POST /v1/score/{name}, POST /v1/score, GET /v1/features/{name}, GET /healthz, GET /readyz, GET /v1/explain/{name}, GET /v1/status, GET /openapi.json, GET /docs"),
+        ("GET", "/nope", 404, "no call GET /nope; there are POST /v1/score/{name}, POST /v1/score, GET /v1/features/{name}, GET /healthz, GET /readyz, GET /v1/explain/{name}, POST /v1/forget, GET /v1/forget, GET /v1/status, GET /openapi.json, GET /docs"),
+        ("POST", "/v1/score/", 404, "no call POST /v1/score/; there are POST /v1/score/{name}, POST /v1/score, GET /v1/features/{name}, GET /healthz, GET /readyz, GET /v1/explain/{name}, POST /v1/forget, GET /v1/forget, GET /v1/status, GET /openapi.json, GET /docs"),
         ("POST", "/v1/score/churn/2", 404, "no model `churn/2`; known: `churn`, `offer`; did you mean `churn`?"),
     ],
 )  # fmt: skip
