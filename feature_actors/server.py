@@ -696,34 +696,45 @@ class ShardServer:
     # -- entities that are to be forgotten, see `eraser`
 
     async def forget(self, field: str, value: int | str, at_ms: int) -> dict[str, Any]:
-        """Have a tombstone of an entity, or that which waits already; return it. What it asks for is done in the
-        background, on all shards."""
-        self._check()
-        secret = forget_secret(Path(self._spec.data_dir))
-        tombstone = tombstone_of(secret, field, value, at_ms)
-        known = self._shard.tombstones.get(tombstone.name)
-        wire: dict[str, Any] = msgspec.to_builtins(tombstone if known is None or known.done else known)
-        await self.entomb(wire)
+        """Have a tombstone of an entity, or that which waits already; return it for the other shards. What it asks for
+        is done in the background, on all of them."""
+        self._check_keeps()
+        tombstone = tombstone_of(forget_secret(Path(self._spec.data_dir)), field, value, at_ms)
+        async with self._entombing:
+            known = self._shard.tombstones.get(tombstone.name)
+            if known is not None and not known.done:
+                tombstone = known
+            else:
+                await self._entomb(tombstone)
+        await self._written(Prepared(0))
+        wire: dict[str, Any] = msgspec.to_builtins(tombstone)
         return wire
 
     async def entomb(self, wire: Mapping[str, Any]) -> None:
-        """Have a tombstone: from now on nothing that is before it gets into the log."""
+        """Have a tombstone that another shard has."""
+        self._check_keeps()
+        tombstone = msgspec.convert(wire, Tombstone)
+        async with self._entombing:
+            known = self._shard.tombstones.get(tombstone.name)
+            again = known is not None and known.done and known.token != tombstone.token
+            if known is None or known.at_ms < tombstone.at_ms or (again and known.at_ms == tombstone.at_ms):
+                await self._entomb(tombstone)
+        # What was prepared before gets into the log before it is looked through.
+        await self._written(Prepared(0))
+
+    async def _entomb(self, tombstone: Tombstone) -> None:
+        """From now on nothing that is before the tombstone gets into the log but with tokens."""
+        loop, tombstones = asyncio.get_running_loop(), self._shard.tombstones
+        await loop.run_in_executor(self._house, tombstones.write, [tombstone])
+        self._shard.forget([tombstone])
+
+    def _check_keeps(self) -> None:
         self._check()
         if self._durable is None or not isinstance(self._durable.log, Log):
             raise Unavailable(
                 f'shard {self._number} of {self._of} keeps nothing on disk (`durability = "none"`), so nothing is '
                 "known of what was; stop the cluster, and everything is forgotten"
             )
-        tombstone = msgspec.convert(wire, Tombstone)
-        loop, tombstones = asyncio.get_running_loop(), self._shard.tombstones
-        async with self._entombing:
-            known = tombstones.get(tombstone.name)
-            again = known is not None and known.done and known.token != tombstone.token
-            if known is None or known.at_ms < tombstone.at_ms or (again and known.at_ms == tombstone.at_ms):
-                await loop.run_in_executor(self._house, tombstones.write, [tombstone])
-                self._shard.forget([tombstone])
-        # What was prepared before gets into the log before it is looked through.
-        await self._written(Prepared(0))
 
     async def forgotten(self, field: str, value: int | str) -> dict[str, Any] | None:
         """Return how far the shard is with an entity, None if it has no tombstone of it."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,16 +21,19 @@ from hypothesis import strategies as st
 from lanes import SPEND, client_over, lane_of, run, shards_with_spend, turn, until
 
 from millpond.deployments.answers import Answers
+from millpond.deployments.erased_scores import ScoreEraser
 from millpond.deployments.score_log import ScoreLog, ScoreLogSettings
 from millpond.deployments.served import Served, Shadow
 from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.keys import hash_keys
 from millpond.feature_actors.layout import compile_layout
-from millpond.feature_actors.log.part import DAY_MS, HistoryDamaged
+from millpond.feature_actors.log.part import DAY_MS, HistoryDamaged, day_text
 from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.feature_actors.shard_map import ShardMap
+from millpond.feature_actors.tiles.memory import started_ticks
 from millpond.feature_actors.tiles.structure import SEQUENCE_ROW_BITS
 from millpond.models import Features
+from millpond.models.registry import Registry
 from millpond.models.score_log import ScoreFiles, Scorer, read_scores, scores_table
 
 BITS = st.integers(0, 2**64 - 1)
@@ -199,6 +204,41 @@ def test_each_form_of_a_score_is_logged_with_the_id_of_its_answer(tmp_path: Path
         "purchases[book_id]", "purchases[user_id]", "purchases[user_id, book_id]"
     ]  # fmt: skip
     assert json.loads(of_offer["key"]) == {"book_id": "b", "user_id": 6}
+
+
+def test_who_is_forgotten_leaves_every_file_and_what_waits_and_is_not_logged_again(tmp_path: Path) -> None:
+    """As a cluster has it: one writer that lives and says so in the registry, and files of one that has ended."""
+    registry = Registry(tmp_path / "registry")
+    pid = os.getpid()
+    registry.report("tested", {"pid": pid, "started_ticks": started_ticks(pid)})
+    registry.report("ended", {"pid": pid, "started_ticks": -1})
+    ScoreFiles(str(tmp_path), "ended", 100).write(some_scores(4, NOW))
+    cut_off = tmp_path / "_scores" / f"date={day_text(NOW // DAY_MS)}" / ".ended-00000009.parquet.new"
+    cut_off.write_bytes(b"not written to its end")
+    world = make_world([model("churn", list(user_spend))], score_log=logs_to(tmp_path, flush_s=0.02))
+    log = world.score._answers._score_log
+    assert log is not None
+    for user in (1, 2, 1):
+        world.post_score("churn", {"user_id": user})
+    deadline = time.monotonic() + 60
+    while log.counts["written"] < 3:
+        assert time.monotonic() < deadline
+    low, high = hash_keys([[1]], 1).view(np.int64)[0].tolist()
+    eraser = ScoreEraser(str(tmp_path), str(tmp_path / "registry"), logged=True)
+    assert eraser.forget("user_id", (low, high), NOW) == 3
+    # What was read before is not logged any more, whoever was asked then; what is read later is.
+    for user in (1, 2):
+        world.post_score("churn", {"user_id": user})
+    world.clock.ms = NOW + 1
+    world.post_score("churn", {"user_id": 1})
+    log.close()
+    found = sorted((one["key"], one["as_of_ms"]) for one in logged(tmp_path))
+    assert found == [
+        ('{"user_id":0}', 0), ('{"user_id":1}', NOW + 1), ('{"user_id":2}', 0), ('{"user_id":2}', NOW),
+        ('{"user_id":2}', NOW), ('{"user_id":3}', 0),
+    ]  # fmt: skip
+    assert not cut_off.exists()
+    assert list((tmp_path / "_scores" / "_forget").iterdir()) == []
 
 
 def test_whose_scores_are_logged_is_a_matter_of_the_id_alone(tmp_path: Path) -> None:

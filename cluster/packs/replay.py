@@ -118,7 +118,7 @@ def replay(
             ) from error
         sent += len(events)
         progress(sent)
-    if total.accepted + total.duplicates != pack.manifest.events:
+    if total.accepted + total.duplicates + total.forgotten != pack.manifest.events:
         raise ReplayFailed(
             f"replay: the pack has {pack.manifest.events} events; the cluster has accepted {total.accepted}, "
             f"{total.duplicates} were there already, {total.conflicts} were refused, because it has had their ids with "
