@@ -74,6 +74,8 @@ class DurableCluster:
         self.routed_views = self.keys_required = 0
         self._backfills: dict[int, Iterator[None]] = {}
         self._erasures: dict[int, Iterator[None]] = {}
+        #: What a shard hears of when the next take comes, after its offer.
+        self.entomb_at_take: Tombstone | None = None
         #: Whether a backfill goes on when the next take comes, after its offer.
         self.backfill_at_take = 0
         self._history = str(folder / "history") if history else None
@@ -170,6 +172,8 @@ class DurableCluster:
 
     async def take(self, shard: int, request: bytes, accepted: Any, homes: Sequence[HomeRecord]) -> None:
         self.backfill_steps(shard, self.backfill_at_take)
+        if self.entomb_at_take is not None:
+            self.forget(shard, self.entomb_at_take)
         await self._write(shard, self.shards[shard].shard.prepare_take(request, accepted, homes))
 
     async def settle(self, shard: int, settled: Sequence[int], wait_before: int) -> None:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pytest
 from durable_cluster import SECRET, STEPS, Crash, DurableCluster, Fault
 from folders import folder
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine_vs_oracle import plan_of, read
 
@@ -99,6 +99,7 @@ def on_disk(cluster: DurableCluster, number: int, path: Path) -> Iterator[Events
         yield from (r for _, r in read_history(str(path / "history"), number))
 
 
+@settings(max_examples=25)
 @given(data=st.data())
 def test_whatever_ends_at_any_step_the_entity_is_gone_and_everybody_else_stays(data: st.DataObject) -> None:
     """Against a world in which its own rows never were, and its events are there for everybody else."""
@@ -146,8 +147,9 @@ def test_whatever_ends_at_any_step_the_entity_is_gone_and_everybody_else_stays(d
         tombstone = tombstone_of(SECRET, "user", 42, now)
         for shard in draw(st.permutations(range(n_shards))):
             fail()
+            cluster.entomb_at_take = draw(st.sampled_from([None, tombstone]))
             send(draw(st.sampled_from([0, 3])))  # the one after it has not heard of it yet
-            cluster.fault = None
+            cluster.fault = cluster.entomb_at_take = None
             cluster.forget(shard, tombstone)
         at_ms = tombstone.at_ms
         gone = {i for i, e in sent.items() if e["user"] == 42 and min(e["at"], now) <= at_ms}
@@ -207,6 +209,52 @@ def test_whatever_ends_at_any_step_the_entity_is_gone_and_everybody_else_stays(d
             for record in on_disk(cluster, number, path):
                 for event in record.batch.to_pylist():
                     assert event["id"] not in gone or (event["user"] != 42 and event["email"] != "x@y")
+
+
+def test_an_entity_whose_key_is_a_string_and_events_that_come_with_a_name_twice(tmp_path: Path) -> None:
+    cluster = DurableCluster(compile_layout([], [BY_USER, BY_SHOP, BY_BOTH]), 2, tmp_path, history=True)
+    events = [
+        {"id": f"{n}", "at": n, "user": USERS[n % 3], "shop": SHOPS[n % 2], "cents": n, "email": None}
+        for n in range(40)
+    ]
+    cluster.send("payments", 50, events[:30])
+    for shard in range(2):
+        cluster.write_history(shard)
+        cluster.snapshot_steps(shard, 1_000)
+    cluster.send("payments", 50, events[30:])
+    gone = {e["id"] for e in events if e["shop"] == "a"}
+    want = {
+        "by_user": wanted(cluster, events, set())["by_user"],
+        **{
+            name: {
+                key: [0.0] * 3 if "a" in key else value for key, value in wanted(cluster, events, set())[name].items()
+            }
+            for name in ("by_shop", "by_both")
+        },
+    }
+    for _ in range(2):  # asked for twice, it is as if once
+        tombstone = tombstone_of(SECRET, "shop", "a", 50)
+        for shard in range(2):
+            cluster.forget(shard, tombstone)
+            while not cluster.erase_steps(shard, 1_000):
+                pass
+        assert found(cluster) == want
+    ack = cluster.send("payments", 51, events)
+    assert (ack.forgotten, ack.duplicates) == (20, 20)
+    for durable in cluster.shards:
+        for snapshot in (durable.folder / "snapshots").glob("*.snapshot"):  # type: ignore[attr-defined]
+            snapshot.unlink()
+    cluster.restart_all()
+    cluster.deliver_owed()
+    assert found(cluster) == want
+    shops = {
+        e["shop"]
+        for n in range(2)
+        for r in on_disk(cluster, n, tmp_path)
+        for e in r.batch.to_pylist()
+        if e["id"] in gone
+    }
+    assert {shop.partition("-")[0] for shop in shops} == {"~forgotten"}
 
 
 def test_tombstones_are_read_with_the_secret_that_they_were_made_with_and_no_other(tmp_path: Path) -> None:
