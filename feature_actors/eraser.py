@@ -18,6 +18,7 @@ Pure, but for files: `server` takes the steps. No snapshot, truncation or backfi
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import replace
@@ -158,7 +159,9 @@ class Eraser:
         self._erasing.removed |= {_named(one) for one in self.waiting}
 
     def remove_snapshots(self) -> None:
-        """Remove all snapshots but the newest, damaged ones, too: they have the rows."""
+        """Remove all snapshots but the newest, damaged ones, too: they have the rows; and what a `millpond check --fix`
+        that was broken off has left of the log."""
+        shutil.rmtree(self._durable.shard_folder.path / "log.new", ignore_errors=True)
         folder = self._durable.shard_folder.snapshots
         newest = newest_snapshots(folder)[:1]
         for path in folder.iterdir():

@@ -241,6 +241,17 @@ def test_an_entity_whose_key_is_a_string_and_events_that_come_with_a_name_twice(
         assert found(cluster) == want
     ack = cluster.send("payments", 51, events)
     assert (ack.forgotten, ack.duplicates) == (20, 20)
+    # Several together, some of which had events in common.
+    for shard in range(2):
+        for field, value in (("user", 7), ("shop", "b")):
+            cluster.forget(shard, tombstone_of(SECRET, field, value, 50))
+        while not cluster.erase_steps(shard, 1_000):
+            pass
+    want = {
+        name: {key: [0.0] * 3 if {7, "a", "b"} & set(key) else value for key, value in of.items()}
+        for name, of in want.items()
+    }
+    assert found(cluster) == want
     for durable in cluster.shards:
         for snapshot in (durable.folder / "snapshots").glob("*.snapshot"):  # type: ignore[attr-defined]
             snapshot.unlink()
