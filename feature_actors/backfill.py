@@ -25,9 +25,10 @@ from millpond.feature_actors.manifest import write_json
 from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.view import FeatureView
 
-__all__ = ["AddedView", "AddedViews", "Slice", "ViewState", "apply_slices", "note_whole", "slices_of", "whole_tables"]
+__all__ = ["AddedView", "Slice", "ViewState", "ViewsPort", "apply_slices", "note_whole", "slices_of", "whole_tables"]
 
-ViewState = Literal["backfilling", "live", "failed"]
+#: A view with a key of its own begins as `added`, see `spread`; the others are backfilled at once.
+ViewState = Literal["added", "routing", "backfilling", "live", "failed"]
 
 #: So many events are applied between two commits: some milliseconds.
 _SLICE_EVENTS = 4_096
@@ -45,7 +46,7 @@ class AddedView:
     state: ViewState
 
 
-class AddedViews(Protocol):
+class ViewsPort(Protocol):
     """Where a shard hears of views. Both may be asked in any thread, but in one."""
 
     def generation(self) -> int:

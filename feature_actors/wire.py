@@ -13,11 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.events import Events, Receipt
 from millpond.feature_actors.layout import Layout, PlanProgram
 from millpond.feature_actors.plan import Answer, Question
-from millpond.feature_actors.view import Feature
 
 __all__ = [
     "QuestionDecoder",
@@ -37,8 +35,8 @@ __all__ = [
 Ints = npt.NDArray[np.int64]
 
 #: Source, a record batch without its schema, hashes of the event ids, whether they were given, hashes of the contents,
-#: arrival stamps (one number if they are all the same), how many, when they were received.
-WireEvents = tuple[str, bytes, bytes, bool, bytes, Any, int, int]
+#: arrival stamps (one number if they are all the same), how many, when they were received, which keys were known.
+WireEvents = tuple[str, bytes, bytes, bool, bytes, Any, int, int, int]
 #: As `Receipt`.
 WireReceipt = tuple[bytes, int, int, int, bool]
 #: Names of the features; n; hashes of their keys; clock, one number for all ids or bytes; whether time is the newest
@@ -58,11 +56,12 @@ def encode_events(events: Events) -> WireEvents:
         _encode_times(events.arrivals),
         len(events.arrivals),
         events.received_ms,
+        events.keys_known,
     )
 
 
 def decode_events(wire: WireEvents, layout: Layout) -> Events:
-    source, batch, ids, given, contents, arrivals, n, received_ms = wire
+    source, batch, ids, given, contents, arrivals, n, received_ms, keys_known = wire
     decoded = pa.ipc.read_record_batch(pa.py_buffer(batch), layout.source(source).schema)
     # Copies, here and below: what frombuffer gives is read-only, and kernels are compiled for writable arrays.
     return Events(
@@ -73,6 +72,7 @@ def decode_events(wire: WireEvents, layout: Layout) -> Events:
         given,
         _decode_times(arrivals, n),
         received_ms,
+        keys_known,
     )
 
 
@@ -116,16 +116,8 @@ class QuestionDecoder:
     def _program(self, names: tuple[str, ...]) -> PlanProgram:
         program = self._programs.get(names)
         if program is None:
-            program = self._programs[names] = self._layout.plan_program([self._feature(name) for name in names])
+            program = self._programs[names] = self._layout.plan_program([*map(self._layout.wire_feature, names)])
         return program
-
-    def _feature(self, name: str) -> Feature:
-        """Return a feature by its name and identity, `view.feature#id`."""
-        view, feature = name.partition("#")[0].split(".")
-        known = self._layout.views.get(view)
-        if known is None or feature not in known.features or known[feature].wire_name != name:
-            raise Unavailable(f"feature `{view}.{feature}` is defined otherwise on the shard", retry_after_ms=1_000)
-        return known[feature]
 
 
 def encode_answer(answer: Answer) -> WireAnswer:

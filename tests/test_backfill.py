@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,16 @@ from test_durable import BY_SHOP, BY_USER, PAYMENTS, SHOPS, SUMS, USERS, everyth
 from test_engine_vs_oracle import Judge, keys_of, plan_of, read
 from worlds import World, worlds
 
-from millpond.feature_actors import Count, FeatureView, Last, Mean, Source, Sum
+from millpond.feature_actors import Count, FeatureView, Field, Last, Mean, Source, Sum
 from millpond.feature_actors.errors import DeclarationError, Unavailable
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.log.log import LogFull
+from millpond.feature_actors.plan import ReadPlan
 from millpond.feature_actors.plan_set import PlanSet
 from millpond.feature_actors.tiles.memory import MemoryFull
+from millpond.feature_actors.wire import QuestionDecoder, encode_question
+from millpond.models.training.events import EventsBySource, read_past
+from millpond.models.training.runs import Room
 
 
 @given(world=worlds(events_max=60), data=st.data())
@@ -129,6 +134,95 @@ def test_on_several_shards_it_has_every_event_that_the_others_have(data: st.Data
             cluster.restart_all()
 
 
+ITEMS = ["a", "b", "c", None]
+ITEM = Field("string", optional=True)
+SALES = Source("sales", owner="tests", fields={**PAYMENTS.fields, "item": ITEM}, event_id="id", event_time="at")
+BY_SELLER = FeatureView("by_seller", owner="tests", source=SALES, key=["user"], features=SUMS)
+BY_ITEM = FeatureView("by_item", owner="tests", source=SALES, key=["item"], features={**SUMS, "l": Last("id")})
+BY_BOTH = FeatureView("by_both", owner="tests", source=SALES, key=["item", "shop"], features=SUMS)
+ITEM_MEAN = FeatureView("item_mean", owner="tests", source=SALES, key=["item"], features={**SUMS, "m": Mean("cents")})
+
+
+def sums_of(events: Iterable[dict[str, Any]], view: FeatureView) -> dict[Any, list[float]]:
+    """By key, what the first three features of a view are."""
+    found: dict[Any, list[int]] = {}
+    for event in events:
+        key = tuple(event[name] for name in view.key)
+        if None not in key:
+            found.setdefault(key, []).append(event["cents"])
+    return {key: [len(of), sum(of), max(of)] for key, of in found.items()}
+
+
+@given(data=st.data())
+def test_a_view_with_a_key_of_its_own_has_every_event_once_whatever_ends_meanwhile(data: st.DataObject) -> None:
+    """Nothing was brought to its key before; ingresses that know it and that do not send events meanwhile."""
+    draw = data.draw
+    with folder() as path:
+        n_shards = draw(st.sampled_from([1, 2, 3]))
+        cluster = DurableCluster(compile_layout([], [BY_SELLER]), n_shards, path, history=True)
+        sent: dict[str, dict[str, Any]] = {}
+        coming = sorted((draw(st.integers(0, 3)), n, view) for n, view in enumerate((BY_ITEM, BY_BOTH, ITEM_MEAN)))
+        for number in range(5):
+            for at, _, view in coming:
+                if at == number:
+                    cluster.add_view(view, routed=draw(st.booleans()))
+            if draw(st.booleans()):
+                cluster.route_views()
+            events = [
+                {"id": f"{number}-{row}", "at": number, "user": draw(st.sampled_from(USERS)),
+                 "shop": draw(st.sampled_from(SHOPS)), "cents": draw(st.integers(1, 1_000)),
+                 "item": draw(st.sampled_from(ITEMS))}
+                for row in range(draw(st.sampled_from([1, 2, 12])))
+            ]  # fmt: skip
+            sent |= {e["id"]: e for e in events}
+            if draw(st.booleans()):
+                who = draw(st.sampled_from(["shard", "ingress", "all"]))
+                cluster.fault = Fault(draw(st.sampled_from(STEPS)), who, draw(st.integers(0, 6)))
+            cluster.backfill_at_take = draw(st.sampled_from([0, 0, 1, 3, 1_000]))
+            with suppress(Crash, LogFull):
+                cluster.send("sales", number + 1, events)
+            cluster.fault = None
+            for _ in range(draw(st.integers(0, 3))):
+                shard, steps = draw(st.integers(0, n_shards - 1)), draw(st.sampled_from([1, 5, 1_000]))
+                what = draw(st.sampled_from(["snapshot", "history", "backfill", "deliver", "restart"]))
+                if what == "snapshot":
+                    cluster.snapshot_steps(shard, steps)
+                elif what == "history":
+                    cluster.write_history(shard)
+                elif what == "deliver":
+                    cluster.deliver_owed()
+                elif what == "restart":
+                    cluster.restart(shard)
+                else:
+                    cluster.backfill_steps(shard, steps)
+        cluster.route_views()
+        for shard in range(n_shards):
+            while not cluster.backfill_steps(shard, 1_000):
+                cluster.snapshot_steps(shard, 1_000)
+        for _ in range(2):
+            cluster.deliver_owed()
+            logged = [sent[i] for i in cluster.logged("id")]
+            for view in (BY_SELLER, *(view for _, _, view in coming)):
+                expected = sums_of(logged, view)
+                keys = sorted(expected)
+                rows = read(cluster.client, plan_of(cluster.client, view), keys)
+                assert dict(zip(keys, rows.matrix[:, :3].tolist(), strict=True)) == expected, view.name
+            assert [d.shard.check() for d in cluster.shards] == [[]] * n_shards
+            cluster.restart_all()
+        # A training set counts each event once, too, though some are in two logs.
+        layout = compile_layout([], [BY_SELLER, BY_ITEM])
+        events_of = EventsBySource(layout, "event-time", 99, Room())
+        read_past(cluster.past(), events_of)
+        past = events_of.take_until(None)["sales"]
+        counted = {
+            t.key: int(
+                (past.batch[t.key[0]].is_valid().to_numpy(zero_copy_only=False) & (past.routes >> place & 1)).sum()
+            )
+            for place, t in enumerate(layout.tables_of("sales"))
+        }
+        assert counted == {(of,): sum(e[of] is not None for e in logged) for of in ("item", "user")}
+
+
 def test_a_plan_of_before_reads_memories_and_stands_in_a_set_with_plans_of_after(tmp_path: Path) -> None:
     by_user = FeatureView("by_user", owner="tests", source=PAYMENTS, key=["user"], features={"n": Count()})
     cluster = DurableCluster(compile_layout([], [by_user]), 1, tmp_path)
@@ -143,6 +237,48 @@ def test_a_plan_of_before_reads_memories_and_stands_in_a_set_with_plans_of_after
     together = cluster.client.read_together_now(plans, [(before, [1]), (after, [1, 0])])
     assert together is not None
     assert [rows.matrix.tolist() for rows in together] == [[[3]], [[3, 9, 5, 3], [3, 6, 4, 2]]]
+
+
+def test_a_view_that_changes_is_there_beside_the_one_that_it_was(tmp_path: Path) -> None:
+    """Whoever was made of the one goes on with it: in the shards' memory, over calls, after a restart."""
+    first = FeatureView(
+        "spend", owner="tests", source=PAYMENTS, key=["user"], features={"n": Count(), "s": Sum("cents")}
+    )
+    changed = FeatureView(
+        "spend", owner="tests", source=PAYMENTS, key=["user"],
+        features={"n": Count(), "s": Sum("cents", where=pc.field("cents") > 1), "m": Mean("cents")},
+    )  # fmt: skip
+    again = FeatureView(
+        "spend", owner="tests", source=PAYMENTS, key=["user"], features={"n": Count(), "m": Mean("cents")}
+    )
+    cluster = DurableCluster(compile_layout([], [first]), 1, tmp_path)
+    cluster.send("payments", 9, [{"id": f"{n}", "at": 5, "user": 1, "shop": None, "cents": n} for n in range(4)])
+    before = plan_of(cluster.client, first)
+    cluster.add_view(changed)
+    assert cluster.backfill_steps(0, 1_000)
+    cluster.add_view(again)
+    assert cluster.backfill_steps(0, 1_000)
+    for _ in range(2):
+        layout = cluster.client.layout
+        assert (layout.view("spend"), len({t.name for t in layout.tables})) == (again, 3)
+        of_each = [before, *(ReadPlan(layout, list(v), "the test") for v in (first, changed, again))]
+        expected = [[4, 6], [4, 6], [4, 5, 1.5], [4, 1.5]]
+        assert [read(cluster.client, plan, [(1,)]).matrix[0].tolist() for plan in of_each] == expected
+        decoder = QuestionDecoder(layout)
+        for plan in of_each:
+            question = plan.question({"user": [1]}, 1, 9, None)
+            assert decoder.decode(encode_question(question)).program.tables == plan.program.tables
+        cluster.restart_all()
+    # One that is there in part only, as what a model was made of before the cluster was started anew.
+    less = FeatureView("spend", owner="tests", source=PAYMENTS, key=["user"], features={"m": Mean("cents")})
+    assert read(cluster.client, ReadPlan(layout, [less["m"]], "the test"), [(1,)]).matrix[0].tolist() == [1.5]
+    other = FeatureView(
+        "spend", owner="tests", source=PAYMENTS, key=["user"], features={"m": Mean("cents", window="1d")}
+    )
+    with pytest.raises(
+        DeclarationError, match="view `spend`: the cluster keeps no version of it that has the features"
+    ):
+        ReadPlan(layout, [other["m"]], "the test")
 
 
 def test_an_event_for_which_its_condition_cannot_be_computed_does_not_satisfy_it(tmp_path: Path) -> None:
@@ -166,6 +302,7 @@ def test_an_event_for_which_its_condition_cannot_be_computed_does_not_satisfy_it
         cluster.restart_all()
 
 
+TYPED = Source("typed", owner="tests", fields={**PAYMENTS.fields, "shop": "int64"}, event_id="id", event_time="at")
 OTHER = Source("other", owner="tests", fields=PAYMENTS.fields, event_id="id", event_time="at")
 
 
@@ -173,24 +310,27 @@ OTHER = Source("other", owner="tests", fields=PAYMENTS.fields, event_id="id", ev
     ("view", "message"),
     [
         (
-            FeatureView("by_user", owner="tests", source=PAYMENTS, key=["user"], features={"n": Count(window="1h")}),
-            "view `by_user`: the cluster keeps it with another definition; a view that has changed is another view: "
-            "give it another name",
+            FeatureView("by_user", owner="tests", source=PAYMENTS, key=["user"], features=dict(BY_USER.features)),
+            "view `by_user`: the cluster keeps it already",
         ),
         (
-            FeatureView("v", owner="tests", source=PAYMENTS, key=["user", "shop"], features={"n": Count()}),
-            "view `v`: the cluster keeps nothing of source `payments` by `user`, `shop` yet, so past events are not "
-            "where it needs them; start the cluster with the definition",
+            FeatureView("by_user", owner="tests", source=PAYMENTS, key=["user", "shop"], features={"n": Count()}),
+            "view `by_user`: the cluster keeps it of source `payments` by user; of another source or key it is another "
+            "view: give it another name",
         ),
         (
             FeatureView("v", owner="tests", source=OTHER, key=["user"], features={"n": Count()}),
-            "view `v`: the cluster keeps nothing of source `other` by `user` yet, so past events are not where it "
-            "needs them; start the cluster with the definition",
+            "view `v`: the cluster has no source `other`; known: `payments`, `typed`; start the cluster with the "
+            "definition",
+        ),
+        (
+            FeatureView("v", owner="tests", source=TYPED, key=["shop"], features={"n": Count()}),
+            "key field `shop` is int64 in view `v` and string in view `by_shop`; a key field has one type in a cluster",
         ),
     ],
 )
 def test_what_cannot_be_added_is_refused(view: FeatureView, message: str) -> None:
-    layout = compile_layout([], [BY_USER, BY_SHOP])
+    layout = compile_layout([TYPED], [BY_USER, BY_SHOP])
     with pytest.raises(DeclarationError) as refused:
         layout.extended([view])
     assert str(refused.value) == message
