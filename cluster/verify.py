@@ -123,7 +123,7 @@ def check_verified(config: Config, rollout: Rollout | None, model: str, version:
 
 
 def print_verification(found: Verification) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)  # what differs may look like markup
     table = Table("", "equal", "different", "missing", box=SIMPLE_HEAD, pad_edge=False)
     rows: list[tuple[str, Counts]] = [("scores", found.scores)]
     rows += [(f"model {name}", counts) for name, counts in sorted(found.models.items())]
@@ -139,8 +139,9 @@ def print_verification(found: Verification) -> None:
         console.print(f"{n:,} missing: {why}")
     for one in found.differences:
         console.print(
-            f"[red]different[/red]: {one.model} version {one.version} for {one.key}, served at {one.served_ms} as of "
-            f"{one.as_of_ms}" + (f" (answer {one.id})" if one.id else "")
+            f"different: {one.model} version {one.version} for {one.key}, served at {one.served_ms} as of "
+            f"{one.as_of_ms}" + (f" (answer {one.id})" if one.id else ""),
+            style="red",
         )
         for what in one.what:
             console.print(f"  {what}")

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from folders import folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine_vs_oracle import keys_of
-from verified_world import MINUTE, VerifiedWorld, payment, random_world
+from verified_world import FILE, MINUTE, VerifiedWorld, payment, random_world
 from worlds import World, batch, worlds
 
 from millpond.cluster import cli
@@ -164,6 +165,25 @@ def test_the_command(world: VerifiedWorld, capsys: pytest.CaptureFixture[str]) -
     status, out, _ = command(world, capsys, "user", "--key", '{"user": 1}', "--json")
     assert (status, json.loads(out)["served_ms"], json.loads(out)["as_of_ms"]) == (0, None, NOW + 9 * MINUTE)
     assert command(world, capsys, "user", "--user", "7", "--json")[0] == 0
+
+
+def test_what_looks_like_markup_is_shown_as_it_is(world: VerifiedWorld, capsys: pytest.CaptureFixture[str]) -> None:
+    for shop in ("[/a]", "[bold]"):
+        status, out, _ = command(world, capsys, "both", "--user=1", f"--shop={shop}", "--model-version", "1")
+        assert (status, out.splitlines()[0]) == (0, f"both version 1 (owner tests) for user 1, shop {shop}")
+
+
+@pytest.mark.parametrize("key", ['{"user": "x"}', '{"user": [1]}', '{"user": null}'])
+def test_a_key_that_is_none_is_said_beside_a_canary_too(
+    world: VerifiedWorld, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    champion = world.versions["user"]
+    canary = replace(champion, version="2")
+    world.registry.add(FILE, [canary])
+    world.registry.deploy([champion])
+    world.registry.deploy([canary], "canary", 0.5)
+    status, _, err = command(world, capsys, "user", "--key", key)
+    assert (status, "expected `user` as int64" in err) == (1, True), err
 
 
 @pytest.mark.parametrize(

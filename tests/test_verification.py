@@ -368,6 +368,7 @@ def test_the_command_says_what_differs_and_ends_with_1(
     at = lines.index(f"different: user version 1 for {{'user': 1}}, served at {NOW + 2 * MINUTE} as of "
                      f"{NOW + 2 * MINUTE} (answer 4)")  # fmt: skip
     assert lines[at + 1] == "`by_user.sum`: logged 6.0, recomputed 3.0"
+    assert lines[at + 2].startswith("payments[user] on shard ")
     assert lines[at + 5].startswith("id='p4', at=1700000119995, user=1, shop='a', cents=2, _arrival_ms=1700000120000,")
     assert command(world, capsys, "verify", "--model", "both")[0] == 0
     assert command(world, capsys, "verify", "--model", "user", "--model-version", "1")[0] == 1
