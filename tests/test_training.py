@@ -86,7 +86,8 @@ def test_by_event_time_every_feature_is_what_the_oracle_says_of_events_that_arri
     plan = ReadPlan(layout, features_of(world), "test")
     moments = st.tuples(st.sampled_from(events), st.sampled_from((0, -1, 1, HOUR, DAY)))
     asked = [
-        ({f: e[f] for f in plan.key_fields}, e["at"] + later) for e, later in data.draw(st.lists(moments, max_size=6))
+        ({f: e[f] for f in plan.key_fields}, max(0, e["at"] + later))
+        for e, later in data.draw(st.lists(moments, max_size=6))
     ]
     rows = training_set(plan.features, labels_of(plan, asked), tables, n_shards=n_shards, room=room)
     assert rows.as_of.tolist() == [at for _, at in asked]
@@ -275,9 +276,11 @@ def _sent(number: int) -> list[dict[str, Any]]:
 
 def test_labels_that_look_back_to_what_has_expired_are_refused_unless_they_are_allowed(tmp_path: Path) -> None:
     stopped = Stopped(tmp_path, n_shards=1, snapshots=(2, 4, 6), history=True)
+    # The oldest tile of the window may reach back a minute more, and an event may be ahead of its arrival.
+    complete = DAY + HOUR + 60_000 + DAY
     base, plan = str(stopped.path / "history"), ReadPlan(compile_layout([], [BY_USER]), list(BY_USER), "test")
     past = Past(stopped.path, base)
-    labels = labels_of(plan, [({"user": 1}, at) for at in (3 * DAY, DAY + HOUR, DAY + HOUR - 1)])
+    labels = labels_of(plan, [({"user": 1}, at) for at in (3 * DAY, complete, complete - 1)])
     before = training_set(list(BY_USER), labels, past)
     assert before.matrix[:, 0].tolist() == [8, 8, 8]
     delete_expired(base, [dataclasses.replace(PAYMENTS, retention="1d")], 2 * DAY)
@@ -285,14 +288,77 @@ def test_labels_that_look_back_to_what_has_expired_are_refused_unless_they_are_a
     with pytest.raises(BadRequest) as caught:
         training_set(list(BY_USER), labels, past)
     assert str(caught.value) == (
-        "training set: label as of 1970-01-02T00:59:59.999Z, but events of `payments` are kept since "
-        "1970-01-02T00:00:00.000Z only, and `by_user.max_1h` looks back 3600000 ms; leave labels before "
-        "1970-01-02T01:00:00.000Z out, or take them as they are (`incomplete`) - at `$[2].as_of`"
+        "training set: label as of 1970-01-03T01:00:59.999Z, but events of `payments` are kept since "
+        "1970-01-02T00:00:00.000Z only, and `by_user.max_1h` sees what arrived 90060000 ms before; "
+        "leave labels before 1970-01-03T01:01:00.000Z out, or take them as they are (`incomplete`) - at `$[2].as_of`"
     )
     # What has no window is taken as of then; what the log still has is there.
     assert (training_set(list(BY_USER), labels.slice(0, 2), past).matrix[:, 0] < 8).all()
     allowed = training_set(list(BY_USER), labels, past, incomplete=True)
     assert (allowed.matrix[:, 0] < 8).all()
+
+
+def _labels(**columns: Any) -> pa.Table:
+    return pa.table({"user": pa.array([1, 1]), "as_of": pa.array([0, HOUR], TIME), **columns})
+
+
+_SECONDS = pa.timestamp("s", "UTC")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (_labels(as_of=pa.array([0, 1], pa.timestamp("ms"))), "a timestamp with a time zone, such as"),
+        (_labels(as_of=pa.array([0, 2**62], TIME)), r"a time is of 1740 to 2200 - at `\$\[1\].as_of`"),
+        (
+            _labels(as_of=pa.array([-(2**63), 5], TIME)),
+            r"`as_of` -9223372036854775808 ms; a time is of 1740 to 2200 - at `\$\[0\].as_of`",
+        ),
+        (_labels(as_of=pa.array([0, 2**60], _SECONDS)), r"a time is of 1740 to 2200 - at `\$\[1\].as_of`"),
+        (
+            _labels(user=pa.DictionaryArray.from_arrays(pa.array([0, 1]), pa.array([1, None], pa.int64()))),
+            r"label without `user` - at `\$\[1\].user`",
+        ),
+        (
+            pa.Table.from_arrays([pa.array([1]), pa.array([2]), pa.array([0], TIME)], ["user", "user", "as_of"]),
+            "labels have 2 times a column `user`",
+        ),
+    ],
+)
+def test_labels_whose_time_or_id_cannot_be_told_are_refused(labels: pa.Table, message: str) -> None:
+    with pytest.raises(BadRequest, match=message):
+        training_set([BY_USER["n"]], labels, {"payments": _payments([])})
+
+
+def test_knowledge_and_features_that_are_none_are_refused() -> None:
+    asked: Any = {"knowledge": "arival"}
+    with pytest.raises(BadRequest, match="`knowledge` is 'arival'; allowed is `event-time` or `arrival`"):
+        training_set([BY_USER["n"]], _labels(), {"payments": _payments([])}, **asked)
+    with pytest.raises(BadRequest, match="column `user` of the labels is a key field"):
+        training_set([BY_USER["n"]], _labels(), {"payments": _payments([])}, as_of="user")
+    other = FeatureView("by_user", owner="tests", source=PAYMENTS, key=["shop"], features={"m": Count(window="2h")})
+    for features in ([BY_USER["n"], other["m"]], [other["m"], BY_USER["n"]]):
+        with pytest.raises(DeclarationError, match="two different views are named `by_user`"):
+            training_set(features, _labels(shop=pa.array(["a", "a"])), {"payments": _payments([])})
+
+
+@pytest.mark.parametrize(
+    "stamps",
+    [
+        pa.array([HOUR, 5 * HOUR], pa.timestamp("us", "UTC")),  # taken as its number, it would be another time
+        pa.array([float(HOUR), float(5 * HOUR)]),
+        pa.array([HOUR, None], pa.int64()),
+        pa.array([HOUR, -1]),
+        pa.array([HOUR, 2**62]),
+    ],
+    ids=str,
+)
+def test_arrival_stamps_that_are_none_are_refused(stamps: pa.Array) -> None:
+    events = [{"id": str(i), "at": 0, "user": 1, "shop": "a", "cents": 1} for i in range(2)]
+    table = _payments(events).append_column("_arrival_ms", stamps)
+    with pytest.raises(BadRequest, match="_arrival_ms"):
+        training_set([BY_USER["n"]], _labels(), {"payments": table}, knowledge="arrival")
+    assert training_set([BY_USER["n"]], _labels(), {"payments": table}).matrix[:, 0].tolist() == [2, 2]
 
 
 def test_sources_that_are_not_those_of_the_cluster_are_refused(tmp_path: Path) -> None:
@@ -411,6 +477,8 @@ def test_files_that_cannot_be_read_or_written_are_named(tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match=r"^training set: labels `.*none` cannot be read as Parquet: "):
         write_training_set([BY_USER["n"]], tmp_path / "none", {}, out)
     pq.write_table(pa.table({"user": [1], "as_of": pa.array([0], TIME)}), labels)
+    with pytest.raises(BadRequest, match=r"^training set: feature `by_user.n` is asked for twice"):
+        write_training_set([BY_USER["n"]] * 2, labels, {}, out)
     with pytest.raises(BadRequest, match=r"^training set: events of `payments`: `.*none` cannot be read as Parquet: "):
         write_training_set([BY_USER["n"]], labels, {"payments": tmp_path / "none"}, out)
     with pytest.raises(BadRequest, match=r"^training set: `.*out`: there is no folder `.*no`; make it first$"):

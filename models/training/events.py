@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from millpond.feature_actors.clock import ClockKind
-from millpond.feature_actors.decode import Decoder
+from millpond.feature_actors.decode import ARRIVAL_COLUMN, Decoder
 from millpond.feature_actors.dedupe import NEW
 from millpond.feature_actors.errors import BadRequest
 from millpond.feature_actors.events import PastEvents
@@ -32,7 +32,7 @@ from millpond.feature_actors.source import Source
 from millpond.feature_actors.view import mask_of
 from millpond.models.training.runs import Room, Runs
 
-__all__ = ["ARRIVAL", "EventsBySource", "Knowledge", "Read", "read_past", "read_tables"]
+__all__ = ["EventsBySource", "Knowledge", "Read", "read_past", "read_tables"]
 
 Ints = npt.NDArray[np.int64]
 Routes = npt.NDArray[np.uint32]
@@ -42,8 +42,6 @@ Knowledge = Literal["event-time", "arrival"]
 #: Called with how many events have been read.
 Read = Callable[[int], None]
 
-#: The column of a table or a file of events, as of the history, that says when each arrived.
-ARRIVAL = "_arrival_ms"
 _KNOWN, _ROUTES = "_known", "_routes"
 #: Records are put together to so many events, since a record may be of one.
 _GATHERED_ROWS, _GATHERED_RECORDS = 131_072, 16_384
@@ -68,7 +66,7 @@ class EventsBySource:
         self.layout, self.knowledge = layout, knowledge
         self._until_ms = until_ms
         self._fields = {name: _fields(source, layout.tables_of(name)) for name, source in layout.sources.items()}
-        own = [pa.field(_KNOWN, pa.int64()), pa.field(ARRIVAL, pa.int64()), pa.field(_ROUTES, pa.uint32())]
+        own = [pa.field(_KNOWN, pa.int64()), pa.field(ARRIVAL_COLUMN, pa.int64()), pa.field(_ROUTES, pa.uint32())]
         self._runs = {
             name: Runs(pa.schema([*(source.schema.field(f) for f in self._fields[name]), *own]), _KNOWN, room)
             for name, source in layout.sources.items()
@@ -95,7 +93,7 @@ class EventsBySource:
         taken = {}
         for name, runs in self._runs.items():
             batch = runs.take_until(bound)
-            known, arrivals, routes = (batch.column(own).to_numpy() for own in (_KNOWN, ARRIVAL, _ROUTES))
+            known, arrivals, routes = (batch.column(own).to_numpy() for own in (_KNOWN, ARRIVAL_COLUMN, _ROUTES))
             taken[name] = PastEvents(batch.select(self._fields[name]), known, arrivals, routes)
         return taken
 
@@ -204,9 +202,8 @@ def _add_gathered(events: EventsBySource, source: Source, gathered: _Gathered, c
 def read_tables(given: Mapping[str, pa.Table | Path], events: EventsBySource, told: Read = lambda n: None) -> None:
     """Add events from tables, or Parquet files, in order of arrival.
 
-    They are taken as the events app takes them: checked, defaults filled, of each event id the first one. Each arrives
-    at its event time, or at its `_arrival_ms` where there is that column, which knowledge by arrival asks for.
-    Raises `BadRequest` if a column is missing or a value does not fit.
+    They are taken as the events app takes them: checked, defaults filled, of each event id the first one. By arrival
+    each is known from its `_arrival_ms` on. Raises `BadRequest` if a column is missing or a value does not fit.
     """
     layout, read = events.layout, 0
     admit = Shard(layout, ShardMap.even(1, 1), 0)
@@ -216,10 +213,7 @@ def read_tables(given: Mapping[str, pa.Table | Path], events: EventsBySource, to
         tables = layout.tables_of(name)
         decoder = Decoder(source, key_fields={f for table in tables for f in table.key})
         for first, piece in _pieces(given[name], source, events.knowledge):
-            batch = _decoded(decoder, piece, first)
-            arrivals = source.times_ms(batch)
-            if ARRIVAL in piece.column_names:
-                arrivals = piece[ARRIVAL].cast(pa.int64()).combine_chunks().to_numpy()
+            batch, arrivals = _decoded(decoder, piece, first, events.knowledge)
             admitted = _admitted(admit, source, batch)
             routes = np.where(admitted, np.uint32((1 << len(tables)) - 1), np.uint32(0))
             events.events[name] += int(np.count_nonzero(admitted))
@@ -237,10 +231,10 @@ def _pieces(given: pa.Table | Path, source: Source, knowledge: Knowledge) -> Ite
         return
     first = 0
     try:
-        with pq.ParquetFile(given) as file:
+        with pq.ParquetFile(given, page_checksum_verification=True) as file:
             names = file.schema_arrow.names
             _check_columns(names, source, knowledge)
-            columns = [name for name in names if name in source.fields or name == ARRIVAL]
+            columns = [name for name in names if name in source.fields or name == ARRIVAL_COLUMN]
             for batch in file.iter_batches(_GATHERED_ROWS, columns=columns, use_threads=False):
                 yield first, pa.Table.from_batches([batch])
                 first += batch.num_rows
@@ -255,17 +249,18 @@ def _check_columns(names: Sequence[str], source: Source, knowledge: Knowledge) -
     for name, spec in source.fields.items():
         if name not in names and not spec.optional and spec.default is None:
             raise BadRequest(f"training set: events of `{source.name}` have no column `{name}`; they have {names}")
-    if knowledge == "arrival" and ARRIVAL not in names:
+    if knowledge == "arrival" and ARRIVAL_COLUMN not in names:
         raise BadRequest(
-            f"training set: events of `{source.name}` have no column `{ARRIVAL}`, which says when each arrived; add "
-            "it, or ask by event time"
+            f"training set: events of `{source.name}` have no column `{ARRIVAL_COLUMN}`, which says when each arrived; "
+            "add it, or ask by event time"
         )
 
 
-def _decoded(decoder: Decoder, piece: pa.Table, first: int) -> pa.RecordBatch:
-    """Return the rows of a piece as the source has them; errors name the row of the whole."""
+def _decoded(decoder: Decoder, piece: pa.Table, first: int, knowledge: Knowledge) -> tuple[pa.RecordBatch, Ints]:
+    """Return the rows of a piece as the source has them, and when each arrives; errors name the row of the whole."""
     try:
-        return decoder.from_table(piece)
+        batch = decoder.from_table(piece)
+        return batch, decoder.arrivals_of(piece) if knowledge == "arrival" else decoder.source.times_ms(batch)
     except BadRequest as error:
 
         def whole(path: str) -> str:

@@ -38,7 +38,7 @@ class LabelFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._file = pq.ParquetFile(path)
+            self._file = pq.ParquetFile(path, page_checksum_verification=True)
         except (OSError, pa.ArrowException) as error:
             raise self._unreadable(error) from None
         self.schema: pa.Schema = self._file.schema_arrow
@@ -81,6 +81,8 @@ class TrainingSetFile:
         for name in self._schema.names:
             if name in labels.names:
                 raise BadRequest(f"training set: labels have a column `{name}` already; leave it out or rename it")
+            if self._schema.names.count(name) > 1:
+                raise BadRequest(f"training set: feature `{name}` is asked for twice; a file has one column of a name")
         self._features = Runs(self._schema.append(pa.field(ROW, pa.int64())), ROW, room)
 
     def add(self, rows: Ints, features: FeatureRows) -> None:
