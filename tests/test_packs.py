@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from apps import NOW, Reply, World, call, make_world
 from check_directory import flip
@@ -28,7 +29,7 @@ from millpond.cluster.packs import replay as replaying
 from millpond.cluster.packs.commands import names_of
 from millpond.cluster.packs.export import What, export_pack
 from millpond.cluster.packs.masking import Mask
-from millpond.cluster.packs.pack import Pack, PackDamaged, checksum_of
+from millpond.cluster.packs.pack import Pack, PackDamaged, checksum_of, sha256_of
 from millpond.cluster.packs.replay import Pace, ReplayFailed, replay, speed_of
 from millpond.cluster.times import time_of
 from millpond.deployments import Ack, Client
@@ -189,7 +190,7 @@ def fields_of(row: dict[str, Any]) -> dict[str, Any]:
 def test_a_pack_has_each_event_once_with_its_stamp_in_the_order_of_arrival(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, history: bool
 ) -> None:
-    monkeypatch.setattr(exporting, "_WINDOW_EVENTS", 50)
+    monkeypatch.setattr(exporting, "WINDOW_EVENTS", 50)
     shop = Shop(tmp_path, 3, history).fill()
     if history:
         for shard in range(3):
@@ -404,9 +405,66 @@ def test_a_pack_that_is_not_whole_is_refused_by_name(shop: Shop, tmp_path: Path)
         manifest.write_text(json.dumps({**changed, "checksum": checksum_of(changed)}))
         with pytest.raises(PackDamaged, match=message):
             Pack(pack.folder)
+    manifest.write_text("[" * 100_000)
+    with pytest.raises(PackDamaged, match="cannot be read: maximum recursion depth"):
+        Pack(pack.folder)
     manifest.write_text("[]")
     with pytest.raises(PackDamaged, match="cannot be read: it is none of a pack"):
         Pack(pack.folder)
+
+
+def _rewritten(change: Callable[[pa.Table], pa.Table], row_group_size: int | None = None) -> Callable[[Path], None]:
+    def of(path: Path) -> None:
+        pq.write_table(change(pq.read_table(path)), path, row_group_size=row_group_size)
+
+    return of
+
+
+def _with(name: str, column: Callable[[pa.ChunkedArray], Any]) -> Callable[[Path], None]:
+    return _rewritten(lambda t: t.set_column(t.column_names.index(name), name, column(t[name])))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: path.write_bytes(b"PAR1 something PAR1"),
+        lambda path: [flip(path, at, 255) for at in range(60, 80)],
+        _rewritten(lambda t: t.drop_columns(["_place"])),
+        _rewritten(lambda t: t.drop_columns(["_arrival_ms"])),
+        _with("_arrival_ms", lambda c: c.cast(pa.string())),
+        _with("_place", lambda c: pa.nulls(len(c), pa.int64())),
+        _rewritten(lambda t: t, row_group_size=10),
+        _rewritten(lambda t: t.slice(0, 3)),
+        _rewritten(lambda t: pa.concat_tables([t] * 3_000)),
+    ],
+)
+def test_events_that_are_none_are_refused_though_their_checksum_is_right(
+    packed: Pack, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    """Whoever can change a file can change its checksum."""
+    folder = tmp_path / "pack"
+    shutil.copytree(packed.folder, folder)
+    change(folder / "events" / "orders.parquet")
+    with pytest.raises(PackDamaged, match="do not use it"):
+        list(_resealed(folder).windows())
+
+
+@pytest.mark.parametrize("windows", [[0, 45], [], [45, 90], [-1, 45]])
+def test_windows_that_are_not_those_of_the_files_are_refused(packed: Pack, tmp_path: Path, windows: list[int]) -> None:
+    folder = tmp_path / "pack"
+    shutil.copytree(packed.folder, folder)
+    pack = _resealed(folder, windows=windows)
+    with pytest.raises(PackDamaged, match="are no row group of each source; do not use it"):
+        list(pack.windows())
+
+
+def _resealed(folder: Path, **change: Any) -> Pack:
+    """Open a pack whose manifest is right for the files that are there."""
+    manifest = folder / "manifest.json"
+    content = {k: v for k, v in {**json.loads(manifest.read_text()), **change}.items() if k != "checksum"}
+    content["files"] = {name: [(folder / name).stat().st_size, sha256_of(folder / name)] for name in content["files"]}
+    manifest.write_text(json.dumps({**content, "checksum": checksum_of(content)}))
+    return Pack(folder)
 
 
 # -- replay

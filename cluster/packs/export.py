@@ -29,6 +29,7 @@ from millpond.cluster.packs.pack import (
     FORMAT_VERSION,
     MANIFEST,
     PLACE,
+    WINDOW_EVENTS,
     PackManifest,
     PackModel,
     PackSource,
@@ -48,8 +49,8 @@ from millpond.models.registry import Registry
 
 __all__ = ["What", "export_pack"]
 
-#: A window has so many events, or bytes of them, at most.
-_WINDOW_EVENTS, _WINDOW_BYTES = 1 << 16, 64 << 20
+#: A window ends when it has so many bytes of events.
+_WINDOW_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ class _EventFiles:
     def add(self, run: Run, progress: Callable[[int], None]) -> None:
         start = 0
         while start < len(run.rows):
-            room = _WINDOW_EVENTS - (self.events - (self.windows[-1] if self.windows else 0))
+            room = WINDOW_EVENTS - (self.events - (self.windows[-1] if self.windows else 0))
             end = min(len(run.rows), start + room)
             gathered = self._gathered.setdefault(run.source, _Gathered())
             self._bytes += gathered.add(run.batch, run.rows[start:end], run.arrivals[start:end], self.events)
