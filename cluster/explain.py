@@ -61,6 +61,8 @@ def explain_score(
     at_ms: of the newest logged score up to then, or the one that there would have been. Raises `Unavailable` if the
     cluster keeps no history, and what `explained` does.
     """
+    if events_max < 0:
+        raise BadRequest(f"--events: got {events_max}; allowed is 0 or more")
     past = past_of(config)
     assert past.history_uri is not None
     state = running(config.directory)

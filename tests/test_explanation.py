@@ -199,6 +199,7 @@ def test_a_key_that_is_none_is_said_beside_a_canary_too(
         (["user", "user", "1"], "expected a key field as a flag, such as `--user-id 42`"),
         (["nobody", "--user", "1"], "no model `nobody`"),
         (["both", "--user", "1"], "model `both`: no version of it is live; name one with --model-version"),
+        (["user", "--user", "1", "--events", "-1"], "--events: got -1; allowed is 0 or more"),
         (["user", "--key", "[]"], "--key: got '[]'; expected an id as a JSON object"),
         (["user", "--user", "1", "--at", "noon"], "--at: got 'noon'; a time is ISO 8601"),
         (["user", "--user", "1", "--history", "off"], "keeps no history (setting `history`)"),
