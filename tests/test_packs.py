@@ -544,11 +544,14 @@ def test_behind_masks_every_feature_that_reads_none_is_found_again(shop: Shop, s
     assert world.get(query).json["features"]["last_email"] == Mask(KEY).text("user1@example.org")
 
 
-def test_a_replay_that_was_broken_off_goes_on_and_counts_nothing_twice(shop: Shop) -> None:
-    """Also at another speed: what has no ids goes in the same requests."""
+def test_a_replay_that_was_broken_off_goes_on_and_counts_nothing_twice(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also at another speed, and in other requests: what has no ids is known by its row."""
     pack = shop.export(ALL)
     for faults, speed in ((["ok"] * 20 + [(500, None)], None), (["ok"] * 3 + [(500, None)], 1e9), (["torn"], 50.0)):
         for world, url in served(3, faults=list(faults)):
+            monkeypatch.setattr(replaying, "_REQUEST_EVENTS", 12)
             accepted = 0
             if "torn" not in faults:  # a torn answer is tried again by the client
                 with pytest.raises(
@@ -557,7 +560,8 @@ def test_a_replay_that_was_broken_off_goes_on_and_counts_nothing_twice(shop: Sho
                     played(pack, url, speed)
                 accepted = world.applied
                 assert accepted > 0
-            for again in (None, 200.0):
+            for again, events_max in ((None, 10_000), (200.0, 7), (None, 5)):
+                monkeypatch.setattr(replaying, "_REQUEST_EVENTS", events_max)
                 ack = played(pack, url, again)
                 assert ack.accepted + ack.duplicates == 360
             assert ack.duplicates == 360
@@ -619,6 +623,11 @@ def test_requests_keep_to_their_sizes(shop: Shop, monkeypatch: pytest.MonkeyPatc
     for name in LAYOUT.sources:
         places = [p for r in requests if r.source == name for p in r.events["_place"].to_pylist()]
         assert places == sorted(places) == [row["_place"] for of, row in events_of(pack) if of == name]
+
+
+def test_at_full_speed_sources_without_ids_take_no_more_requests_than_others(shop: Shop) -> None:
+    requests = list(replaying._requests(shop.export(ALL), None))
+    assert sorted((r.source, r.row, len(r.events)) for r in requests) == [("orders", 0, 240), ("visits", 0, 120)]
 
 
 @pytest.mark.parametrize("text", ["0x", "-1x", "fast", "nanx", "infx", ""])

@@ -262,10 +262,7 @@ class _EventFiles:
         return table
 
     def sources(self) -> dict[str, PackSource]:
-        return {
-            name: PackSource(_file_of(source), self._counts[name], source.event_id is not None)
-            for name, source in self._sources.items()
-        }
+        return {name: PackSource(_file_of(source), self._counts[name]) for name, source in self._sources.items()}
 
 
 @dataclass

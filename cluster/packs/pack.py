@@ -37,11 +37,10 @@ class PackDamaged(MillpondError):
 
 
 class PackSource(msgspec.Struct, frozen=True):
-    """Of a source: the file of its events, how many they are, and whether they have ids of their own."""
+    """Of a source: the file of its events, and how many they are."""
 
     file: str
     events: int
-    has_ids: bool
 
 
 class PackModel(msgspec.Struct, frozen=True):
