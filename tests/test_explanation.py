@@ -141,6 +141,17 @@ def test_the_newest_logged_score_up_to_a_time_is_found(world: VerifiedWorld) -> 
     assert logged_score(history, "user", "2", {"user": 1}, NOW + 10**10) is None
 
 
+def test_a_logged_score_is_found_in_whatever_order_the_fields_of_its_id_are(tmp_path: Path) -> None:
+    world = VerifiedWorld(tmp_path)
+    world.send([payment(0, NOW, 1, "ü", 5)], NOW)
+    world.score("both", [{"user": 1, "shop": "ü"}, {"user": 11, "shop": ""}])
+    world.lay_out()
+    for fields in ({"user": 1, "shop": "ü"}, {"shop": "ü", "user": 1}):
+        found = logged_score(str(world.path / "history"), "both", None, fields, NOW)
+        assert found is not None
+        assert found["id"].to_pylist() == ["0"]
+
+
 # -- the command
 
 

@@ -298,6 +298,20 @@ def test_labels_that_look_back_to_what_has_expired_are_refused_unless_they_are_a
     assert (allowed.matrix[:, 0] < 8).all()
 
 
+def test_what_retention_deletes_while_a_training_set_is_made_is_noticed(tmp_path: Path) -> None:
+    stopped = Stopped(tmp_path, n_shards=1, snapshots=(2, 4, 6), history=True)
+    base = str(stopped.path / "history")
+    past = Past(stopped.path, base)
+
+    def progress(stage: str, done: int, of: int | None) -> None:
+        if stage == "events":
+            delete_expired(base, [dataclasses.replace(PAYMENTS, retention="1d")], 2 * DAY)
+
+    labels = pa.table({"user": [1], "as_of": pa.array([DAY + HOUR], TIME)})
+    with pytest.raises(BadRequest, match=r"events of `payments` are kept since 1970-01-02T00:00:00\.000Z only"):
+        training_set([BY_USER["max_1h"]], labels, past, progress=progress)
+
+
 def _labels(**columns: Any) -> pa.Table:
     return pa.table({"user": pa.array([1, 1]), "as_of": pa.array([0, HOUR], TIME), **columns})
 

@@ -174,9 +174,9 @@ class _Making:
 
         if isinstance(events, Past):
             DeclaredSources(events.directory).check_readable(self.layout.sources.values())
-            self.since = {name: events.since_ms(name) for name in self.layout.sources}
-            self._check_since()
+            self._check_since(events)
             read_past(events, kept, self.clock, told)
+            self._check_since(events)  # retention goes on meanwhile
         else:
             read_tables(events, kept, told)
         total, done = self.labels.runs.rows + sum(runs.rows for runs in kept.runs), 0
@@ -193,8 +193,9 @@ class _Making:
         n = dict.fromkeys(self.layout.sources, 0) if self.events is None else self.events.events
         return provenance(self.model, self.plan, self.knowledge, self.as_of, self.labels.runs.rows, n, self.since)
 
-    def _check_since(self) -> None:
+    def _check_since(self, past: Past) -> None:
         """Refuse labels one of whose windows reaches back to what arrived before there are events of."""
+        self.since = {name: past.since_ms(name) for name in self.layout.sources}
         if self.incomplete or self.labels.oldest is None:
             return
         (oldest_ms, row), first = self.labels.oldest, None
