@@ -15,7 +15,7 @@ from millpond.feature_actors.aggregations import NUMBERS, Aggregation, Derived, 
 from millpond.feature_actors.errors import DeclarationError, did_you_mean
 from millpond.feature_actors.source import Source, check_name, check_owner
 
-__all__ = ["Feature", "FeatureView"]
+__all__ = ["KEY_TYPES", "Feature", "FeatureView"]
 
 #: Types that a key field may have: integers widen to int64; strings are compared byte by byte.
 KEY_TYPES = frozenset({"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "string"})

@@ -273,7 +273,9 @@ def test_a_sample_has_all_events_of_its_entities_and_no_other(shop: Shop, tmp_pa
     ("content", "message"),
     [
         ("user_id\nx\n", "cannot be read: In CSV column #0: CSV conversion error to int64: invalid value 'x'"),
-        ("user\n1\n", "column `user` is no field; known: .*did you mean `user_id`"),
+        ("user\n1\n", "column `user` is no field that can be in a key; known: .*did you mean `user_id`"),
+        ("price\n1\n", "column `price` is no field that can be in a key"),
+        ("user_id,user_id\n1,2\n", "column `user_id` comes twice"),
         ("user_id\n", "names no entity"),
         ("book,page\na,b\n", r"has the columns \['book', 'page'\]; no source has all of these fields"),
         ("", "cannot be read: Empty CSV file"),
