@@ -23,12 +23,14 @@ from millpond.feature_actors import Count, FeatureView, Last, LastN, Sum, oracle
 from millpond.feature_actors.errors import BadRequest, DeclarationError, NotFound
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.log.history import delete_expired
+from millpond.feature_actors.log.record import EventsRecord
 from millpond.feature_actors.past import Past
 from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.feature_actors.ports import complete
 from millpond.feature_actors.view import Feature
 from millpond.models import training_set
 from millpond.models.training import Room, write_training_set
+from millpond.models.training import events as training_events
 from millpond.models.training.join import _newest
 from millpond.models.training.runs import Runs, bounds
 
@@ -387,6 +389,16 @@ def test_sources_that_are_not_those_of_the_cluster_are_refused(tmp_path: Path) -
     (stopped.path / "sources.json").write_text(json.dumps({"format": 1, "sources": {"payment": declared}}))
     with pytest.raises(NotFound, match=r"^source `payments` is not of the cluster in .*; did you mean `payment`"):
         training_set(list(BY_USER), labels, Past(stopped.path, None))
+
+
+def test_large_events_are_not_held_by_the_thousand() -> None:
+    rows = pa.RecordBatch.from_pylist([{"text": "x" * 65_536}] * 40)
+    record = EventsRecord("texts", 1, 0, (), np.zeros(40, np.int64), np.ones(40, np.uint32), rows)
+    gathered, held = training_events._Gathered(rows.schema, ()), 0
+    while not gathered.full:
+        gathered.add(record, 0)
+        held += rows.nbytes
+    assert held < 100 << 20
 
 
 # -- files

@@ -43,8 +43,10 @@ Knowledge = Literal["event-time", "arrival"]
 Read = Callable[[int], None]
 
 _KNOWN, _ROUTES = "_known", "_routes"
-#: Records are put together to so many events, since a record may be of one.
-_GATHERED_ROWS, _GATHERED_RECORDS = 131_072, 16_384
+#: Records are put together to so many events, since a record may be of one, or so many bytes.
+_GATHERED_ROWS, _GATHERED_RECORDS, _GATHERED_BYTES = 131_072, 4_096, 64 << 20
+#: To ask for the size of a smaller record takes longer than it is worth; their number is limited.
+_SIZED_ROWS = 32
 #: On a wall clock a stamp that is so little behind the time of receiving is a natural one: clocks of replicas differ.
 _NATURAL_MS = 60_000
 _ROW_OF_PATH = re.compile(r"^\$\[(\d+)\]")
@@ -134,6 +136,7 @@ class _Gathered:
     routes: list[Routes] = field(default_factory=list)
     received: list[int] = field(default_factory=list)
     rows: int = 0
+    size: int = 0
 
     def add(self, record: EventsRecord, received_ms: int) -> None:
         self.batches.append(record.batch)
@@ -141,6 +144,11 @@ class _Gathered:
         self.routes.append(record.routes)
         self.received.append(received_ms)
         self.rows += record.batch.num_rows
+        self.size += record.batch.nbytes if record.batch.num_rows >= _SIZED_ROWS else 0
+
+    @property
+    def full(self) -> bool:
+        return self.rows >= _GATHERED_ROWS or len(self.received) >= _GATHERED_RECORDS or self.size >= _GATHERED_BYTES
 
 
 def read_past(past: Past, events: EventsBySource, clock: ClockKind = "wall", told: Read = lambda n: None) -> None:
@@ -162,10 +170,7 @@ def read_past(past: Past, events: EventsBySource, clock: ClockKind = "wall", tol
                 continue
             one = gathered.get(source.name)
             if one is not None and (
-                one.rows >= _GATHERED_ROWS
-                or len(one.received) >= _GATHERED_RECORDS
-                or one.tables != record.tables
-                or not one.schema.equals(record.batch.schema)
+                one.full or one.tables != record.tables or not one.schema.equals(record.batch.schema)
             ):
                 _add_gathered(events, source, one, clock)
                 told(read)
