@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import stat
@@ -217,6 +218,15 @@ def test_its_files_are_their_owners_alone(shop: Shop) -> None:
     for path in [pack.folder, *pack.folder.rglob("*")]:
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
     assert [path.name for path in pack.folder.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_an_export_with_this_number_of_process_left_or_still_writes_is_left_alone(shop: Shop) -> None:
+    """In a container the number is the same each time."""
+    other = shop.folder / f".pack.{os.getpid()}"
+    other.mkdir()
+    (other / "manifest.json").write_text("half of")
+    shop.export(ALL)
+    assert (other / "manifest.json").read_text() == "half of"
 
 
 def test_definitions_and_live_models_are_what_up_and_deploy_take(shop: Shop) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -509,6 +510,13 @@ def test_files_that_cannot_be_read_or_written_are_named(tmp_path: Path) -> None:
         write_training_set([BY_USER["n"]], labels, {"payments": tmp_path / "none"}, out)
     with pytest.raises(BadRequest, match=r"^training set: `.*out`: there is no folder `.*no`; make it first$"):
         write_training_set([BY_USER["n"]], labels, {}, tmp_path / "no" / "out")
+    # What another process with this number writes, in another container, is left alone.
+    other = tmp_path / f".out.{os.getpid()}"
+    other.write_text("half of")
+    write_training_set([BY_USER["n"]], labels, {"payments": _payments([])}, out)
+    assert (other.read_text(), out.stat().st_mode & 0o777) == ("half of", 0o600)
+    other.unlink()
+    out.unlink()
     out.mkdir()
     with pytest.raises(BadRequest, match=r"^training set: `.*out` cannot be written: Is a directory$"):
         write_training_set([BY_USER["n"]], labels, {"payments": _payments([])}, out)

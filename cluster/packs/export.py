@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -91,9 +92,11 @@ def export_pack(
     sample = None if what.entities is None else Sample.read(what.entities, sources.values())
     if folder.exists():
         raise BadRequest(f"export: `{folder}` is there already; name a folder that is not")
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    beside: Path | None = None
     try:
-        beside.mkdir(mode=0o700, parents=True)
+        folder.absolute().parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # A name that nobody else writes to, mode 0700; a number of a process may be that of another container's.
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
         order = EventOrder(past, sources, what.since_ms, what.until_ms, None if sample is None else sample.rows)
         left_out = (
             set() if sample is None else {name for name, source in sources.items() if not sample.concerns(source)}
@@ -132,7 +135,8 @@ def export_pack(
     except OSError as error:
         raise BadRequest(f"export: `{folder}` cannot be written: {error.strerror}") from None
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
     return manifest
 
 
