@@ -28,8 +28,9 @@ from millpond.deployments.lane import Lane
 from millpond.deployments.score import ScoreApp, ScoreLimits
 from millpond.deployments.served import Models, Served
 from millpond.feature_actors import oracle
-from millpond.feature_actors.errors import NotFound, TooMany
-from millpond.models.explanation import explain, logged_score, seen_by
+from millpond.feature_actors.errors import NotFound, TooLarge, TooMany
+from millpond.models import explanation
+from millpond.models.explanation import ExplainRequest, explain, logged_score, seen_by
 from millpond.models.score_log import SCHEMA
 
 NOW = 1_700_000_000_000
@@ -259,6 +260,16 @@ def test_the_call_explains_what_is_served_now_and_what_was(world: VerifiedWorld)
     assert call(served_of(world, None), "GET", target, headers=admin).status == 503
 
 
+def test_an_answer_that_is_too_large_is_refused(world: VerifiedWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = ExplainRequest(str(world.path), str(world.path / "history"), "user", "1", {"user": 1}, at_ms=NOW)
+    answer = explanation._answer(request)
+    monkeypatch.setattr(explanation, "ANSWER_BYTES_MAX", len(answer))
+    assert explanation._answer(request) == answer
+    monkeypatch.setattr(explanation, "ANSWER_BYTES_MAX", len(answer) - 1)
+    with pytest.raises(TooLarge, match="ask for fewer events"):
+        explanation._answer(request)
+
+
 def test_one_is_explained_at_a_time_and_not_for_ever(world: VerifiedWorld) -> None:
     place = str(world.path), str(world.path / "history"), world.cluster.shard_map
     asked = {"model": "user", "version": "1", "key": {"user": 1}, "at_ms": NOW}
@@ -271,7 +282,7 @@ def test_one_is_explained_at_a_time_and_not_for_ever(world: VerifiedWorld) -> No
         await asyncio.sleep(0)
         with pytest.raises(TooMany):
             await explainer.explain(**asked)
-        assert (await first)["id"] == "0"
+        assert json.loads(await first)["id"] == "0"
         with pytest.raises(NotFound, match="no version `2`"):
             await explainer.explain(**{**asked, "version": "2"})
 
