@@ -345,6 +345,8 @@ def test_without_a_key_masks_are_others_each_time(shop: Shop, tmp_path: Path) ->
         (What(mask=("at",)), "export: field `at` of `.*` is `timestamp"),
         (What(drop=("email",)), "export: field `email` of `orders` can be neither null nor a default, so it cannot be"),
         (What(drop=("at",)), "export: field `at` of `orders` can be neither null nor"),
+        (replace(ALL, mask=("note",), drop=("note",)), "export: field `note` is to be masked and to be dropped"),
+        (replace(ALL, since_ms=NOW, until_ms=NOW), "export: `since` is not before `until`"),
     ],
 )
 def test_what_may_not_leave_is_named_and_nothing_is_written(shop: Shop, what: What, message: str) -> None:
@@ -696,6 +698,8 @@ def test_a_pack_is_exported_and_replayed_from_the_command_line(
          "--mask-key-file: `pack/key` lies in the pack; keep the key out of it"),
         (["replay", "pack"], "pack: `pack/manifest.json` cannot be read: No such file or directory"),
         (["replay", "pack", "--speed", "no"], "--speed: got 'no'"),
+        (["replay", "pack", "--to", "ftp://a"], "--to: got 'ftp://a'; allowed is http://HOST:PORT"),
+        (["export", "shop.py", "-o", "pack", "--since", "9" * 20], "--since: got '9+'; a time is ISO 8601, or"),
     ],
 )  # fmt: skip
 def test_a_command_that_cannot_be_done_says_why(
@@ -711,6 +715,14 @@ def test_where_nothing_runs_a_replay_asks_for_a_url(stopped: Shop, capsys: pytes
     stopped.export(ALL)
     status, _, err = told(capsys, "replay", "pack")
     assert (status, err.startswith("millpond: replay: no cluster `dev` runs on")) == (1, True)
+
+
+def test_a_file_of_a_token_that_is_not_there_is_named(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(shop.export(ALL).folder.parent)
+    status, _, err = told(capsys, "replay", "pack", "--to", "http://127.0.0.1:9", "--token-file", "none")
+    assert (status, "--token-file: `none` cannot be read: No such file" in err) == (1, True)
 
 
 def test_times_and_names_of_options() -> None:

@@ -74,6 +74,8 @@ def replay_command(
     config: Config, folder: Path, *, to: str | None, speed: str, as_of: str, token_file: Path | None, deploy: bool
 ) -> dict[str, Any]:
     """Replay a pack and return what became of its events. to: a URL; None for the cluster that runs here."""
+    if to is not None and not to.startswith(("http://", "https://")):
+        raise BadRequest(f"--to: got {to!r:.80}; allowed is http://HOST:PORT or https://HOST:PORT")
     pace, pack = Pace(speed_of(speed)), Pack(folder)
     state = running(config.directory)
     if to is None:
@@ -83,7 +85,7 @@ def replay_command(
             )
         to = state["url"]
     is_here = state is not None and to.rstrip("/") == state["url"]
-    token = token_file.read_text().strip() if token_file else admin_token(config.directory) if is_here else None
+    token = _token_in(token_file) if token_file else admin_token(config.directory) if is_here else None
     deployed = _deployed(config, pack) if deploy and is_here else []
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if pack.manifest.models and not deployed:
@@ -96,6 +98,14 @@ def replay_command(
     ):
         ack = replay(pack, client, pace, "event" if as_of == "event" else "given", progress)
     return {"to": to, "events": pack.manifest.events, **asdict(ack), "deployed": deployed}
+
+
+def _token_in(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise BadRequest(f"--token-file: `{file}` cannot be read: {why}") from None
 
 
 def _deployed(config: Config, pack: Pack) -> list[str]:

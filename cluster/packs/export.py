@@ -144,7 +144,12 @@ def export_pack(
 
 
 def _check_fields(sources: Iterable[Source], what: What) -> None:
-    """Raise `BadRequest` unless every personal field is masked or dropped, and can be."""
+    """Raise `BadRequest` for what contradicts itself, and unless every personal field is masked or dropped, and can
+    be."""
+    if what.since_ms is not None and what.until_ms is not None and what.since_ms >= what.until_ms:
+        raise BadRequest("export: `since` is not before `until`; nothing can have arrived then")
+    if both := sorted({*what.mask} & {*what.drop}):
+        raise BadRequest(f"export: field `{both[0]}` is to be masked and to be dropped; say one of the two")
     fields: dict[str, list[tuple[Source, Any]]] = {}
     for source in sources:
         for name, spec in source.fields.items():
