@@ -43,7 +43,7 @@ def staged(past: Past, folder: Path, n_shards: int, together: int) -> VerifiedWo
 @given(
     seed=st.integers(0, 10**6), shards=st.sampled_from([(1, 3), (2, 3), (3, 2)]), together=st.sampled_from([1, 5, 99])
 )
-@settings(max_examples=12)
+@settings(max_examples=4)
 def test_every_logged_score_is_found_again_and_no_other(seed: int, shards: tuple[int, int], together: int) -> None:
     with folder() as path:
         world = random_world(path / "a", seed, n_shards=shards[0])
