@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from check_directory import BY_USER, PAYMENTS, Stopped
+from check_directory import BY_SHOP, BY_USER, PAYMENTS, Stopped
 from durable_cluster import STEPS, Crash, DurableCluster, Fault
 from hypothesis import given
 from hypothesis import strategies as st
@@ -225,6 +226,37 @@ def test_stamps_of_clocks_that_are_apart_do_not_change_the_order_of_the_log_and_
     assert rows.matrix.tolist() == [[3, 1], [3, 1], [2, 3]]
     rows = training_set(plan.features, labels_of(plan, asked), past, knowledge="arrival", clock="event")
     assert rows.matrix.tolist() == [[3, 1], [2, 2], [1, 3]]
+
+
+def test_what_a_shard_missed_is_not_known_before_what_it_had_in_the_meantime(tmp_path: Path) -> None:
+    """An ingress died on its way; the homes of its events deliver them minutes later, stamped as they were."""
+    layout, now = compile_layout([], [BY_USER, BY_SHOP]), 100 * DAY
+    cluster = DurableCluster(layout, 3, tmp_path, 16)
+
+    def send(number: int, at: int) -> None:
+        cluster.send("payments", at, [{"id": f"p{number}", "at": at, "user": 1, "shop": "b", "cents": 1}])
+
+    send(0, now)
+    for number in range(1, 25):
+        cluster.fault = Fault("after append", "ingress")
+        with contextlib.suppress(Crash):
+            send(number, now + number * 1_000)
+        cluster.fault = None
+    later = now + 5 * 60_000
+    send(25, later)
+    plan = ReadPlan(layout, [BY_USER["n"]], "test")
+
+    def live(at: int) -> float:
+        cluster.clock.ms = at
+        return float(complete(cluster.client.read(plan, {"user": [1]}, 1)).matrix[0, 0])
+
+    served = live(later)
+    cluster.clock.ms = later + 60_000
+    cluster.deliver_owed()
+    assert served < live(later + 60_001) == 26, "some were delivered late"
+    labels = labels_of(plan, [({"user": 1}, later - 1), ({"user": 1}, later + 60_001)])
+    rows = training_set(plan.features, labels, cluster.past(), knowledge="arrival")
+    assert rows.matrix[:, 0].tolist() == [served - 1, 26]
 
 
 @given(data=st.data())

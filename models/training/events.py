@@ -47,7 +47,7 @@ _KNOWN, _ROUTES = "_known", "_routes"
 _GATHERED_ROWS, _GATHERED_RECORDS, _GATHERED_BYTES = 131_072, 4_096, 64 << 20
 #: To ask for the size of a smaller record takes longer than it is worth; their number is limited.
 _SIZED_ROWS = 32
-#: On a wall clock a stamp that is so little behind the time of receiving is a natural one: clocks of replicas differ.
+#: On a wall clock a stamp that is so near the time of receiving was not given.
 _NATURAL_MS = 60_000
 _ROW_OF_PATH = re.compile(r"^\$\[(\d+)\]")
 
@@ -126,7 +126,7 @@ def _reads(where: pa.compute.Expression, empty: pa.RecordBatch, name: str) -> bo
 class _Gathered:
     """Records of a source, in one schema and with the same tables, as they came.
 
-    received: by record, when the newest request had been received by then.
+    received: by record, when its request had been received, and when the newest request had been by then.
     """
 
     schema: pa.Schema
@@ -134,15 +134,15 @@ class _Gathered:
     batches: list[pa.RecordBatch] = field(default_factory=list)
     arrivals: list[Ints] = field(default_factory=list)
     routes: list[Routes] = field(default_factory=list)
-    received: list[int] = field(default_factory=list)
+    received: list[tuple[int, int]] = field(default_factory=list)
     rows: int = 0
     size: int = 0
 
-    def add(self, record: EventsRecord, received_ms: int) -> None:
+    def add(self, record: EventsRecord, newest_ms: int) -> None:
         self.batches.append(record.batch)
         self.arrivals.append(record.arrivals)
         self.routes.append(record.routes)
-        self.received.append(received_ms)
+        self.received.append((record.received_ms, newest_ms))
         self.rows += record.batch.num_rows
         self.size += record.batch.nbytes if record.batch.num_rows >= _SIZED_ROWS else 0
 
@@ -155,16 +155,16 @@ def read_past(past: Past, events: EventsBySource, clock: ClockKind = "wall", tol
     """Add what the shards of a cluster have applied.
 
     clock: of the cluster. An event is known from its arrival stamp on. On a wall clock that is when it was received,
-    unless it came with a stamp of its own, and what stands later in the log of a shard was not known earlier, however
-    the clocks of those who stamped it stood.
+    unless it came with a stamp of its own, and what stands later in the log of a shard was not known earlier: clocks of
+    those who stamp are apart, and what a shard has missed is delivered by its home when it is back.
     A table that was not declared yet when an event came gets it by its home. Raises what `Past.records` does.
     """
     read = 0
     for shard in range(past.shards):
         gathered: dict[str, _Gathered] = {}
-        received_ms = -(2**63)
+        newest_ms = -(2**63)
         for _, record in past.records(shard):
-            received_ms = max(received_ms, record.received_ms)
+            newest_ms = max(newest_ms, record.received_ms)
             source = events.layout.sources.get(record.source)
             if source is None:
                 continue
@@ -177,7 +177,7 @@ def read_past(past: Past, events: EventsBySource, clock: ClockKind = "wall", tol
                 one = None
             if one is None:
                 one = gathered[source.name] = _Gathered(record.batch.schema, record.tables)
-            one.add(record, received_ms)
+            one.add(record, newest_ms)
             read += record.batch.num_rows
         for name, rest in gathered.items():
             _add_gathered(events, events.layout.sources[name], rest, clock)
@@ -190,9 +190,8 @@ def _add_gathered(events: EventsBySource, source: Source, gathered: _Gathered, c
     known = arrivals
     if clock == "wall":
         counts = [b.num_rows for b in gathered.batches]
-        received = np.repeat(np.array(gathered.received, np.int64), counts)
-        behind = received - arrivals
-        known = np.where((behind >= 0) & (behind <= _NATURAL_MS), received, arrivals)
+        received, newest = np.repeat(np.array(gathered.received, np.int64), counts, axis=0).T
+        known = np.where(np.abs(received - arrivals) <= _NATURAL_MS, np.maximum(newest, arrivals), arrivals)
     routes = np.zeros(len(arrivals), np.uint32)
     for place, table in enumerate(events.layout.tables_of(source.name)):
         bit = 1 + gathered.tables.index(table.key) if table.key in gathered.tables else 0
