@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from hypothesis import strategies as st
 from millpond.cluster.cli import main
 from millpond.cluster.packs import export as exporting
 from millpond.cluster.packs import replay as replaying
-from millpond.cluster.packs.commands import names_of
+from millpond.cluster.packs.commands import _deploy_line, names_of
 from millpond.cluster.packs.export import What, export_pack
 from millpond.cluster.packs.masking import Mask
 from millpond.cluster.packs.pack import Pack, PackDamaged, checksum_of, sha256_of
@@ -729,3 +730,11 @@ def test_times_and_names_of_options() -> None:
     assert time_of("--since", None) is None
     assert time_of("--since", "2024-01-01T01:00:00+01:00") == time_of("--since", "2024-01-01") == 1_704_067_200_000
     assert names_of(["a,b", " c ", ""]) == ("a", "b", "c")
+
+
+def test_a_line_to_paste_is_one_command_whatever_the_folder_is_called(shop: Shop, tmp_path: Path) -> None:
+    pack = shop.export(ALL, tmp_path / "of [bold] '; echo")
+    for model in pack.manifest.models:
+        words = shlex.split(_deploy_line(pack, model))
+        assert words == ["millpond", "deploy", str(pack.folder / model.definition), "--model", model.model, "--as",
+                         "champion"]  # fmt: skip

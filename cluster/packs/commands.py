@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -87,7 +88,7 @@ def replay_command(
     is_here = state is not None and to.rstrip("/") == state["url"]
     token = _token_in(token_file) if token_file else admin_token(config.directory) if is_here else None
     deployed = _deployed(config, pack) if deploy and is_here else []
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     if pack.manifest.models and not deployed:
         console.print("models of the pack, to deploy where the cluster runs:")
         for model in pack.manifest.models:
@@ -120,7 +121,8 @@ def _deployed(config: Config, pack: Pack) -> list[str]:
 
 def _deploy_line(pack: Pack, model: PackModel) -> str:
     share = f" --share {model.share}" if model.role == "canary" else ""
-    return f"millpond deploy {pack.folder / model.definition} --model {model.model} --as {model.role}{share}"
+    file, name = shlex.quote(str(pack.folder / model.definition)), shlex.quote(model.model)
+    return f"millpond deploy {file} --model {name} --as {model.role}{share}"
 
 
 @contextmanager
