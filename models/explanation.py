@@ -105,7 +105,8 @@ def logged_score(
 ) -> pa.Table | None:
     """Return the newest logged score of an id that was served up to a time, None if there is none.
 
-    key: as `ReadPlan.key_columns` has it.
+    version: None for whichever answered, so not a shadow, which nobody had an answer of. key: as
+    `ReadPlan.key_columns` has it.
     """
     size = len(msgspec.json.encode(key).decode())
     best: pa.Table | None = None
@@ -114,7 +115,10 @@ def logged_score(
         if best is not None and _served_ms(table) // DAY_MS < _served_ms(best) // DAY_MS:
             break
         # In whatever order a version has the fields, the text is as long.
-        likely = table.filter(pc.equal(pc.utf8_length(table["key"]), size))
+        wanted = pc.equal(pc.utf8_length(table["key"]), size)
+        if version is None:
+            wanted = pc.and_(wanted, pc.not_equal(table["role"], "shadow"))
+        likely = table.filter(wanted)
         is_mine = [msgspec.json.decode(text) == key for text in likely["key"].to_pylist()]
         mine = likely.filter(pa.array(is_mine, pa.bool_())).sort_by("served_ms")
         if len(mine) and (best is None or _served_ms(mine) > _served_ms(best)):

@@ -29,6 +29,7 @@ from millpond.deployments.score import ScoreApp, ScoreLimits
 from millpond.deployments.served import Models, Served
 from millpond.feature_actors import oracle
 from millpond.feature_actors.errors import NotFound, TooLarge, TooMany
+from millpond.feature_actors.ports import complete
 from millpond.models import explanation
 from millpond.models.explanation import ExplainRequest, explain, logged_score, seen_by
 from millpond.models.score_log import SCHEMA
@@ -140,6 +141,21 @@ def test_the_newest_logged_score_up_to_a_time_is_found(world: VerifiedWorld) -> 
     assert logged_score(history, "user", None, {"user": 1}, NOW - 1) is None
     assert logged_score(history, "user", None, {"user": 2}, NOW + 10**10) is None
     assert logged_score(history, "user", "2", {"user": 1}, NOW + 10**10) is None
+
+
+def test_a_score_of_a_shadow_is_not_taken_for_the_one_that_was_answered(tmp_path: Path) -> None:
+    world = VerifiedWorld(tmp_path)
+    world.send([payment(0, NOW, 1, "a", 5)], NOW)
+    world.score("user", [{"user": 1}])
+    plan = world.loaded["user"].plan
+    keys = plan.key_columns([{"user": 1}], batch=False)
+    world.cluster.clock.ms += 1  # a shadow takes its turn after the answer
+    world.log("user", keys, complete(world.cluster.client.read(plan, keys, 1)), role="shadow")
+    world.lay_out()
+    for version, answer_id in ((None, "0"), ("1", "1")):
+        found = logged_score(str(world.path / "history"), "user", version, {"user": 1}, NOW + 5)
+        assert found is not None
+        assert found["id"].to_pylist() == [answer_id]
 
 
 def test_a_logged_score_is_found_in_whatever_order_the_fields_of_its_id_are(tmp_path: Path) -> None:
