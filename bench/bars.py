@@ -85,6 +85,11 @@ BARS: dict[str, dict[str, Bar]] = {
         "failed_during_deploys": _at_most(0),
     },
     "users": {"users_1m_vs_10k_ratio": _at_least(0.90), "users_10m_vs_10k_ratio": _at_least(0.80)},
+    "backfill": {
+        "score_p99_ratio": _at_most(2),
+        "failed_requests": _at_most(0),
+        "events_per_s": _at_least(100_000),
+    },
     "trainset": {
         "rows_per_s": _at_least(20_000),
         "peak_mb": _at_most(1_000),

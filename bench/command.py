@@ -32,6 +32,7 @@ SCENARIOS = {
     "store": "the feature store by itself",
     "faults": "kills while events are written",
     "parity": "scores that were served, computed again from the past",
+    "backfill": "a view that is deployed on a running cluster, under a load of scores",
     "recovery": "how long a killed shard takes to be back",
     "trainset": "training sets from the past of a cluster: rows a second, and memory",
 }

@@ -177,7 +177,7 @@ class ModelsWorkload:
         config = self._bed.config
         state = running(config.directory)
         assert state is not None
-        cluster = Running.of(state)
+        cluster = Running.of(state, config.directory / "registry")
         gc.freeze()  # each check collects garbage: what is here already need not be looked through 500 times
         try:
             with open_registry(config) as registry:

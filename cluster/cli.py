@@ -66,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     up = command("up", _up, "Start a cluster from definition files and serve until Ctrl-C.")
     up.add_argument("files", nargs="+", type=Path, metavar="FILE.py")
     up.add_argument("--artifacts", type=Path, help="folder of the models' artifacts (default: beside each file)")
-    deploy = command("deploy", _deploy, "Add models to the running cluster; they are checked before anything changes.")
+    deploy = command(
+        "deploy", _deploy, "Add views and models to the running cluster; they are checked before anything changes."
+    )
     deploy.add_argument("file", type=Path, metavar="FILE.py")
     deploy.add_argument("--model", action="append", default=[], metavar="NAME", help="only this one of the file")
     deploy.add_argument("--as", dest="role", choices=["champion", "canary", "shadow"], default="champion",

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from millpond.cluster.backfills import BackfillKeeper, kept_layout
 from millpond.cluster.config import Config
 from millpond.cluster.deploy import check_models, client_of, nobody, publish, wait_until_live
 from millpond.cluster.embedded import NAMESPACE, EmbeddedCluster, EmbeddedSettings
@@ -57,6 +58,7 @@ from millpond.feature_actors.tiles.memory import started_ticks
 from millpond.feature_actors.warm import warm_kernels
 from millpond.models.definition import Definition
 from millpond.models.registry import Registry
+from millpond.models.registry_views import RegistryViews
 from millpond.models.version import Version
 
 __all__ = ["Cluster", "admin_token", "running"]
@@ -70,9 +72,9 @@ _CLOCKS_APART_MS_MAX = 60_000
 class Cluster:
     """Run a cluster from this process; it ends with the process at the latest.
 
-    `with Cluster(config, definitions) as cluster: ...` starts shards and both apps. The sources and
-    views are those of the definitions at the start; models can be deployed later, too. What was deployed is in
-    the registry, and is live again at the next start.
+    `with Cluster(config, definitions) as cluster: ...` starts shards and both apps. The sources are those of the
+    definitions at the start; views and models can be deployed later, too. What was deployed is in the registry, and
+    is live again at the next start.
     """
 
     def __init__(self, config: Config, definitions: Sequence[Definition]) -> None:
@@ -105,6 +107,7 @@ class Cluster:
         self._lock: FileLock | None = None
         self._memory: MemoryFolder | None = None
         self._pools: PoolKeeper | None = None
+        self._backfills: BackfillKeeper | None = None
         #: The versions of models, while the cluster runs.
         self.registry: Registry | None = None
         #: What the replicas are made from, once the shards run.
@@ -130,7 +133,8 @@ class Cluster:
         1. Check the definitions and load the models once here: a mistake shows before anything runs.
         2. Hold the data directory: nothing of a cluster that runs on it is touched.
         3. Open the data directory: if anything of it is refused, nothing in it has changed.
-        4. Put the definitions' models into the registry, as champions if their versions are new to it.
+        4. Drop what is not needed any more of the views that came while it ran before; put the definitions' models into
+           the registry, as champions if their versions are new to it.
         5. Warm the kernels; start Ray and Serve.
         6. Start the shards, then the apps, then the pools.
         """
@@ -140,6 +144,7 @@ class Cluster:
         try:
             manifest = self._open_directory()
             self.registry = Registry(self.registry_dir)
+            kept_layout(self.registry, self.layout)
             for definition, versions in checked:
                 self._publish_new(definition, versions)
             token = admin_token(config.directory, make=True)
@@ -199,6 +204,7 @@ class Cluster:
                 queue_bytes_max=config.queue_mb_max << 20,
                 dedupe_horizon_ms_min=config.dedupe_horizon_ms_min,
                 dedupe_bytes_max=config.dedupe_mb_max << 20,
+                added_views=RegistryViews(str(self.registry_dir)),
             ),
             NAMESPACE,
             num_cpus=0.1,
@@ -294,6 +300,7 @@ class Cluster:
             targets.append(serve.RunTarget(app, name=name, route_prefix=own.route_prefix))
         serve.run_many(targets)
         self._pools = PoolKeeper(spec)
+        self._backfills = BackfillKeeper(spec)
 
     def _state(self, spec: ServingSpec) -> dict[str, Any]:
         """Return what other processes have to know of a running cluster, see `deploy.Running`."""
@@ -309,6 +316,7 @@ class Cluster:
             "clock": spec.clock,
             "cpus": self.cpus,
             "logs": str(self._embedded.logs_dir),
+            "durability": self.config.durability,
             "definitions": [[d.file_name, d.text] for d in self._definitions],
         }
 
@@ -348,6 +356,9 @@ class Cluster:
         if self._pools is not None:
             self._pools.stop()
             self._pools = None
+        if self._backfills is not None:
+            self._backfills.stop()
+            self._backfills = None
         self._drain_shards()
         self._embedded.stop()
         if self.registry is not None:

@@ -1,10 +1,11 @@
 """Deploying: models are checked here, written to the registry, and waited for until every replica has them.
 
 1. Check, in this process: nothing that goes wrong in a model's code can harm one that serves. Its features are kept by
-   the cluster; it loads; it predicts from real features (of the ids given, else of an entity that nobody knows), and
-   what it returns is JSON. How long a prediction takes and what the model takes of memory is measured.
-2. Publish, in one transaction of the registry. What fails before has changed nothing.
-3. Wait until each replica that lives has reported it live. If one cannot load it, the rollout is rolled back.
+   the cluster, or can be; it loads; it predicts from real features (of the ids given, else of an entity that nobody
+   knows), and what it returns is JSON. How long a prediction takes and what the model takes of memory is measured.
+2. Views that the cluster has not are added to it and waited for, see `backfills`.
+3. Publish, in one transaction of the registry. What fails in 1 has changed nothing.
+4. Wait until each replica that lives has reported it live. If one cannot load it, the rollout is rolled back.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from millpond.cluster.backfills import layout_now
 from millpond.deployments.host import is_alive
 from millpond.feature_actors.allocators import give_back
 from millpond.feature_actors.client import FeatureClient
@@ -33,12 +35,13 @@ from millpond.feature_actors.errors import (
     Unavailable,
     did_you_mean,
 )
-from millpond.feature_actors.layout import Layout, compile_layout
+from millpond.feature_actors.layout import Layout, compile_layout, identity_of
 from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.feature_actors.ports import LocalIngest, LocalRead, ReadPort
 from millpond.feature_actors.reader import MemoryRead
 from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.shard_map import ShardMap
+from millpond.feature_actors.tiles.store import SPARE_SLOT_WORDS
 from millpond.models.definition import Definition
 from millpond.models.model import LoadedModel, Model, PredictionFailed
 from millpond.models.pool import Pool
@@ -55,6 +58,7 @@ __all__ = [
     "publish",
     "roll_back",
     "share_of",
+    "versions_of",
     "wait_until_live",
 ]
 
@@ -68,25 +72,61 @@ _SAY_AFTER_S = 5.0
 
 @dataclass(frozen=True)
 class Running:
-    """A running cluster, as a process beside it sees it: its views, and its shards' memory to read from."""
+    """A running cluster, as a process beside it sees it: its views, and its shards' memory to read from.
+
+    spare_words: how much room the shards have for tables that are added.
+    """
 
     url: str
     layout: Layout
     client: FeatureClient
+    spare_words: int
 
     @classmethod
-    def of(cls, state: Mapping[str, Any]) -> Running:
+    def of(cls, state: Mapping[str, Any], registry_dir: Path) -> Running:
         """Return the cluster that `cluster.running` found."""
         declared = [Definition(name, text).declared() for name, text in state["definitions"]]
-        layout = compile_layout([s for d in declared for s in d.sources], [v for d in declared for v in d.views])
+        start = compile_layout([s for d in declared for s in d.sources], [v for d in declared for v in d.views])
+        layout = layout_now(start, registry_dir)
         shard_map = ShardMap.even(state["slots"], state["shards"])
-        return cls(state["url"], layout, client_of(layout, shard_map, Path(state["memory_dir"]), state["clock"]))
+        client = client_of(layout, shard_map, Path(state["memory_dir"]), state["clock"])
+        spare = 0 if state["durability"] == "none" else SPARE_SLOT_WORDS - (layout.slot_words - start.slot_words)
+        return cls(state["url"], layout, client, spare)
+
+    def with_views(self, definition: Definition) -> Running:
+        """Return the cluster as it will be with the views of a definition that it has not, which nobody knows yet.
+
+        Raises `DeclarationError` if one cannot be added.
+        """
+        declared = definition.declared()
+        compile_layout(declared.sources, declared.views)  # raises if two of them have one name
+        new = [view for view in declared.views if self.layout.version_of(view, view) is None]
+        if not new:
+            return self
+        layout = self.layout.extended(new)
+        if (more := layout.slot_words - self.layout.slot_words) > self.spare_words:
+            names = ", ".join(f"`{view.name}`" for view in new)
+            why = (
+                "has no log (`durability`)" if self.spare_words == 0 else f"has room for {self.spare_words} words more"
+            )
+            raise DeclarationError(
+                f"views {names}: a cluster that runs {why}, and these take {more} in each slot; start the cluster with "
+                "the definition"
+            )
+        with nobody(layout) as client:
+            return replace(self, layout=layout, client=client, spare_words=self.spare_words - more)
 
 
 def client_of(layout: Layout, shard_map: ShardMap, memory_dir: Path, clock: str) -> FeatureClient:
     """Return a client that reads the shards' memory, and cannot write."""
     read = MemoryRead(shard_map, memory_dir)
     return FeatureClient(layout, shard_map, LocalIngest([]), read, WallClock() if clock == "wall" else EventClock())
+
+
+def versions_of(definition: Definition, layout: Layout) -> list[str]:
+    """Return the identities of the views that a layout has for those of a definition."""
+    kept = (layout.version_of(view, view) for view in definition.declared().views)
+    return [identity_of(view) for view in kept if view is not None]
 
 
 @contextmanager
@@ -189,8 +229,7 @@ def _ids_for(plan: ReadPlan, ids: Sequence[Mapping[str, Any]]) -> list[Mapping[s
 
 def _check_features(model: Model, layout: Layout) -> None:
     for feature in (*model.features, *model.reads):
-        known = layout.views.get(feature.view.name)
-        if known is None or feature.wire_name not in {f.wire_name for f in known}:
+        if layout.version_of(feature.view, [feature]) is None:
             raise DeclarationError(
                 f"model `{model.name}`: reads `{feature.full_name}`, which the cluster does not keep; "
                 "start it with the definition"

@@ -14,11 +14,21 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from millpond.cluster.backfills import wait_until_whole
 from millpond.cluster.cluster import running
 from millpond.cluster.config import Config
-from millpond.cluster.deploy import Running, check_models, check_pool, publish, roll_back, wait_until_live
+from millpond.cluster.deploy import (
+    Running,
+    check_models,
+    check_pool,
+    publish,
+    roll_back,
+    versions_of,
+    wait_until_live,
+)
 from millpond.cluster.trial import in_trial
 from millpond.cluster.verify import check_verified
+from millpond.deployments.answers import iso
 from millpond.deployments.host import is_alive
 from millpond.deployments.served import EXAMPLES_MAX, difference_of
 from millpond.feature_actors.errors import BadRequest, MillpondError, Unavailable
@@ -63,12 +73,15 @@ def ids_of(texts: Sequence[str]) -> list[dict[str, Any]]:
 
 
 class _Tried(msgspec.Struct):
-    """What comes of a trial: the definition as it was read, and the versions that it makes."""
+    """What comes of a trial: the definition as it was read, the versions that it makes, the identities of the views
+    that it reads, and of those that the cluster has not."""
 
     file_name: str
     text: str
     artifacts: dict[str, bytes]
     versions: list[Version]
+    views: list[str]
+    new_views: list[str]
 
 
 def deploy_file(
@@ -82,10 +95,12 @@ def deploy_file(
     ids: Sequence[Mapping[str, Any]] = (),
     seconds_max: float = 60.0,
 ) -> dict[str, Any]:
-    """Deploy the models of a file to the running cluster and return what has become of it, when every replica has it.
+    """Deploy the views and models of a file to the running cluster and return what has become of it, when every replica
+    has it. Views that are new are computed from what was before; models wait for them.
 
     seconds_max: how long the check may take. Raises what a check finds, and then nothing has changed; `Unavailable` if
-    a replica cannot load it, and then the rollout is what it was before.
+    a view could not be computed, and then no model has changed, or if a replica cannot load it, and then the rollout
+    is what it was before.
     """
     begun = time.perf_counter()
     state = running(config.directory)
@@ -94,18 +109,25 @@ def deploy_file(
 
     def try_out() -> bytes:
         definition = Definition.read(path, artifacts_dir)
-        cluster = Running.of(state)
-        checked = check_models(definition, cluster.layout, cluster.client, ids, only)
+        before = Running.of(state, config.directory / "registry")
+        cluster = before.with_views(definition)
+        views = versions_of(definition, cluster.layout)
+        new = [one for one in views if one not in before.layout.kept_views]
+        # A file of views alone is deployed, too.
+        models = bool(definition.declared().models) or not views or bool(only)
+        checked = check_models(definition, cluster.layout, cluster.client, ids, only) if models else []
         for model in definition.declared().models:
             if model.pool is not None:
                 check_pool(model.name, model.pool, state["cpus"])
-        return msgspec.msgpack.encode(_Tried(definition.file_name, definition.text, definition.artifacts, checked))
+        tried = _Tried(definition.file_name, definition.text, definition.artifacts, checked, views, new)
+        return msgspec.msgpack.encode(tried)
 
     tried = msgspec.msgpack.decode(in_trial(f"definition `{path.name}`", try_out, seconds_max), type=_Tried)
     definition, versions = Definition(tried.file_name, tried.text, tried.artifacts), tried.versions
     with open_registry(config) as registry:
+        added, views_s = _add_views(config, registry, tried)
         before = registry.rollouts()
-        generation = publish(registry, definition, versions, as_, share)
+        generation = publish(registry, definition, versions, as_, share) if versions else registry.generation()
         after = registry.rollouts()
         published_s = time.perf_counter() - begun
         try:
@@ -119,10 +141,30 @@ def deploy_file(
              "memory_bytes": v.memory_bytes, "url": f"{state['url']}/v1/score/{v.model}"}
             for v in versions
         ],
+        "views": added,
         "replicas": replicas,
-        "checked_s": round(published_s, 3),
+        "checked_s": round(published_s - views_s, 3),
+        "backfill_s": round(views_s, 3),
         "live_s": round(time.perf_counter() - begun - published_s, 3),
     }  # fmt: skip
+
+
+def _add_views(config: Config, registry: Registry, tried: _Tried) -> tuple[list[dict[str, Any]], float]:
+    """Add the views of a definition that the cluster has not. Return what has become of those that had to be waited
+    for, when they are live, and how many seconds that took."""
+    begun = time.perf_counter()
+    if tried.new_views:
+        registry.views.add(tried.file_name, tried.text, tried.new_views)
+    waited = {one.identity for one in registry.views.all() if one.identity in tried.views and one.state != "live"}
+    if not waited:
+        return [], 0.0
+    wait_until_whole(registry, waited, lambda: running(config.directory) is not None, _say)
+    told = [
+        {"view": one.name, "version": one.identity.partition("#")[2], "history_since_ms": one.history_since_ms}
+        for one in registry.views.all()
+        if one.identity in waited
+    ]
+    return told, time.perf_counter() - begun
 
 
 def _say(text: str) -> None:
@@ -131,6 +173,12 @@ def _say(text: str) -> None:
 
 def print_deployed(deployed: Mapping[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
+    for view in deployed["views"]:
+        since = view["history_since_ms"]
+        has = "all events" if since is None else f"the events since {iso(since)}: what was before has been deleted"
+        console.print(f"view {view['view']} is live with {has}; backfilled in {deployed['backfill_s']:.1f} s")
+    if not deployed["views"] and not deployed["models"]:
+        console.print("nothing to deploy: the cluster keeps these views already")
     for one in deployed["models"]:
         slow = ", slow: called in a thread; `millpond pool` gives it replicas of its own"
         console.print(

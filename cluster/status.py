@@ -1,4 +1,4 @@
-"""What `millpond status` shows: shards, events, entities, models, memory and the score log of the running cluster."""
+"""What `millpond status` shows: shards, events, entities, views, models and the score log of the running cluster."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from millpond.cluster.cluster import admin_token
+from millpond.deployments.answers import iso
 from millpond.deployments.host import is_alive
 from millpond.feature_actors.errors import Unavailable
 from millpond.models.registry import Registry
@@ -30,17 +31,28 @@ def fetch_status(state: dict[str, Any], directory: Path) -> dict[str, Any]:
         except (ValueError, KeyError, TypeError):
             message = answer.text[:200]
         raise Unavailable(f"cluster at {state['url']} answers {answer.status_code}: {message}")
-    return {**state, **answer.json(), "score_log": _score_log(directory)}
-
-
-def _score_log(directory: Path) -> dict[str, int] | None:
-    """Return what the replicas that live have logged and dropped, together; None if scores are not logged."""
     registry = Registry(directory / "registry")
     try:
-        counts = [r["score_log"] for r in registry.reports().values() if is_alive(r) and r["score_log"] is not None]
+        return {**state, **answer.json(), "score_log": _score_log(registry), "views": _views(registry)}
     finally:
         registry.close()
+
+
+def _score_log(registry: Registry) -> dict[str, int] | None:
+    """Return what the replicas that live have logged and dropped, together; None if scores are not logged."""
+    counts = [r["score_log"] for r in registry.reports().values() if is_alive(r) and r["score_log"] is not None]
     return {name: sum(one[name] for one in counts) for name in counts[0]} if counts else None
+
+
+def _views(registry: Registry) -> list[dict[str, Any]]:
+    """Return the views that came while the cluster ran, and how far those are that are being computed."""
+    progress = registry.views.progress()
+    return [
+        {"view": one.name, "version": one.identity.partition("#")[2], "state": one.state, "why": one.why,
+         "progress": str(progress[one.identity]) if one.identity in progress else None,
+         "history_since_ms": one.history_since_ms}
+        for one in registry.views.all()
+    ]  # fmt: skip
 
 
 def print_status(status: dict[str, Any]) -> None:
@@ -88,6 +100,12 @@ def print_status(status: dict[str, Any]) -> None:
         entities = sum(s["entities"][name] for s in ready)
         tables.add_row(name.replace("[", r"\["), f"{events:,}", f"{entities:,}")
     console.print(tables)
+    if status["views"]:
+        views = Table("view", "version", "state", "has", title="Views that were deployed", title_justify="left")
+        for v in status["views"]:
+            since = "all events" if v["history_since_ms"] is None else f"events since {iso(v['history_since_ms'])}"
+            views.add_row(v["view"], v["version"], v["state"], v["why"] or v["progress"] or since)
+        console.print(views)
     models = Table("model", "version", "owner", title="Models", title_justify="left")
     for m in status["models"]:
         models.add_row(m["model"], m["version"], m["owner"])

@@ -31,11 +31,15 @@ from millpond.deployments.turns import Turns
 from millpond.deployments.watchdog import Watchdog
 from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.errors import MillpondError, NotFound, Unavailable, did_you_mean
+from millpond.feature_actors.layout import identity_of
 from millpond.feature_actors.tiles.memory import started_ticks
+from millpond.feature_actors.view import FeatureView
+from millpond.models.added_views import AddedViewRecord
 from millpond.models.attempts import Attempt
 from millpond.models.definition import Definition, forget_module
 from millpond.models.model import LoadedModel
 from millpond.models.registry import Registry
+from millpond.models.registry_views import extended_layout
 from millpond.models.rollout import Role, Rollout
 from millpond.models.version import Version
 
@@ -100,6 +104,9 @@ class ModelHost(Models):
         self._score_log = score_log
         self._registry = registry
         self._client = client
+        self._layout_at_start = client.layout
+        #: That came while the cluster runs; by identity.
+        self._views: dict[str, AddedViewRecord] = {}
         self._replica = replica
         self._pool = pool
         self._limits = limits
@@ -148,6 +155,18 @@ class ModelHost(Models):
             await asyncio.shield(self._finding[name])
         return served
 
+    async def history_since(self, view: FeatureView) -> int | None:
+        one = self._views.get(identity_of(view)) if self._views else None
+        if one is None:
+            return None
+        if one.state == "live":
+            return one.history_since_ms
+        progress = (await self._ask(self._registry.views.progress)).get(one.identity)
+        raise Unavailable(
+            f"view `{one.name}`: is being computed from what was before ({progress or 'about to begin'}); retry later",
+            code="backfilling", retry_after_ms=1_000,
+        )  # fmt: skip
+
     def broken(self) -> dict[str, str]:
         champions = {name: _id(r.champion) for name, r in self._rollouts.items() if r.champion is not None}
         return {n: self._failed[i] for n, i in champions.items() if i in self._failed and n not in self.served}
@@ -189,6 +208,7 @@ class ModelHost(Models):
     async def _follow_change(self) -> None:
         generation = await self._ask(self._registry.generation)  # before the rollouts, which may be newer then
         rollouts = await self._ask(self._registry.rollouts)
+        await self._follow_views()  # after the rollouts: a model is live later than the views that it reads
         before, self._rollouts = self._rollouts, rollouts
         again, self._unread = self._unread, set()
         changed = [
@@ -208,6 +228,13 @@ class ModelHost(Models):
         for group in [[r] for r in loads] if len(loads) <= _TASKS_MAX else [loads]:
             self._start(self._bring(group), [r.model for r in group])
         self._generation, self._followed_s = generation, time.monotonic()
+
+    async def _follow_views(self) -> None:
+        """Have the layout by which plans are made from now on as it is with the views that came."""
+        views = {one.identity: one for one in await self._ask(self._registry.views.all)}
+        if views != self._views:
+            layout = await self._ask(lambda: extended_layout(self._layout_at_start, list(views.values())))
+            self._client.layout, self._views = layout, views
 
     def _brought(self, task: asyncio.Task[None]) -> None:
         del self._bringing[task]

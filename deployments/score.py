@@ -32,6 +32,7 @@ from millpond.feature_actors.errors import (
 )
 from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.feature_actors.shard_map import ShardMap
+from millpond.feature_actors.view import FeatureView
 from millpond.models.score_log import Scorer, scores_table
 
 __all__ = ["ScoreApp", "ScoreLimits"]
@@ -82,8 +83,9 @@ class ScoreApp(App):
         self._status = status
         self._limits = limits
         self._admin_token_sha256 = admin_token_sha256
-        layout = client.layout
-        self._view_plans = {name: ReadPlan(layout, list(view), f"view `{name}`") for name, view in layout.views.items()}
+        self._view_plans: dict[FeatureView, ReadPlan] = {}
+        for view in client.layout.views.values():
+            self._view_plan(view)
         self._answers = Answers(score_log)
         self._explainer = explainer
         self._cluster_name = cluster_name
@@ -214,9 +216,15 @@ class ScoreApp(App):
 
     # -- features of one entity
 
+    def _view_plan(self, view: FeatureView) -> ReadPlan:
+        if view not in self._view_plans:
+            self._view_plans[view] = ReadPlan(self._client.layout, list(view), f"view `{view.name}`")
+        return self._view_plans[view]
+
     async def get_features(self, request: Request) -> Response:
         view = self._client.layout.view(request.name)
-        plan = self._view_plans[view.name]
+        since_ms = await self._models.history_since(view)
+        plan = self._view_plan(view)
         ids = {name: value for name, value in request.query.items() if name != "as_of"}
         keys = plan.key_columns([ids], batch=False)
         rows = await self._client.read(plan, keys, 1, _as_of(request))
@@ -228,6 +236,7 @@ class ScoreApp(App):
                 "features": {f.name: values[f.full_name] for f in view},
                 "as_of": iso(int(rows.as_of[0])),
                 "unknown": bool(rows.unknown[0]),
+                **({} if since_ms is None else {"history_since": iso(since_ms)}),
             }
         )
 

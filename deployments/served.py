@@ -23,6 +23,7 @@ from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.errors import MillpondError, NotFound, did_you_mean
 from millpond.feature_actors.keys import hash_values
 from millpond.feature_actors.plan import FeatureRows
+from millpond.feature_actors.view import FeatureView
 
 __all__ = ["EXAMPLES_MAX", "Disagreement", "ModelEntry", "Models", "Served", "Shadow", "difference_of", "is_canary"]
 
@@ -214,6 +215,10 @@ class Models:
     async def find(self, name: str) -> Served:
         """Return a model that is not among `served`. Raises `NotFound`."""
         raise NotFound(f"no model `{name[:80]}`" + did_you_mean(name[:80], self.served))
+
+    async def history_since(self, view: FeatureView) -> int | None:
+        """Return since when a view has all events, in ms; None for ever. Raises `Unavailable` if it is not live yet."""
+        return None
 
     def broken(self) -> dict[str, str]:
         """Return the models that are not answered, and why."""

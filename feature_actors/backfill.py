@@ -25,7 +25,7 @@ from millpond.feature_actors.manifest import write_json
 from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.view import FeatureView
 
-__all__ = ["AddedView", "AddedViews", "Slice", "ViewState", "apply_slices", "note_whole", "slices_of", "whole_tables"]
+__all__ = ["AddedView", "Slice", "ViewState", "ViewsPort", "apply_slices", "note_whole", "slices_of", "whole_tables"]
 
 ViewState = Literal["backfilling", "live", "failed"]
 
@@ -45,7 +45,7 @@ class AddedView:
     state: ViewState
 
 
-class AddedViews(Protocol):
+class ViewsPort(Protocol):
     """Where a shard hears of views. Both may be asked in any thread, but in one."""
 
     def generation(self) -> int:

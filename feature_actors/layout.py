@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -26,7 +26,7 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 
 from millpond.feature_actors.aggregations import AGGREGATIONS, PARTS, Aggregation, Column, where_text
-from millpond.feature_actors.errors import DeclarationError, NotFound, did_you_mean
+from millpond.feature_actors.errors import DeclarationError, NotFound, Unavailable, did_you_mean
 from millpond.feature_actors.source import Source
 from millpond.feature_actors.tiles.memory import MEMORY_HEADER_WORDS
 from millpond.feature_actors.tiles.program import FOR_EVER, NO, P_SLOTS_AT, S_COLUMN, ReadProgram, TableProgram
@@ -119,7 +119,7 @@ class Table:
 
     @property
     def name(self) -> str:
-        of_view = f" {self.added.partition('#')[0]}" if self.added else ""
+        of_view = f" {self.added}" if self.added else ""
         return f"{self.source.name}[{', '.join(self.key)}]{of_view}"
 
     @property
@@ -152,8 +152,8 @@ class PlanProgram:
 
     width: columns of the matrix; texts: those of strings, which hold addresses, with the number of their key.
     A part is what is read of one of the `tables`: the number of its key, and which columns and views are its own are in
-    key_of_part, columns_of_part, views_of_part. view_names: the views that tell whether
-    they know the entity. wire_names: the features by name and identity. past_ms: how long ago it may be read as of.
+    key_of_part, columns_of_part, views_of_part. view_names: the views that tell whether they know the entity.
+    wire_names: the features, as `Layout.wire_feature` takes them. past_ms: how long ago it may be read as of.
     """
 
     width: int
@@ -201,11 +201,14 @@ class Layout:
 
     def __init__(self, sources: Sequence[Source], views: Sequence[FeatureView]) -> None:
         self.sources = {s.name: s for s in sources}
+        #: By name; of those that have changed while the cluster ran, the newest.
         self.views = {v.name: v for v in views}
+        #: All of them by what is kept for them, see `identity_of`; of one name there may be several.
+        self.kept_views = {identity_of(v): v for v in views}
         self.tables: list[Table] = []
         self._conditions: dict[str, dict[str, pc.Expression]] = {}
         self._table_numbers: dict[tuple[str, tuple[str, ...]], int] = {}
-        #: Of the views that have a table of their own.
+        #: Of the views that have a table of their own, by identity.
         self._added_numbers: dict[str, int] = {}
         grouped: dict[tuple[str, tuple[str, ...]], list[FeatureView]] = {}
         for view in views:
@@ -235,30 +238,49 @@ class Layout:
         """Words of the headers that a slot has, of all tables together."""
         return sum(table.slot_words for table in self.tables)
 
-    def extended(self, views: Iterable[FeatureView]) -> Layout:
+    def extended(
+        self, views: Iterable[FeatureView], failed: Container[str] = (), superseded: Container[str] = ()
+    ) -> Layout:
         """Return this layout with a table for each of `views` behind its own, which stay what and where they are.
 
-        Raises `DeclarationError` for a view that cannot be added: its name is taken, its source is another here, or
+        A view of a name that is taken is a new version of it: plans go on reading the one that they were made of.
+        failed: the identities of views whose tables only keep the place of others: nobody reads them. superseded: of
+        those that do not go by their name any more.
+
+        Raises `DeclarationError` for a view that cannot be added: it is kept already, its source is another here, or
         nothing is kept by its key, so that events were not brought to where it needs them.
         """
         other = copy.copy(self)
-        other.views, other.tables = dict(self.views), list(self.tables)
+        other.views, other.tables, other.kept_views = dict(self.views), list(self.tables), dict(self.kept_views)
         other._added_numbers = dict(self._added_numbers)
         for view in views:
-            self._check_addable(view, other.views)
-            other._added_numbers[view.name] = number = len(other.tables)
+            identity = identity_of(view)
+            self._check_addable(view, identity, other.kept_views)
+            other._added_numbers[identity] = number = len(other.tables)
             source, key = self.sources[view.source.name], tuple(view.key)
-            other.tables.append(_compile_table(number, source, key, [view], other.slot_words, added=identity_of(view)))
-            other.views[view.name] = view
+            other.tables.append(_compile_table(number, source, key, [view], other.slot_words, added=identity))
+            if identity not in failed:
+                other.kept_views[identity] = view
+                if identity not in superseded:
+                    other.views[view.name] = view
         other._join_programs()
         return other
 
-    def _check_addable(self, view: FeatureView, views: Mapping[str, FeatureView]) -> None:
-        if view.name in views:
-            raise DeclarationError(
-                f"view `{view.name}`: the cluster keeps it with another definition; a view that has changed is another "
-                "view: give it another name"
-            )
+    def version_of(self, view: FeatureView, features: Iterable[Feature]) -> FeatureView | None:
+        """Return the version of a view, of those that are kept, that some of its features are read from: the very same,
+        or the first that has them all. None if there is none."""
+        if (same := self.kept_views.get(identity_of(view))) is not None:
+            return same
+        names = {f.wire_name for f in features if f.derived is None}
+        for kept in (one for one in self.kept_views.values() if one.name == view.name):
+            alike = (kept.source.name, kept.key) == (view.source.name, view.key)
+            if alike and where_text(kept.where) == where_text(view.where) and names <= {f.wire_name for f in kept}:
+                return kept
+        return None
+
+    def _check_addable(self, view: FeatureView, identity: str, kept: Mapping[str, FeatureView]) -> None:
+        if identity in kept:
+            raise DeclarationError(f"view `{view.name}`: the cluster keeps it already")
         known = self.sources.get(view.source.name)
         if known is not None and known != view.source:
             raise DeclarationError(
@@ -271,10 +293,6 @@ class Layout:
                 f"view `{view.name}`: the cluster keeps nothing of source `{view.source.name}` by {key} yet, so past "
                 "events are not where it needs them; start the cluster with the definition"
             )
-
-    def has_own_table(self, view: str) -> bool:
-        """Return whether a view came while the cluster ran."""
-        return view in self._added_numbers
 
     @cached_property
     def digest(self) -> int:
@@ -294,7 +312,7 @@ class Layout:
         return [t for t in self.tables if t.source.name == source]
 
     def table_of(self, view: FeatureView) -> Table:
-        number = self._added_numbers.get(view.name)
+        number = self._added_numbers.get(identity_of(view)) if self._added_numbers else None
         return self.tables[self._table_numbers[view.source.name, tuple(view.key)] if number is None else number]
 
     def conditions(self, source: str) -> dict[str, pc.Expression]:
@@ -332,12 +350,38 @@ class Layout:
         series, number = _series_of(self.table_of(feature.view), feature)
         return series, number, _spot(series.where, feature.kept)[1]
 
+    def wire_feature(self, name: str) -> Feature:
+        """Return a feature by `view.feature#id`, with `@identity` of the view behind it if that has a table of its own.
+
+        Raises `Unavailable` if it is not kept.
+        """
+        of_view, _, identity = name.partition("@")
+        view, feature = of_view.partition("#")[0].split(".")
+        base = (one for i, one in self.kept_views.items() if one.name == view and i not in self._added_numbers)
+        known = self.kept_views.get(identity) if identity else next(base, None)
+        if known is None or feature not in known.features or known[feature].wire_name != of_view:
+            raise Unavailable(f"feature `{view}.{feature}` is defined otherwise on the shard", retry_after_ms=1_000)
+        return known[feature]
+
+    def _table_of(self, view: FeatureView, features: Iterable[Feature]) -> Table:
+        kept = self.version_of(view, [f for f in features if f.view.name == view.name])
+        if kept is None:
+            raise DeclarationError(
+                f"view `{view.name}`: the cluster keeps no version of it that has the features that are read; deploy "
+                "the definition, or start the cluster with it"
+            )
+        return self.table_of(kept)
+
     def plan_program(self, features: Sequence[Feature]) -> PlanProgram:
-        """Compile the reading of `features`, in the order of the matrix's columns; none of them is derived."""
+        """Compile the reading of `features`, in the order of the matrix's columns; none of them is derived.
+
+        Raises `DeclarationError` for a view of which no version that is kept has them.
+        """
         first = np.cumsum([0, *(f.kept.width for f in features)]).tolist()
         views = {f.view.name: f.view for f in features}
         keys = tuple(dict.fromkeys(tuple(v.key) for v in views.values()))
-        tables = list({t.number: t for t in map(self.table_of, views.values())}.values())
+        table_of = {name: self._table_of(view, features) for name, view in views.items()}
+        tables = list({t.number: t for t in table_of.values()}.values())
         parts: list[list[int]] = []
         scan_rows, feature_rows, view_rows = _Lines(2), _Lines(6), _Lines(7)
         for table in tables:
@@ -349,7 +393,7 @@ class Layout:
             scans: dict[tuple[int, int], int] = {}
             rows = []
             for feature, out in zip(features, first, strict=False):
-                if self.table_of(feature.view) is table:
+                if table_of[feature.view.name] is table:
                     series, number = _series_of(table, feature)
                     window_ms = feature.kept.window_ms
                     pair = (series_before + number, FOR_EVER if window_ms is None else window_ms)
@@ -360,27 +404,28 @@ class Layout:
             scan_rows += [list(pair) for pair in scans]
             feature_rows += sorted(rows)  # features of one scan stand together, so that each scan is made once
             for out, view in enumerate(views.values()):
-                if self.table_of(view) is table:
+                if table_of[view.name] is table:
                     view_rows.append([*_view_row(table, view, series_before), out])
         parts.append([0, 0, 0, 0, len(scan_rows), len(feature_rows), len(view_rows)])
         exact = all(f.kept.exact for f in features)
         past_ms = min((exact_past_ms(f.kept.window_ms or 0) for f in features), default=0) if exact else 0
         words = max((s.words for t in tables for s in t.series), default=0) + 2
         columns = [(out + k, f) for f, out in zip(features, first, strict=False) for k in range(f.width)]
-        table_of_view = [self.table_of(view) for view in views.values()]
         return PlanProgram(
             width=first[-1],
             texts=tuple((column, keys.index(tuple(f.view.key))) for column, f in columns if f.is_text),
             key_of_part=tuple(keys.index(table.key) for table in tables),
             columns_of_part=tuple(
-                np.array([column for column, f in columns if self.table_of(f.view) is table]) for table in tables
+                np.array([column for column, f in columns if table_of[f.view.name] is table]) for table in tables
             ),
-            views_of_part=tuple(np.array([v for v, of in enumerate(table_of_view) if of is table]) for table in tables),
+            views_of_part=tuple(
+                np.array([v for v, of in enumerate(table_of.values()) if of is table]) for table in tables
+            ),
             past_ms=past_ms,
             keys=keys,
             tables=tuple(tables),
             view_names=tuple(views),
-            wire_names=tuple(f.wire_name for f in features),
+            wire_names=tuple(_wire_name(f, table_of[f.view.name]) for f in features),
             layout_digest=self.digest,
             _parts=np.array(parts, np.int64),
             _rest=(
@@ -542,6 +587,10 @@ def identity_of(view: FeatureView) -> str:
     """Return the name of a view and a digest of what is kept for it, `name#digest`."""
     content = [sorted(f.id for f in view if f.derived is None), where_text(view.where)]
     return f"{view.name}#{hashlib.sha256(repr(content).encode()).hexdigest()[:16]}"
+
+
+def _wire_name(feature: Feature, table: Table) -> str:
+    return f"{feature.wire_name}@{table.added}" if table.added else feature.wire_name
 
 
 def same_view(one: FeatureView, other: FeatureView) -> bool:

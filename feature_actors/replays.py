@@ -200,7 +200,7 @@ def _table_differences(
     different = sorted(key for key in suspects if seen[0].get(key) != seen[1].get(key))
     if not different:
         return []
-    views = ", ".join(f"`{name}`" for name, view in layout.views.items() if layout.table_of(view) is table)
+    views = ", ".join(f"`{view.name}`" for view in layout.kept_views.values() if layout.table_of(view) is table)
     hashes = _some([f"{lo & (2**64 - 1):016x}{hi & (2**64 - 1):016x}" for lo, hi in different])
     return [f"views {views}: {len(different)} entities differ, with key hashes {hashes}"]
 

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from millpond.feature_actors.allocators import give_back
 from millpond.feature_actors.backfill import (
-    AddedViews,
+    ViewsPort,
     apply_slices,
     note_whole,
     slices_of,
@@ -36,7 +36,7 @@ from millpond.feature_actors.calls import CallIngest, Calls
 from millpond.feature_actors.durable import DurableShard, ShardFolder, VolatileLog
 from millpond.feature_actors.errors import MillpondError, TooMany, Unavailable
 from millpond.feature_actors.events import Receipt
-from millpond.feature_actors.layout import Table, compile_layout
+from millpond.feature_actors.layout import Table, compile_layout, identity_of
 from millpond.feature_actors.log.history import delete_expired
 from millpond.feature_actors.log.log import Durability, Log, LogFull
 from millpond.feature_actors.log.record import HomeRecord, LogDamaged
@@ -107,7 +107,7 @@ class ShardSpec:
     queue_bytes_max: int
     dedupe_horizon_ms_min: int = 3_600_000
     dedupe_bytes_max: int | None = None
-    added_views: AddedViews | None = None
+    added_views: ViewsPort | None = None
 
 
 @dataclass
@@ -168,8 +168,11 @@ class ShardServer:
         self._last_snapshot: dict[str, Any] = {}
         #: Held while a snapshot is taken and the log truncated, or a view is backfilled, which needs all of the log.
         self._housekeeping = asyncio.Lock()
+        #: By the identities of their views.
         self._added: dict[str, _Added] = {}
         self._views_generation = -1
+        #: Why it cannot take in views that came, "" if it can.
+        self._views_failure = ""
         self._backfilling: asyncio.Task[None] | None = None
         self._snapshot_wanted = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
@@ -247,6 +250,7 @@ class ShardServer:
 
     def _recovered(self) -> DurableShard | None:
         """Return the shard with its log, replayed; None if there is no log, and it had been opened before."""
+        self._views.submit(self._add_views).result()
         if self._spec.durability == "none":
             if self._opening.again:
                 # It would answer with empty features, as if nobody had ever done anything. Readers of this node go on
@@ -258,7 +262,6 @@ class ShardServer:
             return DurableShard(self._layout, self._shard, VolatileLog())
         spec = self._spec
         durability: Any = spec.durability
-        self._views.submit(self._add_views).result()
         folder = ShardFolder(
             shard_dir(Path(spec.data_dir), self._number), spec.cluster_id, self._opening.epoch, spec.history_uri
         )
@@ -465,19 +468,21 @@ class ShardServer:
     # -- views that come while it runs, see `backfill`
 
     def _add_views(self) -> None:
-        """Have tables for all views that came since the start, before anything is recovered. What has been whole is to
-        be whole again."""
+        """Have tables for all views that came while a cluster ran, before anything is recovered. What has been whole is
+        to be whole again; without a log, nothing was before."""
         if (port := self._spec.added_views) is None:
             return
         self._views_generation, views = port.generation(), port.added()
         whole = whole_tables(shard_dir(Path(self._spec.data_dir), self._number))
-        layout = self._layout_at_start.extended([one.view for one in views])
+        failed = {identity_of(one.view) for one in views if one.state == "failed"}
+        layout = self._layout_at_start.extended([one.view for one in views], failed)
         self._added = {}
         for table, one in zip(self._shard.extend(layout), views, strict=True):
-            self._added[one.view.name] = _Added(table, one.state)
-            if one.state == "live" or (table.added in whole and one.state != "failed"):
+            self._added[table.added] = _Added(table, one.state)
+            was_whole = one.state == "live" or table.added in whole or self._spec.durability == "none"
+            if was_whole and one.state != "failed":
                 self._shard.keep_up(table)
-                self._added[one.view.name].state = "whole"
+                self._added[table.added].state = "whole"
         self._layout, self._decoder = layout, QuestionDecoder(layout)
 
     async def _follow_views(self) -> None:
@@ -493,15 +498,16 @@ class ShardServer:
                     new = views[len(self._added) :]
                     layout = self._layout.extended([one.view for one in new])
                     for table, one in zip(self._shard.extend(layout), new, strict=True):
-                        self._added[one.view.name] = _Added(table, one.state)
+                        self._added[table.added] = _Added(table, one.state)
                     self._layout, self._decoder = layout, QuestionDecoder(layout)
-                    self._views_generation = generation
+                    self._views_generation, self._views_failure = generation, ""
                 waiting = [one for one in self._added.values() if one.state == "backfilling"]
                 if waiting and not self._refuses:
                     self._backfilling = asyncio.ensure_future(self._backfill(waiting))
                     await asyncio.wait([self._backfilling])
-            except Exception:  # a registry that cannot be read now
+            except Exception as error:  # a registry that cannot be read now
                 logger.exception("shard %d cannot follow the views", self._number)
+                self._views_failure = error.message if isinstance(error, MillpondError) else repr(error)
                 await asyncio.sleep(_HOUSE_AGAIN_S)
             await asyncio.sleep(_VIEWS_S)
 
@@ -713,7 +719,8 @@ class ShardServer:
         done_to = self._durable.history.done_to if self._durable is not None and self._durable.history else 0
         status = asdict(self._shard.status())
         added = {name: one.as_json() for name, one in self._added.items()}
-        return {**about, **status, "log_first": first, "history_to": done_to, **self._last_snapshot, "views": added}
+        about |= {"views": added, "views_failure": self._views_failure}
+        return {**about, **status, "log_first": first, "history_to": done_to, **self._last_snapshot}
 
     async def check(self) -> list[str]:
         self._check()

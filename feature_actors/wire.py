@@ -13,11 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.events import Events, Receipt
 from millpond.feature_actors.layout import Layout, PlanProgram
 from millpond.feature_actors.plan import Answer, Question
-from millpond.feature_actors.view import Feature
 
 __all__ = [
     "QuestionDecoder",
@@ -116,16 +114,8 @@ class QuestionDecoder:
     def _program(self, names: tuple[str, ...]) -> PlanProgram:
         program = self._programs.get(names)
         if program is None:
-            program = self._programs[names] = self._layout.plan_program([self._feature(name) for name in names])
+            program = self._programs[names] = self._layout.plan_program([*map(self._layout.wire_feature, names)])
         return program
-
-    def _feature(self, name: str) -> Feature:
-        """Return a feature by its name and identity, `view.feature#id`."""
-        view, feature = name.partition("#")[0].split(".")
-        known = self._layout.views.get(view)
-        if known is None or feature not in known.features or known[feature].wire_name != name:
-            raise Unavailable(f"feature `{view}.{feature}` is defined otherwise on the shard", retry_after_ms=1_000)
-        return known[feature]
 
 
 def encode_answer(answer: Answer) -> WireAnswer:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from millpond.feature_actors.errors import MillpondError, NotFound, Unavailable, did_you_mean
 from millpond.feature_actors.lock import FileLock, LockHeld
+from millpond.models.added_views import AddedViews
 from millpond.models.attempts import Attempts
 from millpond.models.contents import Contents, VersionDamaged
 from millpond.models.definition import Definition
@@ -77,6 +78,8 @@ class Registry:
             self._index = Index(folder / "index", _WAIT_S)
             #: What processes are about to do with versions.
             self.attempts = Attempts(self._index)
+            #: That came while the cluster ran.
+            self.views = AddedViews(self._index)
         except OSError as error:
             raise Unavailable(
                 f"registry: `{folder}` cannot be opened: {error.strerror}; make it writable", retry_after_ms=10_000
@@ -262,6 +265,7 @@ class Registry:
         with self._index.moment():
             keys = self._index.keys()
             wrong += [f"registry: `{k}` is no key" for k in keys if k.split("/")[0] not in _KEYS]
+            wrong += self.views.check()
             records, courses = self._records(), self._index.under("rollout/", Course)
             generation = self.generation()
         for name, record in records.items():
@@ -411,7 +415,7 @@ class Registry:
 
 
 #: The first part of every key.
-_KEYS = frozenset({"format", "generation", "version", "rollout", "report", "attempt"})
+_KEYS = frozenset({"format", "generation", "version", "rollout", "report", "attempt", "view", "backfill"})
 
 
 def _key(version: Version) -> str:

@@ -143,7 +143,7 @@ def added_views(scores: pa.Table) -> list[tuple[str, ...]]:
     """Return of each score which of its views had come while the cluster ran: those have tables of their own, which
     are named after them."""
     read = scores["rows"].combine_chunks()
-    names = [name.partition("] ")[2] for name in pc.struct_field(read.flatten(), "table").to_pylist()]
+    names = [name.partition("] ")[2].partition("#")[0] for name in pc.struct_field(read.flatten(), "table").to_pylist()]
     ends = np.cumsum([0, *pc.list_value_length(read).to_pylist()]).tolist()
     return [tuple(filter(None, names[a:b])) for a, b in itertools.pairwise(ends)]
 

@@ -20,8 +20,10 @@ from millpond.feature_actors import Count, FeatureView, Last, Mean, Source, Sum
 from millpond.feature_actors.errors import DeclarationError, Unavailable
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.log.log import LogFull
+from millpond.feature_actors.plan import ReadPlan
 from millpond.feature_actors.plan_set import PlanSet
 from millpond.feature_actors.tiles.memory import MemoryFull
+from millpond.feature_actors.wire import QuestionDecoder, encode_question
 
 
 @given(world=worlds(events_max=60), data=st.data())
@@ -145,6 +147,48 @@ def test_a_plan_of_before_reads_memories_and_stands_in_a_set_with_plans_of_after
     assert [rows.matrix.tolist() for rows in together] == [[[3]], [[3, 9, 5, 3], [3, 6, 4, 2]]]
 
 
+def test_a_view_that_changes_is_there_beside_the_one_that_it_was(tmp_path: Path) -> None:
+    """Whoever was made of the one goes on with it: in the shards' memory, over calls, after a restart."""
+    first = FeatureView(
+        "spend", owner="tests", source=PAYMENTS, key=["user"], features={"n": Count(), "s": Sum("cents")}
+    )
+    changed = FeatureView(
+        "spend", owner="tests", source=PAYMENTS, key=["user"],
+        features={"n": Count(), "s": Sum("cents", where=pc.field("cents") > 1), "m": Mean("cents")},
+    )  # fmt: skip
+    again = FeatureView(
+        "spend", owner="tests", source=PAYMENTS, key=["user"], features={"n": Count(), "m": Mean("cents")}
+    )
+    cluster = DurableCluster(compile_layout([], [first]), 1, tmp_path)
+    cluster.send("payments", 9, [{"id": f"{n}", "at": 5, "user": 1, "shop": None, "cents": n} for n in range(4)])
+    before = plan_of(cluster.client, first)
+    cluster.add_view(changed)
+    assert cluster.backfill_steps(0, 1_000)
+    cluster.add_view(again)
+    assert cluster.backfill_steps(0, 1_000)
+    for _ in range(2):
+        layout = cluster.client.layout
+        assert (layout.view("spend"), len({t.name for t in layout.tables})) == (again, 3)
+        of_each = [before, *(ReadPlan(layout, list(v), "the test") for v in (first, changed, again))]
+        expected = [[4, 6], [4, 6], [4, 5, 1.5], [4, 1.5]]
+        assert [read(cluster.client, plan, [(1,)]).matrix[0].tolist() for plan in of_each] == expected
+        decoder = QuestionDecoder(layout)
+        for plan in of_each:
+            question = plan.question({"user": [1]}, 1, 9, None)
+            assert decoder.decode(encode_question(question)).program.tables == plan.program.tables
+        cluster.restart_all()
+    # One that is there in part only, as what a model was made of before the cluster was started anew.
+    less = FeatureView("spend", owner="tests", source=PAYMENTS, key=["user"], features={"m": Mean("cents")})
+    assert read(cluster.client, ReadPlan(layout, [less["m"]], "the test"), [(1,)]).matrix[0].tolist() == [1.5]
+    other = FeatureView(
+        "spend", owner="tests", source=PAYMENTS, key=["user"], features={"m": Mean("cents", window="1d")}
+    )
+    with pytest.raises(
+        DeclarationError, match="view `spend`: the cluster keeps no version of it that has the features"
+    ):
+        ReadPlan(layout, [other["m"]], "the test")
+
+
 def test_an_event_for_which_its_condition_cannot_be_computed_does_not_satisfy_it(tmp_path: Path) -> None:
     by_user = FeatureView("by_user", owner="tests", source=PAYMENTS, key=["user"], features={"n": Count()})
     ratio = FeatureView(
@@ -173,9 +217,8 @@ OTHER = Source("other", owner="tests", fields=PAYMENTS.fields, event_id="id", ev
     ("view", "message"),
     [
         (
-            FeatureView("by_user", owner="tests", source=PAYMENTS, key=["user"], features={"n": Count(window="1h")}),
-            "view `by_user`: the cluster keeps it with another definition; a view that has changed is another view: "
-            "give it another name",
+            FeatureView("by_user", owner="tests", source=PAYMENTS, key=["user"], features=dict(BY_USER.features)),
+            "view `by_user`: the cluster keeps it already",
         ),
         (
             FeatureView("v", owner="tests", source=PAYMENTS, key=["user", "shop"], features={"n": Count()}),

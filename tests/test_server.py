@@ -29,7 +29,7 @@ from millpond.feature_actors.calls import CallIngest, CallRead
 from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.clock import ManualClock
 from millpond.feature_actors.errors import AsOfInPast, TooMany, Unavailable
-from millpond.feature_actors.layout import Layout, compile_layout
+from millpond.feature_actors.layout import Layout, compile_layout, identity_of
 from millpond.feature_actors.log.log import Log
 from millpond.feature_actors.manifest import Manifest, ManifestError, make_shards
 from millpond.feature_actors.plan import Answer, Question, ReadPlan
@@ -397,7 +397,10 @@ LATER = FeatureView("later", owner="tests", source=by_user.source, key=by_user.k
 def later(servers: Servers) -> list[Any]:
     """What the shards say of the view, when none backfills any more."""
     for _ in range(3_000):
-        says = [server.called("status", []).result(30).get("views", {}).get("later") for server in servers.servers]
+        says = [
+            server.called("status", []).result(30).get("views", {}).get(identity_of(LATER))
+            for server in servers.servers
+        ]
         if all(one is not None and one["state"] != "backfilling" for one in says):
             return says
         time.sleep(0.01)

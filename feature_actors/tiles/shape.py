@@ -117,7 +117,7 @@ def lacking(shape: TableShape, table: Table, layout: Layout) -> list[str]:
         return its is None or (not series.lifetime and its.keep_ms < keep_ms) or not set(columns) <= set(its.columns)
 
     names = []
-    for view in layout.views.values():
+    for view in layout.kept_views.values():
         if layout.table_of(view) is not table:
             continue
         for feature in (f for f in view if f.derived is None):

@@ -14,6 +14,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,85 @@ def hosts(config: Config, model: str) -> dict[str | None, int]:
         registry.close()
 
 
+def with_view(folder: Path, view: str, version: str, features: str) -> Path:
+    """Write a definition of a view of users and a model that returns all its features."""
+    path = folder / f"{view}.py"
+    path.write_text(
+        f"{HEAD}\nimport numpy as np\nfrom millpond.feature_actors import Mean\n"
+        f'v = FeatureView({view!r}, owner="ml", source=purchases, key=["user_id"], features={{{features}}})\n'
+        "class P:\n    def predict(self, features): return np.nan_to_num(features.matrix).tolist()\n"
+        f'm = Model("of_{view}", version={version!r}, owner="ml", features=[*v], predictor=P)\n'
+    )
+    return path
+
+
+def test_a_new_view_is_computed_from_what_was_before_while_events_and_scores_go_on(
+    folder: Path, config: Config, served: Served
+) -> None:
+    def send(name: str, user: int) -> None:
+        served.post_events([purchase(f"{name}-{user}-{k}", user, 2.0, START, book_id="b") for k in range(3)])
+
+    users = [*USERS]
+    with asking(served, "churn", "fresh") as client, ThreadPoolExecutor(1) as aside:
+        sending = aside.submit(lambda: [send("beside", u) for u in users])
+        done = run(folder, "deploy", str(with_view(folder, "later", "1", '"n": Count(), "mean": Mean("price")')))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("view later is live with all events; backfilled in ")
+        assert f"of_later version 1 is live as champion on 1 replica(s): {served.url}/v1/score/of_later" in done.stdout
+        sending.result()
+        expected = {u: [u + 3.0, (u + 6.0) / (u + 3)] for u in users}
+        answers = served.score("of_later", [{"user_id": u} for u in users])
+        assert {u: one["result"] for u, one in zip(users, answers, strict=True)} == expected
+        status, _, features = served.call("GET", "/v1/features/later?user_id=7")
+        assert (status, features["features"]) == (200, {"n": 10.0, "mean": 1.3})
+
+        # It changes: a version beside, from now on what is asked for by its name; the shard is killed meanwhile.
+        client.models.append("of_later")
+        (shard,) = shards(served)
+        path = with_view(folder, "later", "2", '"n": Count(), "spent": Sum("price"), "mean": Mean("price")')
+        changing = aside.submit(deploy_file, config, path)
+        until(lambda: len(views(config)) == 2, "the view to be added")
+        os.kill(shard, signal.SIGKILL)
+        (told,) = changing.result()["views"]
+        assert (told["view"], told["history_since_ms"]) == ("later", None)
+        assert shards(served) != [shard]
+        (one,) = served.score("of_later", [{"user_id": 7}])
+        assert (one["version"], one["result"]) == ("2", [10, 13, 1.3])
+        assert served.call("GET", "/v1/features/later?user_id=7")[2]["features"]["spent"] == 13
+        assert change_model(config, "rollback", "of_later") == "of_later: champion 1"
+        send("after", 7)
+        (one,) = served.score("of_later", [{"user_id": 7}])
+        assert (one["version"], one["result"]) == ("1", [13, 19 / 13])
+    assert [one.state for one in views(config)] == ["live", "live"]
+    # Of both versions the table, and what is said of it; and the model.
+    assert run(folder, "status").stdout.count("later") == 5
+    # What cannot be added changes nothing.
+    before = everything(config)
+    refused = with_view(folder, "refused", "1", '"n": Count()')
+    refused.write_text(refused.read_text().replace('key=["user_id"]', 'key=["gift_of"]').replace('"user_id": "int64"',
+                       '"user_id": "int64", "gift_of": Field("int64", optional=True)'))  # fmt: skip
+    with pytest.raises(DeclarationError, match="source `purchases` is declared otherwise than the cluster has it"):
+        deploy_file(config, refused)
+    assert everything(config) == before
+    same = with_view(folder, "later", "1", '"n": Count(), "mean": Mean("price")')
+    same.write_text(same.read_text().partition("class P")[0])
+    done = run(folder, "deploy", str(same))
+    assert done.stdout == "nothing to deploy: the cluster keeps these views already\n"
+
+
+def shards(served: Served) -> list[int]:
+    lines = processes_of(shelter_of(served.directory)).items()
+    return [pid for pid, line in lines if line.startswith("ray::FeatureActor")]
+
+
+def views(config: Config) -> Any:
+    registry = Registry(config.directory / "registry")
+    try:
+        return registry.views.all()
+    finally:
+        registry.close()
+
+
 def test_a_model_moves_into_a_pool_and_back_and_no_caller_notices(
     folder: Path, config: Config, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,6 +381,7 @@ def test_after_a_replica_was_killed_all_is_live_again(folder: Path, config: Conf
 def test_what_was_deployed_is_live_after_a_restart(folder: Path, config: Config, served: Served, up: Up) -> None:
     models = ("churn", "fresh", "heavy", "heavy2")
     before = {model: versions_of(served, model) for model in models}
+    of_view = served.score("of_later", [{"user_id": u} for u in USERS], "")
     up.process.terminate()
     assert up.wait() == 0
     with pytest.raises(MillpondError, match="no cluster `told` runs"):
@@ -309,6 +390,8 @@ def test_what_was_deployed_is_live_after_a_restart(folder: Path, config: Config,
     try:
         anew = Served(again.url, config.directory)
         assert {model: versions_of(anew, model) for model in models} == before
+        again_of_view = anew.score("of_later", [{"user_id": u} for u in USERS], "")
+        assert [one["result"] for one in again_of_view] == [one["result"] for one in of_view]
         assert anew.call("POST", "/v1/score/brief", {"user_id": 1})[0] == 404
         assert change_model(config, "promote", "fresh") == "fresh: champion 9"
         assert versions_of(anew, "fresh").keys() == {"9"}
