@@ -258,6 +258,22 @@ def test_another_version_that_is_live_has_a_folder_of_its_own(shop: Shop) -> Non
     assert [path.startswith("definitions/") for path in pack.manifest.definitions] == [True]
 
 
+def test_features_of_views_that_were_deployed_are_told_and_their_ttls_kept_to(shop: Shop) -> None:
+    directory = shop.left()
+    view = """
+late = FeatureView("late", owner="ml", source=orders, key=["user_id"],
+                   features={"email": Last("email", ttl="2h"), "book": Last("book")})
+also = Model("also", version="1", owner="ml", predictor=Linear, features=[late["book"]])
+"""
+    other = Definition("shop.py", TEXT + view, with_weights().artifacts)
+    (model,) = (m for m in other.declared().models if m.name == "also")
+    with closing(Registry(directory / "registry")) as registry:
+        registry.publish(other, [version_of(other, model, {"user_id": "int64"})])
+    pack = shop.export(What(mask=("email",), allow_personal=True))
+    assert pack.manifest.changed_features == ["late.email", "spend.last_email"]
+    assert pack.manifest.ttl_ms_min == 2 * HOUR
+
+
 def test_a_stretch_of_time_is_chosen_by_arrival(shop: Shop) -> None:
     pack = shop.export(replace(ALL, since_ms=NOW + 5 * HOUR, until_ms=NOW + 7 * HOUR))
     assert {row["_arrival_ms"] for _, row in events_of(pack)} == {NOW + k * HOUR // 2 for k in range(10, 14)}

@@ -42,9 +42,10 @@ from millpond.feature_actors.aggregations import Derived
 from millpond.feature_actors.decode import ARRIVAL_COLUMN
 from millpond.feature_actors.errors import BadRequest, did_you_mean
 from millpond.feature_actors.event_order import EventOrder, Run
-from millpond.feature_actors.layout import Layout, compile_layout
+from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.past import Past
 from millpond.feature_actors.source import Source
+from millpond.feature_actors.view import FeatureView
 from millpond.models.definition import Definition
 from millpond.models.registry import Registry
 
@@ -88,6 +89,7 @@ def export_pack(
     declared = [definition.declared() for definition in definitions]
     layout = compile_layout([s for d in declared for s in d.sources], [v for d in declared for v in d.views])
     sources = layout.sources
+    views = [*layout.views.values(), *_deployed_views(registry)]
     _check_fields(sources.values(), what)
     sample = None if what.entities is None else Sample.read(what.entities, sources.values())
     if folder.exists():
@@ -118,12 +120,12 @@ def export_pack(
             entities=None if sample is None else {"fields": list(sample.fields), "size": sample.size},
             masked=sorted(what.mask),
             dropped=sorted(what.drop),
-            changed_features=sorted(_changed(layout, {*what.mask, *what.drop})),
+            changed_features=sorted({*_changed(views, {*what.mask, *what.drop})}),
             left_out=sorted(left_out | order.undeclared),
             events=files.events,
             disputed=order.disputed,
             windows=files.windows,
-            ttl_ms_min=min((a.ttl_ms for a in _kept(layout) if a.ttl_ms is not None), default=None),
+            ttl_ms_min=min((a.ttl_ms for a in _kept(views) if a.ttl_ms is not None), default=None),
             sources=files.sources(),
             definitions=cluster_files,
             models=models,
@@ -187,13 +189,13 @@ def _check_fields(sources: Iterable[Source], what: What) -> None:
         )
 
 
-def _kept(layout: Layout) -> Iterator[Any]:
-    return (a for view in layout.views.values() for a in view.features.values() if not isinstance(a, Derived))
+def _kept(views: Iterable[FeatureView]) -> Iterator[Any]:
+    return (a for view in views for a in view.features.values() if not isinstance(a, Derived))
 
 
-def _changed(layout: Layout, fields: set[str]) -> Iterator[str]:
+def _changed(views: Iterable[FeatureView], fields: set[str]) -> Iterator[str]:
     """Yield the features that read one of some fields: their values are others in the pack."""
-    for view in layout.views.values():
+    for view in views:
         names: set[str] = set()
         for feature in view:
             if feature.derived is not None:
@@ -344,6 +346,14 @@ def _with_artifacts(definition: Definition, registry: Registry | None) -> Defini
                     if known.text == definition.text:
                         return Definition(definition.file_name, known.text, known.artifacts)
     return definition
+
+
+def _deployed_views(registry: Registry | None) -> list[FeatureView]:
+    """Return the views that definitions of live versions declare: some may have come while the cluster ran."""
+    if registry is None:
+        return []
+    versions = {version.digest: version for rollout in registry.rollouts().values() for version in rollout.versions}
+    return [view for one in versions.values() for view in registry.definition(one).declared().views]
 
 
 def _live_models(registry: Registry | None, contents: _Contents) -> Iterator[PackModel]:
