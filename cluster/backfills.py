@@ -11,10 +11,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from millpond.deployments.host import is_alive
 from millpond.deployments.serving import ServingSpec
 from millpond.feature_actors.backfill import ViewState
 from millpond.feature_actors.errors import DeclarationError, MillpondError, Unavailable
@@ -119,24 +120,33 @@ class BackfillKeeper:
                 try:
                     registry = registry or Registry(Path(self._spec.registry_dir))
                     if (generation := registry.generation()) != seen:
-                        waiting = [one.identity for one in registry.views.all() if one.state == "backfilling"]
+                        waiting = [one for one in registry.views.all() if not one.settled]
                         seen = generation
                     if waiting:
-                        self._look(registry, waiting, runner.run(self._said()))
+                        self._look(registry, waiting, runner.run(self._said()), seen)
                 except Exception:  # a shard that is being restarted, a registry that cannot be written
                     logger.exception("it cannot be said how far the backfills are")
                     self._stopping.wait(_AGAIN_S)
         if registry is not None:
             registry.close()
 
-    def _look(self, registry: Registry, waiting: Sequence[str], shards: Sequence[Mapping[str, Any]]) -> None:
-        for identity in waiting:
-            verdict = verdict_of(identity, shards)
-            if verdict.state == "backfilling":
-                registry.views.note(identity, verdict.progress)
+    def _look(
+        self, registry: Registry, waiting: Sequence[AddedViewRecord], shards: Sequence[Mapping[str, Any]], seen: int
+    ) -> None:
+        for one in waiting:
+            verdict = verdict_of(one.identity, shards)
+            if verdict.state == "failed" or (one.state == "backfilling" and verdict.state == "live"):
+                registry.views.settle(one.identity, verdict.state, verdict.why, verdict.history_since_ms)
+                logger.info("view `%s` is %s %s", one.identity, verdict.state, verdict.why)
+            elif one.state == "backfilling":
+                registry.views.note(one.identity, verdict.progress)
             else:
-                registry.views.settle(identity, verdict.state, verdict.why, verdict.history_since_ms)
-                logger.info("view `%s` is %s %s", identity, verdict.state, verdict.why)
+                # A key after the other: who knows one knows those before.
+                if one.state == "added" and all(one.identity in shard.get("views", {}) for shard in shards):
+                    registry.views.advance(one.identity, "routing")
+                elif one.state == "routing" and _known_by_all(registry, seen):
+                    registry.views.advance(one.identity, "backfilling")
+                break
 
     async def _said(self) -> list[Mapping[str, Any]]:
         calls = SocketCalls(Path(self._spec.memory_dir), self._spec.shard_map.n_shards, self._spec.shard_timeout_s)
@@ -144,6 +154,12 @@ class BackfillKeeper:
             return [await calls.call(shard, "status") for shard in range(calls.n_shards)]
         finally:
             await calls.close()
+
+
+def _known_by_all(registry: Registry, generation: int) -> bool:
+    """Return whether all who take events in go by a generation of the views."""
+    known = [one.generation for one in registry.views.ingresses().values() if is_alive(asdict(one))]
+    return bool(known) and min(known) >= generation
 
 
 def wait_until_whole(
@@ -170,8 +186,8 @@ def wait_until_whole(
         if say is not None and time.monotonic() - said_s >= _SAY_EVERY_S:
             said_s, progress = time.monotonic(), registry.views.progress()
             for one in records:
-                if one.state == "backfilling":
-                    say(f"view {one.name}: backfilling, {progress.get(one.identity, 'about to begin')}")
+                if not one.settled:
+                    say(f"view {one.name}: {one.state}, {progress.get(one.identity, 'about to begin')}")
         time.sleep(_POLL_S / 4)
 
 

@@ -144,6 +144,7 @@ class Cluster:
         try:
             manifest = self._open_directory()
             self.registry = Registry(self.registry_dir)
+            self.registry.views.forget_ingresses()  # of a cluster that was killed
             kept_layout(self.registry, self.layout)
             for definition, versions in checked:
                 self._publish_new(definition, versions)
@@ -364,6 +365,7 @@ class Cluster:
         if self.registry is not None:
             for replica in self.registry.reports():
                 self.registry.forget_report(replica)
+            self.registry.views.forget_ingresses()
             self.registry.close()
             self.registry = None
         if self._memory is not None:

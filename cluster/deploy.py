@@ -54,6 +54,7 @@ __all__ = [
     "check_models",
     "check_pool",
     "client_of",
+    "new_keys_of",
     "nobody",
     "publish",
     "roll_back",
@@ -127,6 +128,11 @@ def versions_of(definition: Definition, layout: Layout) -> list[str]:
     """Return the identities of the views that a layout has for those of a definition."""
     kept = (layout.version_of(view, view) for view in definition.declared().views)
     return [identity_of(view) for view in kept if view is not None]
+
+
+def new_keys_of(layout: Layout, before: Layout) -> list[str]:
+    """Return the identities of the views that a layout has for the sake of keys that nothing was kept by before."""
+    return [t.added for t in layout.tables[len(before.tables) :] if t.routed]
 
 
 @contextmanager

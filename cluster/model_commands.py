@@ -21,6 +21,7 @@ from millpond.cluster.deploy import (
     Running,
     check_models,
     check_pool,
+    new_keys_of,
     publish,
     roll_back,
     versions_of,
@@ -74,7 +75,7 @@ def ids_of(texts: Sequence[str]) -> list[dict[str, Any]]:
 
 class _Tried(msgspec.Struct):
     """What comes of a trial: the definition as it was read, the versions that it makes, the identities of the views
-    that it reads, and of those that the cluster has not."""
+    that it reads, of those that the cluster has not, and of those whose key it keeps nothing by."""
 
     file_name: str
     text: str
@@ -82,6 +83,7 @@ class _Tried(msgspec.Struct):
     versions: list[Version]
     views: list[str]
     new_views: list[str]
+    new_keys: list[str]
 
 
 def deploy_file(
@@ -119,7 +121,8 @@ def deploy_file(
         for model in definition.declared().models:
             if model.pool is not None:
                 check_pool(model.name, model.pool, state["cpus"])
-        tried = _Tried(definition.file_name, definition.text, definition.artifacts, checked, views, new)
+        keys = new_keys_of(cluster.layout, before.layout)
+        tried = _Tried(definition.file_name, definition.text, definition.artifacts, checked, views, new, keys)
         return msgspec.msgpack.encode(tried)
 
     tried = msgspec.msgpack.decode(in_trial(f"definition `{path.name}`", try_out, seconds_max), type=_Tried)
@@ -154,7 +157,7 @@ def _add_views(config: Config, registry: Registry, tried: _Tried) -> tuple[list[
     for, when they are live, and how many seconds that took."""
     begun = time.perf_counter()
     if tried.new_views:
-        registry.views.add(tried.file_name, tried.text, tried.new_views)
+        registry.views.add(tried.file_name, tried.text, tried.new_views, tried.new_keys)
     waited = {one.identity for one in registry.views.all() if one.identity in tried.views and one.state != "live"}
     if not waited:
         return [], 0.0

@@ -44,15 +44,19 @@ class EventsApp(App):
         self._limits = limits
         self._clock = clock
         self._admin_token_sha256 = admin_token_sha256
-        self._layout = layout = client.layout
-        self._decoders = {
-            name: Decoder(source, limits, {k for t in layout.tables_of(name) for k in t.key})
-            for name, source in layout.sources.items()
-        }
+        self._client = client
+        self._decoders: dict[str, Decoder] = {}
+        self.renew_decoders()
         self._queue = IngestQueue(client, self._decoders, queue or QueueLimits())
 
+    def renew_decoders(self) -> None:
+        """Decode by the views that the client has now: their keys have limits of their own."""
+        layout = self._client.layout
+        for name, source in layout.sources.items():
+            self._decoders[name] = Decoder(source, self._limits, {k for t in layout.tables_of(name) for k in t.key})
+
     async def post_events(self, request: Request) -> Response:
-        source = self._layout.source(request.name)
+        source = self._client.layout.source(request.name)
         arrival = _arrival(request)
         if arrival == "given" and self._clock == "wall":
             # On an event clock time is what events say, whoever sends them.

@@ -22,6 +22,7 @@ from millpond.deployments.deployment import Deployment
 from millpond.deployments.events import EventsApp
 from millpond.deployments.explainer import Explainer
 from millpond.deployments.host import HostLimits, ModelHost
+from millpond.deployments.routes_follower import RoutesFollower
 from millpond.deployments.score import ScoreApp, ScoreLimits
 from millpond.deployments.score_log import ScoreLog, ScoreLogSettings
 from millpond.feature_actors.calls import CallIngest, CallRead
@@ -131,6 +132,12 @@ def _connect(spec: ServingSpec) -> tuple[FeatureClient, Any]:
     return client, reads
 
 
+def _follow_routes(
+    spec: ServingSpec, client: FeatureClient, name: str, changed: Callable[[], None] = lambda: None
+) -> None:
+    RoutesFollower(Path(spec.registry_dir), client, f"{name}-{secrets.token_hex(4)}", changed)
+
+
 def _memory_or(calls: ReadPort, spec: ServingSpec) -> ReadPort:
     """Return the port that reads the shards' memory, if they are all on this node; else the one that calls them."""
     try:
@@ -168,6 +175,7 @@ class EventsReplica:
             client, spec.bodies, spec.queue, clock=spec.clock, admin_token_sha256=spec.admin_token_sha256
         )
         self._app.body_timeout_s = spec.body_timeout_s
+        _follow_routes(spec, client, "events", self._app.renew_decoders)
         keep_what_is_there()
 
     def __serve_build_asgi_app__(self) -> EventsApp:
@@ -212,6 +220,7 @@ class CustomReplica:
 
     def __init__(self, spec: ServingSpec, definition: Definition, name: str) -> None:
         client, _ = _connect(spec)
+        _follow_routes(spec, client, name)  # it may send events, too
         (declared,) = (d for d in definition.instances(Deployment) if d.name == name)
         self._app = declared.app(client)
 

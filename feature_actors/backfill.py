@@ -27,7 +27,8 @@ from millpond.feature_actors.view import FeatureView
 
 __all__ = ["AddedView", "Slice", "ViewState", "ViewsPort", "apply_slices", "note_whole", "slices_of", "whole_tables"]
 
-ViewState = Literal["backfilling", "live", "failed"]
+#: A view with a key of its own begins as `added`, see `spread`; the others are backfilled at once.
+ViewState = Literal["added", "routing", "backfilling", "live", "failed"]
 
 #: So many events are applied between two commits: some milliseconds.
 _SLICE_EVENTS = 4_096

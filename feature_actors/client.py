@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import secrets
 import time
+from collections import Counter
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,7 +117,9 @@ class FeatureClient:
         clock: Clock,
         limits: TimeLimits = TimeLimits(),
     ) -> None:
+        #: May be replaced by an extended one while requests are under way.
         self.layout = layout
+        self._under_way: Counter[Layout] = Counter()
         self._map = shard_map
         self._ingest = ingest
         self._read = read
@@ -149,17 +152,33 @@ class FeatureClient:
         Returns when each shard has applied its part. A request that failed can be sent again: what was applied by then
         is not applied again (events with ids, or an idempotency key), nor is it if the request is not sent again.
         """
-        source = self.layout.source(source_name)
+        layout = self.layout
+        self._under_way[layout] += 1
+        try:
+            return await self._ingest_all(layout, source_name, batch, requests)
+        finally:
+            self._under_way[layout] -= 1
+            if not self._under_way[layout]:
+                del self._under_way[layout]
+
+    def has_under_way(self, layout: Layout) -> bool:
+        """Return whether events are under way that were routed by a layout."""
+        return layout in self._under_way
+
+    async def _ingest_all(
+        self, layout: Layout, source_name: str, batch: pa.RecordBatch, requests: Sequence[EventsRequest]
+    ) -> Ingested:
+        source = layout.source(source_name)
         # 1. Stamp the arrival, once for all shards; judge time and conditions before anything is logged.
         received_ms = self._received_ms()
         if refused := self._refused(source, batch, requests, received_ms):
-            return await self._ingest_others(source_name, batch, requests, refused)
+            return await self._ingest_others(layout, source_name, batch, requests, refused)
         if batch.num_rows == 0:
             return Ingested([Ack()] * len(requests), {})
         arrivals = self._stamps(source, batch, requests, received_ms)
         # 2. Every shard that is the home of an id or has a key logs its part; the homes say what is new.
-        events = self._events(source, batch, requests, arrivals, received_ms)
-        concerned, unkeyed = self._concerned(source, events)
+        events = self._events(layout, source, batch, requests, arrivals, received_ms)
+        concerned, unkeyed = self._concerned(layout, source, events)
         offered = await self._offer(events, concerned)
         # 3. The shards of the keys apply what is new.
         await self._take(offered)
@@ -180,6 +199,7 @@ class FeatureClient:
 
     async def _ingest_others(
         self,
+        layout: Layout,
         source_name: str,
         batch: pa.RecordBatch,
         requests: Sequence[EventsRequest],
@@ -192,7 +212,9 @@ class FeatureClient:
         wait_before: dict[int, int] = {}
         if good:
             rows = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in good])
-            others = await self.ingest_all(source_name, batch.take(pa.array(rows)), [requests[i] for i in good])
+            others = await self._ingest_all(
+                layout, source_name, batch.take(pa.array(rows)), [requests[i] for i in good]
+            )
             outcomes |= dict(zip(good, others.outcomes, strict=True))
             wait_before = others.wait_before
         return Ingested([outcomes[i] for i in range(len(requests))], wait_before)
@@ -330,6 +352,7 @@ class FeatureClient:
 
     def _events(
         self,
+        layout: Layout,
         source: Source,
         batch: pa.RecordBatch,
         requests: Sequence[EventsRequest],
@@ -343,12 +366,12 @@ class FeatureClient:
             ids = np.concatenate([_ids_of_rows(r.idempotency_key, r.first_row, r.rows) for r in requests])
             given = any(r.idempotency_key is not None for r in requests)
         contents = hash_columns(batch.columns, n)[:, 0].view(np.int64) if given else np.zeros(n, np.int64)
-        return Events(source.name, batch, ids, contents, given, arrivals, received_ms)
+        return Events(source.name, batch, ids, contents, given, arrivals, received_ms, len(layout.added_keys))
 
-    def _concerned(self, source: Source, events: Events) -> tuple[Bools, Bools]:
+    def _concerned(self, layout: Layout, source: Source, events: Events) -> tuple[Bools, Bools]:
         """Return which shards have a part of which events, bool [shards, n], as home or by a key, and which events lack
         a key, bool [n]."""
-        concerned, unkeyed = shards_of_keys(self.layout, self._map, source.name, events.batch)
+        concerned, unkeyed = shards_of_keys(layout, self._map, source.name, events.batch, events.keys_known)
         concerned[self._map.shards_of(events.ids), np.arange(events.n)] = True
         return concerned, unkeyed
 

@@ -315,11 +315,13 @@ class DurableShard:
         assert isinstance(record, OfferRecord)
         home = HomeRecord(self.shard.number, offset, settled)
         rows = np.flatnonzero(record.routes & 1)
-        declared = self._layout.source(record.source)
-        batch = declared.upgraded(record.batch)
-        everything = Events.judged(record.source, batch, record.arrivals, record.received_ms)
+        layout = self.shard.layout
+        batch = layout.source(record.source).upgraded(record.batch)
+        # They go to those keys that they were meant for then: what is of a later one is brought there by `spread`.
+        known = max((t.key_number for t in layout.tables_of(record.source) if t.key in record.tables), default=0)
+        everything = Events.judged(record.source, batch, record.arrivals, record.received_ms, known)
         events = everything.of_rows(rows, record.arrivals[:0])
-        concerned, _ = shards_of_keys(self._layout, self.shard.shard_map, record.source, events.batch)
+        concerned, _ = shards_of_keys(layout, self.shard.shard_map, record.source, events.batch, known)
         return home, events, concerned
 
     # -- snapshots, history, truncation

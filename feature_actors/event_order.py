@@ -31,6 +31,7 @@ from millpond.feature_actors.past import Past
 from millpond.feature_actors.routes import key_validity
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.source import Source
+from millpond.feature_actors.spread import is_brought
 
 __all__ = ["EventOrder", "Run"]
 
@@ -143,6 +144,8 @@ class EventOrder:
     def _parts(self, shard: int) -> Iterator[_Part]:
         newest = -_NEVER
         for _, record in self._past.records(shard):
+            if is_brought(record):
+                continue
             source = self._sources.get(record.source)
             if source is None:
                 self.undeclared.add(record.source)

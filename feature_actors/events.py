@@ -11,12 +11,14 @@ import pyarrow as pa
 
 from millpond.feature_actors.keys import Hashes
 
-__all__ = ["ELSEWHERE", "Events", "PastEvents", "Receipt"]
+__all__ = ["ALL_KEYS", "ELSEWHERE", "Events", "PastEvents", "Receipt"]
 
 Ints = npt.NDArray[np.int64]
 
 #: The verdict of a shard that is not the home of an event; the others are in `dedupe`.
 ELSEWHERE = 3
+#: More than there are.
+ALL_KEYS = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,8 @@ class Events:
 
     ids uint64 [n, 2]: hashes of the event ids, or of the request's key and the row; ids_given: whether the sender chose
     them, so that they may come again. contents int64 [n]: hashes of the whole events. arrivals int64 [n]: stamps, or
-    one more, which only moves the clock. received_ms: when the request came, by which ids are remembered.
+    one more, which only moves the clock. received_ms: when the request came, by which ids are remembered. keys_known:
+    up to which number they have been brought to the keys that came while the cluster runs, see `Layout.added_keys`.
     """
 
     source: str
@@ -35,12 +38,16 @@ class Events:
     ids_given: bool
     arrivals: Ints
     received_ms: int
+    keys_known: int = ALL_KEYS
 
     @classmethod
-    def judged(cls, source: str, batch: pa.RecordBatch, arrivals: Ints, received_ms: int) -> Events:
+    def judged(
+        cls, source: str, batch: pa.RecordBatch, arrivals: Ints, received_ms: int, keys_known: int = ALL_KEYS
+    ) -> Events:
         """Return events whose ids do not matter any more."""
         n = batch.num_rows
-        return cls(source, batch, np.zeros((n, 2), np.uint64), np.zeros(n, np.int64), False, arrivals, received_ms)
+        ids, contents = np.zeros((n, 2), np.uint64), np.zeros(n, np.int64)
+        return cls(source, batch, ids, contents, False, arrivals, received_ms, keys_known)
 
     @property
     def n(self) -> int:
@@ -61,6 +68,7 @@ class Events:
             self.ids_given,
             np.concatenate([self.arrivals[rows], clock]),
             self.received_ms,
+            self.keys_known,
         )
 
 

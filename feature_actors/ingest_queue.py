@@ -49,7 +49,6 @@ class _Waiting:
 class _Lane:
     """What waits of one source, and how much is under way."""
 
-    decoder: Decoder
     waiting: list[_Waiting] = field(default_factory=list)
     waiting_rows: int = 0
     under_way: int = 0
@@ -64,7 +63,9 @@ class IngestQueue:
 
     def __init__(self, client: FeatureClient, decoders: dict[str, Decoder], limits: QueueLimits) -> None:
         self._client = client
-        self._lanes = {name: _Lane(decoder) for name, decoder in decoders.items()}
+        #: By source; they may be replaced.
+        self._decoders = decoders
+        self._lanes = {name: _Lane() for name in decoders}
         self._limits = limits
         self._events = self._bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -118,7 +119,7 @@ class IngestQueue:
     async def _travel(self, source: str, lane: _Lane, load: list[_Waiting]) -> None:
         ingested: Ingested | None = None
         try:
-            ingested = await self._ingest(source, lane.decoder, load)
+            ingested = await self._ingest(source, self._decoders[source], load)
             outcomes: Sequence[Ack | Exception] = ingested.outcomes
         except Exception as error:
             outcomes = [error] * len(load)

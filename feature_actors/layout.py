@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -98,6 +98,8 @@ class Table:
     need at most.
     views_keep_ms: how long after its last event an entity can be known to a view, or `FOR_EVER`.
     added: identity of the one view that it is of, if that came while the cluster ran; "" if it was there at the start.
+    routed: whether events are brought here for its key; else it shares the route of another table of source and key.
+    key_number: of a key that came while the cluster ran, counted from 1; 0 if events were brought here from the start.
     """
 
     number: int
@@ -115,6 +117,8 @@ class Table:
     series_program: Words
     column_program: Words
     added: str = ""
+    routed: bool = True
+    key_number: int = 0
     _programs: dict[int, TableProgram] = field(default_factory=dict, repr=False)
 
     @property
@@ -210,6 +214,8 @@ class Layout:
         self._table_numbers: dict[tuple[str, tuple[str, ...]], int] = {}
         #: Of the views that have a table of their own, by identity.
         self._added_numbers: dict[str, int] = {}
+        #: Source and key of the routes that came while the cluster ran.
+        self.added_keys: tuple[tuple[str, tuple[str, ...]], ...] = ()
         grouped: dict[tuple[str, tuple[str, ...]], list[FeatureView]] = {}
         for view in views:
             grouped.setdefault((view.source.name, tuple(view.key)), []).append(view)
@@ -247,8 +253,10 @@ class Layout:
         failed: the identities of views whose tables only keep the place of others: nobody reads them. superseded: of
         those that do not go by their name any more.
 
-        Raises `DeclarationError` for a view that cannot be added: it is kept already, its source is another here, or
-        nothing is kept by its key, so that events were not brought to where it needs them.
+        Where nothing was kept by its key, events are brought to that from now on, see `added_keys`.
+
+        Raises `DeclarationError` for a view that cannot be added: it is kept already, its source is another here, or a
+        field of its key has another type in another key.
         """
         other = copy.copy(self)
         other.views, other.tables, other.kept_views = dict(self.views), list(self.tables), dict(self.kept_views)
@@ -258,7 +266,9 @@ class Layout:
             self._check_addable(view, identity, other.kept_views)
             other._added_numbers[identity] = number = len(other.tables)
             source, key = self.sources[view.source.name], tuple(view.key)
-            other.tables.append(_compile_table(number, source, key, [view], other.slot_words, added=identity))
+            routed, key_number = other._route_of(source.name, key)
+            table = _compile_table(number, source, key, [view], other.slot_words, added=identity)
+            other.tables.append(replace(table, routed=routed, key_number=key_number))
             if identity not in failed:
                 other.kept_views[identity] = view
                 if identity not in superseded:
@@ -287,12 +297,26 @@ class Layout:
                 f"view `{view.name}`: source `{known.name}` is declared otherwise than the cluster has it; declare it "
                 "word for word, or start the cluster with the definition"
             )
-        if known is None or (known.name, tuple(view.key)) not in self._table_numbers:
-            key = ", ".join(f"`{name}`" for name in view.key)
+        if known is None:
             raise DeclarationError(
-                f"view `{view.name}`: the cluster keeps nothing of source `{view.source.name}` by {key} yet, so past "
-                "events are not where it needs them; start the cluster with the definition"
+                f"view `{view.name}`: the cluster has no source `{view.source.name}`"
+                + did_you_mean(view.source.name, self.sources)
+                + "; start the cluster with the definition"
             )
+        kinds = {name: (_key_kind(one, name), one) for one in kept.values() for name in one.key}
+        for name in view.key:
+            kind, one = kinds.get(name, ("", view))
+            if kind and kind != _key_kind(view, name):
+                raise _two_kinds(name, view, one)
+
+    def _route_of(self, source: str, key: tuple[str, ...]) -> tuple[bool, int]:
+        """Return whether a table brings a new route for its key, which is taken down, and the key's number."""
+        if (source, key) in self._table_numbers:
+            return False, 0
+        if (source, key) in self.added_keys:
+            return False, 1 + self.added_keys.index((source, key))
+        self.added_keys += ((source, key),)
+        return True, len(self.added_keys)
 
     @cached_property
     def digest(self) -> int:
@@ -615,7 +639,7 @@ def compile_layout(sources: Iterable[Source], views: Iterable[FeatureView]) -> L
         if other is not source and other != source:
             raise DeclarationError(f"two different sources are named `{source.name}`")
     names: dict[str, FeatureView] = {}
-    key_types: dict[str, tuple[str, FeatureView]] = {}
+    key_types: dict[str, FeatureView] = {}
     for view in all_views:
         other_view = names.setdefault(view.name, view)
         if not same_view(view, other_view):
@@ -623,11 +647,18 @@ def compile_layout(sources: Iterable[Source], views: Iterable[FeatureView]) -> L
                 f"two different views are named `{view.name}`; files that share a view declare it word for word"
             )
         for name in view.key:
-            kind = "string" if view.source.fields[name].type == "string" else "int64"
-            known = key_types.setdefault(name, (kind, view))
-            if known[0] != kind:
-                raise DeclarationError(
-                    f"key field `{name}` is {kind} in view `{view.name}` and {known[0]} in view "
-                    f"`{known[1].name}`; a key field has one type in a cluster"
-                )
+            known = key_types.setdefault(name, view)
+            if _key_kind(known, name) != _key_kind(view, name):
+                raise _two_kinds(name, view, known)
     return Layout(list(by_name.values()), list(names.values()))
+
+
+def _key_kind(view: FeatureView, name: str) -> str:
+    return "string" if view.source.fields[name].type == "string" else "int64"
+
+
+def _two_kinds(name: str, view: FeatureView, other: FeatureView) -> DeclarationError:
+    return DeclarationError(
+        f"key field `{name}` is {_key_kind(view, name)} in view `{view.name}` and {_key_kind(other, name)} in view "
+        f"`{other.name}`; a key field has one type in a cluster"
+    )

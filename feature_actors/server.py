@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from millpond.feature_actors.allocators import give_back
 from millpond.feature_actors.backfill import (
+    AddedView,
     ViewsPort,
     apply_slices,
     note_whole,
@@ -35,8 +36,8 @@ from millpond.feature_actors.backfill import (
 from millpond.feature_actors.calls import CallIngest, Calls
 from millpond.feature_actors.durable import DurableShard, ShardFolder, VolatileLog
 from millpond.feature_actors.errors import MillpondError, TooMany, Unavailable
-from millpond.feature_actors.events import Receipt
-from millpond.feature_actors.layout import Table, compile_layout, identity_of
+from millpond.feature_actors.events import Events, Receipt
+from millpond.feature_actors.layout import Layout, Table, compile_layout, identity_of
 from millpond.feature_actors.log.history import delete_expired
 from millpond.feature_actors.log.log import Durability, Log, LogFull
 from millpond.feature_actors.log.record import HomeRecord, LogDamaged
@@ -47,12 +48,14 @@ from millpond.feature_actors.log.snapshot import (
     remove_old_snapshots,
 )
 from millpond.feature_actors.manifest import lock_shard, note_log, open_shard, shard_dir
+from millpond.feature_actors.past import Past
 from millpond.feature_actors.ports import all_of
 from millpond.feature_actors.shard import Prepared, Shard
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.shard_past import ShardPast
 from millpond.feature_actors.socket_calls import serve_socket, socket_path
 from millpond.feature_actors.source import Source
+from millpond.feature_actors.spread import BroughtBefore, batched, brought_before, lacking, note_brought
 from millpond.feature_actors.tiles.memory import Control, Memory
 from millpond.feature_actors.tiles.store import SPARE_SLOT_WORDS
 from millpond.feature_actors.view import FeatureView
@@ -134,7 +137,7 @@ class ShardServer:
 
     #: What may be called.
     METHODS = frozenset(
-        {"ingest", "offer", "take", "deliver", "settle", "ready", "read", "status", "check", "snapshot", "drain"}
+        ("ingest", "offer", "take", "deliver", "settle", "cut", "ready", "read", "status", "check", "snapshot", "drain")
     )
 
     def __init__(self, spec: ShardSpec, number: int, peers: Callable[[], Calls]) -> None:
@@ -170,6 +173,10 @@ class ShardServer:
         self._housekeeping = asyncio.Lock()
         #: By the identities of their views.
         self._added: dict[str, _Added] = {}
+        #: Keys up to this number are known by all who send events, see `spread`; from which offsets on each has been.
+        self._keys_required = 0
+        self._cuts: dict[int, int] = {}
+        self._brought: BroughtBefore = {}
         self._views_generation = -1
         #: Why it cannot take in views that came, "" if it can.
         self._views_failure = ""
@@ -269,6 +276,9 @@ class ShardServer:
         sure_to = log.next if durability == "sync" else 0  # the rest may go with the power
         note_log(Path(spec.data_dir), self._number, spec.cluster_id, log.next, sure_to=sure_to)
         durable = DurableShard(self._layout, self._shard, log, folder)
+        self._brought = brought_before(folder.path, log, self._layout.added_keys)
+        note_brought(folder.path, self._brought, log.next)
+        self._cuts = dict.fromkeys(range(1, self._keys_required + 1), log.next)
         if durable.history is not None and durable.history.done_to > log.next:
             raise LogDamaged(
                 f"log: it ends at offset {log.next}, and the history goes to {durable.history.done_to}; restore both "
@@ -330,14 +340,25 @@ class ShardServer:
         self._check()
         self._shard.deliveries.settle(settled)
         self._check_queue()
-        return encode_receipt(await self._written(self._shard.prepare_ingest(decode_events(events, self._layout))))
+        return encode_receipt(await self._written(self._shard.prepare_ingest(self._decoded(events))))
 
     async def offer(self, request: bytes, events: Any, settled: Sequence[int]) -> Any:
         self._check()
         self._shard.deliveries.settle(settled)
         self._check_queue()
-        decoded = decode_events(events, self._layout)
+        decoded = self._decoded(events)
         return encode_receipt(await self._written(self._shard.prepare_offer(request, decoded, time.monotonic())))
+
+    def _decoded(self, wire: Any) -> Events:
+        events = decode_events(wire, self._layout)
+        if events.keys_known < self._keys_required:
+            raise Unavailable(
+                f"shard {self._number} of {self._of}: the process that sends these events has not heard of a key that "
+                "came; send them again",
+                code="stale_routes",
+                retry_after_ms=200,
+            )
+        return events
 
     async def take(self, request: bytes, accepted: bytes, homes: Sequence[Sequence[int]]) -> None:
         self._check()
@@ -477,6 +498,7 @@ class ShardServer:
         failed = {identity_of(one.view) for one in views if one.state == "failed"}
         layout = self._layout_at_start.extended([one.view for one in views], failed)
         self._added = {}
+        self._keys_required = _required(layout, views)
         for table, one in zip(self._shard.extend(layout), views, strict=True):
             self._added[table.added] = _Added(table, one.state)
             was_whole = one.state == "live" or table.added in whole or self._spec.durability == "none"
@@ -500,6 +522,7 @@ class ShardServer:
                     for table, one in zip(self._shard.extend(layout), new, strict=True):
                         self._added[table.added] = _Added(table, one.state)
                     self._layout, self._decoder = layout, QuestionDecoder(layout)
+                    await self._follow_states(views)
                     self._views_generation, self._views_failure = generation, ""
                 waiting = [one for one in self._added.values() if one.state == "backfilling"]
                 if waiting and not self._refuses:
@@ -510,6 +533,54 @@ class ShardServer:
                 self._views_failure = error.message if isinstance(error, MillpondError) else repr(error)
                 await asyncio.sleep(_HOUSE_AGAIN_S)
             await asyncio.sleep(_VIEWS_S)
+
+    async def _follow_states(self, views: Sequence[AddedView]) -> None:
+        """Take down who knows of keys that came by now."""
+        for mine, one in zip(self._added.values(), views, strict=True):
+            if mine.state in ("added", "routing"):
+                mine.state = one.state
+        if (required := _required(self._layout, views)) > self._keys_required:
+            before, self._keys_required = self._keys_required, required
+            await self._written(Prepared(0))  # what was taken of others gets into the log
+            self._cuts |= dict.fromkeys(range(before + 1, required + 1), self._shard.next_offset)
+
+    async def cut(self, key_number: int) -> int:
+        """Return an offset: in this shard's log all from there on is of who knows a key. Raises `Unavailable`."""
+        self._check()
+        if key_number not in self._cuts:
+            raise Unavailable(
+                f"shard {self._number} of {self._of} has not heard yet that all know of key {key_number}",
+                code="key_unknown", retry_after_ms=200,
+            )  # fmt: skip
+        return self._cuts[key_number]
+
+    async def _bring(self, key_number: int) -> None:
+        """Write to the log what is of this shard by a key that came, and lies in the logs of others, or here, where
+        nobody had meant it for that key."""
+        key, spec, loop = self._layout.added_keys[key_number - 1], self._spec, asyncio.get_running_loop()
+        past, of = Past(Path(spec.data_dir), spec.history_uri), self._brought.setdefault(key, {})
+        for home in range(self._of):
+            cut = await self._cut_of(home, key_number)
+            records = past.records(home, of.get(home, 0)) if of.get(home, 0) < cut else iter(())
+            some = batched(lacking(records, home, key, cut))
+            while lacks := await loop.run_in_executor(self._views, next, some, None):
+                begun = time.perf_counter()
+                prepared = [self._shard.prepare_brought(one.record, key[1], one.brought) for one in lacks]
+                await asyncio.gather(*(self._written(one) for one in prepared if one.record is not None))
+                of[home] = lacks[-1].brought.before
+                await asyncio.sleep((time.perf_counter() - begun) * _REST)
+            of[home] = max(cut, of.get(home, 0))
+        folder = shard_dir(Path(spec.data_dir), self._number)
+        await loop.run_in_executor(self._views, note_brought, folder, self._brought, self._shard.next_offset)
+
+    async def _cut_of(self, home: int, key_number: int) -> int:
+        while True:
+            try:
+                if home == self._number:
+                    return await self.cut(key_number)
+                return int(await self._peers().call(home, "cut", key_number))
+            except Unavailable:  # it will have heard, or is being restarted
+                await asyncio.sleep(_VIEWS_S)
 
     async def _backfill(self, added: Sequence[_Added]) -> None:
         """Bring tables to where the others are. What cannot be is said to have failed, and events pass it by."""
@@ -529,6 +600,8 @@ class ShardServer:
         assert durable is not None
         if not isinstance(durable.log, Log):
             raise Unavailable('without a log (`durability = "none"`) nothing is known of what was before the view')
+        for number in sorted({table.key_number for table in tables} - {0}):
+            await self._bring(number)
         past = durable.past()
         # 1. All that is in history and log by now.
         await self._read_on(past, added)
@@ -725,6 +798,13 @@ class ShardServer:
     async def check(self) -> list[str]:
         self._check()
         return self._shard.check()
+
+
+def _required(layout: Layout, views: Sequence[AddedView]) -> int:
+    """Return up to which number all who send events know the keys that came."""
+    states = {identity_of(one.view): one.state for one in views}
+    known = ("backfilling", "live")
+    return max((t.key_number for t in layout.tables if t.added and states.get(t.added) in known), default=0)
 
 
 async def _cancel_all() -> None:

@@ -38,10 +38,17 @@ import pyarrow.compute as pc
 from millpond.feature_actors.dedupe import DUPLICATE, NEW, IdFilter, IdMemory
 from millpond.feature_actors.deliveries import Deliveries
 from millpond.feature_actors.errors import Unavailable
-from millpond.feature_actors.events import ELSEWHERE, Events, PastEvents, Receipt
+from millpond.feature_actors.events import ALL_KEYS, ELSEWHERE, Events, PastEvents, Receipt
 from millpond.feature_actors.keys import Hashes, hash_columns, owned, slots_of
 from millpond.feature_actors.layout import Layout, Table
-from millpond.feature_actors.log.record import EventsRecord, HomeRecord, OfferRecord, TakeRecord
+from millpond.feature_actors.log.record import (
+    BROUGHT_LATER,
+    Brought,
+    EventsRecord,
+    HomeRecord,
+    OfferRecord,
+    TakeRecord,
+)
 from millpond.feature_actors.plan import Answer, Question
 from millpond.feature_actors.reader import MemoryReader
 from millpond.feature_actors.routes import key_validity
@@ -101,6 +108,7 @@ class Prepared:
     record: for the log, None if there is nothing new. verdicts uint8 [n], as of `Receipt`. routes: what goes to each
     table, and which rows. heard: arrival stamps that move time, None for all: those of what is in the log, so that a
     replay hears the same. remembered: ids that were new. homes: of whose records it applies the part of this shard.
+    keys_known: as of `Events`.
     """
 
     received_ms: int
@@ -112,6 +120,7 @@ class Prepared:
     heard: Ints | None = None
     remembered: list[tuple[IdFilter, Ints, Ints, Ints]] = field(default_factory=list)
     homes: tuple[HomeRecord, ...] = ()
+    keys_known: int = ALL_KEYS
     promised_words: int = 0
     offer: tuple[bytes, _Offer] | None = None
 
@@ -225,6 +234,10 @@ class Shard:
         self._reader = MemoryReader(shard_map, [number])
         self._reader.attach(number, self.memory)
 
+    @property
+    def layout(self) -> Layout:
+        return self._layout
+
     # -- events: prepare, log, commit
 
     def prepare_ingest(self, events: Events) -> Prepared:
@@ -286,7 +299,9 @@ class Shard:
         prepared = offer.prepared
         rows = np.flatnonzero(accepted[offer.kept])
         assert isinstance(prepared.record, OfferRecord)
-        if len(prepared.routes) < len(self._routed(prepared.record.source)):  # a table was added since
+        if len(prepared.routes) < len(
+            self._routed(prepared.record.source, prepared.keys_known)
+        ):  # a table was added since
             self._route_anew(prepared, rows)
         else:
             prepared.routes = [(route, of[accepted[of]]) for route, of in prepared.routes]
@@ -311,6 +326,26 @@ class Shard:
         except BaseException:
             self.undo(prepared)
             raise
+        return prepared
+
+    def prepare_brought(self, record: EventsRecord, key: tuple[str, ...], brought: Brought) -> Prepared:
+        """Prepare to log what of a home's record is of this shard's by a key that came later; no table is given it yet.
+
+        record: without that key among its `tables`. The rest of the record is passed over.
+        """
+        prepared = Prepared(record.received_ms)
+        batch = self._layout.source(record.source).upgraded(record.batch)
+        keys = [batch.column(name) for name in key]
+        slots = slots_of(hash_columns(keys, batch.num_rows), self.shard_map.n_slots)
+        mine = key_validity(keys, batch.num_rows) & self._owned[slots] & ((record.routes & np.uint32(1)) != 0)
+        rows = np.flatnonzero(mine)
+        prepared.heard = prepared.arrivals  # time has been told of them
+        if not len(rows):
+            return prepared
+        prepared.record = EventsRecord(
+            record.source, record.version, record.received_ms, (key, BROUGHT_LATER), record.arrivals[rows],
+            np.full(len(rows), 2, np.uint32), record.batch.take(pa.array(rows)), brought=brought,
+        )  # fmt: skip
         return prepared
 
     def commit(self, prepared: Prepared, offset: int | None = None, since_s: float = 0.0) -> Receipt:
@@ -583,6 +618,7 @@ class Shard:
         chosen[rows] = True
         prepared.heard = events.arrivals[events.n :]
         prepared.times, prepared.arrivals = self._times(events.source, events.batch), owned(events.arrivals)
+        prepared.keys_known = events.keys_known
         for route in self._routes(prepared, events.source, events.batch, events.arrivals, chosen):
             prepared.routes.append((route, route.rows))
 
@@ -590,9 +626,9 @@ class Shard:
         """Return the routes of n events as a record has them; home: those that are new here."""
         bits = np.zeros(n, np.uint32)
         bits[home] = 1
-        for number, (route, rows) in enumerate(prepared.routes):
-            if not route.table.added:  # those go by the route of the same key
-                bits[rows] |= np.uint32(2 << number)
+        routed = ((route, rows) for route, rows in prepared.routes if route.table.routed)
+        for number, (_, rows) in enumerate(routed):
+            bits[rows] |= np.uint32(2 << number)
         return bits
 
     def _fields(self, prepared: Prepared, events: Events, bits: npt.NDArray[np.uint32], kept: Ints) -> Any:
@@ -602,7 +638,7 @@ class Shard:
             batch, stamps, bits = batch.take(pa.array(kept)), stamps[kept], bits[kept]
         source = self._layout.source(events.source)
         ids = events.ids[kept] if events.ids_given and source.event_id is None else None
-        tables = tuple(route.table.key for route, _ in prepared.routes if not route.table.added)
+        tables = tuple(route.table.key for route, _ in prepared.routes if route.table.routed)
         prepared.heard = np.concatenate([stamps, clock])
         return source.name, source.version, prepared.received_ms, tables, stamps, bits, batch, ids
 
@@ -632,9 +668,13 @@ class Shard:
         )
         self._events[route.table.name] += len(one.rows)
 
-    def _routed(self, source: str) -> list[Table]:
-        """Return the tables of a source that events are prepared for."""
-        return [t for t in self._layout.tables_of(source) if self._behind.get(t.number, _NO_QUEUE) is not None]
+    def _routed(self, source: str, keys_known: int) -> list[Table]:
+        """Return the tables of a source that events are prepared for: also one that commits pass by, if it is for that
+        one that they are brought here."""
+        return [
+            t for t in self._layout.tables_of(source)
+            if t.key_number <= keys_known and (t.routed or self._behind.get(t.number, _NO_QUEUE) is not None)
+        ]  # fmt: skip
 
     def _route_anew(self, prepared: Prepared, rows: Ints) -> None:
         """Find for an offer that was made before tables were added which of its events go to which table here, these,
@@ -644,7 +684,9 @@ class Shard:
         self._store.keep_promise(prepared.promised_words)
         heard, prepared.promised_words, prepared.routes = prepared.heard, 0, []
         batch = self._layout.source(record.source).upgraded(record.batch)
-        self._route(prepared, Events.judged(record.source, batch, record.arrivals, record.received_ms), rows)
+        known = prepared.keys_known
+        events = Events.judged(record.source, batch, record.arrivals, record.received_ms, known)
+        self._route(prepared, events, rows)
         prepared.heard = heard
 
     def _times(self, source: str, batch: pa.RecordBatch) -> Ints:
@@ -667,7 +709,7 @@ class Shard:
         """
         n = batch.num_rows
         if tables is None:
-            tables = self._routed(source)
+            tables = self._routed(source, prepared.keys_known)
         of_keys: dict[tuple[str, ...], tuple[Ints, Ints, Ints]] = {}
         for key in (table.key for table in tables):
             if key not in of_keys:

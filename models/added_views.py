@@ -2,20 +2,22 @@
 
 A view is written down before any shard hears of it, and keeps its number: its table has the same place everywhere. It
 is `backfilling` until all shards have it whole, then `live`; or it has `failed`, and keeps only its place until the
-cluster is started anew.
+cluster is started anew. Before that, one with a key that nothing is kept by yet is `added` until all shards have its
+table, and `routing` until all who take events in bring them to its key, see `feature_actors.spread`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from millpond.feature_actors.backfill import ViewState
 from millpond.models.index import Change, Index
 
-__all__ = ["AddedViewRecord", "AddedViews", "Progress"]
+__all__ = ["AddedViewRecord", "AddedViews", "Ingress", "Progress", "routed_by_now"]
 
-_VIEW, _PROGRESS = "view/", "backfill/"
+_VIEW, _PROGRESS, _INGRESS = "view/", "backfill/", "ingress/"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ class AddedViewRecord:
     def name(self) -> str:
         return self.identity.partition("#")[0]
 
+    @property
+    def settled(self) -> bool:
+        return self.state in ("live", "failed")
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -55,6 +61,20 @@ class Progress:
         return f"{share} of {self.of:,} records, {self.whole} of {self.shards} shards"
 
 
+@dataclass(frozen=True)
+class Ingress:
+    """A process that takes events in. generation: of which no request is under way that was routed by an older one."""
+
+    pid: int
+    started_ticks: int
+    generation: int
+
+
+def routed_by_now(records: Sequence[AddedViewRecord]) -> Sequence[AddedViewRecord]:
+    """Return the views that who takes events in goes by: those before the first that not all shards have yet."""
+    return list(itertools.takewhile(lambda one: one.state != "added", records))
+
+
 class AddedViews:
     """Of a registry. Each change of theirs is one of its generation; progress is none."""
 
@@ -65,20 +85,30 @@ class AddedViews:
         """Return them in the order of their numbers."""
         return sorted(self._index.under(_VIEW, AddedViewRecord).values(), key=lambda one: one.number)
 
-    def add(self, file_name: str, text: str, identities: Iterable[str]) -> int:
-        """Add views that a definition declares; those that are there stay as they are. Return the generation."""
+    def add(self, file_name: str, text: str, identities: Iterable[str], new_keys: Collection[str] = ()) -> int:
+        """Add views that a definition declares; those that are there stay as they are. Return the generation.
+
+        new_keys: those of them with a key that nothing is kept by yet.
+        """
         with self._index.change() as change:
             known = {one.identity for one in self.all()}
             new = [identity for identity in identities if identity not in known]
             for number, identity in enumerate(new, len(known)):
-                change.set(_VIEW + identity, AddedViewRecord(identity, number, file_name, text))
+                state: ViewState = "added" if identity in new_keys else "backfilling"
+                change.set(_VIEW + identity, AddedViewRecord(identity, number, file_name, text, state))
         return change.generation
 
+    def advance(self, identity: str, state: ViewState) -> None:
+        """Say that a view has come to its next state, which is none of its last."""
+        with self._index.change() as change:
+            if (one := self._index.get(_VIEW + identity, AddedViewRecord)) is not None and not one.settled:
+                self._set(change, replace(one, state=state))
+
     def settle(self, identity: str, state: ViewState, why: str = "", history_since_ms: int | None = None) -> None:
-        """Say what has become of a view that was backfilling."""
+        """Say what has become of a view."""
         with self._index.change() as change:
             one = self._index.get(_VIEW + identity, AddedViewRecord)
-            if one is not None and one.state == "backfilling":
+            if one is not None and not one.settled:
                 self._set(change, replace(one, state=state, why=why, history_since_ms=history_since_ms))
             self._index.delete(_PROGRESS + identity)
 
@@ -104,6 +134,19 @@ class AddedViews:
     def progress(self) -> Mapping[str, Progress]:
         """Return how far the backfills that are under way are, by identity."""
         return self._index.under(_PROGRESS, Progress)
+
+    # -- who takes events in
+
+    def say_known(self, ingress: str, pid: int, ticks: int, generation: int) -> None:
+        """Write down that a process brings events to all keys that were `routing` in a generation."""
+        self._index.set(_INGRESS + ingress, Ingress(pid, ticks, generation))
+
+    def ingresses(self) -> Mapping[str, Ingress]:
+        return self._index.under(_INGRESS, Ingress)
+
+    def forget_ingresses(self) -> None:
+        for ingress in self.ingresses():
+            self._index.delete(_INGRESS + ingress)
 
     def check(self) -> list[str]:
         """Return what is wrong: numbers with gaps."""

@@ -415,7 +415,7 @@ class Registry:
 
 
 #: The first part of every key.
-_KEYS = frozenset({"format", "generation", "version", "rollout", "report", "attempt", "view", "backfill"})
+_KEYS = frozenset({"format", "generation", "version", "rollout", "report", "attempt", "view", "backfill", "ingress"})
 
 
 def _key(version: Version) -> str:

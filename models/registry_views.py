@@ -40,10 +40,10 @@ def extended_layout(layout: Layout, records: Sequence[AddedViewRecord]) -> Layou
     superseded = {one.identity for one in records if one.superseded}
     names = set(layout.views)
     for one in records:
-        if one.state == "backfilling" and one.name in names:
-            superseded.add(one.identity)
-        elif one.state == "live":
+        if one.state == "live":
             names.add(one.name)
+        elif not one.settled and one.name in names:
+            superseded.add(one.identity)
     return layout.extended([declared_view(one) for one in records], failed, superseded)
 
 

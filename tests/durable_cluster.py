@@ -33,6 +33,7 @@ from millpond.feature_actors.past import Past
 from millpond.feature_actors.ports import LocalRead, complete
 from millpond.feature_actors.shard import Prepared, Shard
 from millpond.feature_actors.shard_map import ShardMap
+from millpond.feature_actors.spread import batched, brought_before, lacking, note_brought
 from millpond.feature_actors.tiles.store import SPARE_SLOT_WORDS
 from millpond.feature_actors.view import FeatureView
 
@@ -66,6 +67,8 @@ class DurableCluster:
         self.layout, self.folder = layout, folder
         #: Views that came since the start.
         self.added: list[FeatureView] = []
+        #: So many of them the ingress knows; and so many keys that came does every ingress know.
+        self.routed_views = self.keys_required = 0
         self._backfills: dict[int, Iterator[None]] = {}
         #: Whether a backfill goes on when the next take comes, after its offer.
         self.backfill_at_take = 0
@@ -98,6 +101,8 @@ class DurableCluster:
         folder.mkdir(parents=True, exist_ok=True)
         durable = DurableShard(self.layout, shard, Log(of.log, "process"), of)
         durable.folder = folder  # type: ignore[attr-defined]
+        durable.brought = brought_before(folder, durable.log, shard.layout.added_keys)  # type: ignore[attr-defined]
+        note_brought(folder, durable.brought, durable.log.next)  # type: ignore[attr-defined]
         durable.recover()
         return durable
 
@@ -105,7 +110,8 @@ class DurableCluster:
         """Start a new ingress: what the last one had not told the homes, nobody tells them."""
         read = LocalRead([d.shard for d in self.shards])
         limits = TimeLimits(ahead_ms_max=AHEAD_MS_MAX)
-        self.client = FeatureClient(self.layout.extended(self.added), self.shard_map, self, read, self.clock, limits)
+        layout = self.layout.extended(self.added[: self.routed_views])
+        self.client = FeatureClient(layout, self.shard_map, self, read, self.clock, limits)
 
     def restart(self, number: int, wal_bytes_max: int | None = None) -> None:
         """Let a successor recover a shard from what is on disk; wal_bytes_max: where the write-ahead file ends."""
@@ -249,14 +255,21 @@ class DurableCluster:
         (directory / "manifest.json").write_text(json.dumps(manifest))
         return directory
 
-    def add_view(self, view: FeatureView) -> None:
-        """Have a view from now on; `backfill_steps` brings it what was before."""
+    def add_view(self, view: FeatureView, *, routed: bool = True) -> None:
+        """Have a view from now on; `backfill_steps` brings it what was before. routed: the ingress knows it, too."""
         self.added.append(view)
         layout = self.layout.extended(self.added)
         for durable in self.shards:
             durable.shard.extend(layout)
         self._backfills.clear()
+        if routed:
+            self.route_views()
+
+    def route_views(self) -> None:
+        """Have an ingress that knows all views, and no other from now on."""
+        self.routed_views = len(self.added)
         self._connect()
+        self.keys_required = len(self.client.layout.added_keys)
 
     def backfill_steps(self, number: int, steps: int) -> bool:
         """Go on with the backfill of a shard, or begin it; return whether nothing is left to do. No snapshot is under
@@ -271,10 +284,33 @@ class DurableCluster:
                 return True
         return False
 
-    @staticmethod
-    def _backfill(durable: DurableShard) -> Iterator[None]:
+    def _spread(self, durable: DurableShard, key_number: int) -> Iterator[None]:
+        """The steps of `ShardServer._bring`."""
+        shard, key = durable.shard, durable.shard.layout.added_keys[key_number - 1]
+        of = durable.brought.setdefault(key, {})  # type: ignore[attr-defined]
+        cuts = [one.shard.next_offset for one in self.shards]
+        for home, cut in enumerate(cuts):
+            yield
+            records = self.past().records(home, of.get(home, 0))
+            for lacks in batched(lacking(records, home, key, cut), 2):
+                for one in lacks:
+                    prepared = shard.prepare_brought(one.record, key[1], one.brought)
+                    if prepared.record is not None:
+                        (offset,) = durable.append([prepared], 0)
+                        shard.commit(prepared, offset)
+                    of[home] = one.brought.before
+                yield
+            of[home] = max(cut, of.get(home, 0))
+        note_brought(durable.folder, durable.brought, durable.log.next)  # type: ignore[attr-defined]
+
+    def _backfill(self, durable: DurableShard) -> Iterator[None]:
         """The steps of `ShardServer`; whatever is prepared here is in the log when the next step is taken."""
-        shard, tables, past = durable.shard, durable.shard.behind, durable.past()
+        shard, tables = durable.shard, durable.shard.behind
+        for number in sorted({table.key_number for table in tables} - {0}):
+            while number > self.keys_required:
+                yield
+            yield from self._spread(durable, number)
+        past = durable.past()
         for slices in slices_of(past.read_on(), 3, 2):
             apply_slices(shard, tables, slices)
             yield
@@ -306,7 +342,7 @@ class DurableCluster:
 
     def past(self) -> Past:
         """Return the past of the shards, from a directory such as clusters have."""
-        data = self.folder / "data"
+        data = self.folder / f"data-{next(self._copies)}"
         (data / "shards").mkdir(parents=True)
         for number, durable in enumerate(self.shards):
             (data / "shards" / f"{number:03d}").symlink_to(durable.folder)  # type: ignore[attr-defined]

@@ -15,7 +15,9 @@ import pyarrow as pa
 from millpond.feature_actors.errors import MillpondError
 
 __all__ = [
+    "BROUGHT_LATER",
     "MAGIC",
+    "Brought",
     "Decoded",
     "EventsRecord",
     "HomeRecord",
@@ -40,6 +42,17 @@ class LogDamaged(MillpondError):
     code, status = "log_damaged", 500
 
 
+#: Stands for a key in `tables` of a record whose events had been logged at their homes before they were brought here.
+BROUGHT_LATER: tuple[str, ...] = ()
+
+
+class Brought(NamedTuple):
+    """What events were brought here later: those of a home's log before an offset, after what was brought before."""
+
+    home: int
+    before: int
+
+
 class HomeRecord(NamedTuple):
     """A record at the home of its events: which shard that is, the record's offset there, and the offset before which
     all of that home's records have been applied everywhere."""
@@ -53,7 +66,8 @@ class HomeRecord(NamedTuple):
 class EventsRecord:
     """Events that were applied: arrivals int64 [n]; routes uint32 [n], bit 0 for "new at its home", bit 1 + t for
     "applied to table t" of `tables`, which are keys. ids uint64 [n, 2]: hashes by which events are told apart, if they
-    have no id of their own. homes: whose records these events are, if their home delivered them.
+    have no id of their own. homes: whose records these events are, if their home delivered them. brought: if they were
+    brought here later, for a key that came while the cluster ran: `tables` are that key and `BROUGHT_LATER`.
     """
 
     source: str
@@ -65,6 +79,7 @@ class EventsRecord:
     batch: pa.RecordBatch
     ids: npt.NDArray[np.uint64] | None = None
     homes: tuple[HomeRecord, ...] = ()
+    brought: Brought | None = None
 
 
 @dataclass(slots=True)
@@ -134,6 +149,8 @@ def encode(record: Record, offset: int, settled: int, schema: str) -> bytes:
         }
         if isinstance(record, EventsRecord):
             header["homes"] = record.homes
+            if record.brought is not None:
+                header["brought"] = record.brought
         blocks = {"arrivals": record.arrivals, "routes": record.routes, "batch": record.batch.serialize()}
         if record.ids is not None:
             blocks["ids"] = record.ids
@@ -198,7 +215,9 @@ def _record(header: dict[str, Any], blocks: dict[str, pa.Buffer], schemas: Calla
         pa.ipc.read_record_batch(blocks["batch"], schemas(header["schema"])),
         np.frombuffer(blocks["ids"], np.uint64).reshape(-1, 2) if "ids" in blocks else None,
     )
-    return EventsRecord(*fields, _homes(header)) if kind == "events" else OfferRecord(*fields)
+    if kind == "offer":
+        return OfferRecord(*fields)
+    return EventsRecord(*fields, _homes(header), Brought(*header["brought"]) if "brought" in header else None)
 
 
 def _homes(header: dict[str, Any]) -> tuple[HomeRecord, ...]:

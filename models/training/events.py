@@ -29,6 +29,7 @@ from millpond.feature_actors.past import Past
 from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.source import Source
+from millpond.feature_actors.spread import is_brought
 from millpond.feature_actors.view import mask_of
 from millpond.models.training.runs import Room, Runs
 
@@ -166,7 +167,7 @@ def read_past(past: Past, events: EventsBySource, clock: ClockKind = "wall", tol
         for _, record in past.records(shard):
             newest_ms = max(newest_ms, record.received_ms)
             source = events.layout.sources.get(record.source)
-            if source is None:
+            if source is None or is_brought(record):
                 continue
             one = gathered.get(source.name)
             if one is not None and (

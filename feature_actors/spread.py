@@ -1,0 +1,89 @@
+"""Spread: for a key that comes while the cluster runs, the events of before are brought to the shards of that key.
+
+1. Every shard has a table with the key; nobody brings it events yet (`added`).
+2. Whoever takes events in learns of the key, and brings them there, too; it says so with the events (`routing`). What
+   is told so, is written down with them at their home and wherever else: the key is among `tables` of the record.
+3. When all have learnt it, each shard refuses events of who has not, and says from which offset of its log on all of
+   its records have the key (its cut). Each reads the logs of all up to there, and writes into its own what is of its
+   keys and has been brought to nobody: exactly the events of records that lack the key.
+4. From then on the past of a shard has all events of the key, and the view is filled as any other, see `backfill`.
+
+A record of what was brought says up to where it had been read: a successor goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from millpond.feature_actors.log.log import Log
+from millpond.feature_actors.log.record import BROUGHT_LATER, Brought, EventsRecord
+from millpond.feature_actors.manifest import write_json
+
+__all__ = ["BroughtBefore", "Key", "Lacking", "batched", "brought_before", "is_brought", "lacking", "note_brought"]
+
+#: A source and a key of it.
+Key = tuple[str, tuple[str, ...]]
+#: By key, up to which offset of which home's log all that lacked it has been brought.
+BroughtBefore = dict[Key, dict[int, int]]
+
+_BROUGHT = "brought.json"
+#: So many records are written together.
+_RECORDS_MAX = 32
+
+
+class Lacking(NamedTuple):
+    """A record of a home that lacks a key; brought: what of the home has been when this has."""
+
+    record: EventsRecord
+    brought: Brought
+
+
+def is_brought(record: EventsRecord) -> bool:
+    """Return whether the events of a record were logged at their homes before, so that they are not counted again."""
+    return BROUGHT_LATER in record.tables
+
+
+def lacking(records: Iterable[tuple[int, EventsRecord]], home: int, key: Key, cut: int) -> Iterator[Lacking]:
+    """Yield what is at home in a shard and was not meant for a key, of its records before a cut in their order."""
+    source, fields = key
+    for offset, record in records:
+        if offset >= cut:
+            return
+        if record.source == source and fields not in record.tables and (record.routes & np.uint32(1)).any():
+            yield Lacking(record, Brought(home, offset + 1))
+
+
+def batched(lacks: Iterator[Lacking], records_max: int = _RECORDS_MAX) -> Iterator[list[Lacking]]:
+    """Yield them a few together, which are written together."""
+    while some := list(itertools.islice(lacks, records_max)):
+        yield some
+
+
+def brought_before(folder: Path, log: Log, keys: Iterable[Key]) -> BroughtBefore:
+    """Return what has been brought to the shard in a folder, of some keys and of those that are written down there."""
+    found: BroughtBefore = {key: {} for key in keys}
+    begin = log.first
+    with contextlib.suppress(FileNotFoundError):
+        told = json.loads((folder / _BROUGHT).read_bytes())
+        begin = max(begin, told["log_end"])
+        for source, fields, of in told["brought"]:
+            found[source, tuple(fields)] = dict(of)
+    for _, (record, _) in log.read(begin) if found else ():
+        if isinstance(record, EventsRecord) and record.brought is not None:
+            of = found.setdefault((record.source, record.tables[0]), {})
+            of[record.brought.home] = max(record.brought.before, of.get(record.brought.home, 0))
+    return found
+
+
+def note_brought(folder: Path, brought: BroughtBefore, log_end: int) -> None:
+    """Write down what has been brought when the log ends at an offset: what says so before that may be truncated."""
+    if brought:
+        told = [[source, list(fields), sorted(of.items())] for (source, fields), of in sorted(brought.items())]
+        write_json(folder / _BROUGHT, {"brought": told, "log_end": log_end})
