@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from check_directory import LAYOUT
 from folders import folder
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from verified_world import FILE, MINUTE, VerifiedWorld, payment, random_world
 
@@ -23,13 +23,13 @@ NOW = 1_700_000_000_000
 MODELS = {model.name: model for model in FILE.declared().models}
 
 
-def staged(past: Past, folder: Path, n_shards: int, together: int) -> VerifiedWorld:
-    """A cluster that has had the events of another one, so many in a request."""
+def staged(past: Past, folder: Path, n_shards: int, together: int) -> tuple[VerifiedWorld, int]:
+    """A cluster that has had the events of another one, so many in a request; and of how many two shards of that, one
+    of which had crashed, did not agree on the order."""
     world, runs = VerifiedWorld(folder, n_shards=n_shards), EventOrder(past, LAYOUT.sources)
     rows = [
         (run.batch.slice(row, 1), at) for run in runs.runs() for row, at in zip(run.rows, run.arrivals, strict=True)
     ]
-    assert runs.disputed == 0
     world.cluster.clock.ms = NOW
     for start in range(0, len(rows), together):
         some = rows[start : start + together]
@@ -37,7 +37,7 @@ def staged(past: Past, folder: Path, n_shards: int, together: int) -> VerifiedWo
         batch, arrivals = pa.concat_batches([one for one, _ in some]), np.array([at for _, at in some], np.int64)
         ack = complete(world.cluster.client.ingest("payments", batch, arrivals=arrivals))
         assert ack.accepted == len(some)
-    return world
+    return world, runs.disputed
 
 
 @given(
@@ -48,7 +48,8 @@ def test_every_logged_score_is_found_again_and_no_other(seed: int, shards: tuple
     with folder() as path:
         world = random_world(path / "a", seed, n_shards=shards[0])
         production = world.lay_out()
-        other = staged(production, path / "b", shards[1], together)
+        other, disputed = staged(production, path / "b", shards[1], together)
+        assume(not disputed)  # there is no order in which all scores could be found again
         staging, scores = other.lay_out(), list(read_scores(str(world.path / "history")))
         assert found_again(production, staging, LAYOUT, MODELS, scores) == (sum(map(len, scores)), [])
 
@@ -73,7 +74,7 @@ def test_a_score_that_was_read_within_a_request_is_found_again_and_one_of_anothe
     # The features of the one, with the place in the log of the other.
     (inner,), (logged,) = (list(read_scores(str(w.path / "history"))) for w in (world, whole))
     logged = logged.set_column(logged.column_names.index("features"), "features", inner["features"])
-    other = staged(production, tmp_path / "b", 3, 4)
+    other, _ = staged(production, tmp_path / "b", 3, 4)
     staging = other.lay_out()
     assert found_again(production, staging, LAYOUT, MODELS, [logged]) == (1, [])
     other.change_event("p1", lambda event: {**event, "cents": 99})
