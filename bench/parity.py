@@ -81,6 +81,7 @@ class ParityWorkload:
         self._found: Verification | None = None
         self._seconds = 0.0
         self._staging_compared, self._staging_different = 0, list[str]()
+        self._disputed = 0
 
     def setup(self, steps: Steps) -> None:
         self._bed.start(steps)
@@ -114,7 +115,8 @@ class ParityWorkload:
                 lived = [client.score(model, ids, features=True) for model, ids in _everybody()]
             production, definitions = past_of(bed.config), bed.definitions
             exported = export_pack(production, definitions, None, bed.folder / "pack", What(allow_personal=True))
-            advance(1, f"{exported.events:,} events")
+            self._disputed = exported.disputed
+            advance(1, f"{exported.events:,} events, {exported.disputed:,} of disputed order")
             bed.stop()
         self._staging.start(steps)
         with steps.step("replay into staging") as advance:
@@ -187,7 +189,7 @@ class ParityWorkload:
         wrong += [f"a score is equal when it is computed again: {one}" for one in self._found.differences]
         if self._staging_different or not self._staging_compared:
             wrong.append(f"every logged score is found again in staging: of {self._staging_compared} these are not: "
-                         f"{self._staging_different[:10]}")  # fmt: skip
+                         f"{self._staging_different[:10]} (events of disputed order: {self._disputed})")  # fmt: skip
         return wrong
 
     def metrics(self) -> dict[str, Any]:
