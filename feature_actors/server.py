@@ -554,22 +554,29 @@ class ShardServer:
             )  # fmt: skip
         return self._cuts[key_number]
 
-    async def _bring(self, key_number: int) -> None:
+    async def _bring(self, key_number: int, added: Sequence[_Added]) -> None:
         """Write to the log what is of this shard by a key that came, and lies in the logs of others, or here, where
-        nobody had meant it for that key."""
+        nobody had meant it for that key. added: the views that wait for it."""
         key, spec, loop = self._layout.added_keys[key_number - 1], self._spec, asyncio.get_running_loop()
         past, of = Past(Path(spec.data_dir), spec.history_uri), self._brought.setdefault(key, {})
         for home in range(self._of):
             cut = await self._cut_of(home, key_number)
-            records = past.records(home, of.get(home, 0)) if of.get(home, 0) < cut else iter(())
+            if of.get(home, 0) >= cut:
+                continue
+            records = past.records(home, of.get(home, 0))
             some = batched(lacking(records, home, key, cut))
-            while lacks := await loop.run_in_executor(self._views, next, some, None):
-                begun = time.perf_counter()
-                prepared = [self._shard.prepare_brought(one.record, key[1], one.brought) for one in lacks]
-                await asyncio.gather(*(self._written(one) for one in prepared if one.record is not None))
-                of[home] = lacks[-1].brought.before
-                await asyncio.sleep((time.perf_counter() - begun) * _REST)
-            of[home] = max(cut, of.get(home, 0))
+            try:
+                while lacks := await loop.run_in_executor(self._views, next, some, None):
+                    begun = time.perf_counter()
+                    prepared = [self._shard.prepare_brought(one.record, key[1], one.brought) for one in lacks]
+                    await asyncio.gather(*(self._written(one) for one in prepared if one.record is not None))
+                    of[home] = lacks[-1].brought.before
+                    for view in added:
+                        view.read, view.of = of[home], cut
+                    await asyncio.sleep((time.perf_counter() - begun) * _REST)
+            finally:
+                await loop.run_in_executor(self._views, records.close)  # type: ignore[attr-defined]
+            of[home] = cut
         folder = shard_dir(Path(spec.data_dir), self._number)
         await loop.run_in_executor(self._views, note_brought, folder, self._brought, self._shard.next_offset)
 
@@ -601,7 +608,7 @@ class ShardServer:
         if not isinstance(durable.log, Log):
             raise Unavailable('without a log (`durability = "none"`) nothing is known of what was before the view')
         for number in sorted({table.key_number for table in tables} - {0}):
-            await self._bring(number)
+            await self._bring(number, added)
         past = durable.past()
         # 1. All that is in history and log by now.
         await self._read_on(past, added)

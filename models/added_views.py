@@ -57,8 +57,8 @@ class Progress:
     shards: int
 
     def __str__(self) -> str:
-        share = f"{100 * self.read / self.of:.0f} %" if self.of else "all"
-        return f"{share} of {self.of:,} records, {self.whole} of {self.shards} shards"
+        share = f"{100 * self.read / self.of:.0f} % of {self.of:,} records" if self.of else "about to begin"
+        return f"{share}, {self.whole} of {self.shards} shards"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from millpond.cluster.deploy import Running, nobody, versions_of
 from millpond.feature_actors import FeatureView
 from millpond.feature_actors.errors import DeclarationError, Unavailable
 from millpond.feature_actors.layout import compile_layout, identity_of
-from millpond.models.added_views import Progress
+from millpond.models.added_views import Ingress, Progress, routed_by_now
 from millpond.models.definition import Definition
 from millpond.models.registry import Registry
 from millpond.models.registry_views import RegistryViews, declared_view, extended_layout
@@ -97,6 +97,31 @@ def test_a_version_goes_by_its_name_when_it_is_live(registry: Registry) -> None:
     assert named() == (larger, 3)
 
 
+def test_one_with_a_key_of_its_own_is_told_to_one_after_the_other(registry: Registry) -> None:
+    by_id = text_of("by_id", '"n": Count()').replace('["user_id"]', '["id"]')
+    large, mine = (identity_of(view_of(text)) for text in (LARGE, by_id))
+    registry.views.add("v.py", LARGE, [large])
+    registry.views.add("v.py", by_id, [mine], [mine])
+    states = ["added", "routing", "backfilling"]
+    for state, routed in zip(states, ([large], [large, mine], [large, mine]), strict=True):
+        assert [one.state for one in registry.views.all()] == ["backfilling", state]
+        assert [one.identity for one in routed_by_now(registry.views.all())] == routed
+        if state != "backfilling":
+            registry.views.advance(mine, states[states.index(state) + 1])  # type: ignore[arg-type]
+    layout = extended_layout(LAYOUT, registry.views.all())
+    assert layout.added_keys == (("orders", ("id",)),)
+    assert [(t.routed, t.key_number) for t in layout.tables] == [(True, 0), (False, 0), (True, 1)]
+    registry.views.settle(mine, "failed", "a disk")
+    registry.views.advance(mine, "routing")  # too late
+    assert [one.state for one in registry.views.all()] == ["backfilling", "failed"]
+    assert extended_layout(LAYOUT, registry.views.all()).added_keys == layout.added_keys  # it keeps its place
+    registry.views.say_known("events-1", 12, 34, 5)
+    assert registry.views.ingresses() == {"events-1": Ingress(12, 34, 5)}
+    registry.views.forget_ingresses()
+    assert registry.views.ingresses() == {}
+    assert registry.check() == []
+
+
 def test_a_failed_one_keeps_its_place_and_is_not_read(registry: Registry) -> None:
     large, larger = add(registry, LARGE, LARGER)
     registry.views.settle(larger, "failed", "a disk")
@@ -107,7 +132,7 @@ def test_a_failed_one_keeps_its_place_and_is_not_read(registry: Registry) -> Non
 
 
 def test_a_start_keeps_what_is_needed_and_drops_the_rest(registry: Registry, caplog: pytest.LogCaptureFixture) -> None:
-    other = text_of("other", '"n": Count()').replace('["user_id"]', '["id"]')
+    other = text_of("other", '"n": Count()').replace('"orders"', '"returns"')
     failed = text_of("failed", '"n": Count()')
     _, _, failing, larger, _ = add(registry, LARGE, other, failed, LARGER, AT_START)
     registry.views.settle(failing, "failed", "a disk")
@@ -120,7 +145,7 @@ def test_a_start_keeps_what_is_needed_and_drops_the_rest(registry: Registry, cap
         "view `other`, which was deployed, is not kept any more",
         "view `failed`, which was deployed, is not kept any more",
     ]
-    assert "nothing of source `orders` by `id`" in caplog.messages[0]
+    assert "the cluster has no source `returns`" in caplog.messages[0]
     assert "its backfill had failed (a disk)" in caplog.messages[1]
 
 

@@ -161,8 +161,8 @@ def test_a_view_with_a_key_of_its_own_has_every_event_once_whatever_ends_meanwhi
         n_shards = draw(st.sampled_from([1, 2, 3]))
         cluster = DurableCluster(compile_layout([], [BY_SELLER]), n_shards, path, history=True)
         sent: dict[str, dict[str, Any]] = {}
-        coming = sorted(((draw(st.integers(0, 6)), n, view) for n, view in enumerate((BY_ITEM, BY_BOTH, ITEM_MEAN))))
-        for number in range(8):
+        coming = sorted((draw(st.integers(0, 3)), n, view) for n, view in enumerate((BY_ITEM, BY_BOTH, ITEM_MEAN)))
+        for number in range(5):
             for at, _, view in coming:
                 if at == number:
                     cluster.add_view(view, routed=draw(st.booleans()))
@@ -302,6 +302,7 @@ def test_an_event_for_which_its_condition_cannot_be_computed_does_not_satisfy_it
         cluster.restart_all()
 
 
+TYPED = Source("typed", owner="tests", fields={**PAYMENTS.fields, "shop": "int64"}, event_id="id", event_time="at")
 OTHER = Source("other", owner="tests", fields=PAYMENTS.fields, event_id="id", event_time="at")
 
 
@@ -313,13 +314,23 @@ OTHER = Source("other", owner="tests", fields=PAYMENTS.fields, event_id="id", ev
             "view `by_user`: the cluster keeps it already",
         ),
         (
+            FeatureView("by_user", owner="tests", source=PAYMENTS, key=["user", "shop"], features={"n": Count()}),
+            "view `by_user`: the cluster keeps it of source `payments` by user; of another source or key it is another "
+            "view: give it another name",
+        ),
+        (
             FeatureView("v", owner="tests", source=OTHER, key=["user"], features={"n": Count()}),
-            "view `v`: the cluster has no source `other`; known: `payments`; start the cluster with the definition",
+            "view `v`: the cluster has no source `other`; known: `payments`, `typed`; start the cluster with the "
+            "definition",
+        ),
+        (
+            FeatureView("v", owner="tests", source=TYPED, key=["shop"], features={"n": Count()}),
+            "key field `shop` is int64 in view `v` and string in view `by_shop`; a key field has one type in a cluster",
         ),
     ],
 )
 def test_what_cannot_be_added_is_refused(view: FeatureView, message: str) -> None:
-    layout = compile_layout([], [BY_USER, BY_SHOP])
+    layout = compile_layout([TYPED], [BY_USER, BY_SHOP])
     with pytest.raises(DeclarationError) as refused:
         layout.extended([view])
     assert str(refused.value) == message

@@ -14,17 +14,19 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from port_contract import LAYOUT, N_SLOTS, NOW, Cluster, PortContract, Run, by_book, by_user, order, orders
+from worlds import batch
 
 from millpond.feature_actors import Count, FeatureView, Sum, manifest
-from millpond.feature_actors.backfill import AddedView
+from millpond.feature_actors.backfill import AddedView, ViewState
 from millpond.feature_actors.calls import CallIngest, CallRead
 from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.clock import ManualClock
@@ -79,7 +81,7 @@ class Servers:
 
     def _serve(self, shard: int) -> ShardServer:
         folder, n_shards = Path(self.spec.memory_dir), self.spec.shard_map.n_shards
-        return ShardServer(self.spec, shard, lambda: SocketCalls(folder, n_shards))
+        return ShardServer(self.spec, shard, cache(lambda: SocketCalls(folder, n_shards)))
 
     def ready(self) -> None:
         for server in self.servers:
@@ -382,9 +384,15 @@ class Coming:
 
     def __init__(self) -> None:
         self.views: list[AddedView] = []
+        self._changes = 0
+
+    def come(self, view: FeatureView, state: ViewState) -> None:
+        """Have a view, or have it in another state."""
+        self.views = [*(one for one in self.views if one.view is not view), AddedView(view, state)]
+        self._changes += 1
 
     def generation(self) -> int:
-        return len(self.views)
+        return self._changes
 
     def added(self) -> list[AddedView]:
         return list(self.views)
@@ -394,14 +402,13 @@ LATER = FeatureView("later", owner="tests", source=by_user.source, key=by_user.k
                     features={"n": Count(), "sum": Sum("price")})  # fmt: skip
 
 
-def later(servers: Servers) -> list[Any]:
-    """What the shards say of the view, when none backfills any more."""
+def later(servers: Servers, view: FeatureView = LATER, states: Sequence[str] = ("whole", "failed")) -> list[Any]:
+    """What the shards say of the view, when it is in one of some states on each."""
     for _ in range(3_000):
         says = [
-            server.called("status", []).result(30).get("views", {}).get(identity_of(LATER))
-            for server in servers.servers
+            server.called("status", []).result(30).get("views", {}).get(identity_of(view)) for server in servers.servers
         ]
-        if all(one is not None and one["state"] != "backfilling" for one in says):
+        if all(one is not None and one["state"] in states for one in says):
             return says
         time.sleep(0.01)
     raise AssertionError(says)
@@ -417,7 +424,7 @@ def test_a_view_that_comes_is_computed_while_events_go_on_and_is_there_after_any
             cluster.ingest(*(order(user=u) for u in range(20)))
 
     send(30)
-    coming.views.append(AddedView(LATER, "backfilling"))
+    coming.come(LATER, "backfilling")
     send(30)
     assert [one["state"] for one in later(servers)] == ["whole", "whole"]
     send(1)
@@ -436,7 +443,7 @@ def test_a_view_that_comes_is_computed_while_events_go_on_and_is_there_after_any
     assert counts() == [61.0] * 20
     for server in servers.servers:
         server.called("drain", []).result(30)
-    coming.views[0] = AddedView(LATER, "live")
+    coming.come(LATER, "live")
     servers.restart()
     servers.ready()
     assert counts() == [61.0] * 20
@@ -444,11 +451,58 @@ def test_a_view_that_comes_is_computed_while_events_go_on_and_is_there_after_any
     assert counts() == [62.0] * 20
 
 
+def test_a_view_with_a_key_of_its_own_gets_all_and_nothing_of_who_does_not_know_it(
+    servers: Servers,
+) -> None:
+    coming = Coming()
+    cluster = servers.cluster(2, "process", added_views=coming)
+    reads_of = FeatureView("reads", owner="tests", source=by_user.source, key=["book", "user"], features={"n": Count()})
+    layout = LAYOUT.extended([reads_of])
+    cluster.ingest(*(order(user=u % 3) for u in range(30)))
+    coming.come(reads_of, "added")
+    later(servers, reads_of, ["added"])
+    cluster.ingest(*(order(user=u % 3) for u in range(30)))
+
+    async def cut() -> Any:
+        return await servers.call(0, "cut", 1)
+
+    with pytest.raises(Unavailable, match="has not heard yet that all know of key 1"):
+        servers.runner.run(cut())
+
+    def client_of() -> FeatureClient:
+        reads = CallRead(servers, servers.spec.shard_map)
+        return FeatureClient(layout, servers.spec.shard_map, CallIngest(servers), reads, ManualClock(NOW))
+
+    knows = client_of()
+    events = [order(user=u % 3) for u in range(30)]
+    servers.runner.run(knows.ingest("orders", batch(layout.source("orders"), events)))
+    coming.come(reads_of, "backfilling")
+    servers.restart(1)
+    servers.ready()
+    assert [one["state"] for one in later(servers, reads_of)] == ["whole", "whole"]
+    late = order(user=1)
+    with pytest.raises(Unavailable, match="has not heard of a key that came; send them again") as refused:
+        cluster.ingest(late)
+    assert refused.value.code == "stale_routes"
+    servers.runner.run(knows.ingest("orders", batch(layout.source("orders"), [late])))
+
+    def counts() -> Any:
+        plan = ReadPlan(layout, [reads_of["n"]], "the test")
+        keys = plan.key_columns([{"book": "b", "user": n} for n in range(3)], batch=True)
+        return servers.runner.run(client_of().read(plan, keys, 3)).matrix[:, 0].tolist()
+
+    assert counts() == [30.0, 31.0, 30.0]
+    coming.come(reads_of, "live")
+    servers.restart()
+    servers.ready()
+    assert counts() == [30.0, 31.0, 30.0]
+
+
 def test_without_a_log_a_view_that_comes_fails_and_says_why(servers: Servers) -> None:
     coming = Coming()
     cluster = servers.cluster(1, "none", added_views=coming)
     cluster.ingest(order(user=1))
-    coming.views.append(AddedView(LATER, "backfilling"))
+    coming.come(LATER, "backfilling")
     (one,) = later(servers)
     assert (one["state"], one["why"]) == (
         "failed", 'without a log (`durability = "none"`) nothing is known of what was before the view'
