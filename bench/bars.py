@@ -69,7 +69,7 @@ BARS: dict[str, dict[str, Bar]] = {
         "snapshot_1m_entities_s": _at_most(5),
         "ingest_p999_added_ms": _at_most(50),
     },
-    "parity": {"different": _at_most(0)},
+    "parity": {"different": _at_most(0), "staging_different": _at_most(0)},
     "score": {
         "score_vs_noop_ratio": _at_least(0.90),
         "score_cost_us": _at_most(25),

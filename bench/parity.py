@@ -5,6 +5,8 @@
 2. Score two models, one of them over both shards, while bodies of events are posted; of the events some are late, and
    some are sent again.
 3. Verify every logged score from the history and the logs, as `millpond verify` does.
+4. Play a pack of it into a staging cluster of three shards, which has to give the same live scores of everybody, and
+   find every logged score again in what that has left.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from millpond.bench import accounts, reference
+from millpond.bench import accounts, reference, staging
 from millpond.bench.events import json_bodies
 from millpond.bench.load import Load
 from millpond.bench.mixed import event_table
@@ -26,9 +29,15 @@ from millpond.bench.poster import Poster
 from millpond.bench.testbed import SETTING_MEANINGS, Testbed, id_bodies
 from millpond.bench.workload import Evidence, Steps
 from millpond.cluster.config import Config
+from millpond.cluster.packs.export import What, export_pack
+from millpond.cluster.packs.pack import Pack
+from millpond.cluster.packs.replay import Pace, replay
 from millpond.cluster.status import fetch_status
-from millpond.cluster.verify import verify_cluster
+from millpond.cluster.verify import past_of, verify_cluster
+from millpond.deployments import Client
 from millpond.feature_actors.errors import Unavailable
+from millpond.feature_actors.layout import compile_layout
+from millpond.models.score_log import read_scores
 from millpond.models.verification import Verification
 
 __all__ = ["ParityWorkload", "make"]
@@ -39,6 +48,7 @@ _POSTS_PER_S, _POST_EVENTS = 20.0, 500
 _LATE, _AGAIN = 0.05, 0.01
 _DAY_MS = 86_400_000
 _LOGGED_S_MAX = 60.0
+_DEFINITIONS = [Path(accounts.__file__), Path(reference.__file__)]
 
 MEANINGS = {
     "compared": "logged scores that were computed again",
@@ -46,6 +56,8 @@ MEANINGS = {
     "missing": "logged scores that could not be",
     "within_request": "read between two events of one request, and equal",
     "verified_scores_per_s": "in one process",
+    "staging_compared": "logged scores that were looked for in a staging cluster of three shards, fed by a pack",
+    "staging_different": "of them, in a feature",
     "acked_events": "",
     "late_events": "of them",
     "duplicates": "events sent again, which are not counted again",
@@ -63,10 +75,13 @@ class ParityWorkload:
     def __init__(self, config: Config, options: Options) -> None:
         self._options, self.seed = options, options.seed or 0
         logged = {"score_log_share": 1.0, "score_log_flush_s": 0.5, "score_log_waiting_max": 10_000_000}
-        self._bed = Testbed(config, [Path(accounts.__file__), Path(reference.__file__)], shards=2, **logged)
+        self._bed = Testbed(config, _DEFINITIONS, shards=2, **logged)
+        self._staging = Testbed(config, _DEFINITIONS, shards=3, clock="event", score_log_share=0.0)
         self._poster: Poster | None = None
         self._found: Verification | None = None
         self._seconds = 0.0
+        self._staging_compared, self._staging_different = 0, list[str]()
+        self._disputed = 0
 
     def setup(self, steps: Steps) -> None:
         self._bed.start(steps)
@@ -94,6 +109,37 @@ class ParityWorkload:
             self._found = verify_cluster(bed.config)
             self._seconds = time.perf_counter() - begun
             advance(1, f"{self._found.scores.equal:,} scores")
+        with steps.step("export a pack") as advance:
+            self._wait_until_logged()
+            with Client(bed.url) as client:
+                lived = [client.score(model, ids, features=True) for model, ids in _everybody()]
+            production, definitions = past_of(bed.config), bed.definitions
+            exported = export_pack(production, definitions, None, bed.folder / "pack", What(allow_personal=True))
+            self._disputed = exported.disputed
+            advance(1, f"{exported.events:,} events, {exported.disputed:,} of disputed order")
+            bed.stop()
+        self._staging.start(steps)
+        with steps.step("replay into staging") as advance:
+            with Client(self._staging.url, retry_s=_LOGGED_S_MAX) as client:
+                replay(Pack(bed.folder / "pack"), client, Pace(None))
+                for (model, ids), were in zip(_everybody(), lived, strict=True):
+                    again = client.score(model, ids, features=True, as_of=were[0].as_of)
+                    if unlike := [
+                        one for one, other in zip(were, again, strict=True) if one != replace(other, id=one.id)
+                    ]:
+                        bed.wrong.append(
+                            f"staging gives the scores of production: {len(unlike)} are others, {unlike[:3]}"
+                        )
+            advance(1, f"{sum(map(len, lived)):,} live scores")
+            self._staging.stop()
+        with steps.step("find scores again") as advance:
+            assert production.history_uri is not None
+            declared = [definition.declared() for definition in definitions]
+            self._staging_compared, self._staging_different = staging.found_again(
+                production, past_of(self._staging.config), compile_layout([], [v for d in declared for v in d.views]),
+                {m.name: m for d in declared for m in d.models}, read_scores(production.history_uri),
+            )  # fmt: skip
+            advance(1, f"{self._staging_compared:,} scores")
 
     def _load(self, model: str, bodies: list[bytes]) -> Load:
         return self._bed.load(
@@ -141,6 +187,9 @@ class ParityWorkload:
         if self._found.scores.missing or not self._found.scores.equal:
             wrong.append(f"every logged score can be computed again: got {self._found.scores}")
         wrong += [f"a score is equal when it is computed again: {one}" for one in self._found.differences]
+        if self._staging_different or not self._staging_compared:
+            wrong.append(f"every logged score is found again in staging: of {self._staging_compared} these are not: "
+                         f"{self._staging_different[:10]} (events of disputed order: {self._disputed})")  # fmt: skip
         return wrong
 
     def metrics(self) -> dict[str, Any]:
@@ -153,6 +202,8 @@ class ParityWorkload:
             "missing": scores.missing,
             "within_request": self._found.within_request,
             "verified_scores_per_s": round(scores.equal / self._seconds),
+            "staging_compared": self._staging_compared,
+            "staging_different": len(self._staging_different),
             "acked_events": self._poster.accepted,
             "late_events": self._poster.counts.get("late", 0),
             "duplicates": self._poster.counts.get("duplicates", 0),
@@ -169,7 +220,16 @@ class ParityWorkload:
     def close(self) -> None:
         if self._poster is not None:
             self._poster.stop()
-        self._bed.close()
+        try:
+            self._staging.close()
+        finally:
+            self._bed.close()
+
+
+def _everybody() -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return models, and for each all ids that there are."""
+    pairs = [{"user_id": user, "item_id": f"item-{item}"} for user in range(_USERS) for item in range(_ITEMS)]
+    return [("pair_account", pairs), ("reference", [{"user_id": user} for user in range(_USERS)])]
 
 
 def make(config: Config, options: Options) -> ParityWorkload:

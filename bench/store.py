@@ -579,7 +579,7 @@ class StoreWorkload:
 
     def _start_actor(self) -> tuple[ReadPort, ReadPlan, int]:
         """Start an actor that keeps an event of each entity of the store of middle size."""
-        from millpond.feature_actors.actor import ActorCalls, start_actors
+        from millpond.feature_actors.actor import ActorCalls, start_actors, wait_for_actors
 
         home, memory = Path(self._home.name), self._folder.path / "actor"
         memory.mkdir(mode=0o700)
@@ -609,6 +609,7 @@ class StoreWorkload:
             queue_bytes_max=1 << 30,
         )
         actors = start_actors(spec, NAMESPACE, num_cpus=0.1)
+        wait_for_actors(actors)
         newest_ms = asyncio.run(self._load_actor(CallIngest(ActorCalls(actors)), layout))
         return CallRead(ActorCalls(actors), shard_map), plan_of(layout), newest_ms
 

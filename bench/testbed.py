@@ -79,7 +79,7 @@ class Testbed:
         self.config = replace(
             config, **{"name": "bench", "data_dir": self._home.name, "port": 0, "clock": "wall", **changes}
         )
-        self._definitions = [Definition.read(path) for path in definitions]
+        self.definitions = [Definition.read(path) for path in definitions]
         self.cluster: Cluster | None = None
         self.wrong: list[str] = []
         self.checked = self.failed = 0
@@ -90,7 +90,7 @@ class Testbed:
 
     def start(self, steps: Steps) -> Cluster:
         with steps.step("start the cluster") as advance:
-            self.cluster = Cluster(self.config, self._definitions).start()
+            self.cluster = Cluster(self.config, self.definitions).start()
             advance(1, self.url)
         names = ("durability", "proxy", "shards", "replicas")
         self.settings |= {name: getattr(self.config, name) for name in names}
@@ -102,10 +102,15 @@ class Testbed:
         assert self.cluster is not None
         return self.cluster.url
 
+    def stop(self) -> None:
+        """Stop the cluster; what it has left stays until `close`."""
+        cluster, self.cluster = self.cluster, None
+        if cluster is not None:
+            cluster.stop()
+
     def close(self) -> None:
         try:
-            if self.cluster is not None:
-                self.cluster.stop()
+            self.stop()
         finally:
             self._home.cleanup()
 

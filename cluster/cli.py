@@ -164,6 +164,8 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--since", metavar="TIME",
                         help="only those served since: ISO 8601 with a zone, ms, or how long ago (`24h`)")  # fmt: skip
     verify.add_argument("--limit", type=int, metavar="N", help="only the newest N")
+    verify.add_argument("--verified-min", type=int, default=0, metavar="N",
+                        help="exit with 1 unless so many are equal, as where nothing is logged")  # fmt: skip
     verify.add_argument("--json", action="store_true", help="print it as one JSON object")
     explain = command("explain", _explain, "Show what made a score: each feature, its owner, its raw events. Any field "
                       "of the id is a flag: `--user-id 42`.")  # fmt: skip
@@ -282,11 +284,15 @@ def _features(options: argparse.Namespace, config: Config, origins: dict[str, st
     return 0
 
 
+def _clear_away_at_the_end() -> None:
+    """Have what is half-written cleared away when the command is told to end, as it is at Ctrl-C."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
 def _train_set(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
     from millpond.cluster.train_set import make_training_set, summary
 
-    # So that a file that is half-written is cleared away.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    _clear_away_at_the_end()
     made = make_training_set(
         config,
         options.file,
@@ -352,6 +358,7 @@ def _export(options: argparse.Namespace, config: Config, origins: dict[str, str]
     from millpond.cluster.packs.export import What
     from millpond.cluster.times import time_of
 
+    _clear_away_at_the_end()
     what = What(
         since_ms=time_of("--since", options.since),
         until_ms=time_of("--until", options.until),
@@ -405,7 +412,11 @@ def _verify(options: argparse.Namespace, config: Config, origins: dict[str, str]
         print(json.dumps(found.as_json()))
     else:
         print_verification(found)
-    return 1 if found.scores.different else 0
+    if found.scores.equal < options.verified_min:
+        print(
+            f"millpond: {found.scores.equal:,} scores are equal, {options.verified_min:,} are needed", file=sys.stderr
+        )
+    return 1 if found.scores.different or found.scores.equal < options.verified_min else 0
 
 
 def _explain(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:

@@ -136,8 +136,8 @@ class Cluster:
         3. Open the data directory: if anything of it is refused, nothing in it has changed.
         4. Drop what is not needed any more of the views that came while it ran before; put the definitions' models into
            the registry, as champions if their versions are new to it.
-        5. Warm the kernels; start Ray and Serve.
-        6. Start the shards, then the apps, then the pools.
+        5. Warm the kernels; start Ray.
+        6. Start the shards, and Serve beside them; then the apps, while Serve's proxies start; then the pools.
         """
         config = self.config
         checked = self._check_models() if models else []
@@ -176,13 +176,14 @@ class Cluster:
         return manifest
 
     def _start_shards(self, manifest: Manifest, token: str) -> ServingSpec:
-        from millpond.feature_actors.actor import start_actors
+        """Start the shards, and Serve while they recover."""
+        from millpond.feature_actors.actor import start_actors, wait_for_actors
 
         config, layout = self.config, self.layout
         self._memory = MemoryFolder(manifest.cluster_id, config.directory, config.memory_dir)
         shard_map = ShardMap.even(manifest.n_slots, config.shards)
         sources, views = tuple(layout.sources.values()), tuple(layout.views.values())
-        start_actors(
+        actors = start_actors(
             ShardSpec(
                 cluster_name=config.name,
                 namespace=NAMESPACE,
@@ -213,6 +214,8 @@ class Cluster:
             NAMESPACE,
             num_cpus=0.1,
         )
+        self._embedded.start_serve()
+        wait_for_actors(actors)
         self.spec = ServingSpec(
             cluster_name=config.name,
             namespace=NAMESPACE,
@@ -309,7 +312,7 @@ class Cluster:
             name = f"{self.config.name}-own-{own.name}"
             app = custom_application(spec, definition, own)
             targets.append(serve.RunTarget(app, name=name, route_prefix=own.route_prefix))
-        serve.run_many(targets)
+        self._embedded.run(targets)
         self._pools = PoolKeeper(spec)
         self._backfills = BackfillKeeper(spec)
 

@@ -9,18 +9,19 @@ Promises:
 - When a process of Ray has died that nothing restarts, `wait` raises; the logs stay until the next `start`.
 - Only processes that belong to this cluster are ever signalled, each by its id.
 
-Does not deploy anything: that is `serve.run` after `start`. One cluster per process at a time: Ray allows
-no more. Start it from a thread that lives as long as the cluster (the main thread, as a rule): the
-kernel ends Ray's processes when the *thread* that started them ends.
+Three steps, so that whatever runs in Ray can start at once: `start` (Ray), `start_serve`, `run` (applications). One
+cluster per process at a time: Ray allows no more. Start it from a thread that lives as long as the cluster (the main
+thread, as a rule): the kernel ends Ray's processes when the *thread* that started them ends.
 
-On 2 cores it starts in 8 to 13 s (4 of Ray, 5 of Serve), the first applications answer 3 s later
-(`serve.run_many` starts several in the time of one), and it stops in 2 to 4 s, plus the draining period.
+On 2 cores a start is some 12 s of processor time: Python and Ray are imported by each of eight processes. A stop takes
+1 to 4 s, plus the draining period.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -33,6 +34,7 @@ import tempfile
 import threading
 import time
 import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -52,6 +54,9 @@ _SHELTER_BYTES_MAX = 36
 
 #: Where blocks of ports start: below what the kernel hands out (32768 and up), as to Ray's workers.
 _PORTS = range(20_000, 32_600, 200)
+
+#: How often Serve is asked whether applications run, and how long its proxies may take to start.
+_POLL_S, _PROXIES_S_MAX = 0.05, 60.0
 
 _LOG = logging.getLogger(__name__)
 
@@ -81,8 +86,8 @@ class EmbeddedSettings:
 class EmbeddedCluster:
     """Start and stop one embedded cluster; a context manager.
 
-    `with EmbeddedCluster(settings) as cluster: serve.run(...); cluster.wait()` ends cleanly on Ctrl-C
-    and SIGTERM.
+    `with EmbeddedCluster(settings) as cluster: cluster.start_serve(); cluster.run(targets); cluster.wait()` ends
+    cleanly on Ctrl-C and SIGTERM.
     """
 
     def __init__(self, settings: EmbeddedSettings) -> None:
@@ -92,6 +97,7 @@ class EmbeddedCluster:
         self.shelter: Path | None = None
         self._lock: TextIO | None = None
         self._claims: list[socket.socket] = []
+        self._proxies: list[Any] = []
         self._environment_before: dict[str, str | None] = {}
 
     @property
@@ -108,12 +114,12 @@ class EmbeddedCluster:
         return str(ray.get_runtime_context().gcs_address)
 
     def start(self) -> EmbeddedCluster:
-        """Start Ray, Serve and its proxy, and return when the proxy takes requests.
+        """Start Ray, and return when actors can be started.
 
         1. Lock the run directory, and clear away what a killed predecessor left.
         2. Choose ports and a shelter; write them down for the successor.
         3. Set the environment.
-        4. Start Ray, then Serve.
+        4. Start Ray.
 
         Raises `Unavailable` if the run directory is in use, `MillpondError` if this process is in a cluster.
         """
@@ -128,11 +134,45 @@ class EmbeddedCluster:
             self.shelter = self._make_shelter()
             self._set_environment(self.shelter)
             self._start_ray(self.shelter)
-            self._start_serve()
         except BaseException:
             self.stop()
             raise
         return self
+
+    def start_serve(self) -> None:
+        """Start Serve, and return while its proxies are starting: `run` waits for them and the applications at once.
+
+        After `start`; what else is to start in Ray can be started in between, and starts at the same time.
+        """
+        from ray.serve import context
+        from ray.serve._private import api, client
+        from ray.serve.config import ControllerOptions
+
+        logging.getLogger("ray.serve").setLevel(self.settings.log_level)
+        client.CLIENT_POLLING_INTERVAL_S = _POLL_S  # else it asks once a second whether applications run
+        # What `serve.start` does, but for the wait.
+        controller, self._proxies = api._create_controller_and_proxy_refs(
+            # HAProxy mode binds every interface unless the host is passed explicitly.
+            {"host": self.settings.host, "port": self.port},
+            None,
+            {"log_level": self.settings.log_level, "enable_access_log": False},
+            None,
+            ControllerOptions(),
+        )
+        context._set_global_client(client.ServeControllerClient(controller))
+
+    def run(self, targets: Sequence[Any]) -> None:
+        """Run applications (`serve.RunTarget`), and return when they answer at `http_url`. After `start_serve`."""
+        import ray
+        from ray import serve
+        from ray.serve import context
+
+        serve.run_many(targets, wait_for_applications_running=False)
+        ray.get(self._proxies, timeout=_PROXIES_S_MAX)  # raises what a proxy has died of, such as a port that is taken
+        client: Any = context._get_global_client()
+        for target in targets:
+            client._wait_for_application_running(target.name)
+        client.wait_for_proxies_serving()
 
     def stop(self) -> None:
         """Drain and end the applications, then Ray, then whatever is left. Harmless when not started."""
@@ -290,27 +330,18 @@ class EmbeddedCluster:
         core: Any = _raylet
         core.Config.initialize("")
         core.AuthenticationTokenLoader.instance().reset_cache()
-        ray.init(
-            address="local",
-            namespace=NAMESPACE,
-            num_cpus=self.settings.num_cpus,
-            object_store_memory=self.settings.object_store_mb << 20,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=self.settings.log_level,
-            _temp_dir=str(shelter / "r"),
-        )
+        with _without_idle_servers():
+            ray.init(
+                address="local",
+                namespace=NAMESPACE,
+                num_cpus=self.settings.num_cpus,
+                object_store_memory=self.settings.object_store_mb << 20,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=self.settings.log_level,
+                _temp_dir=str(shelter / "r"),
+            )
         _exit_on_sigterm()  # `ray.init` has put a handler of its own, which prints a stack and dies
-
-    def _start_serve(self) -> None:
-        from ray import serve
-
-        logging.getLogger("ray.serve").setLevel(self.settings.log_level)
-        serve.start(
-            # HAProxy mode binds every interface unless the host is passed explicitly.
-            http_options={"host": self.settings.host, "port": self.port},
-            logging_config={"log_level": self.settings.log_level, "enable_access_log": False},
-        )
 
     @property
     def logs_dir(self) -> Path:
@@ -362,6 +393,30 @@ class EmbeddedCluster:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+@contextlib.contextmanager
+def _without_idle_servers() -> Iterator[None]:
+    """Have `ray.init` start no server that nobody here asks anything, and none on a port that others would want, too.
+
+    The autoscaler, what brings logs to the driver, and what a dashboard leaves without a dashboard are an eighth of the
+    work of a start. For the fixed port of its agent a second cluster of the machine would wait 4 s in vain.
+    """
+    from ray._private import node, parameter, ray_constants
+
+    def no_dashboard(of: Any, **_: Any) -> None:
+        # Where nobody listens; without an address the agent would look for one once a second, and log that in vain.
+        space = ray_constants.KV_NAMESPACE_DASHBOARD
+        of.get_gcs_client().internal_kv_put(ray_constants.DASHBOARD_ADDRESS.encode(), b"127.0.0.1:9", True, space)
+
+    params, api_server = parameter.RayParams, node.Node.start_api_server
+    quiet = {"no_monitor": True, "include_log_monitor": False, "dashboard_agent_listen_port": 0}
+    parameter.RayParams = functools.partial(params, **quiet)
+    node.Node.start_api_server = no_dashboard
+    try:
+        yield
+    finally:
+        parameter.RayParams, node.Node.start_api_server = params, api_server
 
 
 def _log_of_ray(printed: dict[str, Any], ignore_prefix: bool = False) -> None:

@@ -61,6 +61,8 @@ def explain_score(
     at_ms: of the newest logged score up to then, or the one that there would have been. Raises `Unavailable` if the
     cluster keeps no history, and what `explained` does.
     """
+    if events_max < 0:
+        raise BadRequest(f"--events: got {events_max}; allowed is 0 or more")
     past = past_of(config)
     assert past.history_uri is not None
     state = running(config.directory)
@@ -84,7 +86,10 @@ def _version_for(rollout: Rollout | None, model: str, key: Mapping[str, Any]) ->
     if rollout.canary is None:
         return rollout.champion.version
     kinds = rollout.champion.key_fields
-    typed = {n: [int(v) if kinds[n] == "int64" else v] for n, v in key.items() if n in kinds}
+    try:
+        typed = {n: [int(v) if kinds[n] == "int64" else v] for n, v in key.items() if n in kinds}
+    except (TypeError, ValueError):
+        return rollout.champion.version  # whichever: what the key should be is said where it is read
     canary = len(typed) == len(kinds) and is_canary(model, typed, 1, rollout.share)[0]
     return rollout.canary.version if canary else rollout.champion.version
 
@@ -104,19 +109,19 @@ def _ask(url: str, token: str, model: str, key: Mapping[str, Any], events_max: i
 
 
 def print_explanation(told: Mapping[str, Any]) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)  # what is told of events may look like markup
     key = ", ".join(f"{name} {value}" for name, value in told["key"].items())
-    console.print(f"[bold]{told['model']}[/bold] version {told['version']} (owner {told['owner']}) for {key}")
+    console.print(f"{told['model']} version {told['version']} (owner {told['owner']}) for {key}", style="bold")
     console.print(f"as of {iso(told['as_of_ms'])}: {json.dumps(told['result'])}")
     if told["served_ms"] is not None:
-        same = "computed again it is the same" if told["equal"] else "[red]computed again it differs[/red]"
+        same = "computed again it is the same" if told["equal"] else "computed again it differs"
         of = f", answer {told['id']}" if told["id"] else ""
-        console.print(f"served {iso(told['served_ms'])}{of}; {same}")
+        console.print(f"served {iso(told['served_ms'])}{of}; {same}", style=None if told["equal"] else "red")
     for one in told["features"]:
-        console.print(f"\n[bold]{one['feature']}[/bold] = {json.dumps(one['value'])}  owner {one['owner']}")
-        console.print(f"  {one['definition']}", markup=False)
+        console.print(f"\n{one['feature']} = {json.dumps(one['value'])}  owner {one['owner']}", style="bold")
+        console.print(f"  {one['definition']}")
         console.print(f"  {one['events']:,} events" + (", the newest:" if one["newest"] else ""))
         for event in one["newest"]:
-            console.print("    " + ", ".join(f"{name}={value}" for name, value in event.items()), markup=False)
+            console.print("    " + ", ".join(f"{name}={value}" for name, value in event.items()))
     if told["unknown"]:
         console.print(f"\nnot known to: {', '.join(told['unknown'])}")

@@ -324,7 +324,7 @@ def print_models(described: Sequence[Mapping[str, Any]]) -> None:
     console.print(table)
     for one in described:
         for why in one["failures"]:
-            console.print(f"[red]{why}[/red]")
+            console.print(why, style="red", markup=False)
         if one["timeouts"] or one["refused"]:
             console.print(
                 f"{one['model']} version {one['version']} has not answered {one['timeouts']:,} requests in time and "
@@ -335,7 +335,7 @@ def print_models(described: Sequence[Mapping[str, Any]]) -> None:
 def print_model(described: Sequence[Mapping[str, Any]]) -> None:
     """Print all that is known of one model."""
     print_models(described)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)  # ids and answers may look like markup
     for one in described:
         console.print(
             f"version {one['version']}  {one['state']}, created {one['created']}, digest {one['digest'][:12]}\n"

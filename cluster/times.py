@@ -10,6 +10,9 @@ from millpond.feature_actors.windows import parse_length_ms
 
 __all__ = ["time_of"]
 
+#: Of milliseconds until the year 5138, after which nobody asks.
+_DIGITS_MAX = 14
+
 
 def time_of(option: str, text: str | None) -> int | None:
     """Return a time in milliseconds: ISO 8601, of UTC unless it says another zone, milliseconds since the epoch, or how
@@ -22,7 +25,7 @@ def time_of(option: str, text: str | None) -> int | None:
         return None
     if (ago_ms := parse_length_ms(text)) is not None:
         return time.time_ns() // 1_000_000 - ago_ms
-    if text.isascii() and text.isdigit():
+    if text.isascii() and text.isdigit() and len(text) <= _DIGITS_MAX:
         return int(text)
     try:
         moment = datetime.fromisoformat(text)

@@ -16,7 +16,7 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 from rich.table import Table
 
 from millpond.cluster.config import Config
-from millpond.feature_actors.errors import Unavailable
+from millpond.feature_actors.errors import BadRequest, Unavailable
 from millpond.feature_actors.log.part import DAY_MS
 from millpond.feature_actors.past import Past
 from millpond.models.registry import Registry
@@ -40,8 +40,11 @@ def verify_cluster(
 ) -> Verification:
     """Verify the logged scores of a cluster: of a model or version, those served since a time, the newest `limit`.
 
-    Raises `Unavailable` if it keeps no history, or has no past; `NotFound` if it has no such model or version.
+    Raises `Unavailable` if it keeps no history, or has no past; `NotFound` if it has no such model or version;
+    `BadRequest` for a limit of none.
     """
+    if limit is not None and limit < 1:
+        raise BadRequest(f"--limit: got {limit}; allowed is 1 or more")
     past = past_of(config)
     assert past.history_uri is not None
     scores = read_scores(past.history_uri, model=model, version=version, since_ms=since_ms, newest_first=True)
@@ -99,6 +102,8 @@ def check_verified(config: Config, rollout: Rollout | None, model: str, version:
 
     Raises `RolloutRefused` unless `least` of its logged scores are equal when they are computed again, none different.
     """
+    if least < 1:
+        raise BadRequest(f"--verified-min: got {least}; allowed is 1 or more: a gate that none has to pass is open")
     if version is None:
         beside = [] if rollout is None else [v for v in (rollout.canary, rollout.shadow) if v is not None]
         if len(beside) != 1:
@@ -123,7 +128,7 @@ def check_verified(config: Config, rollout: Rollout | None, model: str, version:
 
 
 def print_verification(found: Verification) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)  # what differs may look like markup
     table = Table("", "equal", "different", "missing", box=SIMPLE_HEAD, pad_edge=False)
     rows: list[tuple[str, Counts]] = [("scores", found.scores)]
     rows += [(f"model {name}", counts) for name, counts in sorted(found.models.items())]
@@ -139,8 +144,9 @@ def print_verification(found: Verification) -> None:
         console.print(f"{n:,} missing: {why}")
     for one in found.differences:
         console.print(
-            f"[red]different[/red]: {one.model} version {one.version} for {one.key}, served at {one.served_ms} as of "
-            f"{one.as_of_ms}" + (f" (answer {one.id})" if one.id else "")
+            f"different: {one.model} version {one.version} for {one.key}, served at {one.served_ms} as of "
+            f"{one.as_of_ms}" + (f" (answer {one.id})" if one.id else ""),
+            style="red",
         )
         for what in one.what:
             console.print(f"  {what}")

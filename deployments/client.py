@@ -81,6 +81,7 @@ class _Request(NamedTuple):
     content_type: str = ""
     accept: str = _JSON
     idempotency_key: str = ""
+    first_row: int = 0
 
 
 class _Body(NamedTuple):
@@ -139,6 +140,7 @@ class Client:
         *,
         arrival: Arrival = "now",
         idempotency_key: str | None = None,
+        first_row: int | None = None,
     ) -> Ack:
         """Send events, and return when all are acknowledged: every score asked for afterwards reflects them.
 
@@ -150,11 +152,12 @@ class Client:
         in which an event arrives when it happens; "given" for a replay of a table with a column `_arrival_ms`, which
         needs the admin token where the clock is the wall's. idempotency_key: names this call, so that a later call
         with the same key, events and `batch_rows` changes nothing that this one has changed; only sources without an
-        `event_id` need it.
+        `event_id` need it. first_row: the key names more than this call, which begins so far on; then that may be cut
+        into calls and requests in any way.
 
         Raises `ClientError`; its `ack` and `first_row` say what was acknowledged before.
         """
-        return self._run(self._calls.send(source, events, arrival, idempotency_key))
+        return self._run(self._calls.send(source, events, arrival, idempotency_key, first_row))
 
     def sender(
         self, source: str, *, batch_rows: int = 500, linger_ms: float = 20.0, buffer_rows: int = 10_000
@@ -281,9 +284,10 @@ class AsyncClient:
         *,
         arrival: Arrival = "now",
         idempotency_key: str | None = None,
+        first_row: int | None = None,
     ) -> Ack:
         """Send events; see `Client.send`."""
-        return await self._run(self._calls.send(source, events, arrival, idempotency_key))
+        return await self._run(self._calls.send(source, events, arrival, idempotency_key, first_row))
 
     @overload
     async def score(self, model: str, ids: Id, *, features: bool = False, as_of: AsOf = None) -> Score: ...
@@ -365,6 +369,8 @@ class _Calls:
             headers["content-type"] = request.content_type
         if request.idempotency_key:
             headers["idempotency-key"] = request.idempotency_key
+        if request.first_row:
+            headers["idempotency-row"] = str(request.first_row)
         if request.target == "/v1/status" or request.target.endswith("?arrival=given"):
             headers |= self._admin
         return httpx.Request(
@@ -377,7 +383,7 @@ class _Calls:
 
     # -- calls
 
-    def send(self, source: str, events: Any, arrival: Arrival, key: str | None) -> _Call[Ack]:
+    def send(self, source: str, events: Any, arrival: Arrival, key: str | None, begins: int | None) -> _Call[Ack]:
         target = _target("/v1/events/", source, arrival=None if arrival == "now" else arrival)
         key = secrets.token_hex(16) if key is None else key
         if not _KEY.fullmatch(key):
@@ -385,7 +391,10 @@ class _Calls:
         ack, first_row = Ack(), 0
         try:
             for number, body in enumerate(_bodies(events, self._batch_rows)):
-                request = _Request("POST", target, body.content, body.content_type, idempotency_key=f"{key}/{number}")
+                named, row = (f"{key}/{number}", 0) if begins is None else (key, begins + body.first_row)
+                request = _Request(
+                    "POST", target, body.content, body.content_type, idempotency_key=named, first_row=row
+                )
                 ack += yield from self._part(request, body, _decode_ack)
                 first_row = body.first_row + body.rows
         except ClientError as error:

@@ -18,6 +18,7 @@ __all__ = ["EventsApp"]
 
 #: Visible ASCII, as the header's draft has it; quotation marks around it are part of it.
 _KEY = re.compile(r"[!-~]{1,255}")
+_ROW = re.compile(r"[0-9]{1,15}")
 _encode_ack = msgspec.json.Encoder().encode
 
 
@@ -60,11 +61,11 @@ class EventsApp(App):
         if arrival == "given" and self._clock == "wall":
             # On an event clock time is what events say, whoever sends them.
             request.check_admin(self._admin_token_sha256, '`?arrival=given` on a cluster with `clock = "wall"`')
-        key = _idempotency_key(request, source)
+        key, first_row = _idempotency_key(request, source)
         body = await request.body(self._limits.body_bytes_max)
         decoder = self._decoders[source.name]
         parsed = decoder.parse(body, request.header(b"content-type"), arrivals=arrival == "given")
-        events = EventsRequest(parsed.rows, arrival == "event", key, parsed.arrivals)
+        events = EventsRequest(parsed.rows, arrival == "event", key, parsed.arrivals, first_row)
         ack = await self._queue.ingest(source.name, parsed, events)
         return Response(200, _encode_ack(ack))
 
@@ -79,14 +80,20 @@ def _arrival(request: Request) -> str:
     return value
 
 
-def _idempotency_key(request: Request, source: Source) -> str | None:
-    """Return the `Idempotency-Key`, by which a request of events without ids is known when it is sent again."""
-    key = request.header(b"idempotency-key")
+def _idempotency_key(request: Request, source: Source) -> tuple[str | None, int]:
+    """Return the `Idempotency-Key`, by which a request of events without ids is known when it is sent again, and the
+    `Idempotency-Row`, with which row of what the key names it begins."""
+    key, row = request.header(b"idempotency-key"), request.header(b"idempotency-row") or "0"
     if key is None or source.event_id is not None:
-        return None
+        return None, 0
     if not _KEY.fullmatch(key):
         raise BadRequest(
             f"header Idempotency-Key: got {key[:80]!r}; allowed are 1 to 255 visible ASCII characters",
             path="Idempotency-Key",
         )
-    return key
+    if not _ROW.fullmatch(row):
+        raise BadRequest(
+            f"header Idempotency-Row: got {row[:80]!r}; allowed is a whole number of up to 15 digits",
+            path="Idempotency-Row",
+        )
+    return key, int(row)

@@ -36,8 +36,8 @@ class Explainer:
     timeout_s: float = 60.0
     _busy: bool = False
 
-    async def explain(self, **request: Any) -> dict[str, Any]:
-        """Return what `models.explanation.explained` says; arguments as of `ExplainRequest`.
+    async def explain(self, **request: Any) -> bytes:
+        """Return what `models.explanation.explained` says, as JSON; arguments as of `ExplainRequest`.
 
         Raises what that does, `TooMany` if another one is being explained, `ExplainTimeout`.
         """
@@ -71,4 +71,4 @@ class Explainer:
         answer, error = msgspec.msgpack.decode(out)
         if error is not None:
             raise error_from_wire(error)
-        return dict(answer)
+        return bytes(answer)

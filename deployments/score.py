@@ -286,7 +286,7 @@ class ScoreApp(App):
             at_ms=at_ms,
             events_max=int(events),
         )
-        return json_response(told)
+        return Response(200, told)
 
     async def _served_now(self, lane: Lane, keys: Mapping[str, Sequence[Any]], shard_map: ShardMap) -> bytes:
         """Score an id, and return that as the score log would have it, an Arrow IPC stream."""

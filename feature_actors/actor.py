@@ -21,7 +21,7 @@ from millpond.feature_actors.errors import MillpondError, Unavailable
 from millpond.feature_actors.server import ShardServer, ShardSpec
 from millpond.feature_actors.socket_calls import SocketCalls, socket_path
 
-__all__ = ["ActorCalls", "FeatureActor", "NearestCalls", "actor_name", "find_actors", "start_actors"]
+__all__ = ["ActorCalls", "FeatureActor", "NearestCalls", "actor_name", "find_actors", "start_actors", "wait_for_actors"]
 
 #: Calls that wait for one shard, from one replica; more are answered 503.
 PENDING_CALLS_MAX = 1_024
@@ -62,9 +62,9 @@ class FeatureActor:
 
 
 def start_actors(spec: ShardSpec, namespace: str, num_cpus: float) -> list[Any]:
-    """Start an actor per shard, detached and named, and wait until each has recovered."""
+    """Begin to start an actor per shard, detached and named; `wait_for_actors` returns when they are there."""
     remote = ray.remote(FeatureActor)
-    actors = [
+    return [
         remote.options(
             name=actor_name(spec.cluster_name, shard),
             namespace=namespace,
@@ -76,13 +76,16 @@ def start_actors(spec: ShardSpec, namespace: str, num_cpus: float) -> list[Any]:
         ).remote(spec, shard)
         for shard in range(spec.shard_map.n_shards)
     ]
+
+
+def wait_for_actors(actors: Sequence[Any]) -> None:
+    """Return when each shard has recovered. Raises the `MillpondError` of one that cannot be opened."""
     try:
         ray.get([a.call.remote("ready", []) for a in actors])
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, MillpondError):
             raise error.cause from None
         raise
-    return actors
 
 
 def find_actors(cluster_name: str, n_shards: int, namespace: str) -> list[Any]:

@@ -58,13 +58,15 @@ class EventsRequest:
     """How many events came together, and how.
 
     arrival_is_event_time: a bulk load. arrivals: the arrival stamps int64 [rows], of a replay; None if they are made
-    here. idempotency_key: says that two requests are the same, where the events have no id.
+    here. idempotency_key: says that two requests are the same, where the events have no id. first_row: of what the key
+    names these events begin so far on; however that is cut into requests, an event is the same.
     """
 
     rows: int
     arrival_is_event_time: bool = False
     idempotency_key: str | None = None
     arrivals: Ints | None = None
+    first_row: int = 0
 
 
 @dataclass(frozen=True)
@@ -363,7 +365,7 @@ class FeatureClient:
         if source.event_id is not None:
             ids, given = hash_columns([batch.column(source.event_id)], n), True
         else:
-            ids = np.concatenate([_ids_of_rows(r.idempotency_key, r.rows) for r in requests])
+            ids = np.concatenate([_ids_of_rows(r.idempotency_key, r.first_row, r.rows) for r in requests])
             given = any(r.idempotency_key is not None for r in requests)
         contents = hash_columns(batch.columns, n)[:, 0].view(np.int64) if given else np.zeros(n, np.int64)
         return Events(source.name, batch, ids, contents, given, arrivals, received_ms, len(layout.added_keys))
@@ -467,11 +469,11 @@ def _ends(requests: Sequence[EventsRequest]) -> list[int]:
     return list(itertools.accumulate((r.rows for r in requests), initial=0))
 
 
-def _ids_of_rows(key: str | None, n: int) -> Hashes:
-    """Return ids for the rows of a request: the same for the same key, else ones that no other request has."""
+def _ids_of_rows(key: str | None, first: int, n: int) -> Hashes:
+    """Return ids for the rows of a request: the same for the same key and row, else ones that no other request has."""
     if key is None:
         return hash_columns([pa.repeat(pa.scalar(secrets.randbits(63), pa.int64()), n), pa.array(range(n))], n)
-    return hash_columns([pa.repeat(pa.scalar(key), n), pa.array(range(n))], n)
+    return hash_columns([pa.repeat(pa.scalar(key), n), pa.array(range(first, first + n))], n)
 
 
 def _first_failing(where: pc.Expression, batch: pa.RecordBatch) -> int:

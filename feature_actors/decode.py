@@ -219,6 +219,11 @@ class Decoder:
         received = {table.column_names[i]: _joined(table.column(i)) for i in columns}
         return self._from_columns(received, table.num_rows)
 
+    def arrivals_of(self, table: pa.Table) -> npt.NDArray[np.int64]:
+        """Return the arrival stamps of a table's rows, int64 [n], checked as those of an Arrow body are."""
+        self._without_arrivals(table.schema)
+        return self._stamps(_joined(table.column(ARRIVAL_COLUMN)))
+
     # JSON and NDJSON.
 
     def _from_events(self, events: list[Any]) -> pa.RecordBatch:

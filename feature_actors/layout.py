@@ -296,12 +296,6 @@ class Layout:
     def _check_addable(self, view: FeatureView, identity: str, kept: Mapping[str, FeatureView]) -> None:
         if identity in kept:
             raise DeclarationError(f"view `{view.name}`: the cluster keeps it already")
-        for one in kept.values():
-            if one.name == view.name and (one.source.name, one.key) != (view.source.name, view.key):
-                raise DeclarationError(
-                    f"view `{view.name}`: the cluster keeps it of source `{one.source.name}` by {', '.join(one.key)}; "
-                    "of another source or key it is another view: give it another name"
-                )
         known = self.sources.get(view.source.name)
         if known is not None and known != view.source:
             raise DeclarationError(
@@ -314,6 +308,12 @@ class Layout:
                 + did_you_mean(view.source.name, self.sources)
                 + "; start the cluster with the definition"
             )
+        for one in kept.values():
+            if one.name == view.name and (one.source.name, one.key) != (view.source.name, view.key):
+                raise DeclarationError(
+                    f"view `{view.name}`: the cluster keeps it of source `{one.source.name}` by {', '.join(one.key)}; "
+                    "of another source or key it is another view: give it another name"
+                )
         kinds = {name: (_key_kind(one, name), one) for one in kept.values() for name in one.key}
         for name in view.key:
             kind, one = kinds.get(name, ("", view))

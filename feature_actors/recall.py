@@ -48,8 +48,9 @@ NO_EVENT, NOT_ASKED = -1, -2
 #: What became of a part: it was read; the past has no such event; its row has an event that is later than the as-of.
 READ, GONE, LATER = range(3)
 
-#: So many rows, or records, of a source are looked at together.
-_ROWS, _RECORDS = 1 << 16, 1 << 12
+#: So many rows, records, or bytes of a source are looked at together; to ask a smaller record for its bytes takes long.
+_ROWS, _RECORDS, _BYTES = 1 << 16, 1 << 12, 64 << 20
+_SIZED_ROWS = 32
 #: Nothing is ever out of sight: events are applied ahead of the times that others are read as of.
 _NEVER_RECLAIM_MS = 1 << 60
 _NO_END = 1 << 62
@@ -245,6 +246,7 @@ def _grouped(
     """Yield the records up to offset `last` source by source, some together, those of a source in order."""
     waiting: dict[str, list[tuple[int, EventsRecord]]] = defaultdict(list)
     rows: dict[str, int] = defaultdict(int)
+    sizes: dict[str, int] = defaultdict(int)
     seen = 0
     for offset, record in past:
         if offset > last:
@@ -253,9 +255,10 @@ def _grouped(
         source = record.source
         waiting[source].append((offset, record))
         rows[source] += record.batch.num_rows
-        if rows[source] >= _ROWS or len(waiting[source]) >= _RECORDS:
+        sizes[source] += record.batch.nbytes if record.batch.num_rows >= _SIZED_ROWS else 0
+        if rows[source] >= _ROWS or len(waiting[source]) >= _RECORDS or sizes[source] >= _BYTES:
             yield source, waiting.pop(source)
-            rows[source] = 0
+            rows[source] = sizes[source] = 0
             progress(seen)
             seen = 0
     yield from waiting.items()

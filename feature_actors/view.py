@@ -16,10 +16,12 @@ from millpond.feature_actors.aggregations import NUMBERS, Aggregation, Derived, 
 from millpond.feature_actors.errors import DeclarationError, did_you_mean
 from millpond.feature_actors.source import Source, check_name, check_owner
 
-__all__ = ["Feature", "FeatureView"]
+__all__ = ["KEY_TYPES", "Feature", "FeatureView"]
 
 #: Types that a key field may have: integers widen to int64; strings are compared byte by byte.
 KEY_TYPES = frozenset({"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "string"})
+#: An event is hardly further ahead of its arrival: clusters refuse more than `ahead_max`, 10 minutes unless set.
+AHEAD_MS = 86_400_000
 #: What every aggregation has.
 _OF_ALL = frozenset(f.name for f in fields(Aggregation))
 
@@ -93,6 +95,13 @@ class Feature:
         arguments += ["exact=True"] * kept.exact
         arguments += [] if kept.where is None else [f"where={' '.join(str(kept.where).split())}"]
         return f"{type(kept).__name__}({', '.join(filter(None, arguments))})"
+
+    @property
+    def reach_ms(self) -> int | None:
+        """How long before an as-of an event may have arrived that it sees, its tile and what events are ahead of their
+        arrival included; None if for ever. Not of a derived feature."""
+        kept = self.kept
+        return None if kept.window_ms is None else kept.window_ms + (kept.tile_width_ms or 0) + AHEAD_MS
 
     @property
     def where(self) -> pc.Expression | None:

@@ -7,7 +7,6 @@ declaration: those of its entity that satisfy `where`, came in time, and lie ins
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import sys
@@ -23,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from millpond.feature_actors.errors import MillpondError, error_to_wire
+from millpond.feature_actors.errors import MillpondError, TooLarge, error_to_wire
 from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.log.part import DAY_MS
 from millpond.feature_actors.past import Past
@@ -40,11 +39,13 @@ from millpond.models.registry import Registry
 from millpond.models.score_log import read_scores
 from millpond.models.score_rows import ScoreRows, added_views, layout_with
 
-__all__ = ["ExplainRequest", "explain", "explained", "logged_score", "seen_by"]
+__all__ = ["ANSWER_BYTES_MAX", "ExplainRequest", "explain", "explained", "logged_score", "seen_by"]
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
+#: Of an answer over HTTP: raw events may be long.
+ANSWER_BYTES_MAX = 16 << 20
 _ONE_SHARD = ShardMap.even(1, 1)
 _NEVER_RECLAIM_MS = 1 << 60
 _INT64 = re.compile(r"-?[0-9]{1,19}")
@@ -104,16 +105,22 @@ def logged_score(
 ) -> pa.Table | None:
     """Return the newest logged score of an id that was served up to a time, None if there is none.
 
-    key: as `ReadPlan.key_columns` has it.
+    version: None for whichever answered, so not a shadow, which nobody had an answer of. key: as
+    `ReadPlan.key_columns` has it.
     """
-    orders = itertools.permutations(key.items())
-    texts = pa.array([msgspec.json.encode(dict(one)).decode() for one in orders])
+    size = len(msgspec.json.encode(key).decode())
     best: pa.Table | None = None
     for table in read_scores(history_uri, model=model, version=version, until_ms=until_ms + 1, newest_first=True):
         # The newest is of the last date that has one; of which of its files, nobody knows.
         if best is not None and _served_ms(table) // DAY_MS < _served_ms(best) // DAY_MS:
             break
-        mine = table.filter(pc.is_in(table["key"], texts)).sort_by("served_ms")
+        # In whatever order a version has the fields, the text is as long.
+        wanted = pc.equal(pc.utf8_length(table["key"]), size)
+        if version is None:
+            wanted = pc.and_(wanted, pc.not_equal(table["role"], "shadow"))
+        likely = table.filter(wanted)
+        is_mine = [msgspec.json.decode(text) == key for text in likely["key"].to_pylist()]
+        mine = likely.filter(pa.array(is_mine, pa.bool_())).sort_by("served_ms")
         if len(mine) and (best is None or _served_ms(mine) > _served_ms(best)):
             best = mine.slice(len(mine) - 1)
     return best
@@ -266,13 +273,26 @@ def explained(request: ExplainRequest) -> dict[str, Any]:
         )  # fmt: skip
 
 
+def _answer(request: ExplainRequest) -> bytes:
+    answer = msgspec.json.encode(explained(request))
+    if len(answer) > ANSWER_BYTES_MAX:
+        raise TooLarge(
+            f"explain: the answer has {len(answer):,} bytes; allowed are {ANSWER_BYTES_MAX:,}; ask for fewer events"
+        )
+    return answer
+
+
 def _main() -> None:
-    """Read a request from standard input, write the answer, or an error, to standard output; both MessagePack."""
+    """Read a request from standard input, write the answer as JSON, or an error, to standard output, in MessagePack.
+
+    The answer is JSON already, since who asks has others to serve than to write it.
+    """
     answer = os.dup(1)
     os.dup2(2, 1)  # a model may print
     os.nice(19)
     try:
-        told: list[Any] = [explained(msgspec.msgpack.decode(sys.stdin.buffer.read(), type=ExplainRequest)), None]
+        request = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=ExplainRequest)
+        told: list[Any] = [_answer(request), None]
     except MillpondError as error:
         told = [None, error_to_wire(error)]
     with os.fdopen(answer, "wb") as file:

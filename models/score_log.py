@@ -280,6 +280,9 @@ def _scores(folder: Folder, path: str) -> pa.Table | None:
     except (OSError, pa.ArrowException) as error:
         text = str(error).partition("\n")[0][:300]
         raise HistoryDamaged(f"history: `{path}` cannot be read: {text}; restore it from a copy") from None
-    if table.schema.names != SCHEMA.names:
+    # Whatever the names of the items of lists are.
+    if table.schema.names != SCHEMA.names or any(
+        not field.type.equals(SCHEMA.field(field.name).type) for field in table.schema
+    ):
         raise HistoryDamaged(f"history: `{path}` is no file of a score log: its columns are others; remove it")
     return table.cast(SCHEMA)

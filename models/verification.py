@@ -448,11 +448,8 @@ class _Verifier:
 
 def _reach_ms(view: FeatureView) -> int | None:
     """Return how long before an as-of an event may have arrived that a view sees, None if for ever."""
-    kept = [feature.kept for feature in view if feature.derived is None]
-    if any(aggregation.window_ms is None for aggregation in kept):
-        return None
-    windows = [(aggregation.window_ms or 0) + (aggregation.tile_width_ms or 0) for aggregation in kept]
-    return max(windows) + DAY_MS  # an event may be ahead of its arrival
+    reaches = [feature.reach_ms for feature in view if feature.derived is None]
+    return None if None in reaches else max(reach for reach in reaches if reach is not None)
 
 
 def _text(result: Any) -> str:

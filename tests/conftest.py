@@ -1,10 +1,13 @@
-"""Hypothesis: random examples, whose seed and blob are printed when one fails, so that it replays."""
+"""Hypothesis: random examples, whose seed and blob are printed when one fails, so that it replays. And which
+tests run side by side: two files at a time, if all of them are to run.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -30,3 +33,31 @@ for name, base in (("millpond", 40), ("thorough", 400)):
         ],
     )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "millpond"))
+
+#: The tests of the session's cluster, in one process.
+SHARED = tuple(f"tests/cluster/test_{name}.py" for name in ("actor_ports", "packs", "score_log", "served"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the tests of the session's cluster come last: once started, it would be in the way of others."""
+    items.sort(key=lambda item: item.nodeid.startswith(SHARED))
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run the whole suite in two processes, of however many cores: many tests wait, those of clusters above all.
+
+    Chosen files run in this one: to start others takes longer than most files do, and a debugger wants the terminal.
+    """
+    return 2 if [Path(a).resolve() for a in config.args] == [Path(__file__).parent] else 0
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each process a file at a time, in the order of collection: clusters take longest and come first."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "shared" if nodeid.startswith(SHARED) else nodeid.partition("::")[0]
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)

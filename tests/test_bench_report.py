@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from test_bench import _Fake, _outcome
 
-from millpond.bench import command, history, mixed, models, parity, score, soak, trainset, users
+from millpond.bench import backfill, command, history, mixed, models, parity, score, soak, trainset, users
 from millpond.bench import events as events_bench
 from millpond.bench import faults as faults_bench
 from millpond.bench import recovery as recovery_bench
@@ -32,6 +32,7 @@ MEANINGS = {
     "store": meanings(FULL), "events": events_bench.MEANINGS, "faults": faults_bench.MEANINGS,
     "recovery": recovery_bench.MEANINGS, "score": score.MEANINGS, "models": models.MEANINGS, "users": users.MEANINGS,
     "soak": soak.MEANINGS, "mixed": mixed.MEANINGS, "parity": parity.MEANINGS, "trainset": trainset.MEANINGS,
+    "backfill": backfill.MEANINGS,
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -260,6 +261,23 @@ def test_a_send_that_failed_half_way_is_completed_under_its_key(scene: Scene) ->
     key = caught.value.idempotency_key
     assert scene.client.send("logins", events, idempotency_key=key) == Ack(accepted=2, duplicates=6)
     assert scene.logins("phone") == 8
+
+
+@pytest.mark.parametrize("cuts", [(0, 20), (0, 1, 20), (0, 7, 8, 15, 20), (0, 10, 5, 20)])
+def test_events_under_a_key_are_the_same_however_they_are_cut(scene: Scene, cuts: tuple[int, ...]) -> None:
+    events = [login("phone", i) for i in range(20)]
+    assert scene.client.send("logins", events, idempotency_key="all", first_row=0) == Ack(accepted=20)
+    for begin, end in pairwise(cuts):
+        if begin < end:
+            ack = scene.client.send("logins", events[begin:end], idempotency_key="all", first_row=begin)
+            assert ack == Ack(duplicates=end - begin)
+    assert scene.client.send("logins", events[:2], idempotency_key="all", first_row=20) == Ack(accepted=2)
+    assert scene.client.send("logins", events[:1], idempotency_key="all", first_row=1) == Ack(conflicts=1)
+    assert scene.logins("phone") == 22
+    for row in ("-1", "x", "1.5", "9" * 16):
+        headers = {"idempotency-key": "all", "idempotency-row": row}
+        answer = scene.behind.world.post_events("logins", login("phone"), headers=headers)
+        assert (answer.status, answer.error["path"]) == (400, "Idempotency-Row")
 
 
 def test_keys_that_the_cluster_would_not_take_are_refused(scene: Scene) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from folders import folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine_vs_oracle import keys_of
-from verified_world import MINUTE, VerifiedWorld, payment, random_world
+from verified_world import FILE, MINUTE, VerifiedWorld, payment, random_world
 from worlds import World, batch, worlds
 
 from millpond.cluster import cli
@@ -27,8 +28,10 @@ from millpond.deployments.lane import Lane
 from millpond.deployments.score import ScoreApp, ScoreLimits
 from millpond.deployments.served import Models, Served
 from millpond.feature_actors import oracle
-from millpond.feature_actors.errors import NotFound, TooMany
-from millpond.models.explanation import explain, logged_score, seen_by
+from millpond.feature_actors.errors import NotFound, TooLarge, TooMany
+from millpond.feature_actors.ports import complete
+from millpond.models import explanation
+from millpond.models.explanation import ExplainRequest, explain, logged_score, seen_by
 from millpond.models.score_log import SCHEMA
 
 NOW = 1_700_000_000_000
@@ -140,6 +143,32 @@ def test_the_newest_logged_score_up_to_a_time_is_found(world: VerifiedWorld) -> 
     assert logged_score(history, "user", "2", {"user": 1}, NOW + 10**10) is None
 
 
+def test_a_score_of_a_shadow_is_not_taken_for_the_one_that_was_answered(tmp_path: Path) -> None:
+    world = VerifiedWorld(tmp_path)
+    world.send([payment(0, NOW, 1, "a", 5)], NOW)
+    world.score("user", [{"user": 1}])
+    plan = world.loaded["user"].plan
+    keys = plan.key_columns([{"user": 1}], batch=False)
+    world.cluster.clock.ms += 1  # a shadow takes its turn after the answer
+    world.log("user", keys, complete(world.cluster.client.read(plan, keys, 1)), role="shadow")
+    world.lay_out()
+    for version, answer_id in ((None, "0"), ("1", "1")):
+        found = logged_score(str(world.path / "history"), "user", version, {"user": 1}, NOW + 5)
+        assert found is not None
+        assert found["id"].to_pylist() == [answer_id]
+
+
+def test_a_logged_score_is_found_in_whatever_order_the_fields_of_its_id_are(tmp_path: Path) -> None:
+    world = VerifiedWorld(tmp_path)
+    world.send([payment(0, NOW, 1, "ü", 5)], NOW)
+    world.score("both", [{"user": 1, "shop": "ü"}, {"user": 11, "shop": ""}])
+    world.lay_out()
+    for fields in ({"user": 1, "shop": "ü"}, {"shop": "ü", "user": 1}):
+        found = logged_score(str(world.path / "history"), "both", None, fields, NOW)
+        assert found is not None
+        assert found["id"].to_pylist() == ["0"]
+
+
 # -- the command
 
 
@@ -166,6 +195,25 @@ def test_the_command(world: VerifiedWorld, capsys: pytest.CaptureFixture[str]) -
     assert command(world, capsys, "user", "--user", "7", "--json")[0] == 0
 
 
+def test_what_looks_like_markup_is_shown_as_it_is(world: VerifiedWorld, capsys: pytest.CaptureFixture[str]) -> None:
+    for shop in ("[/a]", "[bold]"):
+        status, out, _ = command(world, capsys, "both", "--user=1", f"--shop={shop}", "--model-version", "1")
+        assert (status, out.splitlines()[0]) == (0, f"both version 1 (owner tests) for user 1, shop {shop}")
+
+
+@pytest.mark.parametrize("key", ['{"user": "x"}', '{"user": [1]}', '{"user": null}'])
+def test_a_key_that_is_none_is_said_beside_a_canary_too(
+    world: VerifiedWorld, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    champion = world.versions["user"]
+    canary = replace(champion, version="2")
+    world.registry.add(FILE, [canary])
+    world.registry.deploy([champion])
+    world.registry.deploy([canary], "canary", 0.5)
+    status, _, err = command(world, capsys, "user", "--key", key)
+    assert (status, "expected `user` as int64" in err) == (1, True), err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -179,6 +227,7 @@ def test_the_command(world: VerifiedWorld, capsys: pytest.CaptureFixture[str]) -
         (["user", "user", "1"], "expected a key field as a flag, such as `--user-id 42`"),
         (["nobody", "--user", "1"], "no model `nobody`"),
         (["both", "--user", "1"], "model `both`: no version of it is live; name one with --model-version"),
+        (["user", "--user", "1", "--events", "-1"], "--events: got -1; allowed is 0 or more"),
         (["user", "--key", "[]"], "--key: got '[]'; expected an id as a JSON object"),
         (["user", "--user", "1", "--at", "noon"], "--at: got 'noon'; a time is ISO 8601"),
         (["user", "--user", "1", "--history", "off"], "keeps no history (setting `history`)"),
@@ -227,6 +276,16 @@ def test_the_call_explains_what_is_served_now_and_what_was(world: VerifiedWorld)
     assert call(served_of(world, None), "GET", target, headers=admin).status == 503
 
 
+def test_an_answer_that_is_too_large_is_refused(world: VerifiedWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = ExplainRequest(str(world.path), str(world.path / "history"), "user", "1", {"user": 1}, at_ms=NOW)
+    answer = explanation._answer(request)
+    monkeypatch.setattr(explanation, "ANSWER_BYTES_MAX", len(answer))
+    assert explanation._answer(request) == answer
+    monkeypatch.setattr(explanation, "ANSWER_BYTES_MAX", len(answer) - 1)
+    with pytest.raises(TooLarge, match="ask for fewer events"):
+        explanation._answer(request)
+
+
 def test_one_is_explained_at_a_time_and_not_for_ever(world: VerifiedWorld) -> None:
     place = str(world.path), str(world.path / "history"), world.cluster.shard_map
     asked = {"model": "user", "version": "1", "key": {"user": 1}, "at_ms": NOW}
@@ -239,7 +298,7 @@ def test_one_is_explained_at_a_time_and_not_for_ever(world: VerifiedWorld) -> No
         await asyncio.sleep(0)
         with pytest.raises(TooMany):
             await explainer.explain(**asked)
-        assert (await first)["id"] == "0"
+        assert json.loads(await first)["id"] == "0"
         with pytest.raises(NotFound, match="no version `2`"):
             await explainer.explain(**{**asked, "version": "2"})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,16 @@ def test_a_model_or_view_that_is_not_there_is_told_with_its_neighbour() -> None:
             c.score("churn", [1])  # type: ignore[list-item]
 
 
+def test_a_model_or_view_of_the_same_name_that_is_declared_otherwise_is_refused() -> None:
+    other = FeatureView("user_spend", owner="x", source=purchases, key=["user_id"], features={"n": Count(window="1d")})
+    with TestCluster(VIEWS, [churn]) as c:
+        assert c.features(user_spend, user_id=1).unknown
+        with pytest.raises(DeclarationError, match="view `user_spend`: this is not the one of the cluster"):
+            c.features(other, user_id=1)
+        with pytest.raises(DeclarationError, match="model `churn`: this is not the one of the cluster"):
+            c.score(replace(churn, features=churn.features[1:]), user_id=1)
+
+
 def test_what_is_no_declaration_is_refused() -> None:
     with pytest.raises(DeclarationError, match="expected `FeatureView` or `Source`, got"):
         TestCluster([churn])  # type: ignore[list-item]
@@ -359,6 +370,12 @@ def test_a_difference_names_the_feature_the_entity_and_its_events() -> None:
     assert str(count).startswith("`user_spend.orders_30d` of user_id=1 as of 2023-11-1")
     unknown = list(Judge(user_spend, []).differences(keys, plan, rows))
     assert [(d.got, d.want) for d in unknown if d.feature is None] == [(True, False)] * 2
+
+
+@pytest.mark.parametrize("nothing", [{"times": 0}, {"entities_max": 0}])
+def test_parity_that_would_compare_nothing_is_refused(nothing: dict[str, int]) -> None:
+    with pytest.raises(DeclarationError, match="times and entities_max are 1 or more"):
+        assert_parity(user_spend, [], **nothing)
 
 
 def test_parity_of_views_of_two_sources_is_refused() -> None:

@@ -563,13 +563,17 @@ def test_events_of_another_type_are_refused_as_when_served() -> None:
     assert str(caught.value) == "event of `purchases`: expected `int64`, got a column of `string` - at `$[*].user_id`"
 
 
+A_TIME = "expected a timestamp with a time zone, such as `timestamp[ms, UTC]`: hours decide what a label knows"
+
+
 @pytest.mark.parametrize(
     ("column", "values", "message"),
     [
-        ("as_of", pa.array([NOW, NOW + 1]), "training set: column `as_of` of the labels is `int64`; expected a timestamp"),
-        ("as_of", pa.array(["2024-01-01", ""]), "training set: column `as_of` of the labels is `string`; expected a timestamp"),
+        ("as_of", pa.array([NOW, NOW + 1], pa.timestamp("ms")), "training set: column `as_of` of the labels is `timestamp[ms]`; " + A_TIME),
+        ("as_of", pa.array([NOW, NOW + 1]), "training set: column `as_of` of the labels is `int64`; " + A_TIME),
+        ("as_of", pa.array(["2024-01-01", ""]), "training set: column `as_of` of the labels is `string`; " + A_TIME),
         ("as_of", pa.array([NOW * 1000, NOW * 1000 + 1], pa.timestamp("us", "UTC")), "training set: label with `as_of` 1700000000000001 us, which is not of whole milliseconds; round it - at `$[1].as_of`"),
-        ("as_of", pa.array([NOW * 10**6 + 1, NOW * 10**6], pa.timestamp("ns")), "training set: label with `as_of` 1700000000000000001 ns, which is not of whole milliseconds; round it - at `$[0].as_of`"),
+        ("as_of", pa.array([NOW * 10**6 + 1, NOW * 10**6], pa.timestamp("ns", "UTC")), "training set: label with `as_of` 1700000000000000001 ns, which is not of whole milliseconds; round it - at `$[0].as_of`"),
         ("user_id", pa.array(["1", "2"]), "training set: column `user_id` of the labels is `string`; expected `int64`"),
         ("user_id", pa.array([1.0, 2.0]), "training set: column `user_id` of the labels is `double`; expected `int64`"),
         ("user_id", pa.array([1, 2**63], pa.uint64()), "training set: column `user_id` of the labels does not fit `int64`: Integer value 9223372036854775808 not in range: 0 to 9223372036854775807"),
@@ -591,7 +595,7 @@ def test_times_of_labels_in_other_units_and_keys_in_a_dictionary_are_read() -> N
     other = labels.set_column(1, "book_id", labels["book_id"].dictionary_encode())
     one = training_set(FEATURES, labels, {"purchases": events})
     encoded = events.set_column(2, "book_id", events["book_id"].dictionary_encode())
-    for unit, zone in (("s", None), ("us", "Europe/Berlin"), ("ns", "UTC")):
+    for unit, zone in (("s", "America/New_York"), ("us", "Europe/Berlin"), ("ns", "UTC")):
         in_unit = other.set_column(2, "as_of", labels["as_of"].cast(pa.timestamp(unit, zone)))
         assert same(one, training_set(FEATURES, in_unit, {"purchases": encoded}))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from apps import NOW, Reply, World, call, make_world
 from check_directory import flip
@@ -25,10 +28,10 @@ from hypothesis import strategies as st
 from millpond.cluster.cli import main
 from millpond.cluster.packs import export as exporting
 from millpond.cluster.packs import replay as replaying
-from millpond.cluster.packs.commands import names_of
+from millpond.cluster.packs.commands import _deploy_line, names_of
 from millpond.cluster.packs.export import What, export_pack
 from millpond.cluster.packs.masking import Mask
-from millpond.cluster.packs.pack import Pack, PackDamaged, checksum_of
+from millpond.cluster.packs.pack import Pack, PackDamaged, checksum_of, sha256_of
 from millpond.cluster.packs.replay import Pace, ReplayFailed, replay, speed_of
 from millpond.cluster.times import time_of
 from millpond.deployments import Ack, Client
@@ -189,7 +192,7 @@ def fields_of(row: dict[str, Any]) -> dict[str, Any]:
 def test_a_pack_has_each_event_once_with_its_stamp_in_the_order_of_arrival(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, history: bool
 ) -> None:
-    monkeypatch.setattr(exporting, "_WINDOW_EVENTS", 50)
+    monkeypatch.setattr(exporting, "WINDOW_EVENTS", 50)
     shop = Shop(tmp_path, 3, history).fill()
     if history:
         for shard in range(3):
@@ -216,6 +219,15 @@ def test_its_files_are_their_owners_alone(shop: Shop) -> None:
     for path in [pack.folder, *pack.folder.rglob("*")]:
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
     assert [path.name for path in pack.folder.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_an_export_with_this_number_of_process_left_or_still_writes_is_left_alone(shop: Shop) -> None:
+    """In a container the number is the same each time."""
+    other = shop.folder / f".pack.{os.getpid()}"
+    other.mkdir()
+    (other / "manifest.json").write_text("half of")
+    shop.export(ALL)
+    assert (other / "manifest.json").read_text() == "half of"
 
 
 def test_definitions_and_live_models_are_what_up_and_deploy_take(shop: Shop) -> None:
@@ -246,6 +258,22 @@ def test_another_version_that_is_live_has_a_folder_of_its_own(shop: Shop) -> Non
     assert [path.startswith("definitions/") for path in pack.manifest.definitions] == [True]
 
 
+def test_features_of_views_that_were_deployed_are_told_and_their_ttls_kept_to(shop: Shop) -> None:
+    directory = shop.left()
+    view = """
+late = FeatureView("late", owner="ml", source=orders, key=["user_id"],
+                   features={"email": Last("email", ttl="2h"), "book": Last("book")})
+also = Model("also", version="1", owner="ml", predictor=Linear, features=[late["book"]])
+"""
+    other = Definition("shop.py", TEXT + view, with_weights().artifacts)
+    (model,) = (m for m in other.declared().models if m.name == "also")
+    with closing(Registry(directory / "registry")) as registry:
+        registry.publish(other, [version_of(other, model, {"user_id": "int64"})])
+    pack = shop.export(What(mask=("email",), allow_personal=True))
+    assert pack.manifest.changed_features == ["late.email", "spend.last_email"]
+    assert pack.manifest.ttl_ms_min == 2 * HOUR
+
+
 def test_a_stretch_of_time_is_chosen_by_arrival(shop: Shop) -> None:
     pack = shop.export(replace(ALL, since_ms=NOW + 5 * HOUR, until_ms=NOW + 7 * HOUR))
     assert {row["_arrival_ms"] for _, row in events_of(pack)} == {NOW + k * HOUR // 2 for k in range(10, 14)}
@@ -272,7 +300,9 @@ def test_a_sample_has_all_events_of_its_entities_and_no_other(shop: Shop, tmp_pa
     ("content", "message"),
     [
         ("user_id\nx\n", "cannot be read: In CSV column #0: CSV conversion error to int64: invalid value 'x'"),
-        ("user\n1\n", "column `user` is no field; known: .*did you mean `user_id`"),
+        ("user\n1\n", "column `user` is no field that can be in a key; known: .*did you mean `user_id`"),
+        ("price\n1\n", "column `price` is no field that can be in a key"),
+        ("user_id,user_id\n1,2\n", "column `user_id` comes twice"),
         ("user_id\n", "names no entity"),
         ("book,page\na,b\n", r"has the columns \['book', 'page'\]; no source has all of these fields"),
         ("", "cannot be read: Empty CSV file"),
@@ -332,6 +362,8 @@ def test_without_a_key_masks_are_others_each_time(shop: Shop, tmp_path: Path) ->
         (What(mask=("at",)), "export: field `at` of `.*` is `timestamp"),
         (What(drop=("email",)), "export: field `email` of `orders` can be neither null nor a default, so it cannot be"),
         (What(drop=("at",)), "export: field `at` of `orders` can be neither null nor"),
+        (replace(ALL, mask=("note",), drop=("note",)), "export: field `note` is to be masked and to be dropped"),
+        (replace(ALL, since_ms=NOW, until_ms=NOW), "export: `since` is not before `until`"),
     ],
 )
 def test_what_may_not_leave_is_named_and_nothing_is_written(shop: Shop, what: What, message: str) -> None:
@@ -404,9 +436,66 @@ def test_a_pack_that_is_not_whole_is_refused_by_name(shop: Shop, tmp_path: Path)
         manifest.write_text(json.dumps({**changed, "checksum": checksum_of(changed)}))
         with pytest.raises(PackDamaged, match=message):
             Pack(pack.folder)
+    manifest.write_text("[" * 100_000)
+    with pytest.raises(PackDamaged, match="cannot be read: maximum recursion depth"):
+        Pack(pack.folder)
     manifest.write_text("[]")
     with pytest.raises(PackDamaged, match="cannot be read: it is none of a pack"):
         Pack(pack.folder)
+
+
+def _rewritten(change: Callable[[pa.Table], pa.Table], row_group_size: int | None = None) -> Callable[[Path], None]:
+    def of(path: Path) -> None:
+        pq.write_table(change(pq.read_table(path)), path, row_group_size=row_group_size)
+
+    return of
+
+
+def _with(name: str, column: Callable[[pa.ChunkedArray], Any]) -> Callable[[Path], None]:
+    return _rewritten(lambda t: t.set_column(t.column_names.index(name), name, column(t[name])))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: path.write_bytes(b"PAR1 something PAR1"),
+        lambda path: [flip(path, at, 255) for at in range(60, 80)],
+        _rewritten(lambda t: t.drop_columns(["_place"])),
+        _rewritten(lambda t: t.drop_columns(["_arrival_ms"])),
+        _with("_arrival_ms", lambda c: c.cast(pa.string())),
+        _with("_place", lambda c: pa.nulls(len(c), pa.int64())),
+        _rewritten(lambda t: t, row_group_size=10),
+        _rewritten(lambda t: t.slice(0, 3)),
+        _rewritten(lambda t: pa.concat_tables([t] * 3_000)),
+    ],
+)
+def test_events_that_are_none_are_refused_though_their_checksum_is_right(
+    packed: Pack, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    """Whoever can change a file can change its checksum."""
+    folder = tmp_path / "pack"
+    shutil.copytree(packed.folder, folder)
+    change(folder / "events" / "orders.parquet")
+    with pytest.raises(PackDamaged, match="do not use it"):
+        list(_resealed(folder).windows())
+
+
+@pytest.mark.parametrize("windows", [[0, 45], [], [45, 90], [-1, 45]])
+def test_windows_that_are_not_those_of_the_files_are_refused(packed: Pack, tmp_path: Path, windows: list[int]) -> None:
+    folder = tmp_path / "pack"
+    shutil.copytree(packed.folder, folder)
+    pack = _resealed(folder, windows=windows)
+    with pytest.raises(PackDamaged, match="are no row group of each source; do not use it"):
+        list(pack.windows())
+
+
+def _resealed(folder: Path, **change: Any) -> Pack:
+    """Open a pack whose manifest is right for the files that are there."""
+    manifest = folder / "manifest.json"
+    content = {k: v for k, v in {**json.loads(manifest.read_text()), **change}.items() if k != "checksum"}
+    content["files"] = {name: [(folder / name).stat().st_size, sha256_of(folder / name)] for name in content["files"]}
+    manifest.write_text(json.dumps({**content, "checksum": checksum_of(content)}))
+    return Pack(folder)
 
 
 # -- replay
@@ -486,11 +575,14 @@ def test_behind_masks_every_feature_that_reads_none_is_found_again(shop: Shop, s
     assert world.get(query).json["features"]["last_email"] == Mask(KEY).text("user1@example.org")
 
 
-def test_a_replay_that_was_broken_off_goes_on_and_counts_nothing_twice(shop: Shop) -> None:
-    """Also at another speed: what has no ids goes in the same requests."""
+def test_a_replay_that_was_broken_off_goes_on_and_counts_nothing_twice(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also at another speed, and in other requests: what has no ids is known by its row."""
     pack = shop.export(ALL)
     for faults, speed in ((["ok"] * 20 + [(500, None)], None), (["ok"] * 3 + [(500, None)], 1e9), (["torn"], 50.0)):
         for world, url in served(3, faults=list(faults)):
+            monkeypatch.setattr(replaying, "_REQUEST_EVENTS", 12)
             accepted = 0
             if "torn" not in faults:  # a torn answer is tried again by the client
                 with pytest.raises(
@@ -499,7 +591,8 @@ def test_a_replay_that_was_broken_off_goes_on_and_counts_nothing_twice(shop: Sho
                     played(pack, url, speed)
                 accepted = world.applied
                 assert accepted > 0
-            for again in (None, 200.0):
+            for again, events_max in ((None, 10_000), (200.0, 7), (None, 5)):
+                monkeypatch.setattr(replaying, "_REQUEST_EVENTS", events_max)
                 ack = played(pack, url, again)
                 assert ack.accepted + ack.duplicates == 360
             assert ack.duplicates == 360
@@ -563,6 +656,11 @@ def test_requests_keep_to_their_sizes(shop: Shop, monkeypatch: pytest.MonkeyPatc
         assert places == sorted(places) == [row["_place"] for of, row in events_of(pack) if of == name]
 
 
+def test_at_full_speed_sources_without_ids_take_no_more_requests_than_others(shop: Shop) -> None:
+    requests = list(replaying._requests(shop.export(ALL), None))
+    assert sorted((r.source, r.row, len(r.events)) for r in requests) == [("orders", 0, 240), ("visits", 0, 120)]
+
+
 @pytest.mark.parametrize("text", ["0x", "-1x", "fast", "nanx", "infx", ""])
 def test_what_is_no_speed_is_refused(text: str) -> None:
     with pytest.raises(BadRequest, match="--speed: got"):
@@ -617,6 +715,8 @@ def test_a_pack_is_exported_and_replayed_from_the_command_line(
          "--mask-key-file: `pack/key` lies in the pack; keep the key out of it"),
         (["replay", "pack"], "pack: `pack/manifest.json` cannot be read: No such file or directory"),
         (["replay", "pack", "--speed", "no"], "--speed: got 'no'"),
+        (["replay", "pack", "--to", "ftp://a"], "--to: got 'ftp://a'; allowed is http://HOST:PORT"),
+        (["export", "shop.py", "-o", "pack", "--since", "9" * 20], "--since: got '9+'; a time is ISO 8601, or"),
     ],
 )  # fmt: skip
 def test_a_command_that_cannot_be_done_says_why(
@@ -634,7 +734,23 @@ def test_where_nothing_runs_a_replay_asks_for_a_url(stopped: Shop, capsys: pytes
     assert (status, err.startswith("millpond: replay: no cluster `dev` runs on")) == (1, True)
 
 
+def test_a_file_of_a_token_that_is_not_there_is_named(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(shop.export(ALL).folder.parent)
+    status, _, err = told(capsys, "replay", "pack", "--to", "http://127.0.0.1:9", "--token-file", "none")
+    assert (status, "--token-file: `none` cannot be read: No such file" in err) == (1, True)
+
+
 def test_times_and_names_of_options() -> None:
     assert time_of("--since", None) is None
     assert time_of("--since", "2024-01-01T01:00:00+01:00") == time_of("--since", "2024-01-01") == 1_704_067_200_000
     assert names_of(["a,b", " c ", ""]) == ("a", "b", "c")
+
+
+def test_a_line_to_paste_is_one_command_whatever_the_folder_is_called(shop: Shop, tmp_path: Path) -> None:
+    pack = shop.export(ALL, tmp_path / "of [bold] '; echo")
+    for model in pack.manifest.models:
+        words = shlex.split(_deploy_line(pack, model))
+        assert words == ["millpond", "deploy", str(pack.folder / model.definition), "--model", model.model, "--as",
+                         "champion"]  # fmt: skip

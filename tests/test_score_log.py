@@ -154,9 +154,12 @@ def test_what_is_no_file_of_a_score_log_is_said(tmp_path: Path) -> None:
     path.write_bytes(whole[:-9])
     with pytest.raises(HistoryDamaged, match=r"^history: `_scores/date=1970-01-01/w-00000000.parquet` cannot be read"):
         logged(tmp_path)
-    pa.parquet.write_table(pa.table({"x": [1]}), path)
-    with pytest.raises(HistoryDamaged, match="is no file of a score log: its columns are others; remove it"):
-        logged(tmp_path)
+    retyped = pa.parquet.read_table(pa.BufferReader(whole))
+    retyped = retyped.set_column(1, "served_ms", pa.array(["then"] * 3))
+    for other in (pa.table({"x": [1]}), retyped):
+        pa.parquet.write_table(other, path)
+        with pytest.raises(HistoryDamaged, match="is no file of a score log: its columns are others; remove it"):
+            logged(tmp_path)
 
 
 # -- what is served

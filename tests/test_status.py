@@ -18,7 +18,7 @@ _SHARD: dict[str, Any] = {
 
 def printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *shards: dict[str, Any]) -> str:
     monkeypatch.setenv("COLUMNS", "200")
-    status = {"name": "dev", "url": "http://x", "pid": 1, "logs": "/logs", "models": [], "score_log": None}
+    status = {"name": "dev", "url": "http://x", "pid": 1, "logs": "/logs", "models": [], "score_log": None, "views": []}
     print_status({**status, "shards": list(shards)})
     return capsys.readouterr().out
 

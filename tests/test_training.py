@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from check_directory import BY_USER, PAYMENTS, Stopped
+from check_directory import BY_SHOP, BY_USER, PAYMENTS, Stopped
 from durable_cluster import STEPS, Crash, DurableCluster, Fault
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,12 +25,14 @@ from millpond.feature_actors import Count, FeatureView, Last, LastN, Sum, oracle
 from millpond.feature_actors.errors import BadRequest, DeclarationError, NotFound
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.log.history import delete_expired
+from millpond.feature_actors.log.record import EventsRecord
 from millpond.feature_actors.past import Past
 from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.feature_actors.ports import complete
 from millpond.feature_actors.view import Feature
 from millpond.models import training_set
 from millpond.models.training import Room, write_training_set
+from millpond.models.training import events as training_events
 from millpond.models.training.join import _newest
 from millpond.models.training.runs import Runs, bounds
 
@@ -86,7 +90,8 @@ def test_by_event_time_every_feature_is_what_the_oracle_says_of_events_that_arri
     plan = ReadPlan(layout, features_of(world), "test")
     moments = st.tuples(st.sampled_from(events), st.sampled_from((0, -1, 1, HOUR, DAY)))
     asked = [
-        ({f: e[f] for f in plan.key_fields}, e["at"] + later) for e, later in data.draw(st.lists(moments, max_size=6))
+        ({f: e[f] for f in plan.key_fields}, max(0, e["at"] + later))
+        for e, later in data.draw(st.lists(moments, max_size=6))
     ]
     rows = training_set(plan.features, labels_of(plan, asked), tables, n_shards=n_shards, room=room)
     assert rows.as_of.tolist() == [at for _, at in asked]
@@ -223,6 +228,37 @@ def test_stamps_of_clocks_that_are_apart_do_not_change_the_order_of_the_log_and_
     assert rows.matrix.tolist() == [[3, 1], [2, 2], [1, 3]]
 
 
+def test_what_a_shard_missed_is_not_known_before_what_it_had_in_the_meantime(tmp_path: Path) -> None:
+    """An ingress died on its way; the homes of its events deliver them minutes later, stamped as they were."""
+    layout, now = compile_layout([], [BY_USER, BY_SHOP]), 100 * DAY
+    cluster = DurableCluster(layout, 3, tmp_path, 16)
+
+    def send(number: int, at: int) -> None:
+        cluster.send("payments", at, [{"id": f"p{number}", "at": at, "user": 1, "shop": "b", "cents": 1}])
+
+    send(0, now)
+    for number in range(1, 25):
+        cluster.fault = Fault("after append", "ingress")
+        with contextlib.suppress(Crash):
+            send(number, now + number * 1_000)
+        cluster.fault = None
+    later = now + 5 * 60_000
+    send(25, later)
+    plan = ReadPlan(layout, [BY_USER["n"]], "test")
+
+    def live(at: int) -> float:
+        cluster.clock.ms = at
+        return float(complete(cluster.client.read(plan, {"user": [1]}, 1)).matrix[0, 0])
+
+    served = live(later)
+    cluster.clock.ms = later + 60_000
+    cluster.deliver_owed()
+    assert served < live(later + 60_001) == 26, "some were delivered late"
+    labels = labels_of(plan, [({"user": 1}, later - 1), ({"user": 1}, later + 60_001)])
+    rows = training_set(plan.features, labels, cluster.past(), knowledge="arrival")
+    assert rows.matrix[:, 0].tolist() == [served - 1, 26]
+
+
 @given(data=st.data())
 def test_the_newest_event_of_each_key_at_its_moment(data: st.DataObject) -> None:
     keys, times = st.sampled_from([(1, 2), (1, 3), (4, 2), (0, 0)]), st.integers(-3, 12)
@@ -275,9 +311,11 @@ def _sent(number: int) -> list[dict[str, Any]]:
 
 def test_labels_that_look_back_to_what_has_expired_are_refused_unless_they_are_allowed(tmp_path: Path) -> None:
     stopped = Stopped(tmp_path, n_shards=1, snapshots=(2, 4, 6), history=True)
+    # The oldest tile of the window may reach back a minute more, and an event may be ahead of its arrival.
+    complete = DAY + HOUR + 60_000 + DAY
     base, plan = str(stopped.path / "history"), ReadPlan(compile_layout([], [BY_USER]), list(BY_USER), "test")
     past = Past(stopped.path, base)
-    labels = labels_of(plan, [({"user": 1}, at) for at in (3 * DAY, DAY + HOUR, DAY + HOUR - 1)])
+    labels = labels_of(plan, [({"user": 1}, at) for at in (3 * DAY, complete, complete - 1)])
     before = training_set(list(BY_USER), labels, past)
     assert before.matrix[:, 0].tolist() == [8, 8, 8]
     delete_expired(base, [dataclasses.replace(PAYMENTS, retention="1d")], 2 * DAY)
@@ -285,14 +323,91 @@ def test_labels_that_look_back_to_what_has_expired_are_refused_unless_they_are_a
     with pytest.raises(BadRequest) as caught:
         training_set(list(BY_USER), labels, past)
     assert str(caught.value) == (
-        "training set: label as of 1970-01-02T00:59:59.999Z, but events of `payments` are kept since "
-        "1970-01-02T00:00:00.000Z only, and `by_user.max_1h` looks back 3600000 ms; leave labels before "
-        "1970-01-02T01:00:00.000Z out, or take them as they are (`incomplete`) - at `$[2].as_of`"
+        "training set: label as of 1970-01-03T01:00:59.999Z, but events of `payments` are kept since "
+        "1970-01-02T00:00:00.000Z only, and `by_user.max_1h` sees what arrived 90060000 ms before; "
+        "leave labels before 1970-01-03T01:01:00.000Z out, or take them as they are (`incomplete`) - at `$[2].as_of`"
     )
     # What has no window is taken as of then; what the log still has is there.
     assert (training_set(list(BY_USER), labels.slice(0, 2), past).matrix[:, 0] < 8).all()
     allowed = training_set(list(BY_USER), labels, past, incomplete=True)
     assert (allowed.matrix[:, 0] < 8).all()
+
+
+def test_what_retention_deletes_while_a_training_set_is_made_is_noticed(tmp_path: Path) -> None:
+    stopped = Stopped(tmp_path, n_shards=1, snapshots=(2, 4, 6), history=True)
+    base = str(stopped.path / "history")
+    past = Past(stopped.path, base)
+
+    def progress(stage: str, done: int, of: int | None) -> None:
+        if stage == "events":
+            delete_expired(base, [dataclasses.replace(PAYMENTS, retention="1d")], 2 * DAY)
+
+    labels = pa.table({"user": [1], "as_of": pa.array([DAY + HOUR], TIME)})
+    with pytest.raises(BadRequest, match=r"events of `payments` are kept since 1970-01-02T00:00:00\.000Z only"):
+        training_set([BY_USER["max_1h"]], labels, past, progress=progress)
+
+
+def _labels(**columns: Any) -> pa.Table:
+    return pa.table({"user": pa.array([1, 1]), "as_of": pa.array([0, HOUR], TIME), **columns})
+
+
+_SECONDS = pa.timestamp("s", "UTC")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (_labels(as_of=pa.array([0, 1], pa.timestamp("ms"))), "a timestamp with a time zone, such as"),
+        (_labels(as_of=pa.array([0, 2**62], TIME)), r"a time is of 1740 to 2200 - at `\$\[1\].as_of`"),
+        (
+            _labels(as_of=pa.array([-(2**63), 5], TIME)),
+            r"`as_of` -9223372036854775808 ms; a time is of 1740 to 2200 - at `\$\[0\].as_of`",
+        ),
+        (_labels(as_of=pa.array([0, 2**60], _SECONDS)), r"a time is of 1740 to 2200 - at `\$\[1\].as_of`"),
+        (
+            _labels(user=pa.DictionaryArray.from_arrays(pa.array([0, 1]), pa.array([1, None], pa.int64()))),
+            r"label without `user` - at `\$\[1\].user`",
+        ),
+        (
+            pa.Table.from_arrays([pa.array([1]), pa.array([2]), pa.array([0], TIME)], ["user", "user", "as_of"]),
+            "labels have 2 times a column `user`",
+        ),
+    ],
+)
+def test_labels_whose_time_or_id_cannot_be_told_are_refused(labels: pa.Table, message: str) -> None:
+    with pytest.raises(BadRequest, match=message):
+        training_set([BY_USER["n"]], labels, {"payments": _payments([])})
+
+
+def test_knowledge_and_features_that_are_none_are_refused() -> None:
+    asked: Any = {"knowledge": "arival"}
+    with pytest.raises(BadRequest, match="`knowledge` is 'arival'; allowed is `event-time` or `arrival`"):
+        training_set([BY_USER["n"]], _labels(), {"payments": _payments([])}, **asked)
+    with pytest.raises(BadRequest, match="column `user` of the labels is a key field"):
+        training_set([BY_USER["n"]], _labels(), {"payments": _payments([])}, as_of="user")
+    other = FeatureView("by_user", owner="tests", source=PAYMENTS, key=["shop"], features={"m": Count(window="2h")})
+    for features in ([BY_USER["n"], other["m"]], [other["m"], BY_USER["n"]]):
+        with pytest.raises(DeclarationError, match="two different views are named `by_user`"):
+            training_set(features, _labels(shop=pa.array(["a", "a"])), {"payments": _payments([])})
+
+
+@pytest.mark.parametrize(
+    "stamps",
+    [
+        pa.array([HOUR, 5 * HOUR], pa.timestamp("us", "UTC")),  # taken as its number, it would be another time
+        pa.array([float(HOUR), float(5 * HOUR)]),
+        pa.array([HOUR, None], pa.int64()),
+        pa.array([HOUR, -1]),
+        pa.array([HOUR, 2**62]),
+    ],
+    ids=str,
+)
+def test_arrival_stamps_that_are_none_are_refused(stamps: pa.Array) -> None:
+    events = [{"id": str(i), "at": 0, "user": 1, "shop": "a", "cents": 1} for i in range(2)]
+    table = _payments(events).append_column("_arrival_ms", stamps)
+    with pytest.raises(BadRequest, match="_arrival_ms"):
+        training_set([BY_USER["n"]], _labels(), {"payments": table}, knowledge="arrival")
+    assert training_set([BY_USER["n"]], _labels(), {"payments": table}).matrix[:, 0].tolist() == [2, 2]
 
 
 def test_sources_that_are_not_those_of_the_cluster_are_refused(tmp_path: Path) -> None:
@@ -307,6 +422,16 @@ def test_sources_that_are_not_those_of_the_cluster_are_refused(tmp_path: Path) -
     (stopped.path / "sources.json").write_text(json.dumps({"format": 1, "sources": {"payment": declared}}))
     with pytest.raises(NotFound, match=r"^source `payments` is not of the cluster in .*; did you mean `payment`"):
         training_set(list(BY_USER), labels, Past(stopped.path, None))
+
+
+def test_large_events_are_not_held_by_the_thousand() -> None:
+    rows = pa.RecordBatch.from_pylist([{"text": "x" * 65_536}] * 40)
+    record = EventsRecord("texts", 1, 0, (), np.zeros(40, np.int64), np.ones(40, np.uint32), rows)
+    gathered, held = training_events._Gathered(rows.schema, ()), 0
+    while not gathered.full:
+        gathered.add(record, 0)
+        held += rows.nbytes
+    assert held < 100 << 20
 
 
 # -- files
@@ -411,10 +536,19 @@ def test_files_that_cannot_be_read_or_written_are_named(tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match=r"^training set: labels `.*none` cannot be read as Parquet: "):
         write_training_set([BY_USER["n"]], tmp_path / "none", {}, out)
     pq.write_table(pa.table({"user": [1], "as_of": pa.array([0], TIME)}), labels)
+    with pytest.raises(BadRequest, match=r"^training set: feature `by_user.n` is asked for twice"):
+        write_training_set([BY_USER["n"]] * 2, labels, {}, out)
     with pytest.raises(BadRequest, match=r"^training set: events of `payments`: `.*none` cannot be read as Parquet: "):
         write_training_set([BY_USER["n"]], labels, {"payments": tmp_path / "none"}, out)
     with pytest.raises(BadRequest, match=r"^training set: `.*out`: there is no folder `.*no`; make it first$"):
         write_training_set([BY_USER["n"]], labels, {}, tmp_path / "no" / "out")
+    # What another process with this number writes, in another container, is left alone.
+    other = tmp_path / f".out.{os.getpid()}"
+    other.write_text("half of")
+    write_training_set([BY_USER["n"]], labels, {"payments": _payments([])}, out)
+    assert (other.read_text(), out.stat().st_mode & 0o777) == ("half of", 0o600)
+    other.unlink()
+    out.unlink()
     out.mkdir()
     with pytest.raises(BadRequest, match=r"^training set: `.*out` cannot be written: Is a directory$"):
         write_training_set([BY_USER["n"]], labels, {"payments": _payments([])}, out)

@@ -368,6 +368,7 @@ def test_the_command_says_what_differs_and_ends_with_1(
     at = lines.index(f"different: user version 1 for {{'user': 1}}, served at {NOW + 2 * MINUTE} as of "
                      f"{NOW + 2 * MINUTE} (answer 4)")  # fmt: skip
     assert lines[at + 1] == "`by_user.sum`: logged 6.0, recomputed 3.0"
+    assert lines[at + 2].startswith("payments[user] on shard ")
     assert lines[at + 5].startswith("id='p4', at=1700000119995, user=1, shop='a', cents=2, _arrival_ms=1700000120000,")
     assert command(world, capsys, "verify", "--model", "both")[0] == 0
     assert command(world, capsys, "verify", "--model", "user", "--model-version", "1")[0] == 1
@@ -387,9 +388,18 @@ def test_what_cannot_be_verified_is_said(world: VerifiedWorld, capsys: pytest.Ca
     for unknown in (("--model", "usre"), ("--model", "user", "--model-version", "9")):
         status, _, err = command(world, capsys, "verify", *unknown)
         assert (status, "; known: " in err) == (1, True)
+    for none in ("0", "-5"):
+        status, _, err = command(world, capsys, "verify", "--limit", none)
+        assert (status, f"--limit: got {none}; allowed is 1 or more" in err) == (1, True)
+        status, _, err = command(world, capsys, "promote", "user", "1", "--verified", "--verified-min", none)
+        assert (status, f"--verified-min: got {none}; allowed is 1 or more" in err) == (1, True)
+    assert command(world, capsys, "verify", "--verified-min", "22")[0] == 0
+    status, _, err = command(world, capsys, "verify", "--verified-min", "23")
+    assert (status, "22 scores are equal, 23 are needed" in err) == (1, True)
     shutil.rmtree(world.path / "history" / "_scores")
     status, out, _ = command(world, capsys, "verify")
     assert (status, "no score has been logged" in out) == (0, True)
+    assert command(world, capsys, "verify", "--verified-min", "1")[0] == 1
 
 
 def test_only_what_is_verified_is_promoted_if_that_is_asked(

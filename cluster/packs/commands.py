@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -74,6 +75,8 @@ def replay_command(
     config: Config, folder: Path, *, to: str | None, speed: str, as_of: str, token_file: Path | None, deploy: bool
 ) -> dict[str, Any]:
     """Replay a pack and return what became of its events. to: a URL; None for the cluster that runs here."""
+    if to is not None and not to.startswith(("http://", "https://")):
+        raise BadRequest(f"--to: got {to!r:.80}; allowed is http://HOST:PORT or https://HOST:PORT")
     pace, pack = Pace(speed_of(speed)), Pack(folder)
     state = running(config.directory)
     if to is None:
@@ -83,9 +86,9 @@ def replay_command(
             )
         to = state["url"]
     is_here = state is not None and to.rstrip("/") == state["url"]
-    token = token_file.read_text().strip() if token_file else admin_token(config.directory) if is_here else None
+    token = _token_in(token_file) if token_file else admin_token(config.directory) if is_here else None
     deployed = _deployed(config, pack) if deploy and is_here else []
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     if pack.manifest.models and not deployed:
         console.print("models of the pack, to deploy where the cluster runs:")
         for model in pack.manifest.models:
@@ -96,6 +99,14 @@ def replay_command(
     ):
         ack = replay(pack, client, pace, "event" if as_of == "event" else "given", progress)
     return {"to": to, "events": pack.manifest.events, **asdict(ack), "deployed": deployed}
+
+
+def _token_in(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise BadRequest(f"--token-file: `{file}` cannot be read: {why}") from None
 
 
 def _deployed(config: Config, pack: Pack) -> list[str]:
@@ -110,7 +121,8 @@ def _deployed(config: Config, pack: Pack) -> list[str]:
 
 def _deploy_line(pack: Pack, model: PackModel) -> str:
     share = f" --share {model.share}" if model.role == "canary" else ""
-    return f"millpond deploy {pack.folder / model.definition} --model {model.model} --as {model.role}{share}"
+    file, name = shlex.quote(str(pack.folder / model.definition)), shlex.quote(model.model)
+    return f"millpond deploy {file} --model {name} --as {model.role}{share}"
 
 
 @contextmanager

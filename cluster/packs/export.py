@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from millpond.cluster.packs.pack import (
     FORMAT_VERSION,
     MANIFEST,
     PLACE,
+    WINDOW_EVENTS,
     PackManifest,
     PackModel,
     PackSource,
@@ -40,16 +42,17 @@ from millpond.feature_actors.aggregations import Derived
 from millpond.feature_actors.decode import ARRIVAL_COLUMN
 from millpond.feature_actors.errors import BadRequest, did_you_mean
 from millpond.feature_actors.event_order import EventOrder, Run
-from millpond.feature_actors.layout import Layout, compile_layout
+from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.past import Past
 from millpond.feature_actors.source import Source
+from millpond.feature_actors.view import FeatureView
 from millpond.models.definition import Definition
 from millpond.models.registry import Registry
 
 __all__ = ["What", "export_pack"]
 
-#: A window has so many events, or bytes of them, at most.
-_WINDOW_EVENTS, _WINDOW_BYTES = 1 << 16, 64 << 20
+#: A window ends when it has so many bytes of events.
+_WINDOW_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -86,13 +89,16 @@ def export_pack(
     declared = [definition.declared() for definition in definitions]
     layout = compile_layout([s for d in declared for s in d.sources], [v for d in declared for v in d.views])
     sources = layout.sources
+    views = [*layout.views.values(), *_deployed_views(registry)]
     _check_fields(sources.values(), what)
     sample = None if what.entities is None else Sample.read(what.entities, sources.values())
     if folder.exists():
         raise BadRequest(f"export: `{folder}` is there already; name a folder that is not")
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    beside: Path | None = None
     try:
-        beside.mkdir(mode=0o700, parents=True)
+        folder.absolute().parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # A name that nobody else writes to, mode 0700; a number of a process may be that of another container's.
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
         order = EventOrder(past, sources, what.since_ms, what.until_ms, None if sample is None else sample.rows)
         left_out = (
             set() if sample is None else {name for name, source in sources.items() if not sample.concerns(source)}
@@ -114,12 +120,12 @@ def export_pack(
             entities=None if sample is None else {"fields": list(sample.fields), "size": sample.size},
             masked=sorted(what.mask),
             dropped=sorted(what.drop),
-            changed_features=sorted(_changed(layout, {*what.mask, *what.drop})),
+            changed_features=sorted({*_changed(views, {*what.mask, *what.drop})}),
             left_out=sorted(left_out | order.undeclared),
             events=files.events,
             disputed=order.disputed,
             windows=files.windows,
-            ttl_ms_min=min((a.ttl_ms for a in _kept(layout) if a.ttl_ms is not None), default=None),
+            ttl_ms_min=min((a.ttl_ms for a in _kept(views) if a.ttl_ms is not None), default=None),
             sources=files.sources(),
             definitions=cluster_files,
             models=models,
@@ -131,7 +137,8 @@ def export_pack(
     except OSError as error:
         raise BadRequest(f"export: `{folder}` cannot be written: {error.strerror}") from None
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
     return manifest
 
 
@@ -139,7 +146,12 @@ def export_pack(
 
 
 def _check_fields(sources: Iterable[Source], what: What) -> None:
-    """Raise `BadRequest` unless every personal field is masked or dropped, and can be."""
+    """Raise `BadRequest` for what contradicts itself, and unless every personal field is masked or dropped, and can
+    be."""
+    if what.since_ms is not None and what.until_ms is not None and what.since_ms >= what.until_ms:
+        raise BadRequest("export: `since` is not before `until`; nothing can have arrived then")
+    if both := sorted({*what.mask} & {*what.drop}):
+        raise BadRequest(f"export: field `{both[0]}` is to be masked and to be dropped; say one of the two")
     fields: dict[str, list[tuple[Source, Any]]] = {}
     for source in sources:
         for name, spec in source.fields.items():
@@ -177,13 +189,13 @@ def _check_fields(sources: Iterable[Source], what: What) -> None:
         )
 
 
-def _kept(layout: Layout) -> Iterator[Any]:
-    return (a for view in layout.views.values() for a in view.features.values() if not isinstance(a, Derived))
+def _kept(views: Iterable[FeatureView]) -> Iterator[Any]:
+    return (a for view in views for a in view.features.values() if not isinstance(a, Derived))
 
 
-def _changed(layout: Layout, fields: set[str]) -> Iterator[str]:
+def _changed(views: Iterable[FeatureView], fields: set[str]) -> Iterator[str]:
     """Yield the features that read one of some fields: their values are others in the pack."""
-    for view in layout.views.values():
+    for view in views:
         names: set[str] = set()
         for feature in view:
             if feature.derived is not None:
@@ -229,7 +241,7 @@ class _EventFiles:
     def add(self, run: Run, progress: Callable[[int], None]) -> None:
         start = 0
         while start < len(run.rows):
-            room = _WINDOW_EVENTS - (self.events - (self.windows[-1] if self.windows else 0))
+            room = WINDOW_EVENTS - (self.events - (self.windows[-1] if self.windows else 0))
             end = min(len(run.rows), start + room)
             gathered = self._gathered.setdefault(run.source, _Gathered())
             self._bytes += gathered.add(run.batch, run.rows[start:end], run.arrivals[start:end], self.events)
@@ -261,10 +273,7 @@ class _EventFiles:
         return table
 
     def sources(self) -> dict[str, PackSource]:
-        return {
-            name: PackSource(_file_of(source), self._counts[name], source.event_id is not None)
-            for name, source in self._sources.items()
-        }
+        return {name: PackSource(_file_of(source), self._counts[name]) for name, source in self._sources.items()}
 
 
 @dataclass
@@ -337,6 +346,14 @@ def _with_artifacts(definition: Definition, registry: Registry | None) -> Defini
                     if known.text == definition.text:
                         return Definition(definition.file_name, known.text, known.artifacts)
     return definition
+
+
+def _deployed_views(registry: Registry | None) -> list[FeatureView]:
+    """Return the views that definitions of live versions declare: some may have come while the cluster ran."""
+    if registry is None:
+        return []
+    versions = {version.digest: version for rollout in registry.rollouts().values() for version in rollout.versions}
+    return [view for one in versions.values() for view in registry.definition(one).declared().views]
 
 
 def _live_models(registry: Registry | None, contents: _Contents) -> Iterator[PackModel]:

@@ -9,21 +9,24 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from millpond.feature_actors.decode import ARRIVAL_COLUMN
 from millpond.feature_actors.errors import MillpondError
 
-__all__ = ["FORMAT_VERSION", "MANIFEST", "PLACE", "Pack", "PackDamaged", "PackManifest", "PackModel", "PackSource",
-           "checksum_of", "sha256_of"]  # fmt: skip
+__all__ = ["FORMAT_VERSION", "MANIFEST", "PLACE", "WINDOW_EVENTS", "Pack", "PackDamaged", "PackManifest", "PackModel",
+           "PackSource", "checksum_of", "sha256_of"]  # fmt: skip
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 #: Beside the fields of an event: which one of the pack it is.
 PLACE = "_place"
+#: A window has so many events at most: who reads a pack has one in memory.
+WINDOW_EVENTS = 1 << 16
 _BLOCK_BYTES = 1 << 20
 
 
@@ -34,11 +37,10 @@ class PackDamaged(MillpondError):
 
 
 class PackSource(msgspec.Struct, frozen=True):
-    """Of a source: the file of its events, how many they are, and whether they have ids of their own."""
+    """Of a source: the file of its events, and how many they are."""
 
     file: str
     events: int
-    has_ids: bool
 
 
 class PackModel(msgspec.Struct, frozen=True):
@@ -74,7 +76,7 @@ class PackManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     events: int
     disputed: int
     windows: list[int]
-    ttl_ms_min: int | None
+    ttl_ms_min: Annotated[int, msgspec.Meta(ge=1)] | None
     sources: dict[str, PackSource]
     definitions: list[str]
     models: list[PackModel]
@@ -109,7 +111,7 @@ class Pack:
             if checksum_of(content) != checksum:
                 raise ValueError("it fails its checksum")
             return msgspec.convert(content, PackManifest)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise PackDamaged(f"pack: `{path}` cannot be read: {why}; export it again, or copy it again") from None
 
@@ -128,11 +130,14 @@ class Pack:
 
     def windows(self) -> Iterator[dict[str, pa.Table]]:
         """Yield the events, window by window: of each source with events there a table of its fields, `PLACE` and
-        `ARRIVAL_COLUMN`, in the order of the pack."""
+        `ARRIVAL_COLUMN`, in the order of the pack. Raises `PackDamaged` if the files are not as the manifest has it."""
         readers = {name: _row_groups(self.folder / source.file) for name, source in self.manifest.sources.items()}
         heads = {name: head for name, groups in readers.items() if (head := next(groups, None)) is not None}
+        begin = 0
         for end in self.manifest.windows:
             window = {name: table for name, table in heads.items() if table[PLACE][0].as_py() < end}
+            if not window or sum(map(len, window.values())) != end - begin:
+                raise self._not_windows(begin, end)
             for name in window:
                 after = next(readers[name], None)
                 if after is None:
@@ -140,12 +145,34 @@ class Pack:
                 else:
                     heads[name] = after
             yield window
+            begin = end
+        if heads or begin != self.manifest.events:
+            raise self._not_windows(begin, self.manifest.events)
+
+    def _not_windows(self, begin: int, end: int) -> PackDamaged:
+        return PackDamaged(
+            f"pack: `{self.folder}`: its events from {begin} to {end} are no row group of each source; do not use it"
+        )
 
 
 def _row_groups(path: Path) -> Iterator[pa.Table]:
-    with pq.ParquetFile(path) as file:
-        for number in range(file.num_row_groups):
-            yield file.read_row_group(number)
+    """Yield the row groups of a file of events, none of them empty. What has its checksum may still be none."""
+    try:
+        with pq.ParquetFile(path) as file:
+            schema, metadata = file.schema_arrow, file.metadata
+            own = [schema.field(name).type for name in (PLACE, ARRIVAL_COLUMN) if name in schema.names]
+            if own != [pa.int64(), pa.int64()]:
+                raise pa.ArrowInvalid(f"there are no two columns `{PLACE}` and `{ARRIVAL_COLUMN}` of int64")
+            for number in range(file.num_row_groups):
+                if not 0 < metadata.row_group(number).num_rows <= WINDOW_EVENTS:
+                    raise pa.ArrowInvalid(f"row group {number} has {metadata.row_group(number).num_rows} events")
+                table = file.read_row_group(number)
+                if table[PLACE].null_count or table[ARRIVAL_COLUMN].null_count:
+                    raise pa.ArrowInvalid(f"row group {number} has events without place or stamp")
+                yield table
+    except (OSError, pa.ArrowException) as error:
+        text = str(error).partition("\n")[0][:300]
+        raise PackDamaged(f"pack: `{path}` has no events of a pack: {text}; do not use it") from None
 
 
 def checksum_of(content: dict[str, Any]) -> str:

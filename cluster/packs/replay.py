@@ -1,7 +1,7 @@
 """`millpond replay`: the events of a pack, sent to a cluster in their order, with the stamps at which they arrived.
 
 A replay can be broken off and begun again: what the cluster has had by then are duplicates. Events without ids of their
-own are known by their place in the pack, as long as the cluster remembers ids.
+own are known by which of their source they are, as long as the cluster remembers ids.
 
 Order: that of the pack, of each source. Between sources it is kept to the width of a tick, at full speed to that of a
 window; no answer depends on it.
@@ -28,9 +28,8 @@ __all__ = ["Pace", "ReplayFailed", "replay", "speed_of"]
 Ints = npt.NDArray[np.int64]
 
 _REQUEST_EVENTS, _REQUEST_BYTES = 10_000, 8 << 20
-#: Events that are due within so long go together; those without ids within so long of their own time, at any speed, for
-#: they have to go in the same requests each time.
-_TICK_S, _WITHOUT_IDS_MS = 0.05, 1_000
+#: Events that are due within so long go together.
+_TICK_S = 0.05
 
 
 class ReplayFailed(MillpondError):
@@ -82,11 +81,13 @@ def speed_of(text: str) -> float | None:
 
 @dataclass(frozen=True)
 class _Request:
-    """Events of one source that go together: due when the last of them is. place: in the pack, of the first."""
+    """Events of one source that go together: due when the last of them is. place: in the pack, of the first; row: which
+    one of its source that is."""
 
     source: str
     due_ms: int
     place: int
+    row: int
     events: pa.Table
 
 
@@ -108,9 +109,10 @@ def replay(
         events = request.events.drop_columns([PLACE])
         if arrival == "event":
             events = events.drop_columns([ARRIVAL_COLUMN])
-        key = None if pack.manifest.sources[request.source].has_ids else f"{pack.manifest.id}/{request.place}"
         try:
-            total += client.send(request.source, events, arrival=arrival, idempotency_key=key)
+            total += client.send(
+                request.source, events, arrival=arrival, idempotency_key=pack.manifest.id, first_row=request.row
+            )
         except ClientError as error:
             raise ReplayFailed(
                 f"replay: of {pack.manifest.events} events {sent} have been sent, then: {error}; run it again to go "
@@ -130,17 +132,18 @@ def replay(
 def _requests(pack: Pack, speed: float | None) -> Iterator[_Request]:
     """Yield the requests in the order of the time that they are due at, a window of the pack after the other."""
     tick_ms = max(1, int(speed * _TICK_S * 1_000)) if speed is not None else pack.manifest.ttl_ms_min
-    newest = 0
+    newest, begun = 0, dict.fromkeys(pack.manifest.sources, 0)
     for window in pack.windows():
         requests: list[_Request] = []
         dues = _dues(window, newest)
         for source, events in window.items():
-            ticks = tick_ms if pack.manifest.sources[source].has_ids else _WITHOUT_IDS_MS
             due = dues[source]
             newest = max(newest, int(due[-1]))
-            cuts = [] if ticks is None else (np.flatnonzero(np.diff(due // ticks)) + 1).tolist()
+            cuts = [] if tick_ms is None else (np.flatnonzero(np.diff(due // tick_ms)) + 1).tolist()
             for begin, end in zip([0, *cuts], [*cuts, len(due)], strict=True):
-                requests += _pieces(source, int(due[end - 1]), events.slice(begin, end - begin))
+                piece = events.slice(begin, end - begin)
+                requests += _pieces(source, int(due[end - 1]), begun[source] + begin, piece)
+            begun[source] += len(events)
         requests.sort(key=lambda request: (request.due_ms, request.place))
         yield from requests
 
@@ -156,11 +159,11 @@ def _dues(window: dict[str, pa.Table], newest: int) -> dict[str, Ints]:
     return dict(zip(window, np.split(dues, ends), strict=True))
 
 
-def _pieces(source: str, due_ms: int, events: pa.Table) -> Iterator[_Request]:
-    """Yield events in as many requests as they need: always in the same."""
+def _pieces(source: str, due_ms: int, row: int, events: pa.Table) -> Iterator[_Request]:
+    """Yield events in as many requests as they need."""
     n = len(events)
     if n > 1 and (n > _REQUEST_EVENTS or events.nbytes > _REQUEST_BYTES):
-        yield from _pieces(source, due_ms, events.slice(0, n // 2))
-        yield from _pieces(source, due_ms, events.slice(n // 2))
+        yield from _pieces(source, due_ms, row, events.slice(0, n // 2))
+        yield from _pieces(source, due_ms, row + n // 2, events.slice(n // 2))
     else:
-        yield _Request(source, due_ms, events[PLACE][0].as_py(), events)
+        yield _Request(source, due_ms, events[PLACE][0].as_py(), row, events)

@@ -15,6 +15,7 @@ from millpond.feature_actors.errors import BadRequest, did_you_mean
 from millpond.feature_actors.keys import Hashes, hash_columns
 from millpond.feature_actors.routes import key_validity
 from millpond.feature_actors.source import Source
+from millpond.feature_actors.view import KEY_TYPES
 
 __all__ = ["Sample"]
 
@@ -31,18 +32,20 @@ class Sample:
     def read(cls, path: Path, sources: Iterable[Source]) -> Sample:
         """Read a CSV file with a head of key fields of `sources`. Raises `BadRequest` that says what does not fit."""
         sources = list(sources)
-        types = {n: "string" if f.type == "string" else "int64" for s in sources for n, f in s.fields.items()}
+        fields = {name: field for source in sources for name, field in source.fields.items() if field.type in KEY_TYPES}
+        types = {n: pa.string() if field.type == "string" else pa.int64() for n, field in fields.items()}
+        options = pcsv.ConvertOptions(column_types=types, strings_can_be_null=False)
         try:
-            with path.open("rb") as file:
-                head = pcsv.open_csv(file, pcsv.ReadOptions(block_size=1 << 20)).schema.names
-            for name in head:
-                if name not in types:
-                    raise BadRequest(f"entities: `{path}`: column `{name}` is no field" + did_you_mean(name, types))
-            columns = {name: pa.type_for_alias(types[name]) for name in head}
-            options = pcsv.ConvertOptions(column_types=columns, strings_can_be_null=False)
             table = pcsv.read_csv(path, convert_options=options)
         except (OSError, pa.ArrowException) as error:
             raise BadRequest(f"entities: `{path}` cannot be read: {str(error).splitlines()[0]}") from None
+        head = table.column_names
+        for name in head:
+            if name not in types:
+                shown = f"entities: `{path}`: column `{name[:80]}` is no field that can be in a key"
+                raise BadRequest(shown + did_you_mean(name[:80], types))
+            if head.count(name) > 1:
+                raise BadRequest(f"entities: `{path}`: column `{name}` comes twice")
         if not any(set(head) <= source.fields.keys() for source in sources):
             raise BadRequest(f"entities: `{path}` has the columns {head}; no source has all of these fields")
         if not len(table):

@@ -31,7 +31,7 @@ from millpond.deployments.client_answers import Ack, Score, ViewFeatures
 from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.decode import TIME_MAX_MS, TIME_MIN_MS, BodyLimits, Decoder
 from millpond.feature_actors.errors import BadRequest, DeclarationError, NotFound, did_you_mean
-from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.layout import compile_layout, same_view
 from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.feature_actors.ports import LocalIngest, LocalRead, complete
 from millpond.feature_actors.shard import Shard
@@ -256,7 +256,12 @@ class TestCluster:
         return f"test-{self._answers}"
 
     def _view(self, view: FeatureView | str) -> FeatureView:
-        return self._layout.view(view.name if isinstance(view, FeatureView) else view)
+        found = self._layout.view(view.name if isinstance(view, FeatureView) else view)
+        if isinstance(view, FeatureView) and not same_view(view, found):
+            raise DeclarationError(
+                f"view `{view.name}`: this is not the one of the cluster, which is declared otherwise"
+            )
+        return found
 
     def _plan(self, view: FeatureView) -> ReadPlan:
         if view.name not in self._plans:
@@ -267,6 +272,8 @@ class TestCluster:
         name = model.name if isinstance(model, Model) else model
         if name not in self._models:
             raise NotFound(f"no model `{name[:80]}`" + did_you_mean(name[:80], self._models))
+        if isinstance(model, Model) and _content(model) != _content(self._models[name]):
+            raise DeclarationError(f"model `{name}`: this is not the one of the cluster, which is declared otherwise")
         if name not in self._loaded:
             self._loaded[name] = self._load(self._models[name])
         return self._loaded[name]
@@ -369,6 +376,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"a value of type `{type(value).__name__}`")
+
+
+def _content(model: Model) -> list[Any]:
+    return [model.version, *([feature.wire_name for feature in of] for of in (model.features, model.reads))]
 
 
 def _plain_id(one: Any) -> dict[str, Any]:

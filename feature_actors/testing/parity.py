@@ -45,6 +45,8 @@ def assert_parity(
     Raises `AssertionError` that says which feature of which entity differs, with the events that it is made of; what
     the cluster refuses is raised as it is.
     """
+    if times < 1 or entities_max < 1:
+        raise DeclarationError(f"assert_parity: times and entities_max are 1 or more, got {times} and {entities_max}")
     judged = several(views, (FeatureView,))
     sources = {view.source.name for view in judged}
     if len(sources) != 1:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from millpond.feature_actors.clock import ClockKind
-from millpond.feature_actors.decode import Decoder
+from millpond.feature_actors.decode import ARRIVAL_COLUMN, Decoder
 from millpond.feature_actors.dedupe import NEW
 from millpond.feature_actors.errors import BadRequest
 from millpond.feature_actors.events import PastEvents
@@ -33,7 +33,7 @@ from millpond.feature_actors.spread import is_brought
 from millpond.feature_actors.view import mask_of
 from millpond.models.training.runs import Room, Runs
 
-__all__ = ["ARRIVAL", "EventsBySource", "Knowledge", "Read", "read_past", "read_tables"]
+__all__ = ["EventsBySource", "Knowledge", "Read", "read_past", "read_tables"]
 
 Ints = npt.NDArray[np.int64]
 Routes = npt.NDArray[np.uint32]
@@ -43,12 +43,12 @@ Knowledge = Literal["event-time", "arrival"]
 #: Called with how many events have been read.
 Read = Callable[[int], None]
 
-#: The column of a table or a file of events, as of the history, that says when each arrived.
-ARRIVAL = "_arrival_ms"
 _KNOWN, _ROUTES = "_known", "_routes"
-#: Records are put together to so many events, since a record may be of one.
-_GATHERED_ROWS, _GATHERED_RECORDS = 131_072, 16_384
-#: On a wall clock a stamp that is so little behind the time of receiving is a natural one: clocks of replicas differ.
+#: Records are put together to so many events, since a record may be of one, or so many bytes.
+_GATHERED_ROWS, _GATHERED_RECORDS, _GATHERED_BYTES = 131_072, 4_096, 64 << 20
+#: To ask for the size of a smaller record takes longer than it is worth; their number is limited.
+_SIZED_ROWS = 32
+#: On a wall clock a stamp that is so near the time of receiving was not given.
 _NATURAL_MS = 60_000
 _ROW_OF_PATH = re.compile(r"^\$\[(\d+)\]")
 
@@ -69,7 +69,7 @@ class EventsBySource:
         self.layout, self.knowledge = layout, knowledge
         self._until_ms = until_ms
         self._fields = {name: _fields(source, layout.tables_of(name)) for name, source in layout.sources.items()}
-        own = [pa.field(_KNOWN, pa.int64()), pa.field(ARRIVAL, pa.int64()), pa.field(_ROUTES, pa.uint32())]
+        own = [pa.field(_KNOWN, pa.int64()), pa.field(ARRIVAL_COLUMN, pa.int64()), pa.field(_ROUTES, pa.uint32())]
         self._runs = {
             name: Runs(pa.schema([*(source.schema.field(f) for f in self._fields[name]), *own]), _KNOWN, room)
             for name, source in layout.sources.items()
@@ -96,7 +96,7 @@ class EventsBySource:
         taken = {}
         for name, runs in self._runs.items():
             batch = runs.take_until(bound)
-            known, arrivals, routes = (batch.column(own).to_numpy() for own in (_KNOWN, ARRIVAL, _ROUTES))
+            known, arrivals, routes = (batch.column(own).to_numpy() for own in (_KNOWN, ARRIVAL_COLUMN, _ROUTES))
             taken[name] = PastEvents(batch.select(self._fields[name]), known, arrivals, routes)
         return taken
 
@@ -127,7 +127,7 @@ def _reads(where: pa.compute.Expression, empty: pa.RecordBatch, name: str) -> bo
 class _Gathered:
     """Records of a source, in one schema and with the same tables, as they came.
 
-    received: by record, when the newest request had been received by then.
+    received: by record, when its request had been received, and when the newest request had been by then.
     """
 
     schema: pa.Schema
@@ -135,47 +135,50 @@ class _Gathered:
     batches: list[pa.RecordBatch] = field(default_factory=list)
     arrivals: list[Ints] = field(default_factory=list)
     routes: list[Routes] = field(default_factory=list)
-    received: list[int] = field(default_factory=list)
+    received: list[tuple[int, int]] = field(default_factory=list)
     rows: int = 0
+    size: int = 0
 
-    def add(self, record: EventsRecord, received_ms: int) -> None:
+    def add(self, record: EventsRecord, newest_ms: int) -> None:
         self.batches.append(record.batch)
         self.arrivals.append(record.arrivals)
         self.routes.append(record.routes)
-        self.received.append(received_ms)
+        self.received.append((record.received_ms, newest_ms))
         self.rows += record.batch.num_rows
+        self.size += record.batch.nbytes if record.batch.num_rows >= _SIZED_ROWS else 0
+
+    @property
+    def full(self) -> bool:
+        return self.rows >= _GATHERED_ROWS or len(self.received) >= _GATHERED_RECORDS or self.size >= _GATHERED_BYTES
 
 
 def read_past(past: Past, events: EventsBySource, clock: ClockKind = "wall", told: Read = lambda n: None) -> None:
     """Add what the shards of a cluster have applied.
 
     clock: of the cluster. An event is known from its arrival stamp on. On a wall clock that is when it was received,
-    unless it came with a stamp of its own, and what stands later in the log of a shard was not known earlier, however
-    the clocks of those who stamped it stood.
+    unless it came with a stamp of its own, and what stands later in the log of a shard was not known earlier: clocks of
+    those who stamp are apart, and what a shard has missed is delivered by its home when it is back.
     A table that was not declared yet when an event came gets it by its home. Raises what `Past.records` does.
     """
     read = 0
     for shard in range(past.shards):
         gathered: dict[str, _Gathered] = {}
-        received_ms = -(2**63)
+        newest_ms = -(2**63)
         for _, record in past.records(shard):
-            received_ms = max(received_ms, record.received_ms)
+            newest_ms = max(newest_ms, record.received_ms)
             source = events.layout.sources.get(record.source)
             if source is None or is_brought(record):
                 continue
             one = gathered.get(source.name)
             if one is not None and (
-                one.rows >= _GATHERED_ROWS
-                or len(one.received) >= _GATHERED_RECORDS
-                or one.tables != record.tables
-                or not one.schema.equals(record.batch.schema)
+                one.full or one.tables != record.tables or not one.schema.equals(record.batch.schema)
             ):
                 _add_gathered(events, source, one, clock)
                 told(read)
                 one = None
             if one is None:
                 one = gathered[source.name] = _Gathered(record.batch.schema, record.tables)
-            one.add(record, received_ms)
+            one.add(record, newest_ms)
             read += record.batch.num_rows
         for name, rest in gathered.items():
             _add_gathered(events, events.layout.sources[name], rest, clock)
@@ -188,9 +191,8 @@ def _add_gathered(events: EventsBySource, source: Source, gathered: _Gathered, c
     known = arrivals
     if clock == "wall":
         counts = [b.num_rows for b in gathered.batches]
-        received = np.repeat(np.array(gathered.received, np.int64), counts)
-        behind = received - arrivals
-        known = np.where((behind >= 0) & (behind <= _NATURAL_MS), received, arrivals)
+        received, newest = np.repeat(np.array(gathered.received, np.int64), counts, axis=0).T
+        known = np.where(np.abs(received - arrivals) <= _NATURAL_MS, np.maximum(newest, arrivals), arrivals)
     routes = np.zeros(len(arrivals), np.uint32)
     for place, table in enumerate(events.layout.tables_of(source.name)):
         bit = 1 + gathered.tables.index(table.key) if table.key in gathered.tables else 0
@@ -205,9 +207,8 @@ def _add_gathered(events: EventsBySource, source: Source, gathered: _Gathered, c
 def read_tables(given: Mapping[str, pa.Table | Path], events: EventsBySource, told: Read = lambda n: None) -> None:
     """Add events from tables, or Parquet files, in order of arrival.
 
-    They are taken as the events app takes them: checked, defaults filled, of each event id the first one. Each arrives
-    at its event time, or at its `_arrival_ms` where there is that column, which knowledge by arrival asks for.
-    Raises `BadRequest` if a column is missing or a value does not fit.
+    They are taken as the events app takes them: checked, defaults filled, of each event id the first one. By arrival
+    each is known from its `_arrival_ms` on. Raises `BadRequest` if a column is missing or a value does not fit.
     """
     layout, read = events.layout, 0
     admit = Shard(layout, ShardMap.even(1, 1), 0)
@@ -217,10 +218,7 @@ def read_tables(given: Mapping[str, pa.Table | Path], events: EventsBySource, to
         tables = layout.tables_of(name)
         decoder = Decoder(source, key_fields={f for table in tables for f in table.key})
         for first, piece in _pieces(given[name], source, events.knowledge):
-            batch = _decoded(decoder, piece, first)
-            arrivals = source.times_ms(batch)
-            if ARRIVAL in piece.column_names:
-                arrivals = piece[ARRIVAL].cast(pa.int64()).combine_chunks().to_numpy()
+            batch, arrivals = _decoded(decoder, piece, first, events.knowledge)
             admitted = _admitted(admit, source, batch)
             routes = np.where(admitted, np.uint32((1 << len(tables)) - 1), np.uint32(0))
             events.events[name] += int(np.count_nonzero(admitted))
@@ -238,10 +236,10 @@ def _pieces(given: pa.Table | Path, source: Source, knowledge: Knowledge) -> Ite
         return
     first = 0
     try:
-        with pq.ParquetFile(given) as file:
+        with pq.ParquetFile(given, page_checksum_verification=True) as file:
             names = file.schema_arrow.names
             _check_columns(names, source, knowledge)
-            columns = [name for name in names if name in source.fields or name == ARRIVAL]
+            columns = [name for name in names if name in source.fields or name == ARRIVAL_COLUMN]
             for batch in file.iter_batches(_GATHERED_ROWS, columns=columns, use_threads=False):
                 yield first, pa.Table.from_batches([batch])
                 first += batch.num_rows
@@ -256,17 +254,18 @@ def _check_columns(names: Sequence[str], source: Source, knowledge: Knowledge) -
     for name, spec in source.fields.items():
         if name not in names and not spec.optional and spec.default is None:
             raise BadRequest(f"training set: events of `{source.name}` have no column `{name}`; they have {names}")
-    if knowledge == "arrival" and ARRIVAL not in names:
+    if knowledge == "arrival" and ARRIVAL_COLUMN not in names:
         raise BadRequest(
-            f"training set: events of `{source.name}` have no column `{ARRIVAL}`, which says when each arrived; add "
-            "it, or ask by event time"
+            f"training set: events of `{source.name}` have no column `{ARRIVAL_COLUMN}`, which says when each arrived; "
+            "add it, or ask by event time"
         )
 
 
-def _decoded(decoder: Decoder, piece: pa.Table, first: int) -> pa.RecordBatch:
-    """Return the rows of a piece as the source has them; errors name the row of the whole."""
+def _decoded(decoder: Decoder, piece: pa.Table, first: int, knowledge: Knowledge) -> tuple[pa.RecordBatch, Ints]:
+    """Return the rows of a piece as the source has them, and when each arrives; errors name the row of the whole."""
     try:
-        return decoder.from_table(piece)
+        batch = decoder.from_table(piece)
+        return batch, decoder.arrivals_of(piece) if knowledge == "arrival" else decoder.source.times_ms(batch)
     except BadRequest as error:
 
         def whole(path: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class LabelFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._file = pq.ParquetFile(path)
+            self._file = pq.ParquetFile(path, page_checksum_verification=True)
         except (OSError, pa.ArrowException) as error:
             raise self._unreadable(error) from None
         self.schema: pa.Schema = self._file.schema_arrow
@@ -81,6 +82,8 @@ class TrainingSetFile:
         for name in self._schema.names:
             if name in labels.names:
                 raise BadRequest(f"training set: labels have a column `{name}` already; leave it out or rename it")
+            if self._schema.names.count(name) > 1:
+                raise BadRequest(f"training set: feature `{name}` is asked for twice; a file has one column of a name")
         self._features = Runs(self._schema.append(pa.field(ROW, pa.int64())), ROW, room)
 
     def add(self, rows: Ints, features: FeatureRows) -> None:
@@ -101,9 +104,12 @@ class TrainingSetFile:
         """
         metadata = {**(self._labels.metadata or {}), METADATA: json.dumps(about)}
         schema = pa.schema([*self._labels, *self._schema], metadata)
-        beside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        beside: Path | None = None
         try:
-            with open(beside, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as content:
+            # A name that nobody else writes to, mode 0600; a number of a process may be that of another container's.
+            number, name = tempfile.mkstemp(prefix=f".{self._path.name}.", dir=self._path.absolute().parent)
+            beside = Path(name)
+            with os.fdopen(number, "wb") as content:
                 with pq.ParquetWriter(content, schema, compression="zstd", compression_level=1) as writer:
                     done = 0
                     for batch in labels.batches():
@@ -118,7 +124,8 @@ class TrainingSetFile:
         except OSError as error:
             raise BadRequest(f"training set: `{self._path}` cannot be written: {error.strerror or error}") from None
         finally:
-            beside.unlink(missing_ok=True)
+            if beside is not None:
+                beside.unlink(missing_ok=True)
 
 
 def _fields_of(feature: Feature) -> Iterator[pa.Field]:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from millpond.feature_actors.decode import TIME_MAX_MS
 from millpond.feature_actors.errors import BadRequest
 from millpond.models.training.runs import Room, Runs
 
@@ -18,6 +19,8 @@ Ints = npt.NDArray[np.int64]
 
 #: Columns beside the key fields: the as-of of a label in milliseconds, and its place among all labels.
 AT, ROW = "_at", "_row"
+#: No event is later than the latest; what is as of a time before the first one is not known yet.
+_EARLIEST_MS, _LATEST_MS = -TIME_MAX_MS, TIME_MAX_MS
 
 
 class Labels:
@@ -40,23 +43,28 @@ class Labels:
         return [*self._key_fields, self._as_of]
 
     def check_columns(self, names: Sequence[str]) -> None:
-        """Raise `BadRequest` if labels with columns of these names lack one."""
+        """Raise `BadRequest` if labels with columns of these names lack one, or have two."""
+        if self._as_of in self._key_fields:
+            raise BadRequest(
+                f"training set: column `{self._as_of}` of the labels is a key field; name another for times"
+            )
         for name in self.columns:
-            if name not in names:
-                raise BadRequest(f"training set: labels have no column `{name}`; they have {list(names)}")
+            if (times := list(names).count(name)) != 1:
+                have = "have no" if not times else f"have {times} times a"
+                raise BadRequest(f"training set: labels {have} column `{name}`; they have {list(names)}")
 
     def add(self, labels: pa.RecordBatch) -> None:
         """Add labels that stand behind those before. Raises `BadRequest` that names the row and the column."""
         first, n = self.runs.rows, labels.num_rows
         if not n:
             return
-        for name in self.columns:
-            column = labels.column(name)
+        columns = {name: _plain(labels.column(name)) for name in self.columns}
+        for name, column in columns.items():
             if column.null_count:
                 row = pc.index(column.is_null(), True).as_py()
                 raise BadRequest(f"training set: label without `{name}`", path=f"$[{first + row}].{name}")
-        times = _times(labels.column(self._as_of), self._as_of, first)
-        keys = [_keys(labels.column(name), name, kind) for name, kind in self._key_fields.items()]
+        times = _times(columns[self._as_of], self._as_of, first)
+        keys = [_keys(columns[name], name, kind) for name, kind in self._key_fields.items()]
         own = [pa.array(times), pa.array(np.arange(first, first + n))]
         self.runs.add(pa.RecordBatch.from_arrays([*keys, *own], schema=self.runs.schema))
         oldest = int(times.argmin())
@@ -66,10 +74,26 @@ class Labels:
         self.newest_ms = newest if self.newest_ms is None else max(self.newest_ms, newest)
 
 
+def _plain(column: pa.Array) -> pa.Array:
+    """Return a column without a dictionary, whose values may be null, too."""
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
 def _times(given: pa.Array, name: str, first: int) -> Ints:
-    """Return the as-of of labels, int64 [n] milliseconds; refuse what is none or would be cut."""
-    if not pa.types.is_timestamp(given.type):
-        raise BadRequest(f"training set: column `{name}` of the labels is `{given.type}`; expected a timestamp")
+    """Return the as-of of labels, int64 [n] milliseconds; refuse what is none, of no zone, or would be cut."""
+    if not pa.types.is_timestamp(given.type) or given.type.tz is None:
+        raise BadRequest(
+            f"training set: column `{name}` of the labels is `{given.type}`; expected a timestamp with a time zone, "
+            "such as `timestamp[ms, UTC]`: hours decide what a label knows"
+        )
+    earliest, latest = (
+        pa.scalar(ms, pa.timestamp("ms", given.type.tz)).cast(given.type) for ms in (_EARLIEST_MS, _LATEST_MS)
+    )
+    if (row := pc.index(pc.or_(pc.less(given, earliest), pc.greater(given, latest)), True).as_py()) >= 0:
+        raise BadRequest(
+            f"training set: label with `{name}` {given[row].value} {given.type.unit}; a time is of 1740 to 2200",
+            path=f"$[{first + row}].{name}",
+        )
     try:
         times = given.cast(pa.timestamp("ms", given.type.tz))
     except pa.ArrowInvalid:
@@ -85,11 +109,11 @@ def _times(given: pa.Array, name: str, first: int) -> Ints:
 
 def _keys(column: pa.Array, name: str, kind: str) -> pa.Array:
     """Return a key field of labels as the type that it has in the events."""
-    given = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    given = column.type
     texts = pa.types.is_string(given) or pa.types.is_large_string(given) or pa.types.is_string_view(given)
     if not (texts if kind == "string" else pa.types.is_integer(given)):
         raise BadRequest(f"training set: column `{name}` of the labels is `{column.type}`; expected `{kind}`")
     try:
-        return column.cast(given).cast(pa.string() if kind == "string" else pa.int64())
+        return column.cast(pa.string() if kind == "string" else pa.int64())
     except pa.ArrowInvalid as error:
         raise BadRequest(f"training set: column `{name}` of the labels does not fit `{kind}`: {error}") from None

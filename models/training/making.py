@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -61,7 +61,7 @@ def training_set(
         timestamp; any order, any other columns.
     events: the past of a cluster, `Past(directory, history_uri)`; or raw events by source, tables or Parquet files in
         the order of arrival. These are taken as the events app takes them: checked, defaults filled, duplicates and
-        conflicts dropped; each arrives at its event time unless a column `_arrival_ms` says when.
+        conflicts dropped. By arrival they need a column `_arrival_ms`, int64, that says when each arrived.
     knowledge: by "event-time" a label sees the events that had happened by its time, as if each had arrived when it
         happened. By "arrival" it sees those that had arrived by then, and is read as of `FeatureRows.as_of`: its time,
         or that of the newest event of the rows read if that lies ahead of it. So it was served.
@@ -147,8 +147,15 @@ class _Making:
     progress: Progress
 
     def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("knowledge", self.knowledge, get_args(Knowledge)),
+            ("clock", self.clock, get_args(ClockKind)),
+        ):
+            if value not in allowed:
+                shown = " or ".join(f"`{one}`" for one in allowed)
+                raise BadRequest(f"training set: `{name}` is {value!r:.80}; allowed is {shown}")
         features = self.model.features if isinstance(self.model, Model) else self.model
-        self.layout = compile_layout([], {f.view.name: f.view for f in features}.values())
+        self.layout = compile_layout([], [f.view for f in features])
         self.plan = ReadPlan(self.layout, features, "training set")
         self.labels = Labels(self.plan.key_fields, self.as_of, self.room)
         #: By source, when the arrival stamps begin that there are events of; None is the beginning.
@@ -167,9 +174,9 @@ class _Making:
 
         if isinstance(events, Past):
             DeclaredSources(events.directory).check_readable(self.layout.sources.values())
-            self.since = {name: events.since_ms(name) for name in self.layout.sources}
-            self._check_since()
+            self._check_since(events)
             read_past(events, kept, self.clock, told)
+            self._check_since(events)  # retention goes on meanwhile
         else:
             read_tables(events, kept, told)
         total, done = self.labels.runs.rows + sum(runs.rows for runs in kept.runs), 0
@@ -186,21 +193,22 @@ class _Making:
         n = dict.fromkeys(self.layout.sources, 0) if self.events is None else self.events.events
         return provenance(self.model, self.plan, self.knowledge, self.as_of, self.labels.runs.rows, n, self.since)
 
-    def _check_since(self) -> None:
-        """Refuse labels one of whose windows reaches back to before what there are events of."""
+    def _check_since(self, past: Past) -> None:
+        """Refuse labels one of whose windows reaches back to what arrived before there are events of."""
+        self.since = {name: past.since_ms(name) for name in self.layout.sources}
         if self.incomplete or self.labels.oldest is None:
             return
         (oldest_ms, row), first = self.labels.oldest, None
         for feature in self.plan.kept:
             since_ms = self.since[feature.view.source.name]
-            back_ms = feature.kept.window_ms or feature.kept.ttl_ms or 0
+            back_ms = feature.reach_ms or feature.kept.ttl_ms or 0  # what has neither begins there
             if since_ms is not None and (first is None or since_ms + back_ms > first[0]):
                 first = since_ms + back_ms, since_ms, back_ms, feature
         if first is not None and oldest_ms < first[0]:
             complete_ms, since_ms, back_ms, feature = first
             raise BadRequest(
                 f"training set: label as of {time_text(oldest_ms)}, but events of `{feature.view.source.name}` are "
-                f"kept since {time_text(since_ms)} only, and `{feature.full_name}` looks back {back_ms} ms; leave "
-                f"labels before {time_text(complete_ms)} out, or take them as they are (`incomplete`)",
+                f"kept since {time_text(since_ms)} only, and `{feature.full_name}` sees what arrived {back_ms} ms "
+                f"before; leave labels before {time_text(complete_ms)} out, or take them as they are (`incomplete`)",
                 path=f"$[{row}].{self.as_of}",
             )

@@ -1,4 +1,4 @@
-"""One real cluster for the whole session, on HAProxy, in this process; it takes 15 s to start."""
+"""One real cluster for the whole session, on HAProxy, in this process."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     from processes import processes_of, shared_memory, shelter_of, unheld
+    from terminal import until
 
     from millpond.cluster.cluster import Cluster
     from millpond.cluster.config import Config
@@ -47,6 +48,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     # Nothing is left behind.
     assert processes_of(shelter) == {}
     assert not shelter.exists()
-    assert unheld(set(shared_memory()) - before) == set()
+    until(lambda: not unheld(set(shared_memory()) - before), "shared memory that nobody holds to go")
     assert sorted(p.name for p in (config.directory / "run").iterdir()) == ["lock"]
     assert not (config.directory / "cluster.json").exists()

@@ -42,10 +42,11 @@ def actors(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """Actors for as many shards as any test has, started once: each is a process."""
     import ray
 
-    from millpond.feature_actors.actor import find_actors, start_actors
+    from millpond.feature_actors.actor import find_actors, start_actors, wait_for_actors
 
     data_dir = tmp_path_factory.mktemp("ports")
     started = start_actors(spec(LAYOUT, ShardMap.even(16, SHARDS_MAX), data_dir), "millpond", num_cpus=0.01)
+    wait_for_actors(started)
     assert len(find_actors(NAME, SHARDS_MAX, "millpond")) == SHARDS_MAX
     yield started, data_dir
     for actor in started:

@@ -266,7 +266,8 @@ def test_a_new_view_is_computed_from_what_was_before_while_events_and_scores_go_
     def send(name: str, user: int) -> None:
         served.post_events([purchase(f"{name}-{user}-{k}", user, 2.0, START, book_id="b") for k in range(3)])
 
-    users = [*USERS]
+    users = range(101, 131)  # of this test alone
+    served.post_events([purchase(f"{u}-{k}", u, 1.0, START, book_id="b") for u in users for k in range(u - 100)])
     with asking(served, "churn", "fresh") as client, ThreadPoolExecutor(1) as aside:
         sending = aside.submit(lambda: [send("beside", u) for u in users])
         done = run(folder, "deploy", str(with_view(folder, "later", "1", '"n": Count(), "mean": Mean("price")')))
@@ -274,28 +275,29 @@ def test_a_new_view_is_computed_from_what_was_before_while_events_and_scores_go_
         assert done.stdout.startswith("view later is live with all events; backfilled in ")
         assert f"of_later version 1 is live as champion on 1 replica(s): {served.url}/v1/score/of_later" in done.stdout
         sending.result()
-        expected = {u: [u + 3.0, (u + 6.0) / (u + 3)] for u in users}
+        expected = {u: [u - 97.0, (u - 94.0) / (u - 97)] for u in users}
         answers = served.score("of_later", [{"user_id": u} for u in users])
         assert {u: one["result"] for u, one in zip(users, answers, strict=True)} == expected
-        status, _, features = served.call("GET", "/v1/features/later?user_id=7")
+        status, _, features = served.call("GET", "/v1/features/later?user_id=107")
         assert (status, features["features"]) == (200, {"n": 10.0, "mean": 1.3})
 
         # It changes: a version beside, from now on what is asked for by its name; the shard is killed meanwhile.
         client.models.append("of_later")
         (shard,) = shards(served)
         path = with_view(folder, "later", "2", '"n": Count(), "spent": Sum("price"), "mean": Mean("price")')
-        changing = aside.submit(deploy_file, config, path)
+        changing = aside.submit(run, folder, "deploy", str(path), "--json")
         until(lambda: len(views(config)) == 2, "the view to be added")
         os.kill(shard, signal.SIGKILL)
-        (told,) = changing.result()["views"]
+        assert changing.result().returncode == 0, changing.result().stderr
+        (told,) = json.loads(changing.result().stdout)["views"]
         assert (told["view"], told["history_since_ms"]) == ("later", None)
         assert shards(served) != [shard]
-        (one,) = served.score("of_later", [{"user_id": 7}])
+        (one,) = served.score("of_later", [{"user_id": 107}])
         assert (one["version"], one["result"]) == ("2", [10, 13, 1.3])
-        assert served.call("GET", "/v1/features/later?user_id=7")[2]["features"]["spent"] == 13
+        assert served.call("GET", "/v1/features/later?user_id=107")[2]["features"]["spent"] == 13
         assert change_model(config, "rollback", "of_later") == "of_later: champion 1"
-        send("after", 7)
-        (one,) = served.score("of_later", [{"user_id": 7}])
+        send("after", 107)
+        (one,) = served.score("of_later", [{"user_id": 107}])
         assert (one["version"], one["result"]) == ("1", [13, 19 / 13])
         # One with a key by which nothing has been kept: events were not even brought there.
         sending = aside.submit(lambda: [send("meanwhile", u) for u in users])
@@ -304,12 +306,12 @@ def test_a_new_view_is_computed_from_what_was_before_while_events_and_scores_go_
             f'{HEAD}\nv = FeatureView("reads", owner="ml", source=purchases, key=["book_id", "user_id"], '
             'features={"n": Count()})\n'
         )
-        (told,) = deploy_file(config, path)["views"]
-        assert told["view"] == "reads"
+        done = run(folder, "deploy", str(path))
+        assert done.stdout.startswith("view reads is live with all events; backfilled in "), done.stderr
         sending.result()
-        for user in users[::7]:
+        for user in (101, 107, 130):
             found = served.call("GET", f"/v1/features/reads?user_id={user}&book_id=b")[2]["features"]
-            assert found == {"n": user + 6.0 + 3 * (user == 7)}
+            assert found == {"n": user - 94.0 + 3 * (user == 107)}
     assert [one.state for one in views(config)] == ["live", "live", "live"]
     # Of both versions the table, and what is said of it; and the model.
     assert run(folder, "status").stdout.count("later") == 5
@@ -394,7 +396,7 @@ def test_after_a_replica_was_killed_all_is_live_again(folder: Path, config: Conf
 def test_what_was_deployed_is_live_after_a_restart(folder: Path, config: Config, served: Served, up: Up) -> None:
     models = ("churn", "fresh", "heavy", "heavy2")
     before = {model: versions_of(served, model) for model in models}
-    of_view = served.score("of_later", [{"user_id": u} for u in USERS], "")
+    of_view = served.score("of_later", [{"user_id": u} for u in range(101, 131)], "")
     up.process.terminate()
     assert up.wait() == 0
     with pytest.raises(MillpondError, match="no cluster `told` runs"):
@@ -403,7 +405,7 @@ def test_what_was_deployed_is_live_after_a_restart(folder: Path, config: Config,
     try:
         anew = Served(again.url, config.directory)
         assert {model: versions_of(anew, model) for model in models} == before
-        again_of_view = anew.score("of_later", [{"user_id": u} for u in USERS], "")
+        again_of_view = anew.score("of_later", [{"user_id": u} for u in range(101, 131)], "")
         assert [one["result"] for one in again_of_view] == [one["result"] for one in of_view]
         assert anew.call("POST", "/v1/score/brief", {"user_id": 1})[0] == 404
         assert change_model(config, "promote", "fresh") == "fresh: champion 9"

@@ -31,6 +31,14 @@ def test_every_socket_of_every_process_is_on_the_loopback_interface(served: Serv
     assert {a: c for a, c in addresses.items() if a.split(":")[0] not in LOOPBACK} == {}
 
 
+def test_servers_that_nobody_asks_are_not_there_and_no_port_is_one_that_every_cluster_wants(served: Served) -> None:
+    processes = processes_of(shelter_of(served.directory))
+    idle = ("/autoscaler/_private/monitor.py", "/_private/log_monitor.py", "/dashboard/dashboard.py")
+    assert [c for c in processes.values() if any(name in c for name in idle)] == []
+    default_of_rays_agent = f":{52_365:04X}"
+    assert not [a for a in listening(list(processes)) if a.endswith(default_of_rays_agent)]
+
+
 def test_a_shard_is_a_process(served: Served) -> None:
     assert len(shard_pids(shelter_of(served.directory))) == 3
 
