@@ -97,7 +97,6 @@ class _Offer:
 
     home int64 [n]: the shard that each event's id is at home at. kept int64 [k]: which of the events are in the record.
     since_s: when it was made, as its caller measures time. offset: of its record, -1 until that is in the log.
-    stale: whether it has to be found anew what goes to which table, for something of it has been forgotten since.
     """
 
     prepared: Prepared
@@ -105,7 +104,6 @@ class _Offer:
     kept: Ints
     since_s: float
     offset: int = -1
-    stale: bool = False
 
 
 @dataclass(slots=True)
@@ -311,8 +309,9 @@ class Shard:
         prepared = offer.prepared
         rows = np.flatnonzero(accepted[offer.kept])
         assert isinstance(prepared.record, OfferRecord)
-        # Something of it was forgotten, or a table was added, since.
-        if offer.stale or len(prepared.routes) < len(self._routed(prepared.record.source, prepared.keys_known)):
+        if len(prepared.routes) < len(
+            self._routed(prepared.record.source, prepared.keys_known)
+        ):  # a table was added since
             self._route_anew(prepared, rows)
         else:
             prepared.routes = [(route, of[accepted[of]]) for route, of in prepared.routes]
@@ -389,7 +388,8 @@ class Shard:
             request, offer = prepared.offer
             offer.offset = offset
             self._offers[request] = offer
-            self._erase_in(offer)
+            if self.tombstones.fields:
+                self._drop_forgotten({request: offer})
         else:
             self._apply(prepared, offset)
         return receipt
@@ -422,15 +422,16 @@ class Shard:
         """Take no events any more that are before these tombstones, which have been written. What was prepared before
         may still get into the log, and what others have taken gets there with tokens."""
         self.tombstones.take(tombstones)
-        for offer in self._offers.values():
-            self._erase_in(offer)
+        self._drop_forgotten(dict(self._offers))
 
-    def _erase_in(self, offer: _Offer) -> None:
-        """Have tokens in an offer that waits for what has been forgotten."""
-        record = offer.prepared.record
-        assert isinstance(record, OfferRecord)
-        if forgotten := self.erasure.forgotten(record.source, record.batch, record.arrivals):
-            offer.prepared.record, offer.stale = self.erasure.record(record, forgotten), True
+    def _drop_forgotten(self, offers: Mapping[bytes, _Offer]) -> None:
+        """Drop those offers that have something which has been forgotten since: their homes deliver them, with tokens.
+        So of what was forgotten before a record says exactly what was applied."""
+        for request, offer in offers.items():
+            record = offer.prepared.record
+            assert isinstance(record, OfferRecord)
+            if self.erasure.forgotten(record.source, record.batch, record.arrivals):
+                self._store.keep_promise(self._offers.pop(request).prepared.promised_words)
 
     def remove(self, keys: Mapping[int, Ints], events: Mapping[int, int]) -> int:
         """Remove rows by the number of their table, int64 [n, 2] hashes of keys, and so many events from what is
