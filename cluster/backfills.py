@@ -133,6 +133,8 @@ class BackfillKeeper:
     def _look(
         self, registry: Registry, waiting: Sequence[AddedViewRecord], shards: Sequence[Mapping[str, Any]], seen: int
     ) -> None:
+        # A key after the other: who knows one knows those before.
+        keys = [one for one in waiting if one.state in ("added", "routing")][:1]
         for one in waiting:
             verdict = verdict_of(one.identity, shards)
             if verdict.state == "failed" or (one.state == "backfilling" and verdict.state == "live"):
@@ -140,13 +142,10 @@ class BackfillKeeper:
                 logger.info("view `%s` is %s %s", one.identity, verdict.state, verdict.why)
             elif one.state == "backfilling":
                 registry.views.note(one.identity, verdict.progress)
-            else:
-                # A key after the other: who knows one knows those before.
-                if one.state == "added" and all(one.identity in shard.get("views", {}) for shard in shards):
-                    registry.views.advance(one.identity, "routing")
-                elif one.state == "routing" and _known_by_all(registry, seen):
-                    registry.views.advance(one.identity, "backfilling")
-                break
+            elif one in keys and one.state == "added" and all(one.identity in s.get("views", {}) for s in shards):
+                registry.views.advance(one.identity, "routing")
+            elif one in keys and one.state == "routing" and _known_by_all(registry, seen):
+                registry.views.advance(one.identity, "backfilling")
 
     async def _said(self) -> list[Mapping[str, Any]]:
         calls = SocketCalls(Path(self._spec.memory_dir), self._spec.shard_map.n_shards, self._spec.shard_timeout_s)
