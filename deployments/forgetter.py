@@ -9,6 +9,7 @@ from typing import Any
 
 from millpond.deployments.answers import iso
 from millpond.feature_actors.calls import CallRead
+from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.errors import BadRequest, NotFound, did_you_mean
 from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.plan import key_value
@@ -18,10 +19,11 @@ __all__ = ["Forgetter"]
 
 @dataclass
 class Forgetter:
-    """Forget entities of a layout. wall_clock: whether time is the machine's, or the newest arrival stamp."""
+    """Forget entities by the keys of a client's views, also of those that came while the cluster runs. wall_clock:
+    whether time is the machine's, or the newest arrival stamp."""
 
     shards: CallRead
-    layout: Layout
+    client: FeatureClient
     wall_clock: bool
 
     async def forget(self, key: Any) -> dict[str, Any]:
@@ -56,7 +58,7 @@ class Forgetter:
         return max([*newest, time.time_ns() // 1_000_000 if self.wall_clock else 0])
 
     def _entity(self, key: Any) -> tuple[str, int | str]:
-        kinds = _key_kinds(self.layout)
+        kinds = _key_kinds(self.client.layout)
         if not isinstance(key, Mapping) or not key:
             raise BadRequest('forget: expected an object of one key field, such as {"user_id": 42}', path="$")
         for name in key:

@@ -202,7 +202,7 @@ class ScoreReplica:
             explainer = Explainer(past.directory, past.history_uri, spec.shard_map, past.explain_timeout_s)
         self._app = ScoreApp(
             client, self._host, read.status, spec.scores, spec.admin_token_sha256, spec.cluster_name, self._score_log,
-            explainer, Forgetter(read, client.layout, spec.clock == "wall"),
+            explainer, Forgetter(read, client, spec.clock == "wall"),
         )  # fmt: skip
         self._app.body_timeout_s = spec.body_timeout_s
         keep_what_is_there()

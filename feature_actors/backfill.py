@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -25,7 +25,17 @@ from millpond.feature_actors.manifest import write_json
 from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.view import FeatureView
 
-__all__ = ["AddedView", "Slice", "ViewState", "ViewsPort", "apply_slices", "note_whole", "slices_of", "whole_tables"]
+__all__ = [
+    "AddedView",
+    "Slice",
+    "ViewState",
+    "ViewsPort",
+    "apply_slices",
+    "forget_whole",
+    "note_whole",
+    "slices_of",
+    "whole_tables",
+]
 
 #: A view with a key of its own begins as `added`, see `spread`; the others are backfilled at once.
 ViewState = Literal["added", "routing", "backfilling", "live", "failed"]
@@ -101,3 +111,10 @@ def whole_tables(folder: Path) -> set[str]:
 def note_whole(folder: Path, tables: Iterable[Table]) -> None:
     """Write down that tables are whole."""
     write_json(folder / _WHOLE, {"whole": sorted(whole_tables(folder) | {table.added for table in tables})})
+
+
+def forget_whole(folder: Path, kept: Collection[str]) -> None:
+    """Forget that tables were whole but for those kept: events pass the others by, and when one comes again it is
+    behind."""
+    if not (whole := whole_tables(folder)) <= set(kept):
+        write_json(folder / _WHOLE, {"whole": sorted(whole & set(kept))})

@@ -30,6 +30,7 @@ from millpond.feature_actors.backfill import (
     AddedView,
     ViewsPort,
     apply_slices,
+    forget_whole,
     note_whole,
     slices_of,
     whole_tables,
@@ -57,7 +58,7 @@ from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.shard_past import ShardPast
 from millpond.feature_actors.socket_calls import serve_socket, socket_path
 from millpond.feature_actors.source import Source
-from millpond.feature_actors.spread import BroughtBefore, batched, brought_before, lacking, note_brought
+from millpond.feature_actors.spread import BroughtBefore, batched, brought_before, lacking, note_brought, take_down
 from millpond.feature_actors.tiles.memory import Control, Memory
 from millpond.feature_actors.tiles.store import SPARE_SLOT_WORDS
 from millpond.feature_actors.tombstones import Tombstone, forget_secret, tombstone_of
@@ -479,6 +480,8 @@ class ShardServer:
                 self._bytes_since_history += size
                 now_s = time.monotonic()
                 receipts = [self._shard.commit(p, at, now_s) for p, at in zip(prepared, offsets, strict=True)]
+                for p in prepared:
+                    take_down(self._brought, p.record)
                 for (_, done), receipt in zip(group, receipts, strict=True):
                     if not done.done():
                         done.set_result(receipt)
@@ -537,7 +540,9 @@ class ShardServer:
         if (port := self._spec.added_views) is None:
             return
         self._views_generation, views = port.generation(), port.added()
-        whole = whole_tables(shard_dir(Path(self._spec.data_dir), self._number))
+        folder = shard_dir(Path(self._spec.data_dir), self._number)
+        forget_whole(folder, {identity_of(one.view) for one in views})
+        whole = whole_tables(folder)
         failed = {identity_of(one.view) for one in views if one.state == "failed"}
         layout = self._layout_at_start.extended([one.view for one in views], failed)
         self._added = {}
@@ -567,7 +572,11 @@ class ShardServer:
                     self._layout, self._decoder = layout, QuestionDecoder(layout)
                     await self._follow_states(views)
                     self._views_generation, self._views_failure = generation, ""
-                waiting = [one for one in self._added.values() if one.state == "backfilling"]
+                waiting = [
+                    one
+                    for one in self._added.values()
+                    if one.state == "backfilling" and one.table.key_number <= self._keys_required
+                ]
                 if waiting and not self._refuses:
                     self._backfilling = asyncio.ensure_future(self._backfill(waiting))
                     await asyncio.wait([self._backfilling])
@@ -582,10 +591,10 @@ class ShardServer:
         for mine, one in zip(self._added.values(), views, strict=True):
             if mine.state in ("added", "routing"):
                 mine.state = one.state
-        if (required := _required(self._layout, views)) > self._keys_required:
-            before, self._keys_required = self._keys_required, required
+        self._keys_required = max(self._keys_required, _required(self._layout, views))
+        if new := range(len(self._cuts) + 1, self._keys_required + 1):
             await self._written(Prepared(0))  # what was taken of others gets into the log
-            self._cuts |= dict.fromkeys(range(before + 1, required + 1), self._shard.next_offset)
+            self._cuts |= dict.fromkeys(new, self._shard.next_offset)
 
     async def cut(self, key_number: int) -> int:
         """Return an offset: in this shard's log all from there on is of who knows a key. Raises `Unavailable`."""
@@ -602,6 +611,7 @@ class ShardServer:
         nobody had meant it for that key. added: the views that wait for it."""
         key, spec, loop = self._layout.added_keys[key_number - 1], self._spec, asyncio.get_running_loop()
         past, of = Past(Path(spec.data_dir), spec.history_uri), self._brought.setdefault(key, {})
+        await self._note_brought()
         for home in range(self._of):
             cut = await self._cut_of(home, key_number)
             if of.get(home, 0) >= cut:
@@ -613,15 +623,19 @@ class ShardServer:
                     begun = time.perf_counter()
                     prepared = [self._shard.prepare_brought(one.record, key[1], one.brought) for one in lacks]
                     await asyncio.gather(*(self._written(one) for one in prepared if one.record is not None))
-                    of[home] = lacks[-1].brought.before
                     for view in added:
-                        view.read, view.of = of[home], cut
+                        view.read, view.of = lacks[-1].brought.before, cut
                     await asyncio.sleep((time.perf_counter() - begun) * _REST)
             finally:
                 await loop.run_in_executor(self._views, records.close)  # type: ignore[attr-defined]
             of[home] = cut
-        folder = shard_dir(Path(spec.data_dir), self._number)
-        await loop.run_in_executor(self._views, note_brought, folder, self._brought, self._shard.next_offset)
+        await self._note_brought()
+
+    async def _note_brought(self) -> None:
+        """Called where nothing is being brought."""
+        folder = shard_dir(Path(self._spec.data_dir), self._number)
+        loop, end = asyncio.get_running_loop(), self._shard.next_offset
+        await loop.run_in_executor(self._views, note_brought, folder, self._brought, end)
 
     async def _cut_of(self, home: int, key_number: int) -> int:
         while True:
@@ -925,6 +939,7 @@ class ShardServer:
         assert isinstance(durable.log, Log)
         needed = [*self._shard.offers, *self._shard.deliveries.owed]
         before = await asyncio.get_running_loop().run_in_executor(self._house, durable.truncatable, needed)
+        await self._note_brought()  # also of what was broken off
         while await self._in_thread(durable.log.truncate, before):
             await asyncio.sleep(0.001)
 
@@ -993,10 +1008,12 @@ class ShardServer:
 
 
 def _required(layout: Layout, views: Sequence[AddedView]) -> int:
-    """Return up to which number all who send events know the keys that came."""
+    """Return up to which number all who send events know the keys that came: the first view of a key says it."""
     states = {identity_of(one.view): one.state for one in views}
-    known = ("backfilling", "live")
-    return max((t.key_number for t in layout.tables if t.added and states.get(t.added) in known), default=0)
+    known = ("backfilling", "live", "failed")
+    return max(
+        (t.key_number for t in layout.tables if t.added and t.routed and states.get(t.added) in known), default=0
+    )
 
 
 async def _cancel_all() -> None:

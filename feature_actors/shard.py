@@ -309,9 +309,9 @@ class Shard:
         prepared = offer.prepared
         rows = np.flatnonzero(accepted[offer.kept])
         assert isinstance(prepared.record, OfferRecord)
-        if len(prepared.routes) < len(
-            self._routed(prepared.record.source, prepared.keys_known)
-        ):  # a table was added since
+        offered = [route.table for route, _ in prepared.routes]
+        now = self._routed(prepared.record.source, prepared.keys_known)
+        if any(table not in offered for table in now):  # added since
             self._route_anew(prepared, rows)
         else:
             prepared.routes = [(route, of[accepted[of]]) for route, of in prepared.routes]

@@ -23,10 +23,20 @@ from typing import NamedTuple
 import numpy as np
 
 from millpond.feature_actors.log.log import Log
-from millpond.feature_actors.log.record import BROUGHT_LATER, Brought, EventsRecord
+from millpond.feature_actors.log.record import BROUGHT_LATER, Brought, EventsRecord, Record
 from millpond.feature_actors.manifest import write_json
 
-__all__ = ["BroughtBefore", "Key", "Lacking", "batched", "brought_before", "is_brought", "lacking", "note_brought"]
+__all__ = [
+    "BroughtBefore",
+    "Key",
+    "Lacking",
+    "batched",
+    "brought_before",
+    "is_brought",
+    "lacking",
+    "note_brought",
+    "take_down",
+]
 
 #: A source and a key of it.
 Key = tuple[str, tuple[str, ...]]
@@ -76,14 +86,22 @@ def brought_before(folder: Path, log: Log, keys: Iterable[Key]) -> BroughtBefore
         for source, fields, of in told["brought"]:
             found[source, tuple(fields)] = dict(of)
     for _, (record, _) in log.read(begin) if found else ():
-        if isinstance(record, EventsRecord) and record.brought is not None:
-            of = found.setdefault((record.source, record.tables[0]), {})
-            of[record.brought.home] = max(record.brought.before, of.get(record.brought.home, 0))
+        take_down(found, record)
     return found
 
 
+def take_down(brought: BroughtBefore, record: Record | None) -> None:
+    """Take down what a record that is in the log says has been brought with it, if it says so."""
+    if isinstance(record, EventsRecord) and record.brought is not None:
+        of = brought.setdefault((record.source, record.tables[0]), {})
+        of[record.brought.home] = max(record.brought.before, of.get(record.brought.home, 0))
+
+
 def note_brought(folder: Path, brought: BroughtBefore, log_end: int) -> None:
-    """Write down what has been brought when the log ends at an offset: what says so before that may be truncated."""
+    """Write down what has been brought when the log ends at an offset: what says so before that may be truncated.
+
+    To be called before the first record of a key is written, too: else a start without that key would not look for any.
+    """
     if brought:
         told = [[source, list(fields), sorted(of.items())] for (source, fields), of in sorted(brought.items())]
         write_json(folder / _BROUGHT, {"brought": told, "log_end": log_end})

@@ -393,6 +393,8 @@ class DurableCluster:
 
     def truncate(self, number: int) -> None:
         self._note(number)
+        durable = self.shards[number]
+        note_brought(durable.folder, durable.brought, durable.log.next)  # type: ignore[attr-defined]
         log = self.shards[number].log
         assert isinstance(log, Log)
         shard = self.shards[number].shard

@@ -134,6 +134,42 @@ def test_on_several_shards_it_has_every_event_that_the_others_have(data: st.Data
             cluster.restart_all()
 
 
+def test_an_offer_made_before_one_backfill_failed_and_another_came_so_far_is_for_the_other(tmp_path: Path) -> None:
+    """It is for as many tables as before, but for others."""
+    ends: dict[int, int] = {}
+
+    class Between(DurableCluster):
+        async def take(self, shard: int, *arguments: Any) -> None:
+            of = self.shards[shard].shard
+            failing, coming = of.layout.tables[-2:]
+            if shard not in ends:
+                of.give_up(failing)
+                of.route_to(coming)
+                ends[shard] = of.queue_from_here(coming)
+            await super().take(shard, *arguments)
+
+    cluster = Between(compile_layout([], [BY_USER, BY_SHOP]), 2, tmp_path)
+    cluster.add_view(AGAIN)
+    cluster.add_view(SHOP_AGAIN)
+    for durable in cluster.shards:
+        durable.shard.route_to(durable.shard.layout.tables[-2])
+        durable.shard.queue_from_here(durable.shard.layout.tables[-2])
+    cluster.send(
+        "payments", 9,
+        [{"id": f"{n}", "at": 5, "user": n, "shop": SHOPS[n % 3], "cents": 1} for n in range(40)],
+    )  # fmt: skip
+    assert len(ends) == 2
+    for durable in cluster.shards:
+        while not durable.shard.catch_up_queued(durable.shard.layout.tables[-1]):
+            pass
+    shops = [(shop,) for shop in SHOPS[:3] if shop is not None]
+    counts = [
+        read(cluster.client, plan_of(cluster.client, of), shops).matrix[:, 0].tolist() for of in (BY_SHOP, SHOP_AGAIN)
+    ]
+    assert counts[0] == counts[1]
+    assert sum(counts[0]) >= 26
+
+
 ITEMS = ["a", "b", "c", None]
 ITEM = Field("string", optional=True)
 SALES = Source("sales", owner="tests", fields={**PAYMENTS.fields, "item": ITEM}, event_id="id", event_time="at")

@@ -243,7 +243,7 @@ def test_shards_that_end_meanwhile_go_on_with_it_by_themselves(servers: Servers,
 
 def test_what_is_no_entity_is_refused_and_says_why(servers: Servers, tmp_path: Path) -> None:
     world = World(servers, tmp_path / "history", n_shards=1)
-    forgetter = Forgetter(world.read_port, LAYOUT, wall_clock=False)
+    forgetter = Forgetter(world.read_port, world.client, wall_clock=False)
 
     def refused(key: Any) -> str:
         with pytest.raises((BadRequest, NotFound)) as caught:
@@ -258,6 +258,11 @@ def test_what_is_no_entity_is_refused_and_says_why(servers: Servers, tmp_path: P
     assert "an object of one key field" in refused([])
     unknown = servers.runner.run(forgetter.status({"user": "7"}))
     assert unknown == {"key": {"user": 7}, "state": "unknown", "up_to": None, "removed": None, "shards": []}
+    assert refused({"email": "x"}).startswith("forget: no view has `email` in its key")
+    # A view that is deployed later brings a key of its own, and its entities can be forgotten.
+    by_email = FeatureView("by_email", owner="tests", source=ORDERS, key=["email"], features={"n": Count()})
+    world.client.layout = LAYOUT.extended([by_email])
+    assert servers.runner.run(forgetter.status({"email": "x"}))["state"] == "unknown"
 
 
 def test_a_log_that_is_only_in_memory_has_nothing_to_forget(servers: Servers) -> None:

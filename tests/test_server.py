@@ -26,6 +26,7 @@ from port_contract import LAYOUT, N_SLOTS, NOW, Cluster, PortContract, Run, by_b
 from worlds import batch
 
 from millpond.feature_actors import Count, FeatureView, Sum, manifest
+from millpond.feature_actors import server as server_module
 from millpond.feature_actors.backfill import AddedView, ViewState
 from millpond.feature_actors.calls import CallIngest, CallRead
 from millpond.feature_actors.client import FeatureClient
@@ -388,7 +389,13 @@ class Coming:
 
     def come(self, view: FeatureView, state: ViewState) -> None:
         """Have a view, or have it in another state."""
-        self.views = [*(one for one in self.views if one.view is not view), AddedView(view, state)]
+        others = {identity_of(one.view): one for one in self.views}
+        self.views = list({**others, identity_of(view): AddedView(view, state)}.values())
+        self._changes += 1
+
+    def drop_all(self) -> None:
+        """Have none any more, as a start that cannot keep them."""
+        self.views = []
         self._changes += 1
 
     def generation(self) -> int:
@@ -496,6 +503,112 @@ def test_a_view_with_a_key_of_its_own_gets_all_and_nothing_of_who_does_not_know_
     servers.restart()
     servers.ready()
     assert counts() == [30.0, 31.0, 30.0]
+
+
+OF_BOOKS = FeatureView("reads", owner="tests", source=by_user.source, key=["book", "user"], features={"n": Count()})
+OF_BOOKS_TOO = FeatureView(
+    "reads_too", owner="tests", source=by_user.source, key=["book", "user"], features={"sum": Sum("price")}
+)
+
+
+def knowing(servers: Servers, *views: FeatureView) -> FeatureClient:
+    """A client that brings events to the keys of these views, too."""
+    reads = CallRead(servers, servers.spec.shard_map)
+    return FeatureClient(
+        LAYOUT.extended(views), servers.spec.shard_map, CallIngest(servers), reads, ManualClock(NOW)
+    )  # fmt: skip
+
+
+def reads_of_users(servers: Servers, users: int) -> list[float]:
+    client = knowing(servers, OF_BOOKS)
+    plan = ReadPlan(client.layout, [OF_BOOKS["n"]], "the test")
+    keys = plan.key_columns([{"book": "b", "user": n} for n in range(users)], batch=True)
+    found: list[float] = servers.runner.run(client.read(plan, keys, users)).matrix[:, 0].tolist()
+    return found
+
+
+def test_two_views_of_a_key_that_comes_wait_for_it_together(servers: Servers) -> None:
+    """Only the first of them is said to wait for whoever takes events in."""
+    coming = Coming()
+    cluster = servers.cluster(2, "process", added_views=coming)
+    coming.come(OF_BOOKS, "added")
+    coming.come(OF_BOOKS_TOO, "backfilling")
+    coming.come(LATER, "backfilling")
+    assert [one["state"] for one in later(servers, LATER)] == ["whole", "whole"]
+    cluster.ingest(*(order(user=u % 3) for u in range(30)))  # nobody knows the key yet
+    coming.come(OF_BOOKS, "backfilling")
+    for view in (OF_BOOKS, OF_BOOKS_TOO):
+        assert [one["state"] for one in later(servers, view)] == ["whole", "whole"]
+    assert reads_of_users(servers, 3) == [10.0] * 3
+
+
+def test_what_a_backfill_that_failed_had_brought_is_not_brought_again(servers: Servers) -> None:
+    """Its view is dropped by a start, and deployed again later."""
+    coming = Coming()
+    cluster = servers.cluster(2, "process", added_views=coming)
+    cluster.ingest(*(order(user=u % 8) for u in range(80)))
+    cluster.ingest(*(order(user=u % 8) for u in range(80)))
+    whole = stored(servers, 1)
+    store(servers, whole[:-9] + b"\xff" + whole[-8:], 1)
+    coming.come(OF_BOOKS, "backfilling")
+    assert [one["state"] for one in later(servers, OF_BOOKS)] == ["failed", "failed"]
+    store(servers, whole, 1)
+    coming.drop_all()
+    servers.restart()
+    servers.ready()
+    coming.come(OF_BOOKS, "backfilling")
+    assert [one["state"] for one in later(servers, OF_BOOKS)] == ["whole", "whole"]
+    assert reads_of_users(servers, 8) == [20.0] * 8
+
+
+def test_that_a_view_was_whole_is_forgotten_by_a_start_without_it(servers: Servers) -> None:
+    coming = Coming()
+    cluster = servers.cluster(2, "process", added_views=coming)
+    cluster.ingest(*(order(user=u % 8) for u in range(80)))
+    coming.come(OF_BOOKS, "backfilling")
+    assert [one["state"] for one in later(servers, OF_BOOKS)] == ["whole", "whole"]
+    coming.drop_all()
+    servers.restart()
+    servers.ready()
+    cluster.ingest(*(order(user=u % 8) for u in range(80)))  # nobody brings these to its key
+    coming.come(OF_BOOKS, "added")
+    later(servers, OF_BOOKS, ["added"])
+    servers.restart()
+    servers.ready()
+    assert [one["state"] for one in later(servers, OF_BOOKS, ["added", "whole"])] == ["added", "added"]
+    coming.come(OF_BOOKS, "backfilling")
+    assert [one["state"] for one in later(servers, OF_BOOKS)] == ["whole", "whole"]
+    assert reads_of_users(servers, 8) == [20.0] * 8
+
+
+def test_a_disk_that_is_full_for_a_moment_holds_no_key_up(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+    coming = Coming()
+    cluster = servers.cluster(1, "process", added_views=coming, disk_free_bytes_min=1)
+    cluster.ingest(*(order(user=u % 3) for u in range(30)))
+    coming.come(OF_BOOKS, "added")
+    later(servers, OF_BOOKS, ["added"])
+    asked, go_on = threading.Event(), threading.Event()
+
+    class Full:
+        f_bavail = f_frsize = 0
+
+    def statvfs(path: Any) -> Any:
+        asked.set()
+        assert go_on.wait(30)
+        return Full
+
+    monkeypatch.setattr(server_module, "_HOUSE_AGAIN_S", 0.05)
+    with monkeypatch.context() as patched, ThreadPoolExecutor(1) as thread:
+        patched.setattr("millpond.feature_actors.log.log.os.statvfs", statvfs)
+        sent = thread.submit(cluster.ingest, *(order(user=u % 3) for u in range(3_000)))
+        assert asked.wait(30)
+        coming.come(OF_BOOKS, "backfilling")
+        until(lambda: servers.servers[0]._waiting)  # it waits for what was taken before
+        go_on.set()
+        with pytest.raises(Unavailable, match="MB are left on the disk"):
+            sent.result(30)
+    assert [one["state"] for one in later(servers, OF_BOOKS)] == ["whole"]
+    assert reads_of_users(servers, 3) == [10.0] * 3
 
 
 def test_without_a_log_a_view_that_comes_fails_and_says_why(servers: Servers) -> None:
@@ -659,14 +772,14 @@ def test_what_a_later_version_wrote_is_refused_and_left_as_it_is(what: str, serv
     assert cluster.read([by_user], {"user": 5}).matrix[0, 0] == 1.0
 
 
-def stored(servers: Servers) -> bytes:
-    with closing(sqlite3.connect(folder_of(servers) / "log" / "cache.db")) as database:
+def stored(servers: Servers, shard: int = 0) -> bytes:
+    with closing(sqlite3.connect(folder_of(servers, shard) / "log" / "cache.db")) as database:
         ((value,),) = database.execute("SELECT value FROM Cache WHERE key = 0")
     return bytes(value)
 
 
-def store(servers: Servers, value: bytes) -> None:
-    with closing(sqlite3.connect(folder_of(servers) / "log" / "cache.db")) as database, database:
+def store(servers: Servers, value: bytes, shard: int = 0) -> None:
+    with closing(sqlite3.connect(folder_of(servers, shard) / "log" / "cache.db")) as database, database:
         database.execute("UPDATE Cache SET value = ? WHERE key = 0", (value,))
 
 
