@@ -23,7 +23,7 @@ from millpond.feature_actors.layout import Layout, identity_of
 from millpond.feature_actors.socket_calls import SocketCalls
 from millpond.models.added_views import AddedViewRecord, Progress
 from millpond.models.registry import Registry
-from millpond.models.registry_views import extended_layout
+from millpond.models.registry_views import declared_view, extended_layout
 
 __all__ = ["BackfillKeeper", "Verdict", "kept_layout", "layout_now", "verdict_of", "wait_until_whole"]
 
@@ -39,9 +39,11 @@ def kept_layout(registry: Registry, layout: Layout) -> Layout:
 
     Dropped are those that the layout has by now, those of a name of which there is a newer version and that no model
     reads, and, which is said in the log, those that failed, or that cannot stand behind it.
+    Raises `DeclarationError` if the layout has a key to which only a part of what was before has been brought.
     """
     gone: list[str] = []
     records = registry.views.all()
+    _check_whole(records, layout)
     newest = {one.name: one.identity for one in records if one.state != "failed"}
     extended = layout
     for one in records:
@@ -61,6 +63,18 @@ def kept_layout(registry: Registry, layout: Layout) -> Layout:
     if gone:
         registry.views.drop(gone)
     return extended_layout(layout, registry.views.all())
+
+
+def _check_whole(records: Sequence[AddedViewRecord], layout: Layout) -> None:
+    keys = {(table.source.name, table.key) for table in layout.tables}
+    for one in (one for one in records if one.new_key and one.state != "live"):
+        view = declared_view(one)
+        if (view.source.name, tuple(view.key)) in keys:
+            raise DeclarationError(
+                f"view `{one.name}`: it was deployed, and only a part of what was before has been brought to its key "
+                f"({', '.join(view.key)}) yet; start with the definitions of before, deploy it, and when it is live "
+                "start with these"
+            )
 
 
 def _is_read(registry: Registry, record: AddedViewRecord) -> bool:

@@ -27,6 +27,7 @@ class AddedViewRecord:
     identity: its name and a digest of what is kept for it, see `layout.identity_of`. number: its place among the added
     views. file_name, text: the definition that declares it. why: it has failed. history_since_ms: since when it has
     everything, where retention had taken what was before. superseded: the cluster has started with a newer version.
+    new_key: nothing was kept by its key before.
     """
 
     identity: str
@@ -37,6 +38,7 @@ class AddedViewRecord:
     why: str = ""
     history_since_ms: int | None = None
     superseded: bool = False
+    new_key: bool = False
 
     @property
     def name(self) -> str:
@@ -94,8 +96,10 @@ class AddedViews:
             known = {one.identity for one in self.all()}
             new = [identity for identity in identities if identity not in known]
             for number, identity in enumerate(new, len(known)):
-                state: ViewState = "added" if identity in new_keys else "backfilling"
-                change.set(_VIEW + identity, AddedViewRecord(identity, number, file_name, text, state))
+                first = identity in new_keys
+                state: ViewState = "added" if first else "backfilling"
+                one = AddedViewRecord(identity, number, file_name, text, state, new_key=first)
+                change.set(_VIEW + identity, one)
         return change.generation
 
     def advance(self, identity: str, state: ViewState) -> None:

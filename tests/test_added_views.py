@@ -149,6 +149,23 @@ def test_a_start_keeps_what_is_needed_and_drops_the_rest(registry: Registry, cap
     assert "its backfill had failed (a disk)" in caplog.messages[1]
 
 
+def test_a_start_with_a_key_that_was_brought_in_part_is_refused(registry: Registry) -> None:
+    by_id = text_of("by_id", '"n": Count()').replace('["user_id"]', '["id"]')
+    mine = identity_of(view_of(by_id))
+    registry.views.add("v.py", by_id, [mine], [mine])
+    start = compile_layout([], [view_of(AT_START), view_of(by_id)])
+    for state in ("added", "backfilling"):
+        registry.views.advance(mine, state)  # type: ignore[arg-type]
+        with pytest.raises(
+            DeclarationError, match=r"view `by_id`: it was deployed, and only a part .* its key \(id\) yet"
+        ):
+            kept_layout(registry, start)
+        assert kept_layout(registry, LAYOUT).added_keys == (("orders", ("id",)),)
+    registry.views.settle(mine, "live")
+    kept_layout(registry, start)
+    assert registry.views.all() == []
+
+
 MODEL = """
 class P:
     def predict(self, features): return [1.0] * len(features.matrix)
