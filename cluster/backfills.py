@@ -108,8 +108,9 @@ def verdict_of(identity: str, shards: Sequence[Mapping[str, Any]]) -> Verdict:
     whole = sum(one["state"] == "whole" for one in there)
     read, of = (sum(int(one[name]) for one in there) for name in ("read", "of"))
     since = [one["history_since_ms"] for one in there if one["history_since_ms"] is not None]
+    stuck = "; ".join(f"shard {s['shard']}: {s['views_failure']}" for s in shards if s.get("views_failure"))
     state: ViewState = "failed" if failed else "live" if whole == len(shards) else "backfilling"
-    return Verdict(state, Progress(read, of, whole, len(shards)), "; ".join(failed), max(since, default=None))
+    return Verdict(state, Progress(read, of, whole, len(shards), stuck), "; ".join(failed), max(since, default=None))
 
 
 class BackfillKeeper:
@@ -154,12 +155,12 @@ class BackfillKeeper:
             if verdict.state == "failed" or (one.state == "backfilling" and verdict.state == "live"):
                 registry.views.settle(one.identity, verdict.state, verdict.why, verdict.history_since_ms)
                 logger.info("view `%s` is %s %s", one.identity, verdict.state, verdict.why)
-            elif one.state == "backfilling":
-                registry.views.note(one.identity, verdict.progress)
             elif one in keys and one.state == "added" and all(one.identity in s.get("views", {}) for s in shards):
                 registry.views.advance(one.identity, "routing")
             elif one in keys and one.state == "routing" and _known_by_all(registry, seen):
                 registry.views.advance(one.identity, "backfilling")
+            else:
+                registry.views.note(one.identity, verdict.progress)
 
     async def _said(self) -> list[Mapping[str, Any]]:
         calls = SocketCalls(Path(self._spec.memory_dir), self._spec.shard_map.n_shards, self._spec.shard_timeout_s)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,7 +66,7 @@ class RoutesFollower:
             self._known = known
             self._changed()
             while self._client.has_under_way(before):
-                threading.Event().wait(_DRAIN_S)
+                time.sleep(_DRAIN_S)
         self._seen = generation
         pid = os.getpid()
         registry.views.say_known(self._ingress, pid, started_ticks(pid), generation)

@@ -154,14 +154,25 @@ class FeatureClient:
         Returns when each shard has applied its part. A request that failed can be sent again: what was applied by then
         is not applied again (events with ids, or an idempotency key), nor is it if the request is not sent again.
         """
-        layout = self.layout
-        self._under_way[layout] += 1
+        layout = self._begin()
         try:
             return await self._ingest_all(layout, source_name, batch, requests)
         finally:
-            self._under_way[layout] -= 1
-            if not self._under_way[layout]:
-                del self._under_way[layout]
+            self._end(layout)
+
+    def _begin(self) -> Layout:
+        """Count a request by the layout that it goes by: one that was replaced before it was counted is not gone by."""
+        while True:
+            layout = self.layout
+            self._under_way[layout] += 1
+            if layout is self.layout:
+                return layout
+            self._end(layout)
+
+    def _end(self, layout: Layout) -> None:
+        self._under_way[layout] -= 1
+        if not self._under_way[layout]:
+            del self._under_way[layout]
 
     def has_under_way(self, layout: Layout) -> bool:
         """Return whether events are under way that were routed by a layout."""

@@ -42,10 +42,3 @@ class ShardMap:
     def shards_of(self, hashes: Hashes) -> npt.NDArray[np.int64]:
         """Return the shard of each key hash, int64 [n]."""
         return self._owner_array[slots_of(hashes, self.n_slots)]
-
-    def rows_by_shard(self, hashes: Hashes) -> list[tuple[int, npt.NDArray[np.int64]]]:
-        """Return (shard, its rows) for the shards that own any of n key hashes, ascending."""
-        shards = self.shards_of(hashes)
-        if len(shards) == 1:
-            return [(int(shards[0]), np.zeros(1, np.int64))]
-        return [(shard, np.flatnonzero(shards == shard)) for shard in sorted(set(shards.tolist()))]

@@ -51,16 +51,18 @@ class AddedViewRecord:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a backfill is: records read, of how many, of all shards together; shards that have the view whole."""
+    """How far a backfill is: records read, of how many, of all shards together; shards that have the view whole. why: a
+    shard cannot go on now."""
 
     read: int
     of: int
     whole: int
     shards: int
+    why: str = ""
 
     def __str__(self) -> str:
         share = f"{100 * self.read / self.of:.0f} % of {self.of:,} records" if self.of else "about to begin"
-        return f"{share}, {self.whole} of {self.shards} shards"
+        return f"{share}, {self.whole} of {self.shards} shards" + (f"; {self.why}" if self.why else "")
 
 
 @dataclass(frozen=True)

@@ -211,6 +211,8 @@ def test_it_is_live_when_all_shards_have_it_and_has_failed_when_one_has() -> Non
     verdict = verdict_of("v", [shard(0, "whole", history_since_ms=5), shard(1, "whole", history_since_ms=9)])
     assert (verdict.state, verdict.history_since_ms) == ("live", 9)
     assert verdict_of("v", [{"shard": 0, "state": "recovering"}]).state == "backfilling"
+    stuck = verdict_of("v", [shard(0, None) | {"views_failure": "no registry"}])
+    assert str(stuck.progress) == "about to begin, 0 of 1 shards; shard 0: no registry"
     verdict = verdict_of("v", [shard(0, "backfilling"), shard(1, "failed", why="no room")])
     assert (verdict.state, verdict.why) == ("failed", "shard 1: no room")
 
