@@ -270,7 +270,11 @@ class ModelHost(Models):
         """Load what rollouts need and have it answer from then on. asked: they have to fit, whatever else has to go."""
         missing = [v for rollout in rollouts for v in rollout.versions if _id(v) not in self._loaded]
         suspects = await self._suspects(missing)
-        await self._load_all([v for v in missing if v not in suspects])
+        while missing := [v for v in missing if v not in suspects]:
+            await self._load_all(missing)
+            # What was there may have had to go meanwhile, for another model.
+            wanted = [v for r in rollouts if self._rollouts.get(r.model) == r for v in r.versions]
+            missing = [v for v in wanted if _id(v) not in self._loaded and _id(v) not in self._failed]
         if suspects:
             self._start(self._bring_suspects(rollouts, suspects), [v.model for v in suspects])
         self._answer_with(rollouts, asked=asked)
