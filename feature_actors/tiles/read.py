@@ -25,10 +25,12 @@ from millpond.feature_actors.tiles.memory import (
 )
 from millpond.feature_actors.tiles.program import (
     F_AGGREGATION,
+    F_N,
     F_OFFSET_A,
     F_OFFSET_B,
     F_OUT,
     F_SCAN,
+    F_SETTING,
     F_WIDTH,
     FOR_EVER,
     NO,
@@ -224,7 +226,7 @@ def _read_row(
         for k in range(features[feature, F_WIDTH]):
             out[i, features[feature, F_OUT] + k] = dispatch.finalize(
                 features[feature, F_AGGREGATION], scratch, scratch_floats, features[feature, F_OFFSET_A],
-                features[feature, F_OFFSET_B], k, as_of, window,
+                features[feature, F_OFFSET_B], features[feature, F_N], features[feature, F_SETTING], k, as_of, window,
             )  # fmt: skip
     for v in range(parts[part, P_VIEW], parts[part + 1, P_VIEW]):
         seen = NEVER if row == 0 else words[row + ROW_HEADER_WORDS + views[v, V_WHERE]]
