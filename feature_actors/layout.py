@@ -29,7 +29,15 @@ from millpond.feature_actors.aggregations import AGGREGATIONS, PARTS, Aggregatio
 from millpond.feature_actors.errors import DeclarationError, NotFound, Unavailable, did_you_mean
 from millpond.feature_actors.source import Source
 from millpond.feature_actors.tiles.memory import MEMORY_HEADER_WORDS
-from millpond.feature_actors.tiles.program import FOR_EVER, NO, P_SLOTS_AT, S_COLUMN, ReadProgram, TableProgram
+from millpond.feature_actors.tiles.program import (
+    FOR_EVER,
+    NO,
+    P_SLOTS_AT,
+    S_COLUMN,
+    PackedProgram,
+    ReadProgram,
+    TableProgram,
+)
 from millpond.feature_actors.tiles.structure import (
     BLOCK_ITEMS_MIN,
     BLOCK_WORDS_MAX,
@@ -194,14 +202,14 @@ class PlanProgram:
         """Of an answer to it: columns, views, and what is traced, see `read_rows`."""
         return self.width, len(self.view_names), 1 + self.parts
 
-    _programs: dict[int, ReadProgram] = field(default_factory=dict, repr=False)
+    _programs: dict[int, PackedProgram] = field(default_factory=dict, repr=False)
 
-    def arrays(self, n_slots: int) -> ReadProgram:
+    def packed(self, n_slots: int) -> PackedProgram:
         """Return the arrays for the kernels that read."""
         if n_slots not in self._programs:
             parts = self._parts.copy()
             parts[:-1, P_SLOTS_AT] = [table.slots_at(n_slots) for table in self.tables]
-            self._programs[n_slots] = ReadProgram(parts, *self._rest)
+            self._programs[n_slots] = PackedProgram(ReadProgram(parts, *self._rest))
         return self._programs[n_slots]
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-__all__ = ["ReadProgram", "TableProgram"]
+import numpy as np
+
+__all__ = ["PackedProgram", "ReadProgram", "TableProgram"]
 
 #: Stands for "kept for ever" in S_KEEP_MS and V_TTL_MS; "there is none" in C_BY, V_TTL_MS, V_WINDOW_MS and V_EXACT_*.
 FOR_EVER, NO = -1, -2
@@ -68,3 +70,20 @@ class ReadProgram(NamedTuple):
     words: Any
     parts_max: Any
     scans_max: Any
+
+
+class PackedProgram:
+    """A `ReadProgram` in one piece of memory, at `address`: a kernel takes over a number faster than six arrays, by a
+    microsecond, which is as long as it takes to read an entity.
+
+    The memory is two words of each array, where it begins behind them and how many lines it has, then the four numbers,
+    then the lines of all arrays; `tiles.compiled.unpacked` is the other way.
+    """
+
+    def __init__(self, program: ReadProgram) -> None:
+        self.program = program
+        arrays, numbers = program[:6], [int(number) for number in program[6:]]
+        begins = np.cumsum([2 * len(arrays) + len(numbers), *(array.size for array in arrays)]).tolist()
+        heads = [word for begin, array in zip(begins, arrays, strict=False) for word in (begin, len(array))]
+        self._words = np.concatenate([np.array([*heads, *numbers], np.int64), *(array.ravel() for array in arrays)])
+        self.address = int(self._words.ctypes.data)

@@ -290,7 +290,7 @@ class TileStore:
         while True:
             start = join_features(
                 memory.words, memory.floats, memory.halves, table.program(self._n_slots), steps, start, hashes, times,
-                arrivals, inputs, masks, base, plan.arrays(self._n_slots), part, asked, as_of, out, known,
+                arrivals, inputs, masks, base, plan.packed(self._n_slots).program, part, asked, as_of, out, known,
             )  # fmt: skip
             if start == DONE:
                 break
