@@ -260,7 +260,7 @@ def row_of(kind: type[Aggregation] | type[Derived]) -> str:
         memory = f"{WORD_BYTES * sum(part.words for part in kind.parts)}{size}" + (
             f" + {WORD_BYTES * head}" * (head > 0)
         )
-    cells = [f"[`{kind.__name__}`]({path})", meaning, f"`{kind.formula}`", kind.empty, kind.error, memory]
+    cells = [f"[`{kind.__name__}`]({path})", meaning, f"`{kind.formula}`", kind.empty, kind.error_text, memory]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

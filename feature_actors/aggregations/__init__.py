@@ -20,13 +20,16 @@ from millpond.feature_actors.aggregations.aggregation import (
 from millpond.feature_actors.aggregations.count import Count
 from millpond.feature_actors.aggregations.count_by import CountBy
 from millpond.feature_actors.aggregations.derived import Derived, Ratio
+from millpond.feature_actors.aggregations.distinct import Distinct
 from millpond.feature_actors.aggregations.first import First
 from millpond.feature_actors.aggregations.input import Input, where_text
 from millpond.feature_actors.aggregations.last import Last
 from millpond.feature_actors.aggregations.last_n import LastN
 from millpond.feature_actors.aggregations.max import Max
 from millpond.feature_actors.aggregations.mean import Mean
+from millpond.feature_actors.aggregations.median import Median
 from millpond.feature_actors.aggregations.min import Min
+from millpond.feature_actors.aggregations.quantile import Quantile
 from millpond.feature_actors.aggregations.rate import Rate
 from millpond.feature_actors.aggregations.seconds_since import SecondsSince
 from millpond.feature_actors.aggregations.seconds_since_first import SecondsSinceFirst
@@ -45,14 +48,17 @@ __all__ = [
     "Count",
     "CountBy",
     "Derived",
+    "Distinct",
     "First",
     "Input",
     "Last",
     "LastN",
     "Max",
     "Mean",
+    "Median",
     "Min",
     "Part",
+    "Quantile",
     "Rate",
     "Ratio",
     "SecondsSince",

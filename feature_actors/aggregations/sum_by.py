@@ -45,7 +45,7 @@ class SumBy(Aggregation):
     categories: tuple[str | int, ...] = ()
 
     parts = (TotalOfEach,)
-    formula, empty, error = "sum x(c) of each category c, then of others", "0", "1e-12 sum |x|"
+    formula, empty, error_text = "sum x(c) of each category c, then of others", "0", "1e-12 sum |x|"
 
     def __post_init__(self) -> None:
         super().__post_init__()
