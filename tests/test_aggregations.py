@@ -15,13 +15,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from worlds import FLOATS, HOUR, WINDOWS, aggregations, batch, cluster, source
 
+from millpond.bench import moment_programs
 from millpond.feature_actors import (
     Count,
     CountBy,
+    DecayedCount,
+    DecayedMean,
+    DecayedSum,
     Derived,
     Distinct,
+    Entropy,
     FeatureView,
     First,
+    Kurtosis,
     Last,
     LastN,
     Max,
@@ -33,11 +39,13 @@ from millpond.feature_actors import (
     Ratio,
     SecondsSince,
     SecondsSinceFirst,
+    Skew,
     Std,
     Sum,
     SumBy,
     TopK,
     TopKCounts,
+    Trend,
 )
 from millpond.feature_actors.aggregations import AGGREGATIONS, PARTS, Aggregation, Column, Input, Part, dispatch
 from millpond.feature_actors.clock import ManualClock
@@ -235,6 +243,15 @@ GOLDEN: dict[Aggregation, tuple[Any, Any, Any]] = {
     Median("v", window="60s"): (3, 5.5, 5.5),
     TopK("v", k=3, window="60s"): ([2, 9, 1], [2, 9, _NAN], [2, 9, _NAN]),
     TopKCounts("v", k=3, window="60s"): ([1, 1, 1], [1, 1, 0], [1, 1, 0]),
+    # Of half-lives: nine ago 4, eight ago 1 and null, five ago 9 and 2; then 60.999 ago 9 and 2.
+    DecayedSum("v", half_life="1s", window="60s"): (182 / 512, 11 * 2**0.001 / 2**61, 0),
+    DecayedCount(half_life="1s", window="60s"): (37 / 512, 2 * 2**0.001 / 2**61, 0),
+    DecayedMean("v", half_life="1s", window="60s"): (182 / 35, 5.5, _NAN),
+    # The times deviate by -2.25, -1.25, 1.75 and 1.75 s from their mean, the values by 0, -3, 5 and -2.
+    Trend("v", window="60s"): (9 / 12.75 * 86_400, _NAN, _NAN),
+    Skew("v", window="60s"): (22.5 / 9.5**1.5, 0, _NAN),
+    Kurtosis("v", window="60s"): (180.5 / 9.5**2 - 3, -2, _NAN),
+    Entropy("i", categories=[1, 9, 5], window="60s"): (1.5, 1, _NAN),
 }
 
 
@@ -351,6 +368,80 @@ def test_of_two_values_as_frequent_the_one_seen_more_recently_comes_first() -> N
             assert str(got) == str([[float(one) for one in want]] * 2), "0.0 and -0.0 are one value"
     (got,) = read_at(features, [(T, 1.0), (T, 2.0), (T, 2.0), (T, 1.0)], [T + 10])
     assert str(got) == str([[1.0, 2.0, _NAN, _NAN]] * 2)
+
+
+# -- decays and moments
+
+
+def test_what_two_features_have_in_common_is_kept_once() -> None:
+    """A sum, a decayed count and a mean of it; the moments; the categories."""
+    events = {"categories": ["a", "b"], "window": "1h"}
+    for one, other, words in (
+        (DecayedSum("v", half_life="1d", window="1h"), DecayedMean("v", half_life="24h", window="1h"), 4),
+        (DecayedSum("v", half_life="1d", window="1h"), DecayedMean("v", half_life="25h", window="1h"), 6),
+        (Skew("v", window="1h"), Kurtosis("v", window="1h"), 5),
+        (CountBy("code", **events), Entropy("code", **events), 3),  # type: ignore[arg-type]
+    ):
+        view = FeatureView(
+            "v", owner="tests", source=source("first", None), key=["user"], features={"f": one, "g": other}
+        )
+        (series,) = compile_layout([], [view]).tables[0].series
+        assert series.words == words
+
+
+@given(seed=st.integers(0, 2**32), data=st.data())
+def test_decays_and_moments_are_as_near_as_stated(seed: int, data: st.DataObject) -> None:
+    """Of values and times that are hard on sums, in tiles cut anywhere."""
+    for program, _ in zip(moment_programs.programs(np.random.default_rng(seed), 40), range(7), strict=False):
+        cuts = data.draw(st.lists(st.sampled_from([t for t, _ in program[1]]), max_size=4))
+        share = moment_programs.share_of_bound(program, cuts)
+        assert math.isnan(share) or share <= 1
+
+
+def test_a_decay_is_of_event_time_whatever_the_order_of_arrival() -> None:
+    features = {
+        "sum": DecayedSum("v", half_life="1h"), "n": DecayedCount(half_life="1h"),
+        "mean": DecayedMean("v", half_life="1h"), "recent": DecayedSum("v", half_life="1h", window="90s"),
+    }  # fmt: skip
+    hour = T // HOUR * HOUR
+    events = [(hour + 3 * HOUR, 8.0), (hour, 4.0), (hour + 2 * HOUR, 2.0), (hour - HOUR, 16.0)]
+    as_of = hour + 4 * HOUR
+    for order in itertools.permutations(events):
+        assert read_at(features, order, [as_of]) == [[4 + 1 / 4 + 1 / 2 + 1 / 2, 27 / 32, 168 / 27, 0]]
+
+
+def test_a_decayed_mean_is_there_when_the_decayed_sum_is_gone() -> None:
+    features = {"sum": DecayedSum("v", half_life="1s"), "mean": DecayedMean("v", half_life="1s")}
+    assert read_at(features, [(T, 1e300), (T, 5e299)], [T + 10, T + 3_000_000]) == [
+        [pytest.approx(1.5e300 * 2**-0.01, rel=1e-14), 7.5e299], [0, 7.5e299],
+    ]  # fmt: skip
+
+
+def test_a_trend_of_events_a_millisecond_apart_is_right() -> None:
+    features = {"tiled": Trend("v", window="30d"), "exact": Trend("v", window="30d", exact=True), "ever": Trend("v")}
+    rising = [(T + k, 1e3 + k) for k in range(5)]
+    for order in (rising, rising[::-1]):
+        assert read_at(features, order, [T + 10]) == [[pytest.approx(86_400_000, rel=1e-12)] * 3]
+    assert read_at(features, [(T, 1.0), (T, 2.0)], [T + 10])[0] == pytest.approx([_NAN] * 3, nan_ok=True)
+
+
+@pytest.mark.parametrize("value", [0.1, -7.3, 1e300, 5e-324])
+def test_values_that_are_all_the_same_have_no_skew(value: float) -> None:
+    features = {
+        f"{kind.__name__.lower()}{i}": kind("v", **window)
+        for kind in (Skew, Kurtosis)
+        for i, window in enumerate(({"window": "60s"}, {"window": "60s", "exact": True}, {}))
+    }
+    same = [(T + at, value) for at in (0, 0, 7, 5_000, 5_000)]
+    (got,) = read_at(features, same, [T + 6_000])
+    assert got == pytest.approx([_NAN] * 6, nan_ok=True)
+
+
+def test_moments_of_neighbouring_doubles_are_numbers() -> None:
+    """Their mean is one of them, but they are not the same."""
+    apart = [(T, 1.0), (T, math.nextafter(1.0, 2.0)), (T + 1, 1.0)]
+    (got,) = read_at({"skew": Skew("v"), "kurtosis": Kurtosis("v")}, apart, [T + 10])
+    assert not any(map(math.isnan, got))
 
 
 # -- windows

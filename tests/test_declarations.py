@@ -20,7 +20,11 @@ from hypothesis import strategies as st
 from millpond.feature_actors import (
     Count,
     CountBy,
+    DecayedCount,
+    DecayedMean,
+    DecayedSum,
     Derived,
+    Entropy,
     FeatureView,
     Field,
     First,
@@ -38,6 +42,7 @@ from millpond.feature_actors import (
     SumBy,
     TopK,
     TopKCounts,
+    Trend,
 )
 from millpond.feature_actors.aggregations import AGGREGATIONS, Aggregation
 from millpond.feature_actors.errors import DeclarationError, NotFound
@@ -347,6 +352,32 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "sum by an unknown field": (
         lambda: of(SumBy("price", by="kind", categories=["a"])),
         "view `spend`: feature `f`: SumBy of 'kind', which is not a field of source `sales`; known: `at`, `big`, `id`, `paid`, `price`, `user`; did you mean `id`?",
+    ),
+    "entropy of no categories": (
+        lambda: Entropy("user"),
+        'Entropy: categories are a list of the values to tell apart such as Entropy("user", '
+        'categories=["food", "travel"]), got ()',
+    ),
+    # decays
+    **{
+        f"{kind.__name__} by {half_life!r}": (
+            lambda kind=kind, field=field, half_life=half_life: kind(field, half_life=half_life),  # type: ignore[misc]
+            f'{kind.__name__}: half_life, in which the past comes to count half, is a length from "1s" to "3660d" such as half_life="7d", got {half_life!r}',
+        )
+        for kind, field in ((DecayedSum, "price"), (DecayedCount, None), (DecayedMean, "price"))
+        for half_life in ("", 7, "7", "999ms", "3661d")
+    },
+    "decayed sum of nothing": (
+        lambda: DecayedSum(half_life="7d"),
+        'DecayedSum: of which field? say DecayedSum("amount")',
+    ),
+    "decayed count of a field": (
+        lambda: DecayedCount("price", half_life="7d"),
+        "DecayedCount: looks at no field",
+    ),
+    "trend of strings": (
+        lambda: of(Trend("id")),
+        "view `spend`: feature `f`: Trend takes a number, `id` is `string`",
     ),
     # derived features
     "derived by no function": (
