@@ -30,7 +30,11 @@ from millpond.feature_actors.aggregations.min import Min
 from millpond.feature_actors.aggregations.rate import Rate
 from millpond.feature_actors.aggregations.seconds_since import SecondsSince
 from millpond.feature_actors.aggregations.seconds_since_first import SecondsSinceFirst
+from millpond.feature_actors.aggregations.session_seconds import SessionSeconds
+from millpond.feature_actors.aggregations.sessions import Sessions
 from millpond.feature_actors.aggregations.std import Std
+from millpond.feature_actors.aggregations.streak import Streak
+from millpond.feature_actors.aggregations.streak_days import StreakDays
 from millpond.feature_actors.aggregations.sum import Sum
 from millpond.feature_actors.aggregations.sum_by import SumBy
 from millpond.feature_actors.aggregations.top_k import TopK
@@ -57,7 +61,11 @@ __all__ = [
     "Ratio",
     "SecondsSince",
     "SecondsSinceFirst",
+    "SessionSeconds",
+    "Sessions",
     "Std",
+    "Streak",
+    "StreakDays",
     "Sum",
     "SumBy",
     "TopK",
