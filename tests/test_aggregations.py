@@ -6,14 +6,16 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from random import Random
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from worlds import FLOATS, HOUR, WINDOWS, aggregations, batch, cluster, source
+from worlds import DAY, FLOATS, HOUR, WINDOWS, aggregations, batch, cluster, example, source
 
 from millpond.bench import moment_programs
 from millpond.feature_actors import (
@@ -39,8 +41,12 @@ from millpond.feature_actors import (
     Ratio,
     SecondsSince,
     SecondsSinceFirst,
+    Sessions,
+    SessionSeconds,
     Skew,
     Std,
+    Streak,
+    StreakDays,
     Sum,
     SumBy,
     TopK,
@@ -152,6 +158,9 @@ def is_right(aggregation: Aggregation, got: Sequence[float], events: Sequence[Ev
     )
 
 
+#: What the times of events are multiplied by, so that gaps and days are among them.
+UNITS_MS = (1, 20, 1_000, HOUR)
+units = st.sampled_from(UNITS_MS)
 events_of = st.lists(st.tuples(st.integers(-60, 60), st.sampled_from((*FLOATS, 2.0, 3.0, -7.5))), max_size=20)
 settings_of = st.sampled_from(AGGREGATIONS).flatmap(aggregations)
 
@@ -159,20 +168,21 @@ settings_of = st.sampled_from(AGGREGATIONS).flatmap(aggregations)
 # -- the algebra
 
 
-@given(aggregation=settings_of, events=events_of, cuts=st.lists(st.integers(-61, 61), max_size=4))
+@given(aggregation=settings_of, events=events_of, cuts=st.lists(st.integers(-61, 61), max_size=4), unit=units)
 def test_tiles_merged_oldest_first_are_all_events_in_one(
-    aggregation: Aggregation, events: list[Event], cuts: list[int]
+    aggregation: Aggregation, events: list[Event], cuts: list[int], unit: int
 ) -> None:
     """Events come in any order, as late ones do; a tile holds all those of its time."""
-    edges = [-100, *sorted(cuts), 100]
+    events, as_of = [(time * unit, value) for time, value in events], 61 * unit
+    edges = [-61 * unit, *(cut * unit for cut in sorted(cuts)), as_of]
     merged = Partial(aggregation)
     for start, end in itertools.pairwise(edges):
         merged.merge(Partial(aggregation).update([e for e in events if start <= e[0] < end]))
     one = Partial(aggregation).update(events)
-    assert is_right(aggregation, one.value(100), events, 100)
-    assert is_right(aggregation, merged.value(100), events, 100)
-    if aggregation.slack(seen_of(aggregation, events), 100) == 0:
-        assert str(merged.value(100)) == str(one.value(100))
+    assert is_right(aggregation, one.value(as_of), events, as_of)
+    assert is_right(aggregation, merged.value(as_of), events, as_of)
+    if aggregation.slack(seen_of(aggregation, events), as_of) == 0:
+        assert str(merged.value(as_of)) == str(one.value(as_of))
 
 
 @given(aggregation=settings_of, events=events_of)
@@ -200,7 +210,7 @@ def test_an_aggregation_says_what_it_is(kind: type[Aggregation]) -> None:
     assert all(isinstance(text, str) and text for text in (kind.formula, kind.empty, kind.error_text))
     assert {k for k in AGGREGATIONS if k.__module__ == kind.__module__} == {kind}, "one file each"
     assert set(PARTS) >= set(kind.parts) > set()
-    assert all(part.takes_input <= (kind.takes != "event") for part in kind.parts)
+    assert all(column.part.takes_input == bool(column.inputs) for column in example(kind, "1h").columns)
 
 
 def test_the_compiled_verbs_have_one_entry_per_class() -> None:
@@ -241,6 +251,13 @@ GOLDEN: dict[Aggregation, tuple[Any, Any, Any]] = {
     Distinct("v", m=8, window="60s"): (4, 2, 2),
     Quantile("v", 0.75, window="60s"): (5.25, 7.25, 7.25),
     Median("v", window="60s"): (3, 5.5, 5.5),
+    Streak(of=pc.field("v") > 0.5, window="60s"): (3, 2, 0),
+    Streak(of=pc.field("v") > 0.5, n=2, window="60s"): (2, 2, 0),
+    StreakDays(window="60s"): (1, 1, 0),
+    Sessions(gap="2s", window="60s"): (2, 1, 0),
+    SessionSeconds(gap="2s", window="60s"): (0.5, 0, _NAN),
+    SessionSeconds(gap="1h", window="60s"): (4, 0, _NAN),
+    # Their tiles are 5 s wide.
     TopK("v", k=3, window="60s"): ([2, 9, 1], [2, 9, _NAN], [2, 9, _NAN]),
     TopKCounts("v", k=3, window="60s"): ([1, 1, 1], [1, 1, 0], [1, 1, 0]),
     # Of half-lives: nine ago 4, eight ago 1 and null, five ago 9 and 2; then 60.999 ago 9 and 2.
@@ -442,6 +459,94 @@ def test_moments_of_neighbouring_doubles_are_numbers() -> None:
     apart = [(T, 1.0), (T, math.nextafter(1.0, 2.0)), (T + 1, 1.0)]
     (got,) = read_at({"skew": Skew("v"), "kurtosis": Kurtosis("v")}, apart, [T + 10])
     assert not any(map(math.isnan, got))
+
+
+# -- streaks and sessions
+
+
+@given(
+    n=st.sampled_from((1, 62, 63, 64, 130)),
+    holes=st.sets(st.integers(-70, 150), max_size=4),
+    order=st.randoms(use_true_random=False),
+    cuts=st.lists(st.integers(-70, 150), max_size=3),
+    as_of=st.integers(148, 152),
+)
+def test_a_streak_of_days_is_as_long_as_its_days_whatever_their_order(
+    n: int, holes: set[int], order: Random, cuts: list[int], as_of: int
+) -> None:
+    days = [day for day in range(-70, 151) if day not in holes]
+    order.shuffle(days)
+    merged = Partial(aggregation := StreakDays(n=n))
+    for start, end in itertools.pairwise([-71, *sorted(cuts), 151]):
+        merged.merge(Partial(aggregation).update([(day * DAY + order.randrange(DAY), 1.0) for day in days
+                                                  if start <= day < end]))  # fmt: skip
+    newest = max(days)
+    streak = min(n, newest - max((hole for hole in holes if hole < newest), default=-71))
+    assert merged.value(as_of * DAY) == [streak if newest >= as_of - 1 else 0]
+
+
+def test_a_day_that_is_not_over_does_not_break_a_streak() -> None:
+    midnight = T // DAY * DAY
+    features = {"ever": StreakDays(), "two": StreakDays(n=2), "window": StreakDays(window="30d")}
+    days = [(midnight - DAY, 1.0), (midnight - 3 * DAY, None), (midnight - 1, 1.0), (midnight - 2 * DAY, 1.0)]
+    got = read_at(features, days, [midnight, midnight + DAY - 1, midnight + DAY])
+    assert got == [[3, 2, 3], [3, 2, 3], [0, 0, 0]]
+    (got_today,) = read_at(features, [*days, (midnight + 5, 1.0)], [midnight + DAY])
+    assert got_today == [4, 2, 4]
+
+
+def test_a_late_event_cuts_a_streak_where_it_belongs() -> None:
+    features = {"ever": Streak(of=pc.field("v") > 0), "two": Streak(of=pc.field("v") > 0, n=2)}
+    for values, want in (
+        ({1: 1.0, 2: 1.0, 3: 1.0}, 3),
+        ({3: 1.0, 2: 0.0, 1: 1.0}, 1),
+        ({1: 1.0, 3: 1.0, 4: 1.0, 2: None}, 2),
+        ({1: 1.0, 2: 1.0, 3: 0.0}, 0),
+        ({5: 0.0, 1: 1.0, 2: 1.0}, 0),
+    ):
+        events = [(T + at, value) for at, value in values.items()]
+        assert read_at(features, events, [T + 10]) == [[want, min(want, 2)]]
+    for tied, want in (([1.0, 0.0], 0), ([0.0, 1.0], 1), ([1.0, 0.0, 1.0], 1)):
+        assert read_at(features, [(T, value) for value in tied], [T + 10]) == [[want, want]]
+
+
+def test_late_events_mend_the_newest_sessions() -> None:
+    count, mean = Sessions(gap="10ms", n=2), SessionSeconds(gap="10ms", n=2)
+    partial = Partial(mean)
+    for time, n, total in (
+        (100, 1, 0),
+        (200, 2, 0),
+        (205, 2, 5),
+        (192, 2, 13),
+        (150, 3, 13),  # the one at 100 is closed
+        (105, 3, 13),  # it would have lengthened that
+        (95, 3, 18),  # before all others
+        (50, 4, 18),
+        (170, 5, 18),  # the one at 150 is closed
+        (182, 5, 28),
+        (176, 4, 40),  # joins two
+        (176, 4, 40),
+        (120, 4, 40),  # it would have been one by itself
+        (160, 4, 40),
+        (216, 5, 40),
+        (300, 6, 40),
+    ):
+        partial.update([(time, 1.0)])
+        got = [float(kind.finalize(partial.words, partial.floats, 1, 1, 2, 10, 0, 0, 0)) for kind in (count, mean)]
+        assert got == [n, total / n / 1000], time
+
+
+@given(aggregation=settings_of, data=st.data())
+def test_whatever_a_reader_finds_in_memory_that_is_being_written_it_ends_and_stays_inside(
+    aggregation: Aggregation, data: st.DataObject
+) -> None:
+    merged, size = Partial(aggregation), sum(c.words for c in aggregation.columns)
+    word = st.sampled_from((0, 1, -1, 3, 1_000, T, -T, 2**62, -(2**62), 2**63 - 1, -(2**63)))
+    for _ in range(3):
+        torn = Partial(aggregation)
+        torn.words[1:-1] = data.draw(st.lists(word, min_size=size, max_size=size))
+        merged.merge(torn)
+    assert len(merged.value(T)) == aggregation.width
 
 
 # -- windows

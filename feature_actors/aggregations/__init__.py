@@ -38,8 +38,12 @@ from millpond.feature_actors.aggregations.quantile import Quantile
 from millpond.feature_actors.aggregations.rate import Rate
 from millpond.feature_actors.aggregations.seconds_since import SecondsSince
 from millpond.feature_actors.aggregations.seconds_since_first import SecondsSinceFirst
+from millpond.feature_actors.aggregations.session_seconds import SessionSeconds
+from millpond.feature_actors.aggregations.sessions import Sessions
 from millpond.feature_actors.aggregations.skew import Skew
 from millpond.feature_actors.aggregations.std import Std
+from millpond.feature_actors.aggregations.streak import Streak
+from millpond.feature_actors.aggregations.streak_days import StreakDays
 from millpond.feature_actors.aggregations.sum import Sum
 from millpond.feature_actors.aggregations.sum_by import SumBy
 from millpond.feature_actors.aggregations.top_k import TopK
@@ -76,7 +80,11 @@ __all__ = [
     "SecondsSince",
     "SecondsSinceFirst",
     "Skew",
+    "SessionSeconds",
+    "Sessions",
     "Std",
+    "Streak",
+    "StreakDays",
     "Sum",
     "SumBy",
     "TopK",

@@ -45,7 +45,7 @@ class DecayedCount(Aggregation):
 
     parts, takes = (DecayedEvents,), "event"
     formula, empty = "sum 2^-((as_of - t) / half_life)", "0"
-    error = "1e-12 of itself"
+    error_text = "1e-12 of itself"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -45,7 +45,7 @@ class DecayedMean(DecayedSum):
     """
 
     parts = (DecayedTotal, DecayedValues)
-    formula, empty, error = "sum w x / sum w, w = 2^(t / half_life)", "NaN", "1e-12 sum w |x| / sum w"
+    formula, empty, error_text = "sum w x / sum w, w = 2^(t / half_life)", "NaN", "1e-12 sum w |x| / sum w"
 
     @property
     def columns(self) -> tuple[Column, ...]:

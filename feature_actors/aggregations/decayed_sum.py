@@ -116,7 +116,7 @@ class DecayedSum(Aggregation):
 
     parts: ClassVar[tuple[type[Part], ...]] = (DecayedTotal,)
     formula, empty = "sum x 2^-((as_of - t) / half_life)", "0"
-    error = "1e-12 sum |x| 2^-((as_of - t) / half_life)"
+    error_text = "1e-12 sum |x| 2^-((as_of - t) / half_life)"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,7 +19,7 @@ class Entropy(CountBy):
     """
 
     gives_numbers = True
-    formula, empty, error = "-sum n(c) / n log2(n(c) / n)", "NaN", "1e-12"
+    formula, empty, error_text = "-sum n(c) / n log2(n(c) / n)", "NaN", "1e-12"
 
     @property
     def width(self) -> int:
@@ -27,9 +27,9 @@ class Entropy(CountBy):
 
     @staticmethod
     def finalize(p: Any, f: Any, a: Any, b: Any, n: Any, s: Any, k: Any, as_of: Any, window: Any) -> Any:
-        total, bits = 0, 0.0
+        total, bits = 0.0, 0.0
         for place in range(a, a + n):
-            total += max(p[place], 0)  # which may be torn
+            total += float(max(p[place], 0))  # which may be torn
         for place in range(a, a + n):
             if p[place] > 0:
                 bits -= p[place] / total * math.log2(p[place] / total)

@@ -19,7 +19,7 @@ class Kurtosis(Aggregation):
 
     parts = (CentralMoments,)
     formula, empty = "m_4 / m_2^2 - 3, m_k = sum (x - mean)^k / n", "NaN"
-    error = "1e-12 sqrt(sum x^2 / n / m_2) m_4 / m_2^2"
+    error_text = "1e-12 sqrt(sum x^2 / n / m_2) m_4 / m_2^2"
 
     @staticmethod
     def finalize(p: Any, f: Any, a: Any, b: Any, n: Any, s: Any, k: Any, as_of: Any, window: Any) -> Any:

@@ -72,7 +72,7 @@ class Trend(Aggregation):
 
     parts = (Line,)
     formula, empty = "sum (t - mean t)(x - mean x) / sum (t - mean t)^2, t in days", "NaN"
-    error = "1e-12 sqrt(sum x^2 / sum (t - mean t)^2)"
+    error_text = "1e-12 sqrt(sum x^2 / sum (t - mean t)^2)"
 
     @staticmethod
     def finalize(p: Any, f: Any, a: Any, b: Any, n: Any, s: Any, k: Any, as_of: Any, window: Any) -> Any:
