@@ -83,6 +83,11 @@ def test_it_says_where_a_training_set_comes_from(folder: Path, capsys: pytest.Ca
         (["--events", "payment=payments.parquet"],
          "training set: no events of source `payments`; given are ['payment']"),
         (["--threads", "0"], "--threads: got 0; allowed is 1 to 64"),
+        (["--ray", "up"], "--ray up: no cluster `dev` runs on FOLDER/.millpond/dev; start one with `millpond up`, "
+         "or leave `--ray` out for threads"),
+        (["--ray", "ray://there:10001"], "--ray: got 'ray://there:10001'; allowed is HOST:PORT, `auto`, or `up`"),
+        (["--ray", "127.0.0.1:1"], "--ray: nobody listens at `127.0.0.1:1` ([Errno 111] Connection refused); start "
+         "Ray, or leave `--ray` out for threads"),
         (["--as-of", "at"], "training set: labels have no column `at`; they have ['user', 'late', 'when']"),
         (["--model", "spendr"],
          "no model `spendr` in `one.py`; known: `spender`; did you mean `spender`?"),
