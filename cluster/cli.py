@@ -122,8 +122,8 @@ def _parser() -> argparse.ArgumentParser:
                        help="take labels, too, that look back to what retention has deleted")  # fmt: skip
     train.add_argument("--threads", type=int, metavar="N", help="computed by so many (default: one for each core)")
     train.add_argument("--ray", metavar="ADDRESS",
-                       help="computed by workers of a Ray cluster instead of threads: HOST:PORT, `auto` as Ray itself "
-                       "has it, or `up` for that of the running `millpond up`")  # fmt: skip
+                       help="computed by workers of a Ray cluster instead of threads: HOST:PORT, or "
+                       "`up` for that of the running `millpond up`")  # fmt: skip
     train.add_argument("--json", action="store_true", help="print where it comes from as JSON")
     status = command("status", _status, "Show what the running cluster holds.")
     status.add_argument("--json", action="store_true", help="print it as JSON")

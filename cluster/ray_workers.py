@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from millpond.cluster.config import Config
+from millpond.cluster.embedded import log_of_ray
 from millpond.cluster.serve_env import ray_environment
 from millpond.feature_actors.errors import BadRequest, MillpondError, Unavailable
 from millpond.feature_actors.layout import Layout, compile_layout
@@ -35,10 +36,11 @@ from millpond.feature_actors.plan import Answer, ReadPlan
 from millpond.models.definition import Definition
 from millpond.models.training.workers import JoinShard, Piece, SentPiece, Share, put_share
 
-__all__ = ["OWN", "RayWorkers", "connected"]
+__all__ = ["OWN", "WORKERS_MAX", "JoinWorker", "Order", "RayWorkers", "connected"]
 
 #: Instead of an address: the Ray of the cluster that the configuration names, as `millpond up` has started it.
 OWN = "up"
+#: How many threads or workers there may be.
 WORKERS_MAX = 64
 #: So many pieces at most: one is computed while the next is read.
 _PIECES_MAX = 2
@@ -51,7 +53,7 @@ _VERSION = version("millpond")
 logger = logging.getLogger("millpond.training")
 
 
-class _Order(NamedTuple):
+class Order(NamedTuple):
     """What workers are to compute: the features of a model of a definition, as the command has compiled them."""
 
     file_name: str
@@ -65,7 +67,7 @@ class _Order(NamedTuple):
 class JoinWorker:
     """The actor: one shard of so many, for the features of a model of a definition's text."""
 
-    def open(self, order: _Order, number: int, of: int) -> None:
+    def open(self, order: Order, number: int, of: int) -> None:
         """Make the shard. Raises `Unavailable` if it is not the one that the command means.
 
         (What `__init__` raises would be the death of an actor.)
@@ -103,10 +105,10 @@ class RayWorkers:
     def answers(self, layout: Layout, pieces: Callable[[], Iterator[Piece]]) -> Iterator[tuple[Piece, Answer]]:
         import ray
 
-        answered = 0
+        n, answered = self.n or min(WORKERS_MAX, max(1, _free_cpus())), 0
         for left in reversed(range(_BEGINNINGS_MAX)):
             try:
-                self._start(layout)
+                self._start(layout, n)
                 for one in islice(self._once(pieces), answered, None):
                     answered += 1
                     yield one
@@ -115,7 +117,7 @@ class RayWorkers:
                 if isinstance(error.cause, MillpondError):
                     raise error.cause from None
                 raise Unavailable(f"training set: a worker of Ray failed: {_last_line(error)}") from error
-            except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+            except ray.exceptions.RayError as error:
                 if not left:
                     raise Unavailable(
                         f"training set: a worker of Ray was lost, in each of {_BEGINNINGS_MAX} tries: "
@@ -132,23 +134,29 @@ class RayWorkers:
         while self._actors:
             ray.kill(self._actors.pop())
 
-    def _start(self, layout: Layout) -> None:
+    def _start(self, layout: Layout, n: int) -> None:
         import ray
 
-        free = int(ray.available_resources().get("CPU", 0))
-        n = self.n or min(WORKERS_MAX, max(1, free))
         worker = ray.remote(JoinWorker).options(num_cpus=1, max_restarts=0, scheduling_strategy="SPREAD")
         definition = self.definition
-        order = _Order(definition.file_name, definition.text, self.model, _VERSION, layout.digest, self.nice)
+        order = Order(definition.file_name, definition.text, self.model, _VERSION, layout.digest, self.nice)
         self._actors += [worker.remote() for _ in range(n)]
         starting = [actor.open.remote(order, number, n) for number, actor in enumerate(self._actors)]
         _, late = ray.wait(starting, num_returns=n, timeout=_START_S_MAX)
         if late:
             raise Unavailable(
                 f"training set: {len(late)} of {n} workers have not come up within {_START_S_MAX:g} s; each takes "
-                f"a CPU, and {free} were free in Ray's cluster; ask for fewer (`--threads`)"
+                f"a CPU, and Ray has {_free_cpus()} more; ask for fewer (`--threads`)"
             )
-        ray.get(starting)
+        try:
+            ray.get(starting)
+        except ray.exceptions.RayTaskError:
+            raise
+        except ray.exceptions.RayError as error:
+            raise Unavailable(
+                f"training set: a worker of Ray does not start: {_last_line(error)}; each of Ray's nodes needs "
+                f"millpond {_VERSION} and what the definition imports"
+            ) from error
 
     def _once(self, pieces: Callable[[], Iterator[Piece]]) -> Iterator[tuple[Piece, Answer]]:
         import ray
@@ -171,13 +179,19 @@ class RayWorkers:
         return piece, answer
 
 
+def _free_cpus() -> int:
+    import ray
+
+    return int(ray.available_resources().get("CPU", 0))
+
+
 def _last_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
 
 
 @contextmanager
 def connected(address: str, config: Config) -> Iterator[None]:
-    """Connect this process to a Ray cluster, `HOST:PORT` or `auto` as Ray itself has it, or `OWN`; to leave it after.
+    """Connect this process to a Ray cluster at `HOST:PORT`, or `OWN`; to leave it after.
 
     A process that is in a cluster already stays in that. Raises `Unavailable` if there is no such cluster.
     """
@@ -190,14 +204,20 @@ def connected(address: str, config: Config) -> Iterator[None]:
         address, environment = ray_of["address"], ray_environment(Path(ray_of["shelter"]))
     _check_listens(address)
     os.environ.update(environment)  # before Ray is imported, which reads it then
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")  # one try, which takes 40 s in vain; not twenty
 
     import ray
+    from ray._private import worker
 
+    worker.print_to_stdstream = log_of_ray  # else it says on standard output that a worker died
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise Unavailable(f"--ray: `{address}` is no Ray cluster of this machine: {_last_line(error)}") from None
+        raise Unavailable(
+            f"--ray: `{address}` is no Ray cluster that this machine is a node of, or it wants a token (RAY_AUTH_MODE, "
+            f"RAY_AUTH_TOKEN_PATH): {_last_line(error)}"
+        ) from None
     finally:
         signal.signal(signal.SIGTERM, before)  # Ray's own prints a stack and dies
     try:
@@ -220,12 +240,10 @@ def _ray_of(config: Config) -> dict[str, str]:
 
 
 def _check_listens(address: str) -> None:
-    """Refuse an address that nobody listens at: Ray would end this process, after a while."""
-    if address == "auto":
-        return
+    """Refuse an address that nobody listens at: Ray would try for a while."""
     host, separator, port = address.rpartition(":")
     if not separator or not host or "/" in host or not port.isdigit():
-        raise BadRequest(f"--ray: got {address!r:.80}; allowed is HOST:PORT, `auto`, or `{OWN}`")
+        raise BadRequest(f"--ray: got {address!r:.80}; allowed is HOST:PORT, or `{OWN}`")
     try:
         socket.create_connection((host, int(port)), _CONNECT_S).close()
     except (OSError, OverflowError) as error:

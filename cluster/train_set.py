@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from millpond.cluster.config import Config
+from millpond.cluster.ray_workers import OWN, WORKERS_MAX, RayWorkers, connected
 from millpond.feature_actors.errors import BadRequest, NotFound, did_you_mean
 from millpond.feature_actors.past import Past
 from millpond.models.definition import Definition
@@ -22,7 +23,6 @@ from millpond.models.training.workers import Threads, Workers
 
 __all__ = ["events_of", "make_training_set", "summary"]
 
-THREADS_MAX = 64
 #: Of workers beside what serves, which comes first.
 _NICE = 19
 
@@ -47,8 +47,8 @@ def make_training_set(
     whose workers compute it, see `ray_workers.connected`, or None for threads of this process. The others, and what is
     raised, as of `write_training_set`.
     """
-    if threads is not None and not 1 <= threads <= THREADS_MAX:
-        raise BadRequest(f"--threads: got {threads}; allowed is 1 to {THREADS_MAX}")
+    if threads is not None and not 1 <= threads <= WORKERS_MAX:
+        raise BadRequest(f"--threads: got {threads}; allowed is 1 to {WORKERS_MAX}")
     definition = Definition.read(path)
     chosen = _model(definition, model)
     given: EventsOf = events_of(events) if events else Past(config.directory, config.history_uri)
@@ -111,8 +111,6 @@ def _workers(config: Config, definition: Definition, model: Model, n: int | None
     if ray is None:
         yield Threads(n)
         return
-    from millpond.cluster.ray_workers import OWN, RayWorkers, connected
-
     with connected(ray, config), closing(RayWorkers(definition, model.name, n, nice=_NICE if ray == OWN else 0)) as own:
         yield own
 
