@@ -21,7 +21,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -88,27 +87,28 @@ class JoinWorker:
         return self._shard.share(sent)
 
 
-@dataclass
 class RayWorkers:
-    """n workers on the cluster that this process is connected to, see `Workers`.
+    """n workers on the cluster that this process is connected to, see `Workers`. They start at once, to be there when
+    there is something to join; `close` ends them.
 
     n: None is one for each free CPU. nice: how far behind other processes of its machine each stands.
     `answers` raises `Unavailable` if they do not come up or are lost again and again, and the `MillpondError` of one.
     """
 
-    definition: Definition
-    model: str
-    n: int | None = None
-    nice: int = 0
-    _actors: list[Any] = field(default_factory=list, init=False)
+    def __init__(self, definition: Definition, model: str, n: int | None = None, *, nice: int = 0) -> None:
+        self._definition, self._model, self._nice = definition, model, nice
+        self._n = n or min(WORKERS_MAX, max(1, _free_cpus()))
+        self._actors: list[Any] = []
+        self._start()
 
     def answers(self, layout: Layout, pieces: Callable[[], Iterator[Piece]]) -> Iterator[tuple[Piece, Answer]]:
         import ray
 
-        n, answered = self.n or min(WORKERS_MAX, max(1, _free_cpus())), 0
+        answered = 0
         for left in reversed(range(_BEGINNINGS_MAX)):
             try:
-                self._start(layout, n)
+                self._start()
+                self._open(layout)
                 for one in islice(self._once(pieces), answered, None):
                     answered += 1
                     yield one
@@ -134,13 +134,18 @@ class RayWorkers:
         while self._actors:
             ray.kill(self._actors.pop())
 
-    def _start(self, layout: Layout, n: int) -> None:
+    def _start(self) -> None:
         import ray
 
         worker = ray.remote(JoinWorker).options(num_cpus=1, max_restarts=0, scheduling_strategy="SPREAD")
-        definition = self.definition
-        order = Order(definition.file_name, definition.text, self.model, _VERSION, layout.digest, self.nice)
-        self._actors += [worker.remote() for _ in range(n)]
+        for _ in range(len(self._actors), self._n):
+            self._actors.append(worker.remote())
+
+    def _open(self, layout: Layout) -> None:
+        import ray
+
+        definition, n = self._definition, self._n
+        order = Order(definition.file_name, definition.text, self._model, _VERSION, layout.digest, self._nice)
         starting = [actor.open.remote(order, number, n) for number, actor in enumerate(self._actors)]
         _, late = ray.wait(starting, num_returns=n, timeout=_START_S_MAX)
         if late:

@@ -117,7 +117,7 @@ def test_a_worker_of_another_millpond_or_of_other_views_is_refused(folder: Path)
     order = Order("one.py", text, "spender", version("millpond"), layout.digest, nice=0)
     JoinWorker().open(order, 0, 1)
     for other in (order._replace(version="0.0.1"), order._replace(layout_digest=7)):
-        with pytest.raises(Unavailable, match="training set: a worker of Ray has millpond .* install the same on all"):
+        with pytest.raises(Unavailable, match=r"a worker of Ray has millpond .*; install the same on all"):
             JoinWorker().open(other, 0, 1)
 
 
