@@ -5,19 +5,24 @@ if __name__ != "millpond.feature_actors":
 
 from millpond.feature_actors.aggregations import (
     Count,
+    CountBy,
     Derived,
+    Distinct,
     First,
     Last,
     LastN,
     Max,
     Mean,
+    Median,
     Min,
+    Quantile,
     Rate,
     Ratio,
     SecondsSince,
     SecondsSinceFirst,
     Std,
     Sum,
+    SumBy,
     TopK,
     TopKCounts,
 )
@@ -27,7 +32,9 @@ from millpond.feature_actors.view import FeatureView
 
 __all__ = [
     "Count",
+    "CountBy",
     "Derived",
+    "Distinct",
     "FeatureView",
     "Field",
     "First",
@@ -35,8 +42,10 @@ __all__ = [
     "LastN",
     "Max",
     "Mean",
+    "Median",
     "MillpondError",
     "Min",
+    "Quantile",
     "Rate",
     "Ratio",
     "SecondsSince",
@@ -44,6 +53,7 @@ __all__ = [
     "Source",
     "Std",
     "Sum",
+    "SumBy",
     "TopK",
     "TopKCounts",
 ]

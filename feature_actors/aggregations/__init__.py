@@ -16,21 +16,26 @@ from millpond.feature_actors.aggregations.aggregation import (
     Aggregation,
     Column,
     Part,
-    where_text,
 )
 from millpond.feature_actors.aggregations.count import Count
+from millpond.feature_actors.aggregations.count_by import CountBy
 from millpond.feature_actors.aggregations.derived import Derived, Ratio
+from millpond.feature_actors.aggregations.distinct import Distinct
 from millpond.feature_actors.aggregations.first import First
+from millpond.feature_actors.aggregations.input import Input, where_text
 from millpond.feature_actors.aggregations.last import Last
 from millpond.feature_actors.aggregations.last_n import LastN
 from millpond.feature_actors.aggregations.max import Max
 from millpond.feature_actors.aggregations.mean import Mean
+from millpond.feature_actors.aggregations.median import Median
 from millpond.feature_actors.aggregations.min import Min
+from millpond.feature_actors.aggregations.quantile import Quantile
 from millpond.feature_actors.aggregations.rate import Rate
 from millpond.feature_actors.aggregations.seconds_since import SecondsSince
 from millpond.feature_actors.aggregations.seconds_since_first import SecondsSinceFirst
 from millpond.feature_actors.aggregations.std import Std
 from millpond.feature_actors.aggregations.sum import Sum
+from millpond.feature_actors.aggregations.sum_by import SumBy
 from millpond.feature_actors.aggregations.top_k import TopK
 from millpond.feature_actors.aggregations.top_k_counts import TopKCounts
 
@@ -41,20 +46,26 @@ __all__ = [
     "Aggregation",
     "Column",
     "Count",
+    "CountBy",
     "Derived",
+    "Distinct",
     "First",
+    "Input",
     "Last",
     "LastN",
     "Max",
     "Mean",
+    "Median",
     "Min",
     "Part",
+    "Quantile",
     "Rate",
     "Ratio",
     "SecondsSince",
     "SecondsSinceFirst",
     "Std",
     "Sum",
+    "SumBy",
     "TopK",
     "TopKCounts",
     "where_text",
