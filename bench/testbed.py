@@ -111,7 +111,7 @@ class Testbed:
 
     def keep(self, folder: Path) -> None:
         """Copy what the cluster, which is stopped, has left, to a folder that is not there yet."""
-        shutil.copytree(self.folder, folder)
+        shutil.copytree(self.folder, folder, symlinks=True, ignore=shutil.ignore_patterns("*.socket"))
 
     def close(self) -> None:
         try:

@@ -127,8 +127,10 @@ class FeatureClient:
         self._read = read
         self._clock = clock
         self._limits = limits
-        #: Records of the shards that have been applied everywhere, which the shards have not been told yet.
+        #: Records of the shards that have been applied everywhere, and those that are left to them, since another shard
+        #: has failed; which the shards have not been told yet.
         self._settled: dict[int, list[int]] = {}
+        self._left: dict[int, list[int]] = {}
 
     async def ingest(
         self,
@@ -231,15 +233,16 @@ class FeatureClient:
 
     async def settle(self) -> None:
         """Tell the homes of what was applied everywhere, if that did not travel with other events already."""
-        await all_of({shard: self._settle(shard) for shard in list(self._settled)})
+        await all_of({shard: self._settle(shard) for shard in {*self._settled, *self._left}})
 
     async def _settle(self, shard: int, wait_before: int = 0) -> None:
-        """Tell a home what was applied everywhere; again another time, if it cannot be told now."""
-        offsets = self._settled.pop(shard, [])
+        """Tell a home what was applied everywhere, and what is left to it; again another time, if that fails."""
+        settled, left = self._settled.pop(shard, []), self._left.pop(shard, [])
         try:
-            await self._ingest.settle(shard, offsets, wait_before)
+            await self._ingest.settle(shard, settled, wait_before, left)
         except MillpondError:
-            self._settled.setdefault(shard, []).extend(offsets)
+            self._settled.setdefault(shard, []).extend(settled)
+            self._left.setdefault(shard, []).extend(left)
             raise
 
     async def read(
@@ -440,12 +443,12 @@ class FeatureClient:
                 takes[shard] = self._ingest.take(shard, offered.request, part, homes)
         _, failures = await each_of(takes)
         offered.failures |= failures
-        if len(offered.parts) > 1 and not offered.failures:
+        if len(offered.parts) > 1:
+            untold = self._left if offered.failures else self._settled
             for home in homes:
-                self._settled.setdefault(home.shard, []).append(home.offset)
-        elif len(offered.parts) > 1:
-            left = {home.shard: [home.offset] for home in homes if home.shard not in failures}
-            await each_of({shard: self._ingest.settle(shard, (), 0, offsets) for shard, offsets in left.items()})
+                untold.setdefault(home.shard, []).append(home.offset)
+        if offered.failures:
+            await each_of({home.shard: self._settle(home.shard) for home in homes if home.shard not in failures})
 
     def _acks(
         self,
