@@ -56,7 +56,7 @@ from millpond.feature_actors.ports import all_of
 from millpond.feature_actors.shard import Prepared, Shard
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.shard_past import ShardPast
-from millpond.feature_actors.socket_calls import serve_socket, socket_path
+from millpond.feature_actors.socket_calls import Caller, caller, serve_socket, socket_path
 from millpond.feature_actors.source import Source
 from millpond.feature_actors.spread import BroughtBefore, batched, brought_before, lacking, note_brought, take_down
 from millpond.feature_actors.tiles.memory import Control, Memory
@@ -71,7 +71,8 @@ Bools = npt.NDArray[np.bool_]
 
 #: A smaller group is synced quicker than another thread is asked to do it.
 _APPEND_HERE_BYTES = 64 << 10
-#: What is owed for so long is delivered by its home; sooner if someone waits for it.
+#: What is owed for so long, and nobody is about to have it taken, is delivered by its home; sooner if someone waits for
+#: it.
 _DELIVER_AFTER_S, _DELIVER_SOON_S = 2.0, 0.2
 #: How long a round of deliveries may fail before the next one is tried.
 _DELIVER_AGAIN_S, _DELIVER_AT_ONCE = 0.5, 256
@@ -202,6 +203,8 @@ class ShardServer:
         self._waiting_bytes = 0
         self._committer: asyncio.Task[None] | None = None
         self._deliver_soon = False
+        #: By offset of what is owed, who has offered it and is to have it taken.
+        self._offered_by: dict[int, Caller] = {}
         #: Bytes of the log since the last snapshot was begun, and since the last part of the history.
         self._bytes_since_snapshot = self._bytes_since_history = 0
         self._last_snapshot: dict[str, Any] = {}
@@ -391,7 +394,10 @@ class ShardServer:
         self._shard.deliveries.settle(settled)
         self._check_queue()
         decoded = self._decoded(events)
-        return encode_receipt(await self._written(self._shard.prepare_offer(request, decoded, time.monotonic())))
+        receipt = await self._written(self._shard.prepare_offer(request, decoded, time.monotonic()))
+        if (who := caller.get()) is not None and receipt.offset >= 0:
+            self._offered_by[receipt.offset] = who
+        return encode_receipt(receipt)
 
     def _decoded(self, wire: Any) -> Events:
         events = decode_events(wire, self._layout)
@@ -413,11 +419,13 @@ class ShardServer:
         self._check()
         await self._written(self._shard.prepare_deliver(HomeRecord(*home), decode_events(events, self._layout)))
 
-    async def settle(self, settled: Sequence[int], wait_before: int) -> None:
+    async def settle(self, settled: Sequence[int], wait_before: int, left: Sequence[int] = ()) -> None:
         """Return when what is owed of records before an offset has been applied everywhere."""
         self._check()
         deliveries, until_s = self._shard.deliveries, time.monotonic() + _SETTLE_S_MAX
         deliveries.settle(settled)
+        for offset in left:
+            self._offered_by.pop(offset, None)
         while any(offset < wait_before for offset in deliveries.owed):
             if time.monotonic() > until_s:
                 raise Unavailable(
@@ -507,7 +515,11 @@ class ShardServer:
             self._deliver_soon = False
             owed = self._shard.deliveries.owed
             again_s = {offset: at_s for offset, at_s in again_s.items() if offset in owed}
-            due = [o for o, since_s in owed.items() if since_s < now_s - patience_s and again_s.get(o, 0) < now_s]
+            # Events of one request are applied in its order only if they are taken together: whoever is slow, and there
+            # still, is waited for.
+            self._offered_by = {o: who for o, who in self._offered_by.items() if o in owed and not who.gone}
+            before_s = {o: now_s - (OFFER_S_MAX if o in self._offered_by else patience_s) for o in owed}
+            due = [o for o, since_s in owed.items() if since_s < before_s[o] and again_s.get(o, 0) < now_s]
             for offset in due[:_DELIVER_AT_ONCE]:
                 try:
                     if offset in owed:
