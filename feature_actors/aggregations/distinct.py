@@ -30,6 +30,7 @@ class Hashes(Part):
     """
 
     head_words, words = 1, 1  # how many hashes there are, n + 1 for registers; each a hash, or eight registers
+    is_large = True
 
     @staticmethod
     def init(p: Any, f: Any, at: Any, n: Any) -> None:
@@ -196,6 +197,7 @@ class Distinct(Aggregation):
     m: int = 128
 
     parts, takes, gives_numbers, tiles_min = (Hashes,), "value", True, 12
+    is_large = True
     formula, empty = "number of distinct x", "0"
     error_text = "none up to m; 1.04 / sqrt(8 m) of it, standard"
 

@@ -43,6 +43,7 @@ class Buckets(Part):
     """
 
     head_words, words = 1, 1  # level and number of buckets; each an ordinal and a count, in the halves of a word
+    is_large = True
 
     @staticmethod
     def init(p: Any, f: Any, at: Any, n: Any) -> None:
@@ -219,6 +220,7 @@ class Quantile(Aggregation):
     m: int = 128
 
     parts, tiles_min = (Buckets,), 12
+    is_large = True
     formula, empty = "x of place q (n - 1) in order, or between two", "NaN"
     error_text = "error |x| of each x while they fill at most m buckets; then 2 e / (1 + e^2) of e, and so on"
 

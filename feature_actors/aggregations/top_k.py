@@ -28,6 +28,7 @@ class Frequent(Part):
     """
 
     head_words, words, value_words = 1, 3, (0,)  # how many there are; of each the value, its count, its newest time
+    is_large = True
 
     @staticmethod
     def init(p: Any, f: Any, at: Any, n: Any) -> None:
@@ -151,6 +152,7 @@ class TopK(Aggregation):
     m: int = 32
 
     parts, takes, tiles_min = (Frequent,), "value", 12
+    is_large = True
     formula, empty = "x of the k largest n(x), descending", "NaN; None for strings"
     error_text = "none up to m distinct x; n / (m + 1) of n(x)"
 
