@@ -67,8 +67,8 @@ class Sketch:
 
     def __init__(self, aggregation: Aggregation) -> None:
         self.aggregation, (self.column,) = aggregation, aggregation.columns
-        self._init, self._fill, self._merge = _compiled(self.column.part)
-        self._finalize = _finalize_of(type(aggregation))
+        self._init, self._fill, self._merge = _compiled(self.column.part)  # type: ignore[arg-type]
+        self._finalize = _finalize_of(type(aggregation))  # type: ignore[arg-type]
 
     def of(self, values: Floats | pa.Array) -> Ints:
         """Return the partial of some values; strings only of a sketch of hashes."""
