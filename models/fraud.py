@@ -87,15 +87,25 @@ card_habits = FeatureView(
         "mixture_24h": Entropy("kind", categories=KINDS, window="24h"),
         "lately": Ratio("spend_fading", "usual_spend"),
         "spread": Ratio("merchants_24h", "merchants_30d"),
+        # The same as those of `card_payments`, and kept once: ratios are of features of one view.
+        "last_amount": Last("amount"),
+        "payments_24h": Count(window="24h"),
+        "to_median": Ratio("last_amount", "median_30d"),
+        "to_dear": Ratio("last_amount", "dear_30d"),
+        "new_places": Ratio("merchants_24h", "payments_24h"),
     },
 )
+#: What the model knows besides, in the order of its inputs.
+HABITS = [f for f in card_habits if f.name not in card_payments.features]
 
 
 def train(matrix: npt.NDArray[np.float64], fraud: npt.NDArray[np.bool_], path: str) -> None:
     """Train on float64 [payments, features], as the shards served them, and write the artifact."""
     from sklearn.ensemble import HistGradientBoostingClassifier as Boosting
 
-    learner = Boosting(max_leaf_nodes=15, min_samples_leaf=50, early_stopping=False, random_state=0)
+    learner = Boosting(
+        max_iter=200, learning_rate=0.05, max_leaf_nodes=8, min_samples_leaf=50, early_stopping=False, random_state=0
+    )
     save_trees(learner.fit(matrix, fraud), path)
 
 
@@ -104,7 +114,7 @@ fraud = Model(
     version="1",
     owner=OWNER,
     about="Probability that the newest payment of the card is a fraud.",
-    features=[*card_payments, *card_habits],
+    features=[*card_payments, *HABITS],
     predictor=BoostedTrees,
     artifacts={"trees": "fraud.npz"},
 )
