@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from millpond.cluster.demo.cards import made_up_payments
 from millpond.feature_actors import FeatureView
 from millpond.feature_actors.testing import TestCluster, assert_parity
-from millpond.models import churn, flight_delay
+from millpond.models import churn, flight_delay, fraud
 
 HOUR, DAY = 3_600_000, 86_400_000
 T = 1_700_000_000_000
@@ -37,6 +38,10 @@ def arrival(n: int, at: int) -> dict[str, Any]:
     diverted = n % 9 == 0
     return flight(n, at, arr_delay=None if diverted else float(n * 5 % 120 - 20),
                   air_time=None if diverted else 60.0 + n % 30, arrived_at=at)  # fmt: skip
+
+
+def payment(n: int, at: int, amount: float, merchant: str = "m1", kind: str = "grocery") -> dict[str, Any]:
+    return {"payment_id": f"p{n}", "card_id": 7, "merchant": merchant, "kind": kind, "amount": amount, "paid_at": at}
 
 
 ORDERS = [order(n, n % 6, T + n * n * HOUR, 1.0 + n % 3, float(n * 13 % 50)) for n in range(60)]
@@ -101,10 +106,58 @@ def test_a_late_aircraft_and_its_route_are_what_a_delay_is_predicted_from(
     assert answer.unknown == []
 
 
+# -- fraud
+
+
+@pytest.fixture
+def cards(tmp_path: Path, millpond_cluster: Callable[..., TestCluster]) -> TestCluster:
+    random = np.random.default_rng(1)
+    for model in (fraud.fraud, fraud.fraud_plain):
+        names = [f.full_name for f in model.features]
+        matrix = random.normal(5, 4, size=(1_200, len(names)))
+        tells = matrix[:, names.index("card_habits.merchants_1h" if model is fraud.fraud else names[0])] > 5
+        fraud.train(matrix, tells, str(tmp_path / f"{model.name}.npz"))
+    return millpond_cluster(EXAMPLES / "fraud.py", artifacts=tmp_path)
+
+
+def test_what_is_unusual_of_a_card_computed_by_hand(cards: TestCluster) -> None:
+    usual = [payment(n, T + n * DAY, 20.0 + n) for n in range(10)]
+    cards.send("payments", usual)
+    burst = [payment(100 + n, T + 9 * DAY + 2 * HOUR + n * 60_000, 1.0, f"new{n}", "online") for n in range(1, 7)]
+    cards.send("payments", burst)
+    found = cards.at(T + 9 * DAY + 2 * HOUR + 6 * 60_000).features("card_habits", card_id=7).features
+    assert (found["merchants_1h"], found["merchants_30d"], found["small_in_a_row"]) == (6, 7, 6)
+    assert found["median_30d"] == pytest.approx((21 + 22) / 2, rel=0.01)
+    assert found["mixture_24h"] == pytest.approx(-(1 / 7 * np.log2(1 / 7) + 6 / 7 * np.log2(6 / 7)), abs=1e-12)
+    assert found["new_places"] == 1
+
+
+def test_many_merchants_in_an_hour_tell_a_fraud(cards: TestCluster) -> None:
+    cards.send("payments", [payment(n, T + n * 60_000, 20.0) for n in range(12)])
+    before = cards.score("fraud", card_id=7).result
+    cards.send("payments", [payment(100 + n, T + n * 60_000, 20.0, f"new{n}") for n in range(12, 24)])
+    assert before < 0.5 < cards.score("fraud", card_id=7).result
+
+
+def test_the_stream_of_payments_is_the_same_for_the_same_seed_and_has_few_frauds() -> None:
+    some = made_up_payments(3, cards=40)
+    assert some.equals(made_up_payments(3, cards=40))
+    assert not some.equals(made_up_payments(4, cards=40))
+    assert 0 < some["fraud"].to_numpy().mean() < 0.1
+    assert (np.diff(some["paid_at"].to_numpy()) >= np.timedelta64(0)).all()
+
+
 # -- parity
 
-VIEWS = {view.name: view for view in (churn.customer_orders, *(f.view for f in flight_delay.flight_delay.features))}
-OF_SOURCE = {"purchases": ORDERS, "departures": DEPARTURES, "arrivals": ARRIVALS}
+VIEWS = {
+    view.name: view
+    for model in (churn.churn, flight_delay.flight_delay, fraud.fraud)
+    for view in (f.view for f in model.features)
+}
+OF_SOURCE = {
+    "purchases": ORDERS, "departures": DEPARTURES, "arrivals": ARRIVALS,
+    "payments": made_up_payments(0, cards=4).drop(["fraud"]).slice(0, 300).to_pylist(),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-__all__ = ["DAYS", "PAYMENTS", "START", "made_up_payments"]
+__all__ = ["CARDS", "DAYS", "KINDS", "PAYMENTS", "START", "made_up_payments"]
 
 _TIME = pa.timestamp("ms", tz="UTC")
 
@@ -134,25 +134,25 @@ class _Card:
             self.payments.append((time, merchant, max(0.01, round(amount, 2)), fraud))
 
 
-def made_up_payments(seed: int) -> pa.Table:
-    """Make up the payments, of `PAYMENTS`, in the order of time; the same for the same seed."""
+def made_up_payments(seed: int, cards: int = CARDS) -> pa.Table:
+    """Make up the payments of so many cards, of `PAYMENTS`, in the order of time; the same for the same seed."""
     rng = np.random.default_rng(seed)
     kinds = rng.choice(len(KINDS), MERCHANTS, p=_SHARES)
     levels = rng.lognormal(0.0, 0.5, MERCHANTS) * np.where(kinds == KINDS.index("travel"), 4.0, 1.0)
     favoured = 1.0 / (1.0 + rng.permutation(MERCHANTS)) ** 0.7
     favoured /= favoured.sum()
     rows: list[tuple[Any, ...]] = []
-    for card_id, of_card in enumerate(rng.spawn(CARDS), 1):
+    for card_id, of_card in enumerate(rng.spawn(cards), 1):
         card = _Card(of_card, levels, favoured)
         card.live()
         rows += [(time, card_id, *rest) for time, *rest in card.payments]
     rows.sort()
-    times, cards, merchants, amounts, frauds = zip(*rows, strict=True)
+    times, card_ids, merchants, amounts, frauds = zip(*rows, strict=True)
     start = np.datetime64(START, "ms")
     return pa.table(
         {
             "payment_id": [f"p{n}" for n in range(len(rows))],
-            "card_id": cards,
+            "card_id": card_ids,
             "merchant": [f"m{merchant}" for merchant in merchants],
             "kind": [KINDS[kinds[merchant]] for merchant in merchants],
             "amount": amounts,

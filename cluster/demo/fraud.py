@@ -47,7 +47,7 @@ SEED = 0
 TRAINED, CHOSEN, REPLAYED = 18, 28, 32
 #: Payments are sent so many at a time, of as many cards.
 TOGETHER = 16
-ORACLE_ROWS = 300
+ORACLE_ROWS = 150
 #: What the features are computed of; the label is not sent.
 SENT = ["payment_id", "card_id", "merchant", "kind", "amount", "paid_at"]
 MODELS: dict[str, Model] = {"fraud": example.fraud, "fraud_plain": example.fraud_plain}
