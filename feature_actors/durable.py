@@ -50,6 +50,7 @@ from millpond.feature_actors.manifest import write_json
 from millpond.feature_actors.routes import shards_of_keys
 from millpond.feature_actors.shard import Prepared, Shard
 from millpond.feature_actors.shard_past import ShardPast
+from millpond.feature_actors.spread import brought_keys
 from millpond.feature_actors.tombstones import Secret, Tombstones
 
 __all__ = ["DurableShard", "Erasing", "RecordLog", "ShardFolder", "VolatileLog", "applied_records"]
@@ -248,8 +249,14 @@ class DurableShard:
                         f"log: it ends at offset {log.next}, and the snapshot `{path}` has events of "
                         f"{loaded.newest_offset}; restore both from one copy"
                     )
-                # Those that are behind anyway are backfilled later.
-                self._lacks = [table for table in loaded.lacks if table not in self.shard.behind]
+                # Those that are behind anyway are backfilled later. Of a key of the definitions that is new nothing was
+                # meant for it before, unless that has been brought to it while the cluster ran.
+                brought = brought_keys(folder.path)
+                self._lacks = [
+                    table
+                    for table in loaded.lacks
+                    if table not in self.shard.behind and (table.added or (table.source.name, table.key) in brought)
+                ]
                 for table in self._lacks:
                     logger.warning("shard %d: `%s` has nothing of %s", self.shard.number, path, table.name)
                     self.shard.fall_behind(table)
@@ -360,11 +367,13 @@ class DurableShard:
         rows = np.flatnonzero(record.routes & 1)
         layout = self.shard.layout
         batch = layout.source(record.source).upgraded(record.batch)
-        # They go to those keys that they were meant for then: what is of a later one is brought there by `spread`.
-        known = max((t.key_number for t in layout.tables_of(record.source) if t.key in record.tables), default=0)
-        everything = Events.judged(record.source, batch, record.arrivals, record.received_ms, known)
+        # They go to those keys that they were meant for then: what is of a later one is brought there by `spread`, also
+        # if a start has it in its definitions since.
+        keys = record.tables
+        everything = Events.judged(record.source, batch, record.arrivals, record.received_ms, keys=keys)
         events = everything.of_rows(rows, record.arrivals[:0])
-        concerned, _ = shards_of_keys(layout, self.shard.shard_map, record.source, events.batch, known)
+        tables = [table for table in layout.tables_of(record.source) if table.key in keys]
+        concerned, _ = shards_of_keys(tables, self.shard.shard_map, events.batch)
         return home, events, concerned
 
     # -- snapshots, history, truncation

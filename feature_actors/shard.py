@@ -746,7 +746,10 @@ class Shard:
         prepared.heard = events.arrivals[events.n :]
         prepared.times, prepared.arrivals = self._times(events.source, events.batch), owned(events.arrivals)
         prepared.keys_known = events.keys_known
-        for route in self._routes(prepared, events.source, events.batch, events.arrivals, chosen):
+        tables = None
+        if events.keys is not None:
+            tables = [t for t in self._routed(events.source, events.keys_known) if t.key in events.keys]
+        for route in self._routes(prepared, events.source, events.batch, events.arrivals, chosen, tables):
             prepared.routes.append((route, route.rows))
 
     def _bits(self, prepared: Prepared, n: int, home: Ints) -> npt.NDArray[np.uint32]:

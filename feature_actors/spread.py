@@ -13,7 +13,6 @@ A record of what was brought says up to where it had been read: a successor goes
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator
@@ -32,6 +31,7 @@ __all__ = [
     "Lacking",
     "batched",
     "brought_before",
+    "brought_keys",
     "is_brought",
     "lacking",
     "note_brought",
@@ -78,16 +78,25 @@ def batched(lacks: Iterator[Lacking], records_max: int = _RECORDS_MAX) -> Iterat
 
 def brought_before(folder: Path, log: Log, keys: Iterable[Key]) -> BroughtBefore:
     """Return what has been brought to the shard in a folder, of some keys and of those that are written down there."""
-    found: BroughtBefore = {key: {} for key in keys}
-    begin = log.first
-    with contextlib.suppress(FileNotFoundError):
-        told = json.loads((folder / _BROUGHT).read_bytes())
-        begin = max(begin, told["log_end"])
-        for source, fields, of in told["brought"]:
-            found[source, tuple(fields)] = dict(of)
-    for _, (record, _) in log.read(begin) if found else ():
+    noted, end = _noted(folder)
+    found: BroughtBefore = {**{key: {} for key in keys}, **noted}
+    for _, (record, _) in log.read(max(log.first, end)) if found else ():
         take_down(found, record)
     return found
+
+
+def brought_keys(folder: Path) -> set[Key]:
+    """Return the keys to which something has been brought, or was about to be, in the shard in a folder."""
+    return set(_noted(folder)[0])
+
+
+def _noted(folder: Path) -> tuple[BroughtBefore, int]:
+    """Return what is written down, and where the log ended then."""
+    try:
+        told = json.loads((folder / _BROUGHT).read_bytes())
+    except FileNotFoundError:
+        return {}, 0
+    return {(source, tuple(fields)): dict(of) for source, fields, of in told["brought"]}, told["log_end"]
 
 
 def take_down(brought: BroughtBefore, record: Record | None) -> None:

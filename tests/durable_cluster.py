@@ -25,7 +25,7 @@ from millpond.feature_actors.durable import DurableShard, ShardFolder
 from millpond.feature_actors.eraser import Eraser
 from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.events import Events, Receipt
-from millpond.feature_actors.layout import Layout
+from millpond.feature_actors.layout import Layout, compile_layout
 from millpond.feature_actors.log.log import Log, LogFull
 from millpond.feature_actors.log.record import EventsRecord, HomeRecord, OfferRecord, TakeRecord
 from millpond.feature_actors.log.snapshot import Chunk, SnapshotWriter, remove_old_snapshots
@@ -279,6 +279,13 @@ class DurableCluster:
         self.routed_views = len(self.added)
         self._connect()
         self.keys_required = len(self.client.layout.added_keys)
+
+    def define_views(self) -> None:
+        """Start anew with the views that came among the definitions."""
+        self.layout = compile_layout([*self.layout.sources.values()], [*self.layout.views.values(), *self.added])
+        self.added = []
+        self.routed_views = self.keys_required = 0
+        self.restart_all()
 
     def backfill_steps(self, number: int, steps: int) -> bool:
         """Go on with the backfill of a shard, or begin it; return whether nothing is left to do. No snapshot is under
