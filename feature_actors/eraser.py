@@ -29,7 +29,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from millpond.feature_actors.durable import DurableShard
-from millpond.feature_actors.erasure import replaced_fields
+from millpond.feature_actors.erasure import Erasure, replaced_fields
 from millpond.feature_actors.keys import hash_columns
 from millpond.feature_actors.layout import Table
 from millpond.feature_actors.log.history_rewriter import rewrite_history
@@ -55,21 +55,24 @@ class Eraser:
         self._durable, self._shard = durable, durable.shard
         # Those that are behind are given what is left, later.
         self._tables = self._shard.parts.tables
-        self.waiting = self._shard.tombstones.waiting
-        self._erasure = self._shard.erasure
+        # What comes meanwhile is forgotten the next time: its rows are learned of before its events show tokens.
+        tombstones = self._shard.tombstones.as_of_now()
+        self.waiting = tombstones.waiting
+        self._erasure = Erasure(tombstones, self._shard.layout.sources)
         assert isinstance(durable.log, Log)
         self._log = durable.log
         self._log_at, self._log_end = self._log.first, self._log.next
-        #: Rows that are theirs, by number of the table.
-        self._rows: dict[int, set[Key]] = defaultdict(set)
-        #: By tombstone and number of the table, how many events were counted there.
-        self._counted: Counter[tuple[Tombstone, int]] = Counter()
+        #: Of each, rows that are theirs and how many events were counted there, by number of the table. What is of
+        #: several is counted once.
+        self._rows: dict[Tombstone, dict[int, set[Key]]] = {one: defaultdict(set) for one in self.waiting}
+        self._counted: dict[Tombstone, Counter[int]] = {one: Counter() for one in self.waiting}
         #: What of them came later, and begins afresh: table, record, its offset and which of its events.
         self._later: list[tuple[Table, EventsRecord, int, Bools]] = []
         self._past = durable.past(whole=durable.shard_folder.history_uri is not None)
         #: Records of their events at home here: before and after.
         self._homes: list[tuple[EventsRecord, EventsRecord]] = []
-        self.removed: Counter[str] = Counter()
+        #: What was removed of each: events by their home; a row of several by whichever is first.
+        self.removed: dict[Tombstone, Counter[str]] = {one: Counter() for one in self.waiting}
         self._erasing = durable.erasing
         self._beside = self._shard.alike()
         self._anew: set[Table] = set()
@@ -82,13 +85,16 @@ class Eraser:
         for one in self.waiting:
             for table in self._tables:
                 if table.key == (one.field,) and one.hash is not None:
-                    self._rows[table.number].add(one.hash)
+                    self._rows[one][table.number].add(one.hash)
         self._read_on()
 
     def _read_on(self) -> None:
         for offset, record in self._past.read_on():
-            for one in self._erasure.forgotten(record.source, record.batch, record.arrivals):
-                self._learn(record, one.tombstone, one.rows)
+            counted: dict[int, Bools] = {}
+            forgotten = self._erasure.forgotten(record.source, record.batch, record.arrivals)
+            # First those whose events the shard does not count any more.
+            for one in sorted(forgotten, key=lambda one: _named(one.tombstone) not in self._erasing.removed):
+                self._learn(record, one.tombstone, one.rows, counted)
             for one in self._erasure.forgotten(record.source, record.batch, record.arrivals, later=True):
                 if not one.tombstone.done:
                     for table, applied in self._applied(record, one.tombstone, one.rows):
@@ -102,15 +108,20 @@ class Eraser:
                 if applied.any():
                     yield table, applied
 
-    def _learn(self, record: EventsRecord, tombstone: Tombstone, rows: Bools) -> None:
+    def _learn(self, record: EventsRecord, tombstone: Tombstone, rows: Bools, counted: dict[int, Bools]) -> None:
+        """counted: which events of the record are so of others, by number of the table, bool [n]."""
+        if tombstone.done:
+            return
         for table, applied in self._applied(record, tombstone, rows):
             hashes = _hashes(table, record)[applied]
-            self._rows[table.number].update(map(tuple, hashes.tolist()))
-            self._counted[tombstone, table.number] += int(np.count_nonzero(applied))
+            self._rows[tombstone][table.number].update(map(tuple, hashes.tolist()))
+            before = counted.get(table.number, np.zeros(len(applied), np.bool_))
+            self._counted[tombstone][table.number] += int(np.count_nonzero(applied & ~before))
+            counted[table.number] = before | applied
         self._learn_others(record, tombstone, rows)
         home = np.flatnonzero(rows & ((record.routes & 1) != 0))
         if len(home):
-            self.removed["events"] += len(home)
+            self.removed[tombstone]["events"] += len(home)
             before = replace(
                 record,
                 arrivals=record.arrivals[home],
@@ -146,12 +157,11 @@ class Eraser:
     def remove(self) -> None:
         """Then a snapshot is to be taken, and `remove_snapshots` called. Raises `MemoryFull`."""
         self._read_on()  # what came meanwhile
-        keys = {number: np.array(sorted(of), np.int64).reshape(-1, 2) for number, of in self._rows.items()}
-        events: Counter[int] = Counter()
-        for (tombstone, number), n in self._counted.items():
-            if _named(tombstone) not in self._erasing.removed:  # else the snapshot has counted them out
-                events[number] += n
-        self.removed["rows"] += self._shard.remove(keys, events)
+        for one in self.waiting:
+            keys = {number: np.array(sorted(of), np.int64).reshape(-1, 2) for number, of in self._rows[one].items()}
+            # Those that the snapshot has counted out are not counted again.
+            events = {} if _named(one) in self._erasing.removed else self._counted[one]
+            self.removed[one]["rows"] += self._shard.remove(keys, events)
         for table, record, offset, rows in self._later:
             self._shard.apply_again(table, record, offset, rows)
         for before, after in self._homes:
@@ -252,7 +262,7 @@ class Eraser:
     def finish(self, now_ms: int) -> None:
         """now_ms: by the cluster's clock. Raises `OSError`."""
         tombstones = self._shard.tombstones
-        done = [_done(one, dict(self.removed), now_ms) for one in self.waiting if tombstones.get(one.name) == one]
+        done = [_done(one, dict(self.removed[one]), now_ms) for one in self.waiting if tombstones.get(one.name) == one]
         self._shard.tombstones.write(done)
         self._erasing.removed -= {_named(one) for one in self.waiting}
         self._shard.tombstones.take(done)

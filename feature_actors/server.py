@@ -821,7 +821,9 @@ class ShardServer:
             assert one.hash is not None
             as_of_ms = max(self._now_ms(), one.at_ms)
             # In a thread of its own: it waits for whoever writes them.
-            eraser.removed["scores"] += await loop.run_in_executor(None, scores.forget, one.field, one.hash, as_of_ms)
+            eraser.removed[one]["scores"] += await loop.run_in_executor(
+                None, scores.forget, one.field, one.hash, as_of_ms
+            )
 
     def _now_ms(self) -> int:
         """Return the time of the cluster's clock."""
