@@ -115,9 +115,9 @@ class Eraser:
         for table, applied in self._applied(record, tombstone, rows):
             hashes = _hashes(table, record)[applied]
             self._rows[tombstone][table.number].update(map(tuple, hashes.tolist()))
-            before = counted.get(table.number, np.zeros(len(applied), np.bool_))
-            self._counted[tombstone][table.number] += int(np.count_nonzero(applied & ~before))
-            counted[table.number] = before | applied
+            others = counted.get(table.number, np.zeros(len(applied), np.bool_))
+            self._counted[tombstone][table.number] += int(np.count_nonzero(applied & ~others))
+            counted[table.number] = others | applied
         self._learn_others(record, tombstone, rows)
         home = np.flatnonzero(rows & ((record.routes & 1) != 0))
         if len(home):
@@ -138,13 +138,12 @@ class Eraser:
         for table in self._tables:
             if table.source.name != record.source or table.key not in record.tables or tombstone.field in table.key:
                 continue
-            if reads := table.reads & set(replaced_fields(table.source, tombstone.field)):
+            if table.reads & set(replaced_fields(table.source, tombstone.field)):
                 applied = rows & ((record.routes & np.uint32(2 << record.tables.index(table.key))) != 0)
                 hashes = _hashes(table, record)[applied]
                 self._erasing.stale.setdefault(table.name, set()).update(map(tuple, hashes.tolist()))
-                self._note_texts(record, rows, reads)
-        for table in self._tables:
-            if table.source.name == record.source and tombstone.field in table.key:
+        for table in self._shard.layout.tables:  # also one that has failed, and has given up its rows
+            if table.source.name == record.source:
                 self._note_texts(record, rows, table.reads & set(replaced_fields(table.source, tombstone.field)))
 
     def _note_texts(self, record: EventsRecord, rows: Bools, fields: Collection[str]) -> None:

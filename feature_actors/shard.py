@@ -312,7 +312,12 @@ class Shard:
         offered = [route.table for route, _ in prepared.routes]
         now = self._routed(prepared.record.source, prepared.keys_known)
         if any(table not in offered for table in now):  # added since
-            self._route_anew(prepared, rows)
+            try:
+                self._route_anew(prepared, rows)
+            except BaseException:
+                # It is as if it had been dropped before. Its ids are in the log.
+                self._store.keep_promise(prepared.promised_words)
+                raise
         else:
             prepared.routes = [(route, of[accepted[of]]) for route, of in prepared.routes]
         self._have(prepared, homes)
@@ -602,9 +607,18 @@ class Shard:
         self._store.keep_promise(words)
         return False
 
-    def give_up(self, table: Table) -> None:
-        """Let commits pass by a table that is behind for good."""
-        self._behind[table.number] = None
+    def give_up(self, table: Table) -> Iterator[None]:
+        """Let commits pass by a table that is behind, at once, and remove what it had of rows, step by step: nobody reads
+        them, and nobody would remove an entity from there that is forgotten. Then it may be begun anew."""
+        self._store.hear_for(table, None)  # else what is old when it is begun anew would be out of its sight
+        self.fall_behind(table)
+        self._events[table.name] = 0
+        return self._emptied(table)
+
+    def _emptied(self, table: Table) -> Iterator[None]:
+        for _, _, image in self._store.image(table):
+            self._store.remove(table, _keys_of(image))
+            yield
 
     # -- the same at once, without a log
 
@@ -960,6 +974,15 @@ class Shard:
     def check(self) -> list[str]:
         """Return what is wrong with the state: an empty list if every invariant holds."""
         return self._store.check()
+
+
+def _keys_of(image: Ints) -> Ints:
+    """Return the hashes of the keys of the rows of an image, int64 [n, 2], see `tiles.image`."""
+    keys, at = [], 0
+    while at < len(image):
+        keys.append(image[at + 1 : at + 3])
+        at += int(image[at])
+    return np.array(keys, np.int64).reshape(-1, 2)
 
 
 def _masks(table: Table, batch: pa.RecordBatch) -> npt.NDArray[np.bool_]:

@@ -300,6 +300,14 @@ class DurableCluster:
                 return True
         return False
 
+    def fail_backfill(self, number: int) -> None:
+        """Have the backfill of a shard fail where it is; it may be begun anew."""
+        if self._backfills.pop(number, None) is not None:
+            shard = self.shards[number].shard
+            for table in shard.behind:
+                for _ in shard.give_up(table):
+                    pass
+
     def _spread(self, durable: DurableShard, key_number: int) -> Iterator[None]:
         """The steps of `ShardServer._bring`."""
         shard, key = durable.shard, durable.shard.layout.added_keys[key_number - 1]
