@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -55,11 +56,11 @@ from millpond.feature_actors.past import Past
 from millpond.feature_actors.ports import all_of
 from millpond.feature_actors.shard import Prepared, Shard
 from millpond.feature_actors.shard_map import ShardMap
-from millpond.feature_actors.shard_past import ShardPast
+from millpond.feature_actors.shard_past import NoPast, ShardPast
 from millpond.feature_actors.socket_calls import serve_socket, socket_path
 from millpond.feature_actors.source import Source
 from millpond.feature_actors.spread import BroughtBefore, batched, brought_before, lacking, note_brought, take_down
-from millpond.feature_actors.tiles.memory import Control, Memory
+from millpond.feature_actors.tiles.memory import Control, Memory, MemoryFull
 from millpond.feature_actors.tiles.store import SPARE_SLOT_WORDS
 from millpond.feature_actors.tombstones import Tombstone, forget_secret, tombstone_of
 from millpond.feature_actors.view import FeatureView
@@ -82,6 +83,8 @@ _SETTLE_S_MAX = 5.0
 _HOUSE_S, _HOUSE_AGAIN_S = 0.25, 5.0
 #: How often it is asked whether views have come; how long a backfill rests for the time that it works.
 _VIEWS_S, _REST = 0.2, 1.0
+#: How long it is waited for another shard to say up to where events are to be brought to a key.
+_CUT_S_MAX = 60.0
 #: How long an offer waits to be taken.
 OFFER_S_MAX = 60.0
 #: How often it is looked what retention has to take, and by how much it may be late: history is deleted by whole days.
@@ -93,11 +96,12 @@ logger = logging.getLogger("millpond.shard")
 class ScoreEraser(Protocol):
     """What removes logged scores, from the history and from who writes them."""
 
-    def forget(self, field: str, hash: tuple[int, int], as_of_ms: int) -> int:
+    def forget(self, name: str, field: str, hash: tuple[int, int], as_of_ms: int) -> int:
         """Remove the scores of the key whose field has a value of that hash; return how many there were in files.
 
-        as_of_ms: what was read as of then or before is not logged any more either. Waits until that is so; may be
-        called again. Raises `HistoryUnavailable`, `HistoryDamaged`.
+        name: of what is asked for; asked again by the same it goes on with that. as_of_ms: what was read as of then or
+        before is not logged any more either. Waits until that is so; raises `Unavailable` if somebody does not do so
+        for too long, and says who. Raises `HistoryUnavailable`, `HistoryDamaged`.
         """
 
 
@@ -616,18 +620,14 @@ class ShardServer:
             cut = await self._cut_of(home, key_number)
             if of.get(home, 0) >= cut:
                 continue
-            records = past.records(home, of.get(home, 0))
-            some = batched(lacking(records, home, key, cut))
-            try:
-                while lacks := await loop.run_in_executor(self._views, next, some, None):
-                    begun = time.perf_counter()
-                    prepared = [self._shard.prepare_brought(one.record, key[1], one.brought) for one in lacks]
-                    await asyncio.gather(*(self._written(one) for one in prepared if one.record is not None))
-                    for view in added:
-                        view.read, view.of = lacks[-1].brought.before, cut
-                    await asyncio.sleep((time.perf_counter() - begun) * _REST)
-            finally:
-                await loop.run_in_executor(self._views, records.close)  # type: ignore[attr-defined]
+            some = batched(lacking(past.home_records(home, of.get(home, 0), cut), home, key))
+            while lacks := await loop.run_in_executor(self._views, next, some, None):
+                begun = time.perf_counter()
+                prepared = [self._shard.prepare_brought(one.record, key[1], one.brought) for one in lacks]
+                await asyncio.gather(*(self._written(one) for one in prepared if one.record is not None))
+                for view in added:
+                    view.read, view.of = lacks[-1].brought.before, cut
+                await asyncio.sleep((time.perf_counter() - begun) * _REST)
             of[home] = cut
         await self._note_brought()
 
@@ -638,32 +638,49 @@ class ShardServer:
         await loop.run_in_executor(self._views, note_brought, folder, self._brought, end)
 
     async def _cut_of(self, home: int, key_number: int) -> int:
+        until_s = time.monotonic() + _CUT_S_MAX
         while True:
             try:
                 if home == self._number:
                     return await self.cut(key_number)
                 return int(await self._peers().call(home, "cut", key_number))
-            except Unavailable:  # it will have heard, or is being restarted
+            except Unavailable as error:  # it will have heard, or is being restarted
+                if time.monotonic() > until_s:
+                    raise Unavailable(
+                        f"shard {home} of {self._of} has not said within {_CUT_S_MAX:g} s up to where events are to be "
+                        f"brought to key {key_number}: {error.message}"
+                    ) from None
                 await asyncio.sleep(_VIEWS_S)
 
     async def _backfill(self, added: Sequence[_Added]) -> None:
-        """Bring tables to where the others are. What cannot be is said to have failed, and events pass it by."""
+        """Bring tables to where the others are. What cannot be for now is said, and tried again after a while; what
+        cannot be at all is said to have failed, and events pass it by."""
         tables = [one.table for one in added]
         try:
             async with self._housekeeping:
-                await self._backfill_tables(added, tables)
+                try:
+                    await self._backfill_tables(added, tables)
+                except Exception:
+                    for table in tables:
+                        for _ in self._shard.give_up(table):
+                            await asyncio.sleep(0)
+                    raise
         except Exception as error:
             why = error.message if isinstance(error, MillpondError) else f"{type(error).__name__}: {error}"
             logger.warning("shard %d cannot backfill: %s", self._number, why, exc_info=error)
+            # A disk that is full, a history or a shard that is away; with tiles it would fill the memory once more.
+            again = isinstance(error, Unavailable) and not isinstance(error, NoPast | MemoryFull)
             for one in added:
-                self._shard.give_up(one.table)
-                one.state, one.why = "failed", why
+                one.why = f"{why}; it is tried again" if again else why
+                one.state = one.state if again else "failed"
+            if again:
+                await asyncio.sleep(_HOUSE_AGAIN_S)
 
     async def _backfill_tables(self, added: Sequence[_Added], tables: Sequence[Table]) -> None:
         durable, begun, loop = self._durable, time.monotonic(), asyncio.get_running_loop()
         assert durable is not None
         if not isinstance(durable.log, Log):
-            raise Unavailable('without a log (`durability = "none"`) nothing is known of what was before the view')
+            raise NoPast('without a log (`durability = "none"`) nothing is known of what was before the view')
         for number in sorted({table.key_number for table in tables} - {0}):
             await self._bring(number, added)
         past = durable.past()
@@ -683,7 +700,7 @@ class ShardServer:
         await loop.run_in_executor(self._views, note_whole, folder, tables)
         self._snapshot_wanted = True
         for one in added:
-            one.state = "whole"
+            one.state, one.why = "whole", ""
         logger.info("shard %d: %d views up to %d in %.1f s", self._number, len(tables), end, time.monotonic() - begun)
 
     async def _read_on(self, past: ShardPast, added: Sequence[_Added], until: int | None = None) -> None:
@@ -815,15 +832,22 @@ class ShardServer:
         """Remove the logged scores, when no shard has anything any more by which one could be made."""
         loop, peers = asyncio.get_running_loop(), self._peers()
         for one in waiting:
-            for n in others:
-                while (await peers.call(n, "entombed", one.field, one.mark))["state"] != "done":
-                    await asyncio.sleep(_TICK_S)
-            assert one.hash is not None
-            as_of_ms = max(self._now_ms(), one.at_ms)
-            # In a thread of its own: it waits for whoever writes them.
-            eraser.removed[one]["scores"] += await loop.run_in_executor(
-                None, scores.forget, one.field, one.hash, as_of_ms
-            )
+            name, as_of_ms = secrets.token_hex(8), 0
+            while True:
+                try:
+                    for n in others:
+                        while (await peers.call(n, "entombed", one.field, one.mark))["state"] != "done":
+                            await asyncio.sleep(_TICK_S)
+                    assert one.hash is not None
+                    as_of_ms = as_of_ms or max(self._now_ms(), one.at_ms)
+                    # In a thread of its own: it waits for whoever writes them.
+                    n = await loop.run_in_executor(None, scores.forget, name, one.field, one.hash, as_of_ms)
+                    break
+                except Unavailable as error:  # all else is done, and what was counted would be lost
+                    logger.warning("shard %d: %s", self._number, error)
+                    self._forgetting[one.name] = f"removing logged scores ({error.message}; it is tried again)"
+                    await asyncio.sleep(_HOUSE_AGAIN_S)
+            eraser.removed[one]["scores"] += n
 
     def _now_ms(self) -> int:
         """Return the time of the cluster's clock."""

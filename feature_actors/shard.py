@@ -608,8 +608,8 @@ class Shard:
         return False
 
     def give_up(self, table: Table) -> Iterator[None]:
-        """Let commits pass by a table that is behind, at once, and remove what it had of rows, step by step: nobody reads
-        them, and nobody would remove an entity from there that is forgotten. Then it may be begun anew."""
+        """Let commits pass by a table that is behind, at once, and remove its rows, step by step: nobody reads them,
+        nor would anybody remove an entity from there that is forgotten. Then it may be begun anew."""
         self._store.hear_for(table, None)  # else what is old when it is begun anew would be out of its sight
         self.fall_behind(table)
         self._events[table.name] = 0

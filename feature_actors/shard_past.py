@@ -20,10 +20,14 @@ from millpond.feature_actors.log.part import DAY_MS, expired
 from millpond.feature_actors.log.reader import LogReader
 from millpond.feature_actors.log.record import EventsRecord, OfferRecord
 
-__all__ = ["ShardPast"]
+__all__ = ["NoPast", "ShardPast"]
 
 #: For so long the log is read without letting go of it.
 _PIECE_S = 1.0
+
+
+class NoPast(Unavailable):
+    """What was before is kept nowhere, so that asking again does not help."""
 
 
 class ShardPast:
@@ -47,7 +51,7 @@ class ShardPast:
         the log ends now, or before `until`. Bits of `routes` as of `Past.records`.
 
         The next call goes on from there. To be used by one thread at a time, and to its end. Raises `LogDamaged`,
-        `HistoryDamaged`, `HistoryUnavailable`, and `Unavailable` if events from before the log are in no history.
+        `HistoryDamaged`, `HistoryUnavailable`, and `NoPast` if events from before the log are in no history.
         """
         if self._read_log_from is None:
             yield from self._read_history()
@@ -79,7 +83,7 @@ class ShardPast:
             return
         done_to = History(self._history_uri, self._shard, self._folder, 0).done_to if self._history_uri else 0
         if self._history_uri is None or done_to < log.first:
-            raise Unavailable(
+            raise NoPast(
                 f"the log of shard {self._shard} begins at offset {log.first}, and there is no history of what was "
                 "before (setting `history`)"
             )

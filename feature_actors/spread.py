@@ -19,8 +19,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from millpond.feature_actors.log.log import Log
 from millpond.feature_actors.log.record import BROUGHT_LATER, Brought, EventsRecord, Record
 from millpond.feature_actors.manifest import write_json
@@ -60,13 +58,11 @@ def is_brought(record: EventsRecord) -> bool:
     return BROUGHT_LATER in record.tables
 
 
-def lacking(records: Iterable[tuple[int, EventsRecord]], home: int, key: Key, cut: int) -> Iterator[Lacking]:
-    """Yield what is at home in a shard and was not meant for a key, of its records before a cut in their order."""
+def lacking(records: Iterable[tuple[int, EventsRecord]], home: int, key: Key) -> Iterator[Lacking]:
+    """Yield what was not meant for a key, of what is at home in a shard, in its order."""
     source, fields = key
     for offset, record in records:
-        if offset >= cut:
-            return
-        if record.source == source and fields not in record.tables and (record.routes & np.uint32(1)).any():
+        if record.source == source and fields not in record.tables:
             yield Lacking(record, Brought(home, offset + 1))
 
 

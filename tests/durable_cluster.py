@@ -315,8 +315,8 @@ class DurableCluster:
         cuts = [one.shard.next_offset for one in self.shards]
         for home, cut in enumerate(cuts):
             yield
-            records = self.past().records(home, of.get(home, 0))
-            for lacks in batched(lacking(records, home, key, cut), 2):
+            records = self.past().home_records(home, of.get(home, 0), cut)
+            for lacks in batched(lacking(records, home, key), 2):
                 for one in lacks:
                     prepared = shard.prepare_brought(one.record, key[1], one.brought)
                     if prepared.record is not None:
