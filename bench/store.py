@@ -346,7 +346,13 @@ async def time_reads(
         drawn = draw.integers(0, entities, (max(_READS_DRAWN // ids, 1), ids)).tolist()
         for users in drawn:
             begun = clock()
-            plan.rows(await port.read(plan.question({"user_id": users}, ids, clock_ms, None)))
+            # As the score endpoint asks: of one id by the shorter way.
+            question = (
+                plan.question_of_word({"user_id": users}, clock_ms)
+                if ids == 1
+                else plan.question({"user_id": users}, ids, clock_ms, None)
+            )
+            plan.rows(await port.read(question))
             took.append(clock() - begun)
             if begun > end:
                 break

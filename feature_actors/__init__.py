@@ -5,6 +5,7 @@ if __name__ != "millpond.feature_actors":
 
 from millpond.feature_actors.aggregations import (
     Count,
+    CountBy,
     Derived,
     First,
     Last,
@@ -18,6 +19,7 @@ from millpond.feature_actors.aggregations import (
     SecondsSinceFirst,
     Std,
     Sum,
+    SumBy,
     TopK,
     TopKCounts,
 )
@@ -27,6 +29,7 @@ from millpond.feature_actors.view import FeatureView
 
 __all__ = [
     "Count",
+    "CountBy",
     "Derived",
     "FeatureView",
     "Field",
@@ -44,6 +47,7 @@ __all__ = [
     "Source",
     "Std",
     "Sum",
+    "SumBy",
     "TopK",
     "TopKCounts",
 ]

@@ -25,11 +25,19 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from millpond.feature_actors.aggregations import AGGREGATIONS, PARTS, Aggregation, Column, where_text
+from millpond.feature_actors.aggregations import AGGREGATIONS, PARTS, Aggregation, Column, Input, where_text
 from millpond.feature_actors.errors import DeclarationError, NotFound, Unavailable, did_you_mean
 from millpond.feature_actors.source import Source
 from millpond.feature_actors.tiles.memory import MEMORY_HEADER_WORDS
-from millpond.feature_actors.tiles.program import FOR_EVER, NO, P_SLOTS_AT, S_COLUMN, ReadProgram, TableProgram
+from millpond.feature_actors.tiles.program import (
+    FOR_EVER,
+    NO,
+    P_SLOTS_AT,
+    S_COLUMN,
+    PackedProgram,
+    ReadProgram,
+    TableProgram,
+)
 from millpond.feature_actors.tiles.structure import (
     BLOCK_ITEMS_MIN,
     BLOCK_WORDS_MAX,
@@ -40,7 +48,7 @@ from millpond.feature_actors.tiles.structure import (
     ROW_HEADER_WORDS,
     TILE_HEADER_WORDS,
 )
-from millpond.feature_actors.view import Feature, FeatureView, fields_in
+from millpond.feature_actors.view import Feature, FeatureView, fields_in, fields_of
 from millpond.feature_actors.windows import exact_past_ms, tile_width_ms
 
 __all__ = ["Layout", "PlanProgram", "Series", "Table", "compile_layout", "identity_of", "same_view"]
@@ -93,7 +101,7 @@ class Table:
     """Everything kept about the entities of one (source, key).
 
     wheres: the conditions of its features; wheres[0] is None, "every event".
-    inputs: the fields that its columns look at, in the order of the input matrix.
+    inputs: what its columns look at, in the order of the input matrix.
     slot_words: of a slot's header; pool_items: words of an item of each of its pools; reserve_words: what an event may
     need at most.
     views_keep_ms: how long after its last event an entity can be known to a view, or `FOR_EVER`.
@@ -106,7 +114,7 @@ class Table:
     source: Source
     key: tuple[str, ...]
     wheres: tuple[pc.Expression | None, ...]
-    inputs: tuple[str, ...]
+    inputs: tuple[Input, ...]
     series: tuple[Series, ...]
     row_words: int
     slot_words: int
@@ -129,7 +137,7 @@ class Table:
     @property
     def reads(self) -> set[str]:
         """The fields that it looks at, in its conditions, too."""
-        return set(self.inputs) | fields_in(self.source, self.wheres)
+        return fields_of(self.source, self.inputs) | fields_in(self.source, self.wheres)
 
     @property
     def tiled(self) -> bool:
@@ -194,14 +202,14 @@ class PlanProgram:
         """Of an answer to it: columns, views, and what is traced, see `read_rows`."""
         return self.width, len(self.view_names), 1 + self.parts
 
-    _programs: dict[int, ReadProgram] = field(default_factory=dict, repr=False)
+    _programs: dict[int, PackedProgram] = field(default_factory=dict, repr=False)
 
-    def arrays(self, n_slots: int) -> ReadProgram:
+    def packed(self, n_slots: int) -> PackedProgram:
         """Return the arrays for the kernels that read."""
         if n_slots not in self._programs:
             parts = self._parts.copy()
             parts[:-1, P_SLOTS_AT] = [table.slots_at(n_slots) for table in self.tables]
-            self._programs[n_slots] = ReadProgram(parts, *self._rest)
+            self._programs[n_slots] = PackedProgram(ReadProgram(parts, *self._rest))
         return self._programs[n_slots]
 
 
@@ -241,7 +249,7 @@ class Layout:
         columns = [table.column_program for table in self.tables]
         self._series_columns = (
             np.concatenate([_Lines(11).array, *series]),
-            np.concatenate([_Lines(5).array, *columns]),
+            np.concatenate([_Lines(7).array, *columns]),
         )
 
     @property
@@ -337,7 +345,13 @@ class Layout:
         is there.
         """
         content = [
-            (t.name, [where_text(w) for w in t.wheres], t.inputs, t.series_program.tolist(), t.column_program.tolist())
+            (
+                t.name,
+                [where_text(w) for w in t.wheres],
+                [i.text for i in t.inputs],
+                t.series_program.tolist(),
+                t.column_program.tolist(),
+            )
             for t in self.tables
             if not t.added
         ]
@@ -354,7 +368,8 @@ class Layout:
         """Return the conditions of the views and features of a source, by their text: an event for which one of them
         cannot be computed is refused. Those of added tables just do not hold then, see `shard`."""
         if source not in self._conditions:
-            wheres = [w for t in self.tables_of(source) if not t.added for w in t.wheres if w is not None]
+            tables = [t for t in self.tables_of(source) if not t.added]
+            wheres = [w for t in tables for w in (*t.wheres, *(i.condition for i in t.inputs)) if w is not None]
             self._conditions[source] = {where_text(w): w for w in wheres}
         return self._conditions[source]
 
@@ -418,7 +433,7 @@ class Layout:
         table_of = {name: self._table_of(view, features) for name, view in views.items()}
         tables = list({t.number: t for t in table_of.values()}.values())
         parts: list[list[int]] = []
-        scan_rows, feature_rows, view_rows = _Lines(2), _Lines(6), _Lines(7)
+        scan_rows, feature_rows, view_rows = _Lines(2), _Lines(8), _Lines(7)
         for table in tables:
             parts.append([
                 0, table.slot_words, table.row_words, keys.index(table.key), len(scan_rows), len(feature_rows),
@@ -435,7 +450,10 @@ class Layout:
                     scan = scans.setdefault(pair, scans_before + len(scans))
                     offsets = [series.offset(c) for c in feature.kept.columns]
                     number = AGGREGATIONS.index(type(feature.kept))
-                    rows.append([scan, number, offsets[0], offsets[-1], feature.kept.width, out])
+                    n = feature.kept.columns[0].n
+                    rows.append([
+                        scan, number, offsets[0], offsets[-1], n, feature.kept.setting, feature.kept.width, out,
+                    ])  # fmt: skip
             scan_rows += [list(pair) for pair in scans]
             feature_rows += sorted(rows)  # features of one scan stand together, so that each scan is made once
             for out, view in enumerate(views.values()):
@@ -512,9 +530,9 @@ def _compile_table(
         columns.setdefault(spot, {})
         keep[spot] = max(keep.get(spot, 0), longest + exact_past_ms(longest))
     series = tuple(Series(*spot, keep[spot], tuple(columns[spot])) for spot in columns)
-    inputs = tuple(dict.fromkeys(c.field for s in series for c in s.columns if c.field is not None))
+    inputs = tuple(dict.fromkeys(one for s in series for c in s.columns for one in c.inputs))
 
-    series_rows, column_rows = _Lines(11), _Lines(5)
+    series_rows, column_rows = _Lines(11), _Lines(7)
     halves_at = 2 * (ROW_HEADER_WORDS + len(wheres))
     row_words = ROW_HEADER_WORDS + len(wheres) + (sum(not s.lifetime for s in series) + 1) // 2
     pool = H_POOLS + POOL_WORDS
@@ -534,8 +552,11 @@ def _compile_table(
             fine_pool_at, len(column_rows), len(one.columns),
         ])  # fmt: skip
         for column in one.columns:
-            of = 0 if column.field is None else inputs.index(column.field)
-            column_rows.append([PARTS.index(column.part), column.part.takes_field, of, one.offset(column), column.n])
+            of = 0 if column.input is None else inputs.index(column.input)
+            by = NO if column.by is None else inputs.index(column.by)
+            column_rows.append([
+                PARTS.index(column.part), column.part.takes_input, of, by, one.offset(column), column.n, column.setting,
+            ])  # fmt: skip
     item_words.insert(0, row_words)
     return Table(
         number=number,

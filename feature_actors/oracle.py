@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from millpond.feature_actors.aggregations import Aggregation, Derived
+from millpond.feature_actors.aggregations import Aggregation, Derived, Input
 from millpond.feature_actors.source import Source
 from millpond.feature_actors.view import FeatureView
 from millpond.feature_actors.windows import LADDER_MS
@@ -241,15 +241,28 @@ def _kept(view: FeatureView, name: str) -> Aggregation:
 
 
 def _values(view: FeatureView, name: str, seen: Iterable[Event]) -> list[tuple[int, Any]]:
-    """Return time and value of events, without nulls; the value is None for an aggregation of events."""
-    field = _kept(view, name).field
-    if field is None:
-        return [(_time(view.source, e), None) for e in seen]
-    return [(_time(view.source, e), _value(e[field])) for e in seen if e.get(field) is not None]
+    """Return time and value of events, without nulls; the value is None for an aggregation of events, a tuple for one
+    that looks at several things of each."""
+    inputs, events = _kept(view, name).inputs, list(seen)
+    if not inputs:
+        return [(_time(view.source, e), None) for e in events]
+    looked_at = zip(*(_looked_at(one, view.source, events) for one in inputs), strict=True)
+    return [
+        (_time(view.source, e), x if len(x) > 1 else x[0])
+        for e, x in zip(events, looked_at, strict=True)
+        if None not in x
+    ]
 
 
-def _value(value: Any) -> float | str:
-    return value if isinstance(value, str) else float(value)
+def _looked_at(of: Input, source: Source, events: Sequence[Event]) -> list[Any]:
+    """Return what an input is of each event, None for null: a number, a string or a bool."""
+    if of.condition is not None:
+        holds = {id(event) for event in _where(of.condition, source, events)}
+        return [id(event) in holds for event in events]
+    values = [event.get(of.field) for event in events]
+    if of.kind != "value":
+        return values
+    return [value if value is None or isinstance(value, str) else float(value) for value in values]
 
 
 def _ms(value: int | datetime) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from millpond.feature_actors.keys import hash_words
 from millpond.feature_actors.layout import PlanProgram
 from millpond.feature_actors.plan import Answer, Ints, Question, ReadPlan
-from millpond.feature_actors.tiles.program import F_SCAN, P_FEATURE, P_SCAN, P_VIEW, ReadProgram
+from millpond.feature_actors.tiles.program import F_SCAN, P_FEATURE, P_SCAN, P_VIEW, PackedProgram, ReadProgram
 from millpond.feature_actors.tiles.read import NO_CLOCK
 
 __all__ = ["PlanSet"]
@@ -27,9 +27,9 @@ class _Programs(PlanProgram):
     def parts(self) -> int:
         return max(program.parts for program in self.of)
 
-    def arrays(self, n_slots: int) -> ReadProgram:
+    def packed(self, n_slots: int) -> PackedProgram:
         if n_slots not in self._programs:
-            self._programs[n_slots] = _joined([program.arrays(n_slots) for program in self.of])
+            self._programs[n_slots] = PackedProgram(_joined([program.packed(n_slots).program for program in self.of]))
         return self._programs[n_slots]
 
 
@@ -76,7 +76,7 @@ class PlanSet:
             max(p.width for p in programs), (), (), (), (), 0, first.keys, (), views, (), first.layout_digest,
             first._parts, first._rest, of=programs,
         )  # fmt: skip
-        self._program.arrays(n_slots)  # made now, not by the first read
+        self._program.packed(n_slots)  # made now, not by the first read
 
     def question(self, numbers: Sequence[int], keys: Sequence[int], clock_ms: int | None) -> Question:
         """Return the question about n ids as of now. numbers: n numbers of plans; keys: n values, int64."""

@@ -91,7 +91,7 @@ class MemoryReader:
         program = question.program
         plans = program.plans if question.plans is None else question.plans
         code, row, detail = read_rows(
-            self._shards, self._owners, program.layout_digest, program.arrays(len(self._owners)), plans,
+            self._shards, self._owners, program.layout_digest, program.packed(len(self._owners)).address, plans,
             question.hashes, start, question.clock, question.event_clock, question.as_of is not None, answer.as_of,
             answer.values, answer.known, answer.trace,
         )  # fmt: skip

@@ -35,6 +35,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from millpond.feature_actors.aggregations import Input
 from millpond.feature_actors.dedupe import DUPLICATE, NEW, IdFilter, IdMemory
 from millpond.feature_actors.deliveries import Deliveries
 from millpond.feature_actors.erasure import Erasure
@@ -864,9 +865,8 @@ class Shard:
                 rows = np.flatnonzero(mine if chosen is None else mine & chosen)
                 of_keys[key] = hashes.view(np.int64), slots, rows
         hashed = [of_keys[table.key] for table in tables]
-        fields = {name: batch.column(name) for t, (*_, rows) in zip(tables, hashed, strict=True) if len(rows)
-                  for name in t.inputs}  # fmt: skip
-        of_strings = sum(self._strings.words_for(c) for c in fields.values() if pa.types.is_string(c.type))
+        inputs = {one: t for t, (*_, rows) in zip(tables, hashed, strict=True) if len(rows) for one in t.inputs}
+        of_strings = sum(self._strings.words_for(batch.column(one.field)) for one in inputs if _is_text(one, batch))
         events = [(table, slots[rows]) for table, (_, slots, rows) in zip(tables, hashed, strict=True)]
         arrival_ms = int(arrivals.max()) if len(arrivals) else NO_CLOCK
         prepared.promised_words += self._store.promise_room(events, arrival_ms, of_strings)
@@ -874,27 +874,29 @@ class Shard:
         for _, _, rows in hashed:
             concerned[rows] = True
         here = np.flatnonzero(concerned)
-        values = {name: self._values(column, here) for name, column in fields.items()}
+        values = {one: self._values(one, batch, here, lenient=bool(t.added)) for one, t in inputs.items()}
         return [
             _Route(
                 table, hashes, slots, rows,
-                np.array([values[name] for name in table.inputs]).reshape(-1, n) if len(rows) else _NO_INPUTS,
+                np.array([values[one] for one in table.inputs]).reshape(-1, n) if len(rows) else _NO_INPUTS,
                 _masks(table, batch) if len(rows) else _NO_MASKS,
             )
             for table, (hashes, slots, rows) in zip(tables, hashed, strict=True)
         ]  # fmt: skip
 
-    def _values(self, column: pa.Array, rows: Ints) -> npt.NDArray[np.float64]:
-        """Return the values of a field as the kernels take them, float64 [n], NaN for null; strings by address, those
-        of `rows` only: the others are another shard's to keep."""
-        if pa.types.is_string(column.type):
-            if len(rows) == len(column):
-                return self._strings.addresses(column)
-            addresses = np.full(len(column), np.nan)
-            addresses[rows] = self._strings.addresses(column.take(pa.array(rows)))
-            return addresses
-        values: npt.NDArray[np.float64] = pc.cast(column, pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-        return values
+    def _values(self, of: Input, batch: pa.RecordBatch, rows: Ints, *, lenient: bool) -> npt.NDArray[np.float64]:
+        """Return an input of each event, float64 [n], NaN for null; strings by address, those of `rows` only: the
+        others are another shard's to keep. lenient: as of `_mask`."""
+        if of.condition is not None:
+            return _mask(of.condition, batch, lenient=lenient).astype(np.float64)
+        column = batch.column(of.field)
+        if not _is_text(of, batch):
+            return of.numbers(column)
+        if len(rows) == len(column):
+            return self._strings.addresses(column)
+        addresses = np.full(len(column), np.nan)
+        addresses[rows] = self._strings.addresses(column.take(pa.array(rows)))
+        return addresses
 
     # -- reads
 
@@ -983,6 +985,11 @@ def _keys_of(image: Ints) -> Ints:
         keys.append(image[at + 1 : at + 3])
         at += int(image[at])
     return np.array(keys, np.int64).reshape(-1, 2)
+
+
+def _is_text(of: Input, batch: pa.RecordBatch) -> bool:
+    """Whether an input is the address of a string."""
+    return of.kind == "value" and pa.types.is_string(batch.schema.field(of.field).type)
 
 
 def _masks(table: Table, batch: pa.RecordBatch) -> npt.NDArray[np.bool_]:

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from millpond.feature_actors.aggregations import NUMBERS, Aggregation, Derived, where_text
+from millpond.feature_actors.aggregations import NUMBERS, Aggregation, Derived, Input, where_text
 from millpond.feature_actors.errors import DeclarationError, did_you_mean
 from millpond.feature_actors.source import Source, check_name, check_owner
 
@@ -82,7 +82,7 @@ class Feature:
         else:
             arguments += [] if made.field is None else [f'"{made.field}"']
             own = [f.name for f in fields(made) if f.name not in _OF_ALL]
-            arguments += [f"{name}={getattr(made, name)!r}" for name in own]
+            arguments += [f"{name}={_shown(getattr(made, name))}" for name in own]
         return f"{type(made).__name__}({', '.join(arguments)})"
 
     @property
@@ -102,6 +102,11 @@ class Feature:
         arrival included; None if for ever. Not of a derived feature."""
         kept = self.kept
         return None if kept.window_ms is None else kept.window_ms + (kept.tile_width_ms or 0) + AHEAD_MS
+
+    @property
+    def reads(self) -> set[str]:
+        """The fields that it looks at, in its condition, too. Not of a derived feature."""
+        return fields_of(self.view.source, self.kept.inputs) | fields_in(self.view.source, [self.where])
 
     @property
     def where(self) -> pc.Expression | None:
@@ -207,18 +212,34 @@ class FeatureView:
         if not isinstance(aggregation, Aggregation):
             raise DeclarationError(f"{subject} must be an aggregation such as Count(), got {aggregation!r}")
         kind = type(aggregation).__name__
-        if aggregation.takes != "event":
-            wanted = aggregation.field
-            if wanted not in self.source.fields:
+        for one in aggregation.inputs:
+            if one.condition is not None:
+                self._check_where(subject, one.condition, "of=")
+                continue
+            if one.field not in self.source.fields:
                 raise DeclarationError(
-                    f"{subject}: {kind} of {wanted!r}, which is not a field of source `{self.source.name}`"
-                    + did_you_mean(str(wanted), self.source.fields)
+                    f"{subject}: {kind} of {one.field!r}, which is not a field of source `{self.source.name}`"
+                    + did_you_mean(one.field, self.source.fields)
                 )
-            spec = self.source.fields[wanted]
-            if spec.type not in NUMBERS and not (aggregation.takes == "value" and spec.type == "string"):
+            spec = self.source.fields[one.field]
+            if one.kind == "category":
+                self._check_categories(f"{subject}: {kind}", one, spec.type)
+            elif spec.type not in NUMBERS and not (aggregation.takes == "value" and spec.type == "string"):
                 takes = "a number" if aggregation.takes == "number" else "a number or a string"
-                raise DeclarationError(f"{subject}: {kind} takes {takes}, `{wanted}` is `{spec.type}`")
+                raise DeclarationError(f"{subject}: {kind} takes {takes}, `{one.field}` is `{spec.type}`")
         self._check_where(subject, aggregation.where)
+
+    def _check_categories(self, subject: str, of: Input, field_type: str) -> None:
+        if field_type not in KEY_TYPES:
+            raise DeclarationError(
+                f"{subject} takes a field of integers (up to int64) or strings, `{of.field}` is `{field_type}`"
+            )
+        wanted = str if field_type == "string" else int
+        for category in of.categories:
+            if type(category) is not wanted or (wanted is int and not -(2**63) <= category < 2**63):  # type: ignore[operator]
+                raise DeclarationError(
+                    f"{subject}: category {category!r} is no value of field `{of.field}`, which is `{field_type}`"
+                )
 
     def _check_derived(self, subject: str, name: str, derived: Derived) -> None:
         before = list(self.features)[: list(self.features).index(name)]
@@ -231,17 +252,17 @@ class FeatureView:
             if self[one].is_text:
                 raise DeclarationError(f"{subject}: {type(derived).__name__} takes numbers, `{one}` is of strings")
 
-    def _check_where(self, subject: str, where: pc.Expression | None) -> None:
+    def _check_where(self, subject: str, where: pc.Expression | None, what: str = "where=") -> None:
         """Try the expression on an empty batch: unknown fields and wrong types show at once."""
         if where is None:
             return
         if not isinstance(where, pc.Expression):
-            raise DeclarationError(f"{subject}: where= takes a pyarrow.compute expression, got {where!r}")
+            raise DeclarationError(f"{subject}: {what} takes a pyarrow.compute expression, got {where!r}")
         try:
             mask_of(where, pa.RecordBatch.from_pylist([], schema=self.source.schema))
         except (pa.ArrowException, TypeError, ValueError) as error:
             raise DeclarationError(
-                f"{subject}: where= `{where}` does not fit source `{self.source.name}`: {str(error).splitlines()[0]}"
+                f"{subject}: {what} `{where}` does not fit source `{self.source.name}`: {str(error).splitlines()[0]}"
             ) from None
 
     def __getitem__(self, name: str) -> Feature:
@@ -255,15 +276,24 @@ class FeatureView:
     @property
     def reads(self) -> set[str]:
         """The fields that its features look at, in its conditions, too."""
-        kept = [feature for feature in self if feature.derived is None]
-        named = {feature.kept.field for feature in kept if feature.kept.field is not None}
-        return named | fields_in(self.source, [feature.where for feature in kept])
+        return set().union(*(feature.reads for feature in self if feature.derived is None))
+
+
+def _shown(setting: Any) -> str:
+    return " ".join(str(setting).split()) if isinstance(setting, pc.Expression) else repr(setting)
 
 
 def fields_in(source: Source, wheres: Iterable[pc.Expression | None]) -> set[str]:
     """Return the fields of a source that conditions name, or more: what has such a name in their text."""
     texts = " ".join(where_text(where) for where in wheres)
     return {name for name in source.fields if re.search(rf"\b{name}\b", texts)}
+
+
+def fields_of(source: Source, inputs: Iterable[Input]) -> set[str]:
+    """Return the fields of a source that inputs look at."""
+    inputs = list(inputs)
+    conditions = fields_in(source, [one.condition for one in inputs])
+    return {one.field for one in inputs if one.kind != "truth"} | conditions
 
 
 def mask_of(where: pc.Expression, batch: pa.RecordBatch) -> pa.Array:

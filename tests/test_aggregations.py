@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from worlds import FLOATS, HOUR, WINDOWS, aggregations, batch, cluster, source
 
 from millpond.feature_actors import (
     Count,
+    CountBy,
     Derived,
     FeatureView,
     First,
@@ -30,10 +32,11 @@ from millpond.feature_actors import (
     SecondsSinceFirst,
     Std,
     Sum,
+    SumBy,
     TopK,
     TopKCounts,
 )
-from millpond.feature_actors.aggregations import AGGREGATIONS, PARTS, Aggregation, Column, Part, dispatch
+from millpond.feature_actors.aggregations import AGGREGATIONS, PARTS, Aggregation, Column, Input, Part, dispatch
 from millpond.feature_actors.clock import ManualClock
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.plan import ReadPlan
@@ -67,14 +70,16 @@ class Partial:
     def update(self, events: Sequence[Event]) -> Partial:
         for time, value in events:
             for column, at in self.columns():
-                if not column.part.takes_field or value is not None:
-                    column.part.update(self.words, self.floats, at, column.n, value or 0.0, time)
+                numbers = [number_of(one, value) for one in column.inputs]
+                if not any(math.isnan(number) for number in numbers):
+                    of, by, *_ = (*numbers, 0.0, 0.0)
+                    column.part.update(self.words, self.floats, at, column.n, column.setting, of, by, time)
         return self
 
     def merge(self, newer: Partial) -> Partial:
         before = newer.words.copy()
         for column, at in self.columns():
-            column.part.merge(self.words, self.floats, at, column.n, newer.words, newer.floats, at)
+            column.part.merge(self.words, self.floats, at, column.n, column.setting, newer.words, newer.floats, at)
         assert (newer.words == before).all(), "merging changes the older partial, not the newer"
         return self
 
@@ -82,7 +87,8 @@ class Partial:
         places = [at for _, at in self.columns()]
         value = [
             float(self.aggregation.finalize(
-                self.words, self.floats, places[0], places[-1], k, as_of, self.aggregation.window_ms or 0
+                self.words, self.floats, places[0], places[-1], self.aggregation.columns[0].n,
+                self.aggregation.setting, k, as_of, self.aggregation.window_ms or 0,
             ))
             for k in range(self.aggregation.width)
         ]  # fmt: skip
@@ -90,8 +96,36 @@ class Partial:
         return value
 
 
+def looked_at(one: Input, value: float | None) -> Any:
+    """What an input is of an event with such a value, None for null."""
+    if one.kind == "truth":
+        return value is not None and value > 0.5
+    if one.kind == "category" and value is not None:
+        if type(one.categories[0]) is int:
+            return int(value)
+        return (*one.categories, "another")[hash(value) % (len(one.categories) + 1)]
+    return value
+
+
+def number_of(one: Input, value: float | None) -> float:
+    """The same, as kernels get it."""
+    seen = looked_at(one, value)
+    if one.kind == "truth":
+        return float(seen)
+    of = {str: pa.string(), int: pa.int64()}[type(one.categories[0])] if one.categories else pa.float64()
+    return float(one.numbers(pa.array([seen], of))[0])
+
+
+def seen_of(aggregation: Aggregation, events: Sequence[Event]) -> list[tuple[int, Any]]:
+    inputs = aggregation.inputs
+    if not inputs:
+        return [(t, None) for t, _ in events]
+    values = [(t, tuple(looked_at(one, v) for one in inputs)) for t, v in events]
+    return [(t, x if len(x) > 1 else x[0]) for t, x in values if None not in x]
+
+
 def plain(aggregation: Aggregation, events: Sequence[Event], as_of: int) -> tuple[list[float], float]:
-    seen = [(t, v) for t, v in events if v is not None or aggregation.takes == "event"]
+    seen = seen_of(aggregation, events)
     value = aggregation.plain(seen, as_of)
     return value if isinstance(value, list) else [value], aggregation.slack(seen, as_of)
 
@@ -99,7 +133,7 @@ def plain(aggregation: Aggregation, events: Sequence[Event], as_of: int) -> tupl
 def is_right(aggregation: Aggregation, got: Sequence[float], events: Sequence[Event], as_of: int) -> bool:
     want, slack = plain(aggregation, events, as_of)
     if slack:
-        seen = [(t, v) for t, v in events if v is not None or aggregation.takes == "event"]
+        seen = seen_of(aggregation, events)
         got, want = ([aggregation.worth(one, seen) for one in values] for values in (got, want))
     return len(got) == len(want) and all(
         slack == math.inf or (math.isnan(g) and math.isnan(w)) or g == w or abs(g - w) <= slack
@@ -126,7 +160,7 @@ def test_tiles_merged_oldest_first_are_all_events_in_one(
     one = Partial(aggregation).update(events)
     assert is_right(aggregation, one.value(100), events, 100)
     assert is_right(aggregation, merged.value(100), events, 100)
-    if aggregation.slack([e for e in events if e[1] is not None], 100) == 0:
+    if aggregation.slack(seen_of(aggregation, events), 100) == 0:
         assert str(merged.value(100)) == str(one.value(100))
 
 
@@ -155,7 +189,7 @@ def test_an_aggregation_says_what_it_is(kind: type[Aggregation]) -> None:
     assert all(isinstance(text, str) and text for text in (kind.formula, kind.empty, kind.error))
     assert {k for k in AGGREGATIONS if k.__module__ == kind.__module__} == {kind}, "one file each"
     assert set(PARTS) >= set(kind.parts) > set()
-    assert all(part.takes_field <= (kind.takes != "event") for part in kind.parts)
+    assert all(part.takes_input <= (kind.takes != "event") for part in kind.parts)
 
 
 def test_the_compiled_verbs_have_one_entry_per_class() -> None:
@@ -167,7 +201,7 @@ def test_the_compiled_verbs_have_one_entry_per_class() -> None:
     for verb in (dispatch.init, dispatch.update, dispatch.merge):
         assert entries(verb) == [getattr(part, verb.py_func.__name__) for part in PARTS]
     assert entries(dispatch.finalize) == [kind.finalize for kind in AGGREGATIONS]
-    assert tuple(part.takes_field for part in PARTS) == dispatch.TAKES_FIELD
+    assert tuple(part.takes_input for part in PARTS) == dispatch.TAKES_INPUT
     assert len(set(PARTS)) == len(PARTS) == len(Part.__subclasses__())
 
 
@@ -188,6 +222,8 @@ GOLDEN: dict[Aggregation, tuple[Any, Any, Any]] = {
     LastN("v", n=5, window="60s"): ([2, 9, 1, 4, _NAN], [2, 9, _NAN, _NAN, _NAN], [_NAN] * 5),
     LastN("v", n=2, window="60s"): ([2, 9], [2, 9], [_NAN] * 2),
     Rate(window="60s"): (5 / 60, 2 / 60, 0),
+    CountBy("i", categories=[1, 9, 5], window="60s"): ([1, 1, 0, 2], [0, 1, 0, 1], [0] * 4),
+    SumBy("v", by="i", categories=[1, 9], window="60s"): ([1, 9, 6], [0, 9, 2], [0] * 3),
     SecondsSince(window="60s"): (5, 60.999, _NAN),
     SecondsSinceFirst(window="60s"): (9, 60.999, _NAN),
     # Their tiles are 5 s wide.
@@ -200,8 +236,9 @@ def read_at(features: dict[str, Any], events: Sequence[Event], times: Sequence[i
     """Apply events of one user, each as it happens, and read a view of these features as of some later times."""
     view = FeatureView("v", owner="tests", source=source("first", None), key=["user"], features=features)
     client, (shard,) = cluster(compile_layout([], [view]), clock=ManualClock(min(times)))
-    rest = {"id": "", "num": 0, "user": 1, "code": "a", "small": 0, "i": 0, "f32": 0.0, "flag": True}
-    rows = batch(view.source, [{**rest, "at": at, "v": v} for at, v in events])
+    rest = {"id": "", "num": 0, "user": 1, "code": "a", "small": 0, "f32": 0.0, "flag": True}
+    of_v = ({"v": v, "i": None if v is None or abs(v) > 1e9 else int(v)} for _, v in events)
+    rows = batch(view.source, [{**rest, "at": at, **values} for (at, _), values in zip(events, of_v, strict=True)])
     complete(client.ingest("first", rows, arrival_is_event_time=True))
     plan = ReadPlan(client.layout, list(view), "the test")
     keys = plan.key_columns([{"user": 1}], batch=False)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from millpond.feature_actors import (
     Count,
+    CountBy,
     Derived,
     FeatureView,
     Field,
@@ -34,10 +35,11 @@ from millpond.feature_actors import (
     Source,
     Std,
     Sum,
+    SumBy,
     TopK,
     TopKCounts,
 )
-from millpond.feature_actors.aggregations import Aggregation
+from millpond.feature_actors.aggregations import AGGREGATIONS, Aggregation
 from millpond.feature_actors.errors import DeclarationError, NotFound
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.plan import ReadPlan
@@ -253,8 +255,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     # aggregations
     "aggregation itself": (
         lambda: of(Aggregation("user")),
-        "Aggregation: the base of all; say which: Count, First, Last, LastN, Max, Mean, Min, Rate, SecondsSince, "
-        "SecondsSinceFirst, Std, Sum, TopK, TopKCounts",
+        f"Aggregation: the base of all; say which: {', '.join(sorted(kind.__name__ for kind in AGGREGATIONS))}",
     ),
     "sum of nothing": (lambda: of(Sum()), 'Sum: of which field? say Sum("amount")'),
     "sum of a list": (
@@ -317,6 +318,36 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "Sum: exact=True is about the edge of a window; say which window, or leave it out",
     ),
     "exact a number": (lambda: Count(window="1h", exact=1), "Count: exact is True or False, got 1"),
+    # categories
+    "categories a text": (
+        lambda: CountBy("user", categories="food"),
+        'CountBy: categories are a list of the values to tell apart such as CountBy("user", '
+        "categories=[\"food\", \"travel\"]), got 'food'",
+    ),
+    "a category twice": (
+        lambda: CountBy("user", categories=["a", "b", "a"]),
+        "CountBy: a category is named twice in ['a', 'b', 'a']",
+    ),
+    "a category a float": (
+        lambda: CountBy("user", categories=[1.5]),
+        "CountBy: a category is a string or an integer, got 1.5",
+    ),
+    "too many categories": (
+        lambda: CountBy("user", categories=list(range(257))),
+        "CountBy: 257 categories; allowed are 256",
+    ),
+    "a category of another type": (
+        lambda: of(CountBy("id", categories=["a", 1])),
+        "view `spend`: feature `f`: CountBy: category 1 is no value of field `id`, which is `string`",
+    ),
+    "sum by nothing": (
+        lambda: SumBy("price", categories=["a"]),
+        "SumBy: by is the field of the categories, such as by=\"kind\", got ''",
+    ),
+    "sum by an unknown field": (
+        lambda: of(SumBy("price", by="kind", categories=["a"])),
+        "view `spend`: feature `f`: SumBy of 'kind', which is not a field of source `sales`; known: `at`, `big`, `id`, `paid`, `price`, `user`; did you mean `id`?",
+    ),
     # derived features
     "derived by no function": (
         lambda: Derived("n", "m"),

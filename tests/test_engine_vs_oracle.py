@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from worlds import DAY, HOUR, World, batch, cluster, source, worlds
+from worlds import DAY, HOUR, World, batch, cluster, example, source, worlds
 
 from millpond.feature_actors import Count, FeatureView, oracle
 from millpond.feature_actors import judge as judging
@@ -273,9 +273,7 @@ def test_a_replay_of_the_log_gives_the_bits_of_the_live_state(world: World, n_sh
 
 @pytest.mark.parametrize("n_shards", [1, 3])
 def test_an_empty_cluster_answers_the_value_of_nothing(n_shards: int) -> None:
-    features = {
-        kind.__name__.lower(): kind(None if kind.takes == "event" else "v", window="1h") for kind in AGGREGATIONS
-    }
+    features = {kind.__name__.lower(): example(kind, "1h") for kind in AGGREGATIONS}
     view = FeatureView("nothing", owner="tests", source=source("first", "id"), key=["user"], features=features)
     client, _ = replay(World([view], []), n_shards)
     plan = plan_of(client, view)

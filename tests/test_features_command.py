@@ -254,7 +254,8 @@ def row_of(kind: type[Aggregation] | type[Derived]) -> str:
     meaning = " ".join(inspect.cleandoc(kind.__doc__).split("\n\n")[0].split())
     memory = "none"
     if issubclass(kind, Aggregation):
-        size = "".join(f" {f.name}" for f in fields(kind) if f.name in ("n", "m"))
+        sizes = {"n": " n", "m": " m", "categories": " (categories + 1)"}
+        size = "".join(sizes.get(f.name, "") for f in fields(kind))
         head = sum(part.head_words for part in kind.parts)
         memory = f"{WORD_BYTES * sum(part.words for part in kind.parts)}{size}" + (
             f" + {WORD_BYTES * head}" * (head > 0)

@@ -125,23 +125,46 @@ def cluster(
 
 
 _OF_ALL = {field.name for field in dataclasses.fields(Aggregation)}
-#: How an aggregation's own settings are drawn, by their type.
+#: How an aggregation's own settings are drawn, by their name or else by their type.
 _SETTINGS: dict[Any, st.SearchStrategy[Any]] = {
     int: st.integers(1, 6),
     float: st.sampled_from((0.1, 0.5, 0.99)),
     bool: st.booleans(),
+    "by": st.just("code"),
+    "categories": st.sampled_from((("a",), ("ü", "", "a"), ("never", "eight888", "x" * 300))),
+    "error": st.sampled_from((0.01, 0.05)),
+    "gap": st.sampled_from(("1s", "59s", "1h", "2d")),
+    "half_life": st.sampled_from(("1s", "90s", "1h", "30d")),
+    "of": st.sampled_from(WHERES),
 }
 
 
 _WINDOWS, _WINDOWS_OR_NONE = st.sampled_from(WINDOWS), st.sampled_from((*WINDOWS, None, None))
 _TTLS, _WHERES, _BOOLEANS = st.sampled_from((None, *TTLS)), st.sampled_from((None, None, *WHERES)), st.booleans()
-_FIELDS = {"number": st.sampled_from(NUMERIC), "value": st.sampled_from(NUMERIC + TEXTS), "event": st.none()}
+_FIELDS = {
+    "number": st.sampled_from(NUMERIC),
+    "value": st.sampled_from(NUMERIC + TEXTS),
+    "event": st.none(),
+    "category": st.just("code"),
+}
 
 
 @cache
 def _own_settings(kind: type[Aggregation]) -> dict[str, st.SearchStrategy[Any]]:
     types = typing.get_type_hints(kind)
-    return {f.name: _SETTINGS[types[f.name]] for f in dataclasses.fields(kind) if f.name not in _OF_ALL}
+    return {
+        f.name: _SETTINGS[f.name if f.name in _SETTINGS else types[f.name]]
+        for f in dataclasses.fields(kind)
+        if f.name not in _OF_ALL
+    }
+
+
+def example(kind: type[Aggregation], window: str | None = None) -> Aggregation:
+    """One of each kind, with the settings that it must have."""
+    needed = {"by": "code", "categories": ("a", "ü"), "gap": "1h", "half_life": "1h", "of": pc.field("v") > 0.5}
+    field = {"number": "v", "value": "v", "category": "code", "event": None}[kind.takes]
+    own = {f.name for f in dataclasses.fields(kind)} - _OF_ALL
+    return kind(field, window=window, **{name: one for name, one in needed.items() if name in own})
 
 
 @st.composite

@@ -259,7 +259,7 @@ _Log = tuple[Sequence[int], Sequence[dict[str, Any]]]
 def _by_key(view: FeatureView, table: pa.Table) -> Mapping[tuple[Any, ...], _Log]:
     """Return times and events of each entity, in time order."""
     time_field = view.source.event_time
-    names = [n for n in table.column_names if n in {*view.key, time_field, *(a.field for a in _kept(*view))}]
+    names = [n for n in table.column_names if n in {*view.key, time_field, *view.reads}]
     logs: dict[tuple[Any, ...], tuple[list[int], list[dict[str, Any]]]] = {}
     for time_ms, event in zip(epoch_ms(table, time_field).tolist(), table.select(names).to_pylist(), strict=True):
         times, log = logs.setdefault(tuple(event[k] for k in view.key), ([], []))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets
 import shutil
 import tempfile
@@ -201,8 +200,7 @@ def _changed(views: Iterable[FeatureView], fields: set[str]) -> Iterator[str]:
             if feature.derived is not None:
                 reads = not names.isdisjoint(feature.derived.of)
             else:
-                words = set(re.findall(r"\w+", "" if feature.where is None else str(feature.where)))
-                reads = not fields.isdisjoint({feature.kept.field, *words})
+                reads = not fields.isdisjoint(feature.reads)
             if reads:
                 names.add(feature.name)
                 yield feature.full_name

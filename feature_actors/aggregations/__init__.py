@@ -16,11 +16,12 @@ from millpond.feature_actors.aggregations.aggregation import (
     Aggregation,
     Column,
     Part,
-    where_text,
 )
 from millpond.feature_actors.aggregations.count import Count
+from millpond.feature_actors.aggregations.count_by import CountBy
 from millpond.feature_actors.aggregations.derived import Derived, Ratio
 from millpond.feature_actors.aggregations.first import First
+from millpond.feature_actors.aggregations.input import Input, where_text
 from millpond.feature_actors.aggregations.last import Last
 from millpond.feature_actors.aggregations.last_n import LastN
 from millpond.feature_actors.aggregations.max import Max
@@ -31,6 +32,7 @@ from millpond.feature_actors.aggregations.seconds_since import SecondsSince
 from millpond.feature_actors.aggregations.seconds_since_first import SecondsSinceFirst
 from millpond.feature_actors.aggregations.std import Std
 from millpond.feature_actors.aggregations.sum import Sum
+from millpond.feature_actors.aggregations.sum_by import SumBy
 from millpond.feature_actors.aggregations.top_k import TopK
 from millpond.feature_actors.aggregations.top_k_counts import TopKCounts
 
@@ -41,8 +43,10 @@ __all__ = [
     "Aggregation",
     "Column",
     "Count",
+    "CountBy",
     "Derived",
     "First",
+    "Input",
     "Last",
     "LastN",
     "Max",
@@ -55,6 +59,7 @@ __all__ = [
     "SecondsSinceFirst",
     "Std",
     "Sum",
+    "SumBy",
     "TopK",
     "TopKCounts",
     "where_text",

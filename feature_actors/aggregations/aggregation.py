@@ -4,9 +4,10 @@
 `finalize` reads the value. A partial is made of *parts*, each with the first three verbs, so that features
 over the same tiles share what they have in common: `Mean` reads the sum that `Sum` keeps.
 
-The verbs are plain functions over words of memory, p seen as int64 and f as float64, from word `at` on. They are
-compiled once, all of them together (see `dispatch`), and never for a view. Beside them stands `plain`: the
-definition of the aggregation in plain Python, by which the oracle judges the verbs.
+The verbs are plain functions over words of memory, p seen as int64 and f as float64, from word `at` on; n and s are
+the size of the part and its setting, a number that says how it works, if it has any. They are compiled once, all of
+them together (see `dispatch`), and never for a view. Beside them stands `plain`: the definition of the aggregation in
+plain Python, by which the oracle judges the verbs.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
+from millpond.feature_actors.aggregations.input import Input, where_text
 from millpond.feature_actors.errors import DeclarationError
 from millpond.feature_actors.windows import TILES_PER_WINDOW_MIN, parse_window_ms, tile_width_ms
 
@@ -44,7 +45,7 @@ NUMBERS = frozenset(
 ) | {"float32", "float64", "double", "bool"}  # fmt: skip
 
 #: Time in ms and value of the events that a feature sees, in the order in which they were applied. Without nulls,
-#: for an aggregation of a field; the value is None for one that looks at events.
+#: for an aggregation of inputs; the value is None for one that looks at events. See `Aggregation.inputs`.
 Seen = Sequence[tuple[int, Any]]
 
 #: All parts and all aggregations, in the order of their numbers in the kernels.
@@ -58,8 +59,8 @@ class Part:
     The verbs have no self: they are compiled.
     """
 
-    #: Whether it looks at a field; else at events, and `value` means nothing.
-    takes_field: ClassVar[bool] = True
+    #: Whether it looks at an input; else at events, and `value` means nothing. A column may have a second one, `by`.
+    takes_input: ClassVar[bool] = True
     #: Words of memory; for a part with a size `n`, of each of its n items, which stand behind `head_words` of them all.
     words: ClassVar[int]
     head_words: ClassVar[int] = 0
@@ -75,22 +76,33 @@ class Part:
         raise NotImplementedError
 
     @staticmethod
-    def update(p: Any, f: Any, at: Any, n: Any, value: Any, time: Any) -> None:
+    def update(p: Any, f: Any, at: Any, n: Any, s: Any, value: Any, by: Any, time: Any) -> None:
         raise NotImplementedError
 
     @staticmethod
-    def merge(p: Any, f: Any, at: Any, n: Any, newer_p: Any, newer_f: Any, newer: Any) -> None:
+    def merge(p: Any, f: Any, at: Any, n: Any, s: Any, newer_p: Any, newer_f: Any, newer: Any) -> None:
         """Merge the newer partial at `newer` into the older one at `at`; their times do not overlap."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Column:
-    """A part in a partial: of which field, if any, and of which size, if it has one."""
+    """A part in a partial: of which input, if any, and which second one; its size and setting, if it has them."""
 
     part: type[Part]
-    field: str | None = None
+    input: Input | None = None
     n: int = 1
+    by: Input | None = None
+    setting: int = 0
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        return tuple(one for one in (self.input, self.by) if one is not None)
+
+    @property
+    def has_values(self) -> bool:
+        """Whether it holds values of a field as they came."""
+        return self.input is not None and self.input.kind == "value" and bool(self.part.value_words)
 
     @property
     def words(self) -> int:
@@ -123,8 +135,9 @@ class Aggregation:
 
     #: Its parts, in the order in which `finalize` gets their places.
     parts: ClassVar[tuple[type[Part], ...]]
-    #: What it looks at: numbers, anything that has a value (numbers and strings), or events.
-    takes: ClassVar[Literal["number", "value", "event"]] = "number"
+    #: What it looks at: numbers, anything that has a value (numbers and strings), categories (integers and strings), or
+    #: events.
+    takes: ClassVar[Literal["number", "value", "category", "event"]] = "number"
     #: Whether its value is a number even of a field of strings: a count of them, say.
     gives_numbers: ClassVar[bool] = False
     #: Its window is kept in so many tiles or more, so that an answer covers at most a window / tiles_min too much. An
@@ -144,8 +157,9 @@ class Aggregation:
         AGGREGATIONS.append(cls)
 
     @staticmethod
-    def finalize(p: Any, f: Any, a: Any, b: Any, k: Any, as_of: Any, window: Any) -> Any:
-        """Read value k of a partial whose first part lies at a and second at b; as_of and window in ms.
+    def finalize(p: Any, f: Any, a: Any, b: Any, n: Any, s: Any, k: Any, as_of: Any, window: Any) -> Any:
+        """Read value k of a partial whose first part lies at a and second at b; n is the size of the first, s the
+        aggregation's `setting`, as_of and window in ms.
 
         Called for k = 0, 1, ... in this order, of a partial that is the reader's own: it may be put in order.
         """
@@ -215,7 +229,18 @@ class Aggregation:
     @property
     def columns(self) -> tuple[Column, ...]:
         """The columns of its partial."""
-        return tuple(Column(part, self.field if part.takes_field else None) for part in self.parts)
+        of = None if self.field is None else Input(self.field)
+        return tuple(Column(part, of if part.takes_input else None) for part in self.parts)
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """What its columns look at: what of an event is `seen` by `plain`, a tuple if it is more than one."""
+        return tuple(dict.fromkeys(one for column in self.columns for one in column.inputs))
+
+    @property
+    def setting(self) -> int:
+        """What `finalize` gets for s; by default as its first column has it."""
+        return self.columns[0].setting
 
     def identity(self) -> dict[str, Any]:
         """What makes two aggregations the same one: the content of the definition."""
@@ -236,15 +261,3 @@ def _check_is_ours(cls: type) -> None:
             f"{cls.__name__}: an aggregation is a file of feature_actors/aggregations, which the kernels are compiled "
             "of; here, say it as Derived of the features that it is made of"
         )
-
-
-def where_text(where: pc.Expression | None) -> str:
-    """Return a text that two conditions share only if they are the same; "" for none.
-
-    `str` alone elides the middle of a long `isin` and writes `2` and `2.0` alike, which divide differently.
-    """
-    if where is None:
-        return ""
-    # An expression pickles as an Arrow file of one row: its literals, with their types, in order.
-    literals = pa.ipc.open_file(where.__reduce__()[1][0]).get_batch(0)
-    return f"{where} of {[(str(c.type), c.to_pylist()) for c in literals.columns]}"

@@ -13,7 +13,7 @@ import numba as nb
 
 from millpond.feature_actors.aggregations.aggregation import AGGREGATIONS, PARTS
 
-__all__ = ["TAKES_FIELD", "finalize", "init", "merge", "update"]
+__all__ = ["TAKES_INPUT", "finalize", "init", "merge", "update"]
 
 
 def _one_of(verb: str, arguments: str, functions: Sequence[Callable[..., Any]], otherwise: str = "None") -> Any:
@@ -30,11 +30,11 @@ def _one_of(verb: str, arguments: str, functions: Sequence[Callable[..., Any]], 
 
 
 init = _one_of("init", "p, f, at, n", [part.init for part in PARTS])
-update = _one_of("update", "p, f, at, n, value, time", [part.update for part in PARTS])
-merge = _one_of("merge", "p, f, at, n, newer_p, newer_f, newer", [part.merge for part in PARTS])
+update = _one_of("update", "p, f, at, n, s, value, by, time", [part.update for part in PARTS])
+merge = _one_of("merge", "p, f, at, n, s, newer_p, newer_f, newer", [part.merge for part in PARTS])
 finalize = _one_of(
-    "finalize", "p, f, a, b, k, as_of, window", [one.finalize for one in AGGREGATIONS], otherwise='float("nan")'
+    "finalize", "p, f, a, b, n, s, k, as_of, window", [one.finalize for one in AGGREGATIONS], otherwise='float("nan")'
 )
 
-#: Which parts look at a field.
-TAKES_FIELD = tuple(part.takes_field for part in PARTS)
+#: Which parts look at an input.
+TAKES_INPUT = tuple(part.takes_input for part in PARTS)

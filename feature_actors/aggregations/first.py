@@ -19,13 +19,13 @@ class Oldest(Part):
         f[at + 1] = math.nan
 
     @staticmethod
-    def update(p: Any, f: Any, at: Any, n: Any, value: Any, time: Any) -> None:
+    def update(p: Any, f: Any, at: Any, n: Any, s: Any, value: Any, by: Any, time: Any) -> None:
         if time < p[at]:
             p[at] = time
             f[at + 1] = value
 
     @staticmethod
-    def merge(p: Any, f: Any, at: Any, n: Any, newer_p: Any, newer_f: Any, newer: Any) -> None:
+    def merge(p: Any, f: Any, at: Any, n: Any, s: Any, newer_p: Any, newer_f: Any, newer: Any) -> None:
         if newer_p[newer] < p[at]:
             p[at] = newer_p[newer]
             f[at + 1] = newer_f[newer + 1]
@@ -39,7 +39,7 @@ class First(Aggregation):
     formula, empty = "x of the smallest t", "NaN; None for strings"
 
     @staticmethod
-    def finalize(p: Any, f: Any, a: Any, b: Any, k: Any, as_of: Any, window: Any) -> Any:
+    def finalize(p: Any, f: Any, a: Any, b: Any, n: Any, s: Any, k: Any, as_of: Any, window: Any) -> Any:
         return f[a + 1]
 
     def plain(self, seen: Seen, as_of_ms: int) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from millpond.feature_actors.aggregations.aggregation import NEVER, Aggregation, Column, Part, Seen
+from millpond.feature_actors.aggregations.input import Input
 from millpond.feature_actors.errors import DeclarationError
 
 LAST_N_MAX = 64
@@ -24,7 +25,7 @@ class Recent(Part):
             f[at + 2 * k + 1] = math.nan
 
     @staticmethod
-    def update(p: Any, f: Any, at: Any, n: Any, value: Any, time: Any) -> None:
+    def update(p: Any, f: Any, at: Any, n: Any, s: Any, value: Any, by: Any, time: Any) -> None:
         place = 0
         while place < n and p[at + 2 * place] > time:
             place += 1
@@ -36,7 +37,7 @@ class Recent(Part):
             f[at + 2 * place + 1] = value
 
     @staticmethod
-    def merge(p: Any, f: Any, at: Any, n: Any, newer_p: Any, newer_f: Any, newer: Any) -> None:
+    def merge(p: Any, f: Any, at: Any, n: Any, s: Any, newer_p: Any, newer_f: Any, newer: Any) -> None:
         count = 0
         while count < n and newer_p[newer + 2 * count] != NEVER:
             count += 1
@@ -71,13 +72,13 @@ class LastN(Aggregation):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        return (Column(Recent, self.field, self.n),)
+        return (Column(Recent, Input(self.field or ""), self.n),)
 
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "n": self.n}
 
     @staticmethod
-    def finalize(p: Any, f: Any, a: Any, b: Any, k: Any, as_of: Any, window: Any) -> Any:
+    def finalize(p: Any, f: Any, a: Any, b: Any, n: Any, s: Any, k: Any, as_of: Any, window: Any) -> Any:
         return f[a + 2 * k + 1]
 
     def plain(self, seen: Seen, as_of_ms: int) -> list[Any]:

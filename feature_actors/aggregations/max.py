@@ -18,12 +18,12 @@ class Largest(Part):
         f[at] = math.nan
 
     @staticmethod
-    def update(p: Any, f: Any, at: Any, n: Any, value: Any, time: Any) -> None:
+    def update(p: Any, f: Any, at: Any, n: Any, s: Any, value: Any, by: Any, time: Any) -> None:
         if not f[at] >= value:
             f[at] = value
 
     @staticmethod
-    def merge(p: Any, f: Any, at: Any, n: Any, newer_p: Any, newer_f: Any, newer: Any) -> None:
+    def merge(p: Any, f: Any, at: Any, n: Any, s: Any, newer_p: Any, newer_f: Any, newer: Any) -> None:
         if not f[at] >= newer_f[newer] and not math.isnan(newer_f[newer]):
             f[at] = newer_f[newer]
 
@@ -35,7 +35,7 @@ class Max(Aggregation):
     formula, empty = "max x", "NaN"
 
     @staticmethod
-    def finalize(p: Any, f: Any, a: Any, b: Any, k: Any, as_of: Any, window: Any) -> Any:
+    def finalize(p: Any, f: Any, a: Any, b: Any, n: Any, s: Any, k: Any, as_of: Any, window: Any) -> Any:
         return f[a]
 
     def plain(self, seen: Seen, as_of_ms: int) -> float:

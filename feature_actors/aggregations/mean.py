@@ -19,11 +19,11 @@ class Values(Part):
         p[at] = 0
 
     @staticmethod
-    def update(p: Any, f: Any, at: Any, n: Any, value: Any, time: Any) -> None:
+    def update(p: Any, f: Any, at: Any, n: Any, s: Any, value: Any, by: Any, time: Any) -> None:
         p[at] += 1
 
     @staticmethod
-    def merge(p: Any, f: Any, at: Any, n: Any, newer_p: Any, newer_f: Any, newer: Any) -> None:
+    def merge(p: Any, f: Any, at: Any, n: Any, s: Any, newer_p: Any, newer_f: Any, newer: Any) -> None:
         p[at] += newer_p[newer]
 
 
@@ -34,7 +34,7 @@ class Mean(Aggregation):
     formula, empty, error = "sum x / n", "NaN", "1e-12 sum |x| / n"
 
     @staticmethod
-    def finalize(p: Any, f: Any, a: Any, b: Any, k: Any, as_of: Any, window: Any) -> Any:
+    def finalize(p: Any, f: Any, a: Any, b: Any, n: Any, s: Any, k: Any, as_of: Any, window: Any) -> Any:
         return f[a] / p[b] if p[b] > 0 else math.nan
 
     def plain(self, seen: Seen, as_of_ms: int) -> float:

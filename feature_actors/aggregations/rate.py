@@ -15,7 +15,7 @@ class Rate(Aggregation):
     formula, empty = "n / (window / 1000)", "0"
 
     @staticmethod
-    def finalize(p: Any, f: Any, a: Any, b: Any, k: Any, as_of: Any, window: Any) -> Any:
+    def finalize(p: Any, f: Any, a: Any, b: Any, n: Any, s: Any, k: Any, as_of: Any, window: Any) -> Any:
         return p[a] / (window / 1000.0)
 
     def plain(self, seen: Seen, as_of_ms: int) -> float:

@@ -23,14 +23,14 @@ class Moments(Part):
         f[at + 2] = 0.0
 
     @staticmethod
-    def update(p: Any, f: Any, at: Any, n: Any, value: Any, time: Any) -> None:
+    def update(p: Any, f: Any, at: Any, n: Any, s: Any, value: Any, by: Any, time: Any) -> None:
         p[at] += 1
         before = value - f[at + 1]
         f[at + 1] += before / p[at]
         f[at + 2] += before * (value - f[at + 1])
 
     @staticmethod
-    def merge(p: Any, f: Any, at: Any, n: Any, newer_p: Any, newer_f: Any, newer: Any) -> None:
+    def merge(p: Any, f: Any, at: Any, n: Any, s: Any, newer_p: Any, newer_f: Any, newer: Any) -> None:
         older_n, newer_n = p[at], newer_p[newer]
         if older_n == 0:  # the square of a huge value would overflow, and 0 times that is NaN
             p[at] = newer_n
@@ -54,7 +54,7 @@ class Std(Aggregation):
     formula, empty, error = "sqrt(sum (x - mean)^2 / n)", "NaN", "1e-12 sum x^2 / n, of the square"
 
     @staticmethod
-    def finalize(p: Any, f: Any, a: Any, b: Any, k: Any, as_of: Any, window: Any) -> Any:
+    def finalize(p: Any, f: Any, a: Any, b: Any, n: Any, s: Any, k: Any, as_of: Any, window: Any) -> Any:
         return math.sqrt(f[a + 2] / p[a]) if p[a] > 0 else math.nan
 
     def plain(self, seen: Seen, as_of_ms: int) -> float:

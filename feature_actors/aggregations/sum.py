@@ -18,11 +18,11 @@ class Total(Part):
         f[at] = 0.0
 
     @staticmethod
-    def update(p: Any, f: Any, at: Any, n: Any, value: Any, time: Any) -> None:
+    def update(p: Any, f: Any, at: Any, n: Any, s: Any, value: Any, by: Any, time: Any) -> None:
         f[at] += value
 
     @staticmethod
-    def merge(p: Any, f: Any, at: Any, n: Any, newer_p: Any, newer_f: Any, newer: Any) -> None:
+    def merge(p: Any, f: Any, at: Any, n: Any, s: Any, newer_p: Any, newer_f: Any, newer: Any) -> None:
         f[at] += newer_f[newer]
 
 
@@ -36,7 +36,7 @@ class Sum(Aggregation):
     formula, empty, error = "sum x", "0", "1e-12 sum |x|"
 
     @staticmethod
-    def finalize(p: Any, f: Any, a: Any, b: Any, k: Any, as_of: Any, window: Any) -> Any:
+    def finalize(p: Any, f: Any, a: Any, b: Any, n: Any, s: Any, k: Any, as_of: Any, window: Any) -> Any:
         return f[a]
 
     def plain(self, seen: Seen, as_of_ms: int) -> float:

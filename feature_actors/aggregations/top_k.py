@@ -10,6 +10,7 @@ from typing import Any
 from numba.extending import register_jitable
 
 from millpond.feature_actors.aggregations.aggregation import NEVER, Aggregation, Column, Part, Seen
+from millpond.feature_actors.aggregations.input import Input
 from millpond.feature_actors.errors import DeclarationError
 
 K_MAX, M_MAX = 256, 1_024
@@ -35,11 +36,11 @@ class Frequent(Part):
             _clear(p, f, item)
 
     @staticmethod
-    def update(p: Any, f: Any, at: Any, n: Any, value: Any, time: Any) -> None:
+    def update(p: Any, f: Any, at: Any, n: Any, s: Any, value: Any, by: Any, time: Any) -> None:
         _add(p, f, at, n, value + 0.0, 1, time)  # -0.0 is 0.0
 
     @staticmethod
-    def merge(p: Any, f: Any, at: Any, n: Any, newer_p: Any, newer_f: Any, newer: Any) -> None:
+    def merge(p: Any, f: Any, at: Any, n: Any, s: Any, newer_p: Any, newer_f: Any, newer: Any) -> None:
         count = min(max(newer_p[newer], 0), n)  # which may be torn
         if p[at] == 0:
             p[at] = count
@@ -170,13 +171,13 @@ class TopK(Aggregation):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        return (Column(Frequent, self.field, self.m),)
+        return (Column(Frequent, Input(self.field or ""), self.m),)
 
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "k": self.k, "m": self.m}
 
     @staticmethod
-    def finalize(p: Any, f: Any, a: Any, b: Any, k: Any, as_of: Any, window: Any) -> Any:
+    def finalize(p: Any, f: Any, a: Any, b: Any, n: Any, s: Any, k: Any, as_of: Any, window: Any) -> Any:
         item = ranked(p, f, a, k)
         return f[item] if item >= 0 else math.nan
 

@@ -19,7 +19,7 @@ class TopKCounts(TopK):
     formula, empty, error = "the k largest n(x), descending", "0", "none up to m distinct x; n / (m + 1)"
 
     @staticmethod
-    def finalize(p: Any, f: Any, a: Any, b: Any, k: Any, as_of: Any, window: Any) -> Any:
+    def finalize(p: Any, f: Any, a: Any, b: Any, n: Any, s: Any, k: Any, as_of: Any, window: Any) -> Any:
         item = ranked(p, f, a, k)
         return float(p[item + 1]) if item >= 0 else 0.0
 

@@ -11,12 +11,15 @@ from millpond.feature_actors.aggregations.aggregation import NEVER
 from millpond.feature_actors.tiles.compiled import inner, kernel, prefetch_to_write
 from millpond.feature_actors.tiles.memory import M_SLOTS
 from millpond.feature_actors.tiles.program import (
+    C_BY,
     C_INPUT,
     C_N,
     C_OFFSET,
     C_PART,
-    C_TAKES_FIELD,
+    C_SETTING,
+    C_TAKES_INPUT,
     FOR_EVER,
+    NO,
     S_COLUMN,
     S_COLUMNS,
     S_EXACT,
@@ -94,7 +97,10 @@ def merge_columns(
     """Merge the newer partial at `at` into the older one at the beginning of `to`."""
     for c in range(first, first + count):
         offset = columns[c, C_OFFSET]
-        dispatch.merge(columns[c, C_PART], to, to_floats, offset, columns[c, C_N], words, floats, at + offset)
+        dispatch.merge(
+            columns[c, C_PART], to, to_floats, offset, columns[c, C_N], columns[c, C_SETTING], words, floats,
+            at + offset,
+        )  # fmt: skip
 
 
 @inner
@@ -102,12 +108,19 @@ def _update_columns(
     words: Any, floats: Any, at: Any, columns: Any, first: Any, count: Any, time: Any, inputs: Any, i: Any
 ) -> None:
     for c in range(first, first + count):
-        value = 0.0
-        if columns[c, C_TAKES_FIELD]:
+        value = by = 0.0
+        if columns[c, C_TAKES_INPUT]:
             value = inputs[columns[c, C_INPUT], i]
             if np.isnan(value):  # null: numbers that are not finite never get here
                 continue
-        dispatch.update(columns[c, C_PART], words, floats, at + columns[c, C_OFFSET], columns[c, C_N], value, time)
+            if columns[c, C_BY] != NO:
+                by = inputs[columns[c, C_BY], i]
+                if np.isnan(by):
+                    continue
+        dispatch.update(
+            columns[c, C_PART], words, floats, at + columns[c, C_OFFSET], columns[c, C_N], columns[c, C_SETTING],
+            value, by, time,
+        )  # fmt: skip
 
 
 # -- tiles

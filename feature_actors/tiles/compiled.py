@@ -17,6 +17,8 @@ from numba.core import cgutils, types
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
+from millpond.feature_actors.tiles.program import ReadProgram
+
 __all__ = [
     "fence_acquire",
     "fence_release",
@@ -26,6 +28,7 @@ __all__ = [
     "prefetch",
     "prefetch_to_write",
     "store_release",
+    "unpacked",
     "views_at",
 ]
 
@@ -145,3 +148,21 @@ def views_at(address: Any) -> Any:
     pointer = _pointer(address)
     words = nb.carray(pointer, (1,), np.int64)
     return words, nb.carray(pointer, (1,), np.float64), nb.carray(pointer, (1,), np.uint32)
+
+
+@nb.njit(nogil=True, error_model="numpy", forceinline=True)  # as `views_at`
+def unpacked(address: Any) -> Any:
+    """Return the `ReadProgram` that is packed at an address."""
+    words = nb.carray(_pointer(address), (1,), np.int64)
+    return ReadProgram(
+        nb.carray(_pointer(address + 8 * words[0]), (words[1], 7), np.int64),
+        nb.carray(_pointer(address + 8 * words[2]), (words[3], 11), np.int64),
+        nb.carray(_pointer(address + 8 * words[4]), (words[5], 7), np.int64),
+        nb.carray(_pointer(address + 8 * words[6]), (words[7], 2), np.int64),
+        nb.carray(_pointer(address + 8 * words[8]), (words[9], 8), np.int64),
+        nb.carray(_pointer(address + 8 * words[10]), (words[11], 7), np.int64),
+        words[12],
+        words[13],
+        words[14],
+        words[15],
+    )

@@ -14,7 +14,7 @@ import numpy as np
 from millpond.feature_actors.aggregations import dispatch
 from millpond.feature_actors.aggregations.aggregation import NEVER
 from millpond.feature_actors.tiles.apply import DONE, apply_one, has_room, init_columns, merge_columns
-from millpond.feature_actors.tiles.compiled import inner, kernel, load_acquire, prefetch, views_at
+from millpond.feature_actors.tiles.compiled import inner, kernel, load_acquire, prefetch, unpacked, views_at
 from millpond.feature_actors.tiles.memory import (
     C_EPOCH,
     M_LAYOUT,
@@ -25,10 +25,12 @@ from millpond.feature_actors.tiles.memory import (
 )
 from millpond.feature_actors.tiles.program import (
     F_AGGREGATION,
+    F_N,
     F_OFFSET_A,
     F_OFFSET_B,
     F_OUT,
     F_SCAN,
+    F_SETTING,
     F_WIDTH,
     FOR_EVER,
     NO,
@@ -224,7 +226,7 @@ def _read_row(
         for k in range(features[feature, F_WIDTH]):
             out[i, features[feature, F_OUT] + k] = dispatch.finalize(
                 features[feature, F_AGGREGATION], scratch, scratch_floats, features[feature, F_OFFSET_A],
-                features[feature, F_OFFSET_B], k, as_of, window,
+                features[feature, F_OFFSET_B], features[feature, F_N], features[feature, F_SETTING], k, as_of, window,
             )  # fmt: skip
     for v in range(parts[part, P_VIEW], parts[part + 1, P_VIEW]):
         seen = NEVER if row == 0 else words[row + ROW_HEADER_WORDS + views[v, V_WHERE]]
@@ -381,15 +383,15 @@ def _look_ahead(
 
 @kernel
 def read_rows(
-    shards: Any, owners: Any, layout: Any, program: Any, plans: Any, hashes: Any, start: Any,
+    shards: Any, owners: Any, layout: Any, packed: Any, plans: Any, hashes: Any, start: Any,
     clock: Any, event_clock: Any, asked: Any, as_of: Any, out: Any, known: Any, trace: Any,
 ) -> Any:  # fmt: skip
     """Read a plan's features of n ids: everything about one id as of one time.
 
     shards int64 [3, shards]: where the shard's memory and control page lie (0: there is none), and the epoch of that
     memory; owners int64 [slots]: the shard of each slot, -1 to leave it out; layout: digest that the
-    memories must bear. program: a `ReadProgram`. plans int64 [n, 2], or [1, 2] for all ids: from where to where the
-    parts of an id's plan stand. hashes int64 [keys, n, 2]. start: the first id to read. clock int64
+    memories must bear. packed: the address of a `PackedProgram`. plans int64 [n, 2], or [1, 2] for all ids: from where
+    to where the parts of an id's plan stand. hashes int64 [keys, n, 2]. start: the first id to read. clock int64
     [n]: now in ms, or `NO_CLOCK`; event_clock: whether the shards have the newest arrival for time. asked: whether to
     read as of `as_of` as given; else it is set to the latest of the clock, the shards' time, and the newest event of
     the rows read. as_of int64 [n]; out float64 [n, columns]; known bool [n, views]. trace int64 [n, 1 + parts]: the
@@ -399,6 +401,7 @@ def read_rows(
     Returns `DONE` and how often a view did not know an id, or what is wrong with which id, and with which shard or
     since which time.
     """
+    program = unpacked(packed)
     for shard in range(shards.shape[1]):
         if shards[BASE, shard] == 0:
             continue

@@ -29,13 +29,18 @@ _Ms = Annotated[int, msgspec.Meta(ge=-1, le=1 << 53)]
 
 
 class ColumnShape(msgspec.Struct, frozen=True):
-    """A column of a partial: its part by name, of which field and size; its words, and which of them are strings."""
+    """A column of a partial: its part by name, what it looks at, its size; its words, and which of them are strings.
+
+    field, by: the texts of its inputs; setting: see `Column`.
+    """
 
     part: str
     field: str | None
     n: int
     words: _Words
     texts: tuple[_Words, ...]
+    by: str | None = None
+    setting: int = 0
 
 
 class SeriesShape(msgspec.Struct, frozen=True):
@@ -80,9 +85,17 @@ def shape_of(table: Table) -> TableShape:
 
 
 def _shape_of(column: Column, table: Table) -> ColumnShape:
-    is_text = column.field is not None and table.source.fields[column.field].type == "string"
-    texts = tuple(column.value_words) if is_text else ()
-    return ColumnShape(column.part.__name__, column.field, column.n, column.words, texts)
+    of, by = column.input, column.by
+    is_text = of is not None and column.has_values and table.source.fields[of.field].type == "string"
+    return ColumnShape(
+        column.part.__name__,
+        None if of is None else of.text,
+        column.n,
+        column.words,
+        tuple(column.value_words) if is_text else (),
+        None if by is None else by.text,
+        column.setting,
+    )
 
 
 # -- how it fits a layout

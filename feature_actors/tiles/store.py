@@ -51,6 +51,7 @@ from millpond.feature_actors.tiles.structure import (
     POOL_NEXT,
     POOL_WORDS,
 )
+from millpond.feature_actors.view import fields_of
 
 if TYPE_CHECKING:
     from millpond.feature_actors.layout import Layout, PlanProgram, Table
@@ -289,7 +290,7 @@ class TileStore:
         while True:
             start = join_features(
                 memory.words, memory.floats, memory.halves, table.program(self._n_slots), steps, start, hashes, times,
-                arrivals, inputs, masks, base, plan.arrays(self._n_slots), part, asked, as_of, out, known,
+                arrivals, inputs, masks, base, plan.packed(self._n_slots).program, part, asked, as_of, out, known,
             )  # fmt: skip
             if start == DONE:
                 break
@@ -384,7 +385,10 @@ class TileStore:
 
     def clear(self, table: Table, hashes: Ints, fields: Collection[str]) -> None:
         """Have nothing in the columns that look at some fields, of the rows of some keys, int64 [n, 2]."""
-        chosen = np.array([column.field in fields for series in table.series for column in series.columns], np.bool_)
+        chosen = np.array(
+            [not fields_of(table.source, c.inputs).isdisjoint(fields) for s in table.series for c in s.columns],
+            np.bool_,
+        )
         memory, program = self.memory, table.program(self._n_slots)
         clear_columns(memory.words, memory.floats, memory.halves, program, hashes, chosen)
 

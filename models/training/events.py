@@ -30,7 +30,7 @@ from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.source import Source
 from millpond.feature_actors.spread import is_brought
-from millpond.feature_actors.view import mask_of
+from millpond.feature_actors.view import fields_of, mask_of
 from millpond.models.training.runs import Room, Runs
 
 __all__ = ["EventsBySource", "Knowledge", "Read", "read_past", "read_tables"]
@@ -103,7 +103,7 @@ class EventsBySource:
 
 def _fields(source: Source, tables: list[Table]) -> list[str]:
     """Return the fields of a source that its tables need, in the order of its schema."""
-    needed = {source.event_time, *(name for t in tables for name in (*t.key, *t.inputs))}
+    needed = {source.event_time, *(name for t in tables for name in (*t.key, *fields_of(source, t.inputs)))}
     empty = pa.RecordBatch.from_pylist([], schema=source.schema)
     for name in source.fields:
         if name not in needed and any(_reads(w, empty, name) for t in tables for w in t.wheres if w is not None):
