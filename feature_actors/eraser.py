@@ -13,15 +13,17 @@ Tombstones hold from before 1. on, so nothing comes after it that would have to 
 all of it is done again: what is done already is not found any more. Until the snapshot of 2. is there nothing is
 rewritten, so what 1. learns is learned again; from then on a recovery has not the rows.
 
-Pure, but for files: `server` takes the steps. No snapshot, truncation or backfill is under way meanwhile.
+Pure, but for files: `shard_forgetter` takes the steps. No other snapshot, truncation or backfill is under way
+meanwhile.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -36,6 +38,8 @@ from millpond.feature_actors.log.history_rewriter import rewrite_history
 from millpond.feature_actors.log.log import Log
 from millpond.feature_actors.log.record import Decoded, EventsRecord, OfferRecord
 from millpond.feature_actors.log.snapshot import newest_snapshots
+from millpond.feature_actors.routes import key_validity
+from millpond.feature_actors.steps import In, Rest, Steps
 from millpond.feature_actors.tombstones import Tombstone
 
 __all__ = ["Eraser"]
@@ -46,6 +50,8 @@ Key = tuple[int, int]
 
 #: So many records are looked at in a step, and so many bytes rewritten: some milliseconds.
 _RECORDS, _BYTES = 64, 1 << 20
+#: How long appends have the log to themselves between two; how long it is waited for who reads it just now.
+_BREATH_S, _READS_S = 0.001, 0.05
 
 
 class Eraser:
@@ -78,6 +84,28 @@ class Eraser:
         self._anew: set[Table] = set()
         self._vacuumed = False
 
+    def steps(self, snapshot: Callable[[], Steps[Any]], say: Callable[[str], None]) -> Steps[None]:
+        """Yield 1. to 6. as steps. snapshot: yields those of one, and of truncating the log. say: told what is done."""
+        say("reading its past")
+        yield In("views", self.learn)
+        self.remove()
+        say("taking a snapshot")
+        yield from snapshot()
+        yield In("house", self.remove_snapshots)
+        say("rewriting its log")
+        while (yield In("log", self.rewrite_log)):
+            yield Rest(_BREATH_S)
+        say("rewriting its history")
+        yield In("history", self.rewrite_history)
+        say("making rows of others anew")
+        if (yield In("views", self.make_beside)):
+            self.put_in_place()
+            yield from snapshot()
+            yield In("house", self.remove_snapshots)
+        say("scrubbing its log")
+        while not (yield In("log", self.scrub)):
+            yield Rest(_READS_S)
+
     # -- 1.
 
     def learn(self) -> None:
@@ -105,6 +133,8 @@ class Eraser:
         for table in self._tables:
             if table.source.name == record.source and table.key in record.tables and tombstone.field in table.key:
                 applied = rows & ((record.routes & np.uint32(2 << record.tables.index(table.key))) != 0)
+                # Of an offer the routes are as they were, also where another field of the key shows a token.
+                applied &= key_validity([record.batch.column(name) for name in table.key], record.batch.num_rows)
                 if applied.any():
                     yield table, applied
 

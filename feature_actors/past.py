@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from millpond.feature_actors.durable import applied_records
 from millpond.feature_actors.errors import Unavailable
+from millpond.feature_actors.log.applied import applied_piece, applied_records
 from millpond.feature_actors.log.folder import Folder
 from millpond.feature_actors.log.history import History
 from millpond.feature_actors.log.history_reader import read_history
@@ -26,9 +26,6 @@ from millpond.feature_actors.shard_past import NoPast
 from millpond.feature_actors.tombstones import Tombstone, Tombstones
 
 __all__ = ["Past"]
-
-#: So many records of a log are read while it is open.
-_RECORDS = 16
 
 
 class Past:
@@ -73,7 +70,7 @@ class Past:
     def home_records(self, shard: int, from_offset: int, end: int) -> Iterator[tuple[int, EventsRecord]]:
         """Yield what was new at its home in a shard, at the offsets of its log from one to before another.
 
-        The log is not held open while they are looked at: a few of its records at a time are read. What is truncated
+        The log is not held open while they are looked at: it is read in pieces of bounded size. What is truncated
         meanwhile comes from the history. Raises as `records`.
         """
         folder, at = shard_dir(self.directory, shard), from_offset
@@ -91,13 +88,11 @@ class Past:
                     if self.history_uri and History(self.history_uri, shard, folder, 0).done_to >= log.first:
                         continue  # written and truncated since
                     raise self._missing(shard, log.first)
-                until = min(end, log.next, at + _RECORDS)
+                if at >= log.next:
+                    return
                 # Of offers that were made before nothing is new at its home.
-                few = [one for one in applied_records(log, at, until, {}) if (one[1].routes & np.uint32(1)).any()]
-            yield from few
-            if at >= until:
-                return
-            at = until
+                piece, at = applied_piece(log, at, min(end, log.next), {})
+            yield from (one for one in piece if (one[1].routes & np.uint32(1)).any())
 
     def _missing(self, shard: int, first: int) -> NoPast:
         return NoPast(

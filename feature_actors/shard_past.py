@@ -1,18 +1,17 @@
 """The past of one shard, read piece by piece while it goes on: what a table is given that was added.
 
 What it promises: every event that the shard has applied comes once, in the order of its log, and what is appended
-meanwhile comes later. No piece keeps the log's file from being written over for longer than it takes to read.
+meanwhile comes later. The log's file is open only while a piece of bounded size is read, not while that is looked at.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 from millpond.feature_actors.errors import Unavailable
-from millpond.feature_actors.log.applied import applied_records
+from millpond.feature_actors.log.applied import applied_piece
 from millpond.feature_actors.log.folder import Folder
 from millpond.feature_actors.log.history import History
 from millpond.feature_actors.log.history_reader import read_history
@@ -21,9 +20,6 @@ from millpond.feature_actors.log.reader import LogReader
 from millpond.feature_actors.log.record import EventsRecord, OfferRecord
 
 __all__ = ["NoPast", "ShardPast"]
-
-#: For so long the log is read without letting go of it.
-_PIECE_S = 1.0
 
 
 class NoPast(Unavailable):
@@ -60,17 +56,15 @@ class ShardPast:
                 self.end = log.next if until is None else min(log.next, until)
                 if self.next >= self.end:
                     return
-                let_go_s = time.monotonic() + _PIECE_S
                 assert self._read_log_from is not None
-                for offset, record in applied_records(log, self._read_log_from, self.end, self._open_offers):
-                    # An offer that is taken after the history's end may have been made before.
-                    if offset >= self.next:
-                        yield offset, record
-                        self._read_log_from = self.next = offset + 1
-                        if time.monotonic() > let_go_s:
-                            break
-                else:
-                    self._read_log_from = self.next = self.end
+                piece, at = applied_piece(log, self._read_log_from, self.end, self._open_offers)
+            for offset, record in piece:
+                # An offer that is taken after the history's end may have been made before.
+                if offset >= self.next:
+                    yield offset, record
+                    self.next = offset + 1
+            self._read_log_from = at
+            self.next = max(self.next, at)
 
     def _read_history(self) -> Iterator[tuple[int, EventsRecord]]:
         """Yield what is not in the log any more: what is there is read from there."""

@@ -42,8 +42,6 @@ Key = tuple[str, tuple[str, ...]]
 BroughtBefore = dict[Key, dict[int, int]]
 
 _BROUGHT = "brought.json"
-#: So many records are written together.
-_RECORDS_MAX = 32
 
 
 class Lacking(NamedTuple):
@@ -66,7 +64,7 @@ def lacking(records: Iterable[tuple[int, EventsRecord]], home: int, key: Key) ->
             yield Lacking(record, Brought(home, offset + 1))
 
 
-def batched(lacks: Iterator[Lacking], records_max: int = _RECORDS_MAX) -> Iterator[list[Lacking]]:
+def batched(lacks: Iterator[Lacking], records_max: int) -> Iterator[list[Lacking]]:
     """Yield them a few together, which are written together."""
     while some := list(itertools.islice(lacks, records_max)):
         yield some

@@ -84,7 +84,7 @@ def test_it_goes_on_from_an_offset(tmp_path: Path) -> None:
 def test_what_is_truncated_while_it_is_read_comes_from_the_history(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("millpond.feature_actors.past._RECORDS", 2)
+    monkeypatch.setattr("millpond.feature_actors.log.applied.PIECE_RECORDS", 2)
     cluster = DurableCluster(LAYOUT, 1, tmp_path, history=True)
     for number in range(10):
         cluster.send("payments", (number + 1) * 60_000, events(number))

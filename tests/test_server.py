@@ -25,8 +25,7 @@ import pytest
 from port_contract import LAYOUT, N_SLOTS, NOW, Cluster, PortContract, Run, by_book, by_user, order, orders
 from worlds import batch
 
-from millpond.feature_actors import Count, FeatureView, Sum, manifest
-from millpond.feature_actors import server as server_module
+from millpond.feature_actors import Count, FeatureView, Sum, manifest, view_follower
 from millpond.feature_actors.backfill import AddedView, ViewState
 from millpond.feature_actors.calls import CallIngest, CallRead
 from millpond.feature_actors.client import FeatureClient
@@ -597,13 +596,13 @@ def test_a_disk_that_is_full_for_a_moment_holds_no_key_up(servers: Servers, monk
         assert go_on.wait(30)
         return Full
 
-    monkeypatch.setattr(server_module, "_HOUSE_AGAIN_S", 0.05)
+    monkeypatch.setattr(view_follower, "_AGAIN_S", 0.05)
     with monkeypatch.context() as patched, ThreadPoolExecutor(1) as thread:
         patched.setattr("millpond.feature_actors.log.log.os.statvfs", statvfs)
         sent = thread.submit(cluster.ingest, *(order(user=u % 3) for u in range(3_000)))
         assert asked.wait(30)
         coming.come(OF_BOOKS, "backfilling")
-        until(lambda: servers.servers[0]._waiting)  # it waits for what was taken before
+        until(lambda: servers.servers[0]._at.waiting)  # it waits for what was taken before
         go_on.set()
         with pytest.raises(Unavailable, match="MB are left on the disk"):
             sent.result(30)
@@ -626,7 +625,7 @@ def test_a_backfill_that_a_full_disk_breaks_off_is_tried_again_by_itself(
     def statvfs(path: Any) -> Any:
         return Full if full.is_set() else os.statvfs_result([1 << 20] * 10)
 
-    monkeypatch.setattr(server_module, "_HOUSE_AGAIN_S", 0.05)
+    monkeypatch.setattr(view_follower, "_AGAIN_S", 0.05)
     monkeypatch.setattr("millpond.feature_actors.log.log.os.statvfs", statvfs)
     full.set()
     coming.come(OF_BOOKS, "backfilling")
@@ -645,8 +644,8 @@ def test_a_shard_that_is_away_is_named_by_a_backfill_that_waits_for_it_and_goes_
     coming = Coming()
     cluster = servers.cluster(2, "process", added_views=coming)
     cluster.ingest(*(order(user=u % 8) for u in range(80)))
-    monkeypatch.setattr(server_module, "_HOUSE_AGAIN_S", 0.05)
-    monkeypatch.setattr(server_module, "_CUT_S_MAX", 0.3)
+    monkeypatch.setattr(view_follower, "_AGAIN_S", 0.05)
+    monkeypatch.setattr(view_follower, "_CUT_S_MAX", 0.3)
     servers.servers[1].close()
     coming.come(OF_BOOKS, "backfilling")
 
