@@ -61,11 +61,11 @@ class Behind:
 
     # -- what is committed meanwhile
 
-    def may_take(self, table: Table) -> bool:
-        """Return whether events are prepared for a table for its own sake: it is behind, and commits queue for it."""
-        return table.number in self._queues
+    def passes_by(self, table: Table) -> bool:
+        """Return whether a table takes nothing of what is committed, now or later."""
+        return table in self and table.number not in self._queues
 
-    def has_passed_by(self, one: Queued) -> bool:
+    def has_put_off(self, one: Queued) -> bool:
         """Return whether something of a commit is for a table that is behind: then it queues, or is passed over."""
         number = one.route.table.number
         if (queue := self._queues.get(number)) is not None:

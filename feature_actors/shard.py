@@ -702,7 +702,7 @@ class Shard:
         base = offset << SEQUENCE_ROW_BITS
         for route, rows in prepared.routes:
             one = Queued(route, rows, prepared.times, prepared.arrivals, base)
-            if not self._behind.has_passed_by(one):
+            if not self._behind.has_put_off(one):
                 self._apply_route(one)
         self._store.keep_promise(prepared.promised_words)
 
@@ -718,7 +718,7 @@ class Shard:
         one that they are brought here."""
         return [
             t for t in self._layout.tables_of(source)
-            if t.key_number <= keys_known and (t.routed or self._behind.may_take(t))
+            if t.key_number <= keys_known and (t.routed or not self._behind.passes_by(t))
         ]  # fmt: skip
 
     def _route_anew(self, prepared: Prepared, rows: Ints) -> None:
