@@ -121,6 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--incomplete", action="store_true",
                        help="take labels, too, that look back to what retention has deleted")  # fmt: skip
     train.add_argument("--threads", type=int, metavar="N", help="computed by so many (default: one for each core)")
+    train.add_argument("--ray", metavar="ADDRESS",
+                       help="computed by workers of a Ray cluster instead of threads: HOST:PORT, or "
+                       "`up` for that of the running `millpond up`")  # fmt: skip
     train.add_argument("--json", action="store_true", help="print where it comes from as JSON")
     status = command("status", _status, "Show what the running cluster holds.")
     status.add_argument("--json", action="store_true", help="print it as JSON")
@@ -304,6 +307,7 @@ def _train_set(options: argparse.Namespace, config: Config, origins: dict[str, s
         knowledge=options.knowledge,
         incomplete=options.incomplete,
         threads=options.threads,
+        ray=options.ray,
     )
     if options.json:
         print(json.dumps(made))

@@ -330,6 +330,7 @@ class Cluster:
             "clock": spec.clock,
             "cpus": self.cpus,
             "logs": str(self._embedded.logs_dir),
+            "ray": {"address": self._embedded.address, "shelter": str(self._embedded.shelter)},
             "durability": self.config.durability,
             "definitions": [[d.file_name, d.text] for d in self._definitions],
         }

@@ -43,7 +43,7 @@ from typing import Any, TextIO
 from millpond.cluster.serve_env import Proxy, serve_environment, write_launcher
 from millpond.feature_actors.errors import MillpondError, Unavailable
 
-__all__ = ["EmbeddedCluster", "EmbeddedSettings", "free_port"]
+__all__ = ["EmbeddedCluster", "EmbeddedSettings", "free_port", "log_of_ray"]
 
 #: Namespace of the driver's named actors. Serve's own actors live in Serve's.
 NAMESPACE = "millpond"
@@ -326,7 +326,7 @@ class EmbeddedCluster:
         ray_constants.ENABLE_RAY_CLUSTER = False
         # Ray prints to our stdout that a worker died, and at every stop that Serve's controller ended in the
         # middle of the call that asked it to.
-        worker.print_to_stdstream = _log_of_ray
+        worker.print_to_stdstream = log_of_ray
         core: Any = _raylet
         core.Config.initialize("")
         core.AuthenticationTokenLoader.instance().reset_cache()
@@ -419,7 +419,8 @@ def _without_idle_servers() -> Iterator[None]:
         parameter.RayParams, node.Node.start_api_server = params, api_server
 
 
-def _log_of_ray(printed: dict[str, Any], ignore_prefix: bool = False) -> None:
+def log_of_ray(printed: dict[str, Any], ignore_prefix: bool = False) -> None:
+    """Log what Ray has its driver print, in place of `ray._private.worker.print_to_stdstream`."""
     _LOG.info("%s: %s", printed.get("pid"), "\n".join(printed.get("lines", [])))
 
 

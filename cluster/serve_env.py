@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["Proxy", "serve_environment", "tighten_haproxy", "write_launcher"]
+__all__ = ["Proxy", "ray_environment", "serve_environment", "tighten_haproxy", "write_launcher"]
 
 Proxy = Literal["haproxy", "serve"]
 
@@ -46,21 +46,12 @@ def serve_environment(
     """
     haproxy = proxy == "haproxy"
     return {
-        # The one switch that makes Ray's own servers (GCS, raylet, every worker, agents) listen on
-        # 127.0.0.1: passed to `ray.init`, `_node_ip_address="127.0.0.1"` is replaced by the public address.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        # Even loopback is shared with every user of the machine, and Ray runs any code it is sent.
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(shelter / "token"),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_DEDUP_LOGS": "0",
-        "RAY_worker_niceness": "0",  # the default 15 loses 7 to 12 % against any other process of the machine
+        **ray_environment(shelter),
         # Idle workers started ahead cost 3 s of a 15 s start on 2 cores: they wait for no work of ours.
         "RAY_prestart_worker_first_driver": "0",
         "RAY_enable_worker_prestart": "0",
         "RAY_enable_metrics_collection": "0",
         "RAY_task_events_report_interval_ms": "0",  # off: nobody reads them without the dashboard
-        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` each worker would build an environment first
         # Fixed ports by default, and two clusters of a machine would fight for them.
         "AUTOSCALER_METRIC_PORT": str(ports[-2]),
         "DASHBOARD_METRIC_PORT": str(ports[-3]),
@@ -84,6 +75,22 @@ def serve_environment(
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(shelter / "m"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(shelter),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(shelter / "server-state"),
+    }
+
+
+def ray_environment(shelter: Path) -> dict[str, str]:
+    """Return the variables by which a process is of the Ray cluster of a shelter, to set before it imports `ray`."""
+    return {
+        # The one switch that makes Ray's own servers (GCS, raylet, every worker, agents) listen on
+        # 127.0.0.1: passed to `ray.init`, `_node_ip_address="127.0.0.1"` is replaced by the public address.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # Even loopback is shared with every user of the machine, and Ray runs any code it is sent.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(shelter / "token"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_worker_niceness": "0",  # the default 15 loses 7 to 12 % against any other process of the machine
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` each worker would build an environment first
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from millpond.cluster.config import Config
+from millpond.cluster.ray_workers import OWN, WORKERS_MAX, RayWorkers, connected
 from millpond.feature_actors.errors import BadRequest, NotFound, did_you_mean
 from millpond.feature_actors.past import Past
 from millpond.models.definition import Definition
@@ -18,10 +19,12 @@ from millpond.models.model import Model
 from millpond.models.training.events import Knowledge
 from millpond.models.training.making import EventsOf, Stage, write_training_set
 from millpond.models.training.making import Progress as Told
+from millpond.models.training.workers import Threads, Workers
 
 __all__ = ["events_of", "make_training_set", "summary"]
 
-THREADS_MAX = 64
+#: Of workers beside what serves, which comes first.
+_NICE = 19
 
 
 def make_training_set(
@@ -36,24 +39,26 @@ def make_training_set(
     knowledge: Knowledge = "event-time",
     incomplete: bool = False,
     threads: int | None = None,
+    ray: str | None = None,
 ) -> dict[str, Any]:
     """Write the training set of a model of a definition file; return where it comes from, see `provenance`.
 
-    events: `SOURCE=FILE` for each source, or none for the events of the cluster that `config` names. The others, and
-    what is raised, as of `write_training_set`.
+    events: `SOURCE=FILE` for each source, or none for the events of the cluster that `config` names. ray: the cluster
+    whose workers compute it, see `ray_workers.connected`, or None for threads of this process. The others, and what is
+    raised, as of `write_training_set`.
     """
-    if threads is not None and not 1 <= threads <= THREADS_MAX:
-        raise BadRequest(f"--threads: got {threads}; allowed is 1 to {THREADS_MAX}")
+    if threads is not None and not 1 <= threads <= WORKERS_MAX:
+        raise BadRequest(f"--threads: got {threads}; allowed is 1 to {WORKERS_MAX}")
     definition = Definition.read(path)
     chosen = _model(definition, model)
     given: EventsOf = events_of(events) if events else Past(config.directory, config.history_uri)
     about: dict[str, Any] = {"definition": {"file": definition.file_name, "digest": definition.digest}}
     if isinstance(given, Past):
         about["cluster"] = {"name": given.manifest.cluster_name, "id": given.manifest.cluster_id}
-    with _bar() as told:
+    with _workers(config, definition, chosen, threads, ray) as workers, _bar() as told:
         return write_training_set(
             chosen, labels, given, out, as_of=as_of, knowledge=knowledge, clock=config.clock, incomplete=incomplete,
-            n_shards=threads, about=about, progress=told,
+            workers=workers, about=about, progress=told,
         )  # fmt: skip
 
 
@@ -99,6 +104,15 @@ def _model(definition: Definition, name: str | None) -> Model:
     if name not in models:
         raise NotFound(f"no model `{name[:80]}` in `{definition.file_name}`" + did_you_mean(name[:80], models))
     return models[name]
+
+
+@contextmanager
+def _workers(config: Config, definition: Definition, model: Model, n: int | None, ray: str | None) -> Iterator[Workers]:
+    if ray is None:
+        yield Threads(n)
+        return
+    with connected(ray, config), closing(RayWorkers(definition, model.name, n, nice=_NICE if ray == OWN else 0)) as own:
+        yield own
 
 
 @contextmanager

@@ -271,7 +271,7 @@ def _feature_facts(feature: Feature) -> dict[str, str]:
     window = kept.window or ("lifetime" if kept.ttl is None else f"lifetime, ttl {kept.ttl}")
     return {
         **facts,
-        "of": kept.field or "",
+        "of": kept.field or " ".join(str(one.condition) for one in kept.inputs if one.condition is not None),
         "window": f"{window}, exact" if kept.exact else window,
         "where": "" if feature.where is None else str(feature.where),
     }

@@ -81,7 +81,7 @@ class Feature:
             arguments += [f'"{name}"' for name in made.of]
         else:
             arguments += [] if made.field is None else [f'"{made.field}"']
-            own = [f.name for f in fields(made) if f.name not in _OF_ALL]
+            own = [f.name for f in fields(made) if f.init and f.name not in _OF_ALL]
             arguments += [f"{name}={_shown(getattr(made, name))}" for name in own]
         return f"{type(made).__name__}({', '.join(arguments)})"
 

@@ -37,7 +37,7 @@ for name, base in (("millpond", 40), ("thorough", 400)):
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "millpond"))
 
 #: The tests of the session's cluster, in one process.
-SHARED = tuple(f"tests/cluster/test_{name}.py" for name in ("actor_ports", "packs", "score_log", "served"))
+SHARED = tuple(f"tests/cluster/test_{name}.py" for name in ("actor_ports", "packs", "score_log", "served", "train_set"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

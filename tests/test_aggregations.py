@@ -6,35 +6,52 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from random import Random
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from worlds import FLOATS, HOUR, WINDOWS, aggregations, batch, cluster, source
+from worlds import DAY, FLOATS, HOUR, WINDOWS, aggregations, batch, cluster, example, source
 
+from millpond.bench import moment_programs
 from millpond.feature_actors import (
     Count,
     CountBy,
+    DecayedCount,
+    DecayedMean,
+    DecayedSum,
     Derived,
+    Distinct,
+    Entropy,
     FeatureView,
     First,
+    Kurtosis,
     Last,
     LastN,
     Max,
     Mean,
+    Median,
     Min,
+    Quantile,
     Rate,
     Ratio,
     SecondsSince,
     SecondsSinceFirst,
+    Sessions,
+    SessionSeconds,
+    Skew,
     Std,
+    Streak,
+    StreakDays,
     Sum,
     SumBy,
     TopK,
     TopKCounts,
+    Trend,
 )
 from millpond.feature_actors.aggregations import AGGREGATIONS, PARTS, Aggregation, Column, Input, Part, dispatch
 from millpond.feature_actors.clock import ManualClock
@@ -141,6 +158,9 @@ def is_right(aggregation: Aggregation, got: Sequence[float], events: Sequence[Ev
     )
 
 
+#: What the times of events are multiplied by, so that gaps and days are among them.
+UNITS_MS = (1, 20, 1_000, HOUR)
+units = st.sampled_from(UNITS_MS)
 events_of = st.lists(st.tuples(st.integers(-60, 60), st.sampled_from((*FLOATS, 2.0, 3.0, -7.5))), max_size=20)
 settings_of = st.sampled_from(AGGREGATIONS).flatmap(aggregations)
 
@@ -148,20 +168,21 @@ settings_of = st.sampled_from(AGGREGATIONS).flatmap(aggregations)
 # -- the algebra
 
 
-@given(aggregation=settings_of, events=events_of, cuts=st.lists(st.integers(-61, 61), max_size=4))
+@given(aggregation=settings_of, events=events_of, cuts=st.lists(st.integers(-61, 61), max_size=4), unit=units)
 def test_tiles_merged_oldest_first_are_all_events_in_one(
-    aggregation: Aggregation, events: list[Event], cuts: list[int]
+    aggregation: Aggregation, events: list[Event], cuts: list[int], unit: int
 ) -> None:
     """Events come in any order, as late ones do; a tile holds all those of its time."""
-    edges = [-100, *sorted(cuts), 100]
+    events, as_of = [(time * unit, value) for time, value in events], 61 * unit
+    edges = [-61 * unit, *(cut * unit for cut in sorted(cuts)), as_of]
     merged = Partial(aggregation)
     for start, end in itertools.pairwise(edges):
         merged.merge(Partial(aggregation).update([e for e in events if start <= e[0] < end]))
     one = Partial(aggregation).update(events)
-    assert is_right(aggregation, one.value(100), events, 100)
-    assert is_right(aggregation, merged.value(100), events, 100)
-    if aggregation.slack(seen_of(aggregation, events), 100) == 0:
-        assert str(merged.value(100)) == str(one.value(100))
+    assert is_right(aggregation, one.value(as_of), events, as_of)
+    assert is_right(aggregation, merged.value(as_of), events, as_of)
+    if aggregation.slack(seen_of(aggregation, events), as_of) == 0:
+        assert str(merged.value(as_of)) == str(one.value(as_of))
 
 
 @given(aggregation=settings_of, events=events_of)
@@ -186,10 +207,10 @@ def test_init_sets_every_word_to_the_value_of_nothing(aggregation: Aggregation) 
 @every_aggregation
 def test_an_aggregation_says_what_it_is(kind: type[Aggregation]) -> None:
     assert len(vars(kind)["__doc__"]) > 20
-    assert all(isinstance(text, str) and text for text in (kind.formula, kind.empty, kind.error))
+    assert all(isinstance(text, str) and text for text in (kind.formula, kind.empty, kind.error_text))
     assert {k for k in AGGREGATIONS if k.__module__ == kind.__module__} == {kind}, "one file each"
     assert set(PARTS) >= set(kind.parts) > set()
-    assert all(part.takes_input <= (kind.takes != "event") for part in kind.parts)
+    assert all(column.part.takes_input == bool(column.inputs) for column in example(kind, "1h").columns)
 
 
 def test_the_compiled_verbs_have_one_entry_per_class() -> None:
@@ -226,9 +247,28 @@ GOLDEN: dict[Aggregation, tuple[Any, Any, Any]] = {
     SumBy("v", by="i", categories=[1, 9], window="60s"): ([1, 9, 6], [0, 9, 2], [0] * 3),
     SecondsSince(window="60s"): (5, 60.999, _NAN),
     SecondsSinceFirst(window="60s"): (9, 60.999, _NAN),
+    # The tiles of these are 5 s wide.
+    Distinct("v", m=8, window="60s"): (4, 2, 2),
+    Quantile("v", 0.75, window="60s"): (5.25, 7.25, 7.25),
+    Median("v", window="60s"): (3, 5.5, 5.5),
+    Streak(of=pc.field("v") > 0.5, window="60s"): (3, 2, 0),
+    Streak(of=pc.field("v") > 0.5, n=2, window="60s"): (2, 2, 0),
+    StreakDays(window="60s"): (1, 1, 0),
+    Sessions(gap="2s", window="60s"): (2, 1, 0),
+    SessionSeconds(gap="2s", window="60s"): (0.5, 0, _NAN),
+    SessionSeconds(gap="1h", window="60s"): (4, 0, _NAN),
     # Their tiles are 5 s wide.
     TopK("v", k=3, window="60s"): ([2, 9, 1], [2, 9, _NAN], [2, 9, _NAN]),
     TopKCounts("v", k=3, window="60s"): ([1, 1, 1], [1, 1, 0], [1, 1, 0]),
+    # Of half-lives: nine ago 4, eight ago 1 and null, five ago 9 and 2; then 60.999 ago 9 and 2.
+    DecayedSum("v", half_life="1s", window="60s"): (182 / 512, 11 * 2**0.001 / 2**61, 0),
+    DecayedCount(half_life="1s", window="60s"): (37 / 512, 2 * 2**0.001 / 2**61, 0),
+    DecayedMean("v", half_life="1s", window="60s"): (182 / 35, 5.5, _NAN),
+    # The times deviate by -2.25, -1.25, 1.75 and 1.75 s from their mean, the values by 0, -3, 5 and -2.
+    Trend("v", window="60s"): (9 / 12.75 * 86_400, _NAN, _NAN),
+    Skew("v", window="60s"): (22.5 / 9.5**1.5, 0, _NAN),
+    Kurtosis("v", window="60s"): (180.5 / 9.5**2 - 3, -2, _NAN),
+    Entropy("i", categories=[1, 9, 5], window="60s"): (1.5, 1, _NAN),
 }
 
 
@@ -259,9 +299,9 @@ def test_the_examples_computed_by_hand(place: int, as_of: int) -> None:
         width = aggregation.tile_width_ms
         left = [e for e in EVENTS if e[0] >= (as_of - 60_000) // width * width]
         want = GOLDEN[aggregation][place]
-        np.testing.assert_allclose(value, want, rtol=1e-15, err_msg=repr(aggregation))
-        by_definition, _ = plain(aggregation, left, as_of)
+        by_definition, slack = plain(aggregation, left, as_of)
         np.testing.assert_allclose(by_definition, np.atleast_1d(want), rtol=1e-15, err_msg=repr(aggregation))
+        np.testing.assert_allclose(value, want, rtol=1e-15, atol=slack, err_msg=repr(aggregation))
 
 
 def test_a_standard_deviation_of_huge_values_that_are_the_same_is_0() -> None:
@@ -345,6 +385,168 @@ def test_of_two_values_as_frequent_the_one_seen_more_recently_comes_first() -> N
             assert str(got) == str([[float(one) for one in want]] * 2), "0.0 and -0.0 are one value"
     (got,) = read_at(features, [(T, 1.0), (T, 2.0), (T, 2.0), (T, 1.0)], [T + 10])
     assert str(got) == str([[1.0, 2.0, _NAN, _NAN]] * 2)
+
+
+# -- decays and moments
+
+
+def test_what_two_features_have_in_common_is_kept_once() -> None:
+    """A sum, a decayed count and a mean of it; the moments; the categories."""
+    events = {"categories": ["a", "b"], "window": "1h"}
+    for one, other, words in (
+        (DecayedSum("v", half_life="1d", window="1h"), DecayedMean("v", half_life="24h", window="1h"), 4),
+        (DecayedSum("v", half_life="1d", window="1h"), DecayedMean("v", half_life="25h", window="1h"), 6),
+        (Skew("v", window="1h"), Kurtosis("v", window="1h"), 5),
+        (CountBy("code", **events), Entropy("code", **events), 3),  # type: ignore[arg-type]
+    ):
+        view = FeatureView(
+            "v", owner="tests", source=source("first", None), key=["user"], features={"f": one, "g": other}
+        )
+        (series,) = compile_layout([], [view]).tables[0].series
+        assert series.words == words
+
+
+@given(seed=st.integers(0, 2**32), data=st.data())
+def test_decays_and_moments_are_as_near_as_stated(seed: int, data: st.DataObject) -> None:
+    """Of values and times that are hard on sums, in tiles cut anywhere."""
+    for program, _ in zip(moment_programs.programs(np.random.default_rng(seed), 40), range(7), strict=False):
+        cuts = data.draw(st.lists(st.sampled_from([t for t, _ in program[1]]), max_size=4))
+        share = moment_programs.share_of_bound(program, cuts)
+        assert math.isnan(share) or share <= 1
+
+
+def test_a_decay_is_of_event_time_whatever_the_order_of_arrival() -> None:
+    features = {
+        "sum": DecayedSum("v", half_life="1h"), "n": DecayedCount(half_life="1h"),
+        "mean": DecayedMean("v", half_life="1h"), "recent": DecayedSum("v", half_life="1h", window="90s"),
+    }  # fmt: skip
+    hour = T // HOUR * HOUR
+    events = [(hour + 3 * HOUR, 8.0), (hour, 4.0), (hour + 2 * HOUR, 2.0), (hour - HOUR, 16.0)]
+    as_of = hour + 4 * HOUR
+    for order in itertools.permutations(events):
+        assert read_at(features, order, [as_of]) == [[4 + 1 / 4 + 1 / 2 + 1 / 2, 27 / 32, 168 / 27, 0]]
+
+
+def test_a_decayed_mean_is_there_when_the_decayed_sum_is_gone() -> None:
+    features = {"sum": DecayedSum("v", half_life="1s"), "mean": DecayedMean("v", half_life="1s")}
+    assert read_at(features, [(T, 1e300), (T, 5e299)], [T + 10, T + 3_000_000]) == [
+        [pytest.approx(1.5e300 * 2**-0.01, rel=1e-14), 7.5e299], [0, 7.5e299],
+    ]  # fmt: skip
+
+
+def test_a_trend_of_events_a_millisecond_apart_is_right() -> None:
+    features = {"tiled": Trend("v", window="30d"), "exact": Trend("v", window="30d", exact=True), "ever": Trend("v")}
+    rising = [(T + k, 1e3 + k) for k in range(5)]
+    for order in (rising, rising[::-1]):
+        assert read_at(features, order, [T + 10]) == [[pytest.approx(86_400_000, rel=1e-12)] * 3]
+    assert read_at(features, [(T, 1.0), (T, 2.0)], [T + 10])[0] == pytest.approx([_NAN] * 3, nan_ok=True)
+
+
+@pytest.mark.parametrize("value", [0.1, -7.3, 1e300, 5e-324])
+def test_values_that_are_all_the_same_have_no_skew(value: float) -> None:
+    features = {
+        f"{kind.__name__.lower()}{i}": kind("v", **window)
+        for kind in (Skew, Kurtosis)
+        for i, window in enumerate(({"window": "60s"}, {"window": "60s", "exact": True}, {}))
+    }
+    same = [(T + at, value) for at in (0, 0, 7, 5_000, 5_000)]
+    (got,) = read_at(features, same, [T + 6_000])
+    assert got == pytest.approx([_NAN] * 6, nan_ok=True)
+
+
+def test_moments_of_neighbouring_doubles_are_numbers() -> None:
+    """Their mean is one of them, but they are not the same."""
+    apart = [(T, 1.0), (T, math.nextafter(1.0, 2.0)), (T + 1, 1.0)]
+    (got,) = read_at({"skew": Skew("v"), "kurtosis": Kurtosis("v")}, apart, [T + 10])
+    assert not any(map(math.isnan, got))
+
+
+# -- streaks and sessions
+
+
+@given(
+    n=st.sampled_from((1, 62, 63, 64, 130)),
+    holes=st.sets(st.integers(-70, 150), max_size=4),
+    order=st.randoms(use_true_random=False),
+    cuts=st.lists(st.integers(-70, 150), max_size=3),
+    as_of=st.integers(148, 152),
+)
+def test_a_streak_of_days_is_as_long_as_its_days_whatever_their_order(
+    n: int, holes: set[int], order: Random, cuts: list[int], as_of: int
+) -> None:
+    days = [day for day in range(-70, 151) if day not in holes]
+    order.shuffle(days)
+    merged = Partial(aggregation := StreakDays(n=n))
+    for start, end in itertools.pairwise([-71, *sorted(cuts), 151]):
+        merged.merge(Partial(aggregation).update([(day * DAY + order.randrange(DAY), 1.0) for day in days
+                                                  if start <= day < end]))  # fmt: skip
+    newest = max(days)
+    streak = min(n, newest - max((hole for hole in holes if hole < newest), default=-71))
+    assert merged.value(as_of * DAY) == [streak if newest >= as_of - 1 else 0]
+
+
+def test_a_day_that_is_not_over_does_not_break_a_streak() -> None:
+    midnight = T // DAY * DAY
+    features = {"ever": StreakDays(), "two": StreakDays(n=2), "window": StreakDays(window="30d")}
+    days = [(midnight - DAY, 1.0), (midnight - 3 * DAY, None), (midnight - 1, 1.0), (midnight - 2 * DAY, 1.0)]
+    got = read_at(features, days, [midnight, midnight + DAY - 1, midnight + DAY])
+    assert got == [[3, 2, 3], [3, 2, 3], [0, 0, 0]]
+    (got_today,) = read_at(features, [*days, (midnight + 5, 1.0)], [midnight + DAY])
+    assert got_today == [4, 2, 4]
+
+
+def test_a_late_event_cuts_a_streak_where_it_belongs() -> None:
+    features = {"ever": Streak(of=pc.field("v") > 0), "two": Streak(of=pc.field("v") > 0, n=2)}
+    for values, want in (
+        ({1: 1.0, 2: 1.0, 3: 1.0}, 3),
+        ({3: 1.0, 2: 0.0, 1: 1.0}, 1),
+        ({1: 1.0, 3: 1.0, 4: 1.0, 2: None}, 2),
+        ({1: 1.0, 2: 1.0, 3: 0.0}, 0),
+        ({5: 0.0, 1: 1.0, 2: 1.0}, 0),
+    ):
+        events = [(T + at, value) for at, value in values.items()]
+        assert read_at(features, events, [T + 10]) == [[want, min(want, 2)]]
+    for tied, want in (([1.0, 0.0], 0), ([0.0, 1.0], 1), ([1.0, 0.0, 1.0], 1)):
+        assert read_at(features, [(T, value) for value in tied], [T + 10]) == [[want, want]]
+
+
+def test_late_events_mend_the_newest_sessions() -> None:
+    count, mean = Sessions(gap="10ms", n=2), SessionSeconds(gap="10ms", n=2)
+    partial = Partial(mean)
+    for time, n, total in (
+        (100, 1, 0),
+        (200, 2, 0),
+        (205, 2, 5),
+        (192, 2, 13),
+        (150, 3, 13),  # the one at 100 is closed
+        (105, 3, 13),  # it would have lengthened that
+        (95, 3, 18),  # before all others
+        (50, 4, 18),
+        (170, 5, 18),  # the one at 150 is closed
+        (182, 5, 28),
+        (176, 4, 40),  # joins two
+        (176, 4, 40),
+        (120, 4, 40),  # it would have been one by itself
+        (160, 4, 40),
+        (216, 5, 40),
+        (300, 6, 40),
+    ):
+        partial.update([(time, 1.0)])
+        got = [float(kind.finalize(partial.words, partial.floats, 1, 1, 2, 10, 0, 0, 0)) for kind in (count, mean)]
+        assert got == [n, total / n / 1000], time
+
+
+@given(aggregation=settings_of, data=st.data())
+def test_whatever_a_reader_finds_in_memory_that_is_being_written_it_ends_and_stays_inside(
+    aggregation: Aggregation, data: st.DataObject
+) -> None:
+    merged, size = Partial(aggregation), sum(c.words for c in aggregation.columns)
+    word = st.sampled_from((0, 1, -1, 3, 1_000, T, -T, 2**62, -(2**62), 2**63 - 1, -(2**63)))
+    for _ in range(3):
+        torn = Partial(aggregation)
+        torn.words[1:-1] = data.draw(st.lists(word, min_size=size, max_size=size))
+        merged.merge(torn)
+    assert len(merged.value(T)) == aggregation.width
 
 
 # -- windows

@@ -40,6 +40,7 @@ from millpond.bench.poster import Poster
 from millpond.bench.probes import Log, Probe, available_share, ids_on
 from millpond.bench.processes import MemorySamples, cpu_seconds, memory_mb
 from millpond.bench.retry import Connection, Refused, send_until_answered
+from millpond.bench.run_programs import error_of, programs
 from millpond.bench.score import Measurement, figures_of, four_models_figures, open_loop_figures, turns
 from millpond.bench.soak import filling_times_ms
 from millpond.bench.store import (
@@ -956,3 +957,16 @@ def test_scores_beside_posts_are_compared_by_their_p99() -> None:
     figures = open_loop_figures(outcomes)
     assert figures["score_p99_during_8mb_posts_ratio"] == 2.5
     assert figures["open_max_ms"] == 3.0
+
+
+# -- random programs
+
+
+def test_programs_of_runs_are_within_the_stated_error_and_some_of_them_need_it() -> None:
+    first = list(itertools.islice(programs(np.random.default_rng(3)), 45))
+    again = list(itertools.islice(programs(np.random.default_rng(3)), 45))
+    assert [(p.seen, p.as_of_ms) for p in first] == [(p.seen, p.as_of_ms) for p in again]
+    errors = [error_of(program) for program in first]
+    assert [program for program, (error, bound) in zip(first, errors, strict=True) if error > bound] == []
+    assert any(error > 0 for error, _ in errors)
+    assert sum(bound == 0 for _, bound in errors) > 30

@@ -29,7 +29,8 @@ from port_contract import (
 )
 from worlds import cluster as worlds_cluster
 
-from millpond.feature_actors import Count, FeatureView, errors
+from millpond.feature_actors import Count, FeatureView, Streak, errors
+from millpond.feature_actors.aggregations import Aggregation
 from millpond.feature_actors.client import Ack, FeatureClient
 from millpond.feature_actors.clock import EventClock, ManualClock, WallClock
 from millpond.feature_actors.errors import BadRequest, MillpondError, NotFound
@@ -105,9 +106,12 @@ def test_a_bulk_load_of_many_days_sent_twice_counts_once(n_shards: int) -> None:
     assert cluster.read([by_both], {"user": 1, "book": "b"}).matrix.tolist() == [[100.0]]
 
 
-def test_an_event_on_which_a_condition_fails_refuses_the_batch_and_nothing_is_applied() -> None:
-    where = pc.scalar(10) / pc.field("user") > 0
-    divides = FeatureView("divides", owner="ml", source=orders, key=["user"], features={"n": Count()}, where=where)
+DIVIDES = pc.scalar(10) / pc.field("user") > 0
+
+
+@pytest.mark.parametrize("feature", [Count(where=DIVIDES), Streak(of=DIVIDES)], ids=["where", "of"])
+def test_an_event_on_which_a_condition_fails_refuses_the_batch_and_nothing_is_applied(feature: Aggregation) -> None:
+    divides = FeatureView("divides", owner="ml", source=orders, key=["user"], features={"n": feature})
     layout = compile_layout([], [divides, by_book])
     shards = [Shard(layout, ShardMap.even(N_SLOTS, 1), 0)]
     client = FeatureClient(layout, ShardMap.even(N_SLOTS, 1), LocalIngest(shards), LocalRead(shards), ManualClock(NOW))

@@ -20,7 +20,11 @@ from hypothesis import strategies as st
 from millpond.feature_actors import (
     Count,
     CountBy,
+    DecayedCount,
+    DecayedMean,
+    DecayedSum,
     Derived,
+    Entropy,
     FeatureView,
     Field,
     First,
@@ -32,12 +36,17 @@ from millpond.feature_actors import (
     Rate,
     Ratio,
     SecondsSince,
+    Sessions,
+    SessionSeconds,
     Source,
     Std,
+    Streak,
+    StreakDays,
     Sum,
     SumBy,
     TopK,
     TopKCounts,
+    Trend,
 )
 from millpond.feature_actors.aggregations import AGGREGATIONS, Aggregation
 from millpond.feature_actors.errors import DeclarationError, NotFound
@@ -348,6 +357,78 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: of(SumBy("price", by="kind", categories=["a"])),
         "view `spend`: feature `f`: SumBy of 'kind', which is not a field of source `sales`; known: `at`, `big`, `id`, `paid`, `price`, `user`; did you mean `id`?",
     ),
+    "entropy of no categories": (
+        lambda: Entropy("user"),
+        'Entropy: categories are a list of the values to tell apart such as Entropy("user", '
+        'categories=["food", "travel"]), got ()',
+    ),
+    # decays
+    **{
+        f"{kind.__name__} by {half_life!r}": (
+            lambda kind=kind, field=field, half_life=half_life: kind(field, half_life=half_life),  # type: ignore[misc]
+            f'{kind.__name__}: half_life, in which the past comes to count half, is a length from "1s" to "3660d" such as half_life="7d", got {half_life!r}',
+        )
+        for kind, field in ((DecayedSum, "price"), (DecayedCount, None), (DecayedMean, "price"))
+        for half_life in ("", 7, "7", "999ms", "3661d")
+    },
+    "decayed sum of nothing": (
+        lambda: DecayedSum(half_life="7d"),
+        'DecayedSum: of which field? say DecayedSum("amount")',
+    ),
+    "decayed count of a field": (
+        lambda: DecayedCount("price", half_life="7d"),
+        "DecayedCount: looks at no field",
+    ),
+    "trend of strings": (
+        lambda: of(Trend("id")),
+        "view `spend`: feature `f`: Trend takes a number, `id` is `string`",
+    ),
+    # streaks and sessions
+    "streak of a field": (lambda: Streak("price"), "Streak: looks at no field"),
+    **{
+        f"streak of {given!r}": (
+            lambda given=given: Streak(of=given),  # type: ignore[misc]
+            "Streak: of=, what the events of a streak satisfy, is a pyarrow.compute expression such as "
+            f"`pc.field('amount') > 100`, got {given!r}",
+        )
+        for given in (None, "price > 100", True)
+    },
+    "streak of what does not fit": (
+        lambda: of(Streak(of=pc.field("prise") > 9)),
+        "view `spend`: feature `f`: of= `(prise > 9)` does not fit source `sales`: "
+        "No match for FieldRef.Name(prise) in id: string not null",
+    ),
+    **{
+        f"streak up to {n!r}": (
+            lambda n=n: Streak(of=pc.field("paid"), n=n),  # type: ignore[misc]
+            f"Streak: n, the longest streak that is told, is a number from 1 to 256, got {n!r}",
+        )
+        for n in (0, 257, True, 3.0)
+    },
+    "streak of days of a field": (lambda: StreakDays("price"), "StreakDays: looks at no field"),
+    **{
+        f"streak of {n!r} days": (
+            lambda n=n: StreakDays(n=n),  # type: ignore[misc]
+            f"StreakDays: n, the longest streak that is told, is a number of days from 1 to 3660, got {n!r}",
+        )
+        for n in (0, 3_661, "365d")
+    },
+    "sessions of a field": (lambda: Sessions("price"), "Sessions: looks at no field"),
+    **{
+        f"sessions apart by {gap!r}": (
+            lambda gap=gap: SessionSeconds(gap=gap),  # type: ignore[misc]
+            "SessionSeconds: gap, after how long without an event a session has ended, is a length such as `30m`, from "
+            f"`1ms` to `3660d`, got {gap!r}",
+        )
+        for gap in ("half an hour", "0s", "3661d", 1_800, None)
+    },
+    **{
+        f"{n!r} sessions": (
+            lambda n=n: Sessions(n=n),  # type: ignore[misc]
+            f"Sessions: n, how many sessions can be mended by late events, is a number from 1 to 64, got {n!r}",
+        )
+        for n in (0, 65, True)
+    },
     # derived features
     "derived by no function": (
         lambda: Derived("n", "m"),
@@ -492,6 +573,15 @@ def test_any_change_of_a_definition_makes_another_feature() -> None:
         "its counts": id_of(TopKCounts("price", window="1d")),
         "another k": id_of(TopK("price", window="1d", k=6)),
         "another m": id_of(TopK("price", window="1d", m=33)),
+        "streak": id_of(Streak(of=pc.field("user") / 2 > 1)),
+        "streak of another": id_of(Streak(of=pc.field("user") / 2.0 > 1)),
+        "shorter streak": id_of(Streak(of=pc.field("user") / 2 > 1, n=31)),
+        "days": id_of(StreakDays()),
+        "fewer days": id_of(StreakDays(n=365)),
+        "sessions": id_of(Sessions()),
+        "of another gap": id_of(Sessions(gap="31m")),
+        "of another n": id_of(Sessions(n=7)),
+        "their length": id_of(SessionSeconds()),
     }
     assert len(set(ids.values())) == len(ids), sorted(ids.items(), key=lambda item: item[1])
 
@@ -520,6 +610,26 @@ def test_a_condition_of_the_view_and_of_the_feature_are_one() -> None:
     paid, dear = pc.field("paid"), pc.field("price") > 9
     assert id_of(Count(), where=paid) == id_of(Count(where=paid))
     assert id_of(Count(where=dear), where=paid) == id_of(Count(), where=paid & dear)
+
+
+def test_a_gap_is_its_length_however_it_is_written() -> None:
+    assert id_of(Sessions(gap="1h")) == id_of(Sessions(gap="60m"))
+
+
+def test_a_feature_reads_the_fields_of_its_condition() -> None:
+    """So that they are taken along when the past is read, and known to be gone when they are forgotten."""
+    view = of(Streak(of=pc.field("price") > 9, where=pc.field("paid")))
+    assert view["f"].reads == compile_layout([], [view]).tables[0].reads == {"price", "paid"}
+
+
+def test_what_streaks_and_sessions_have_in_common_is_kept_once() -> None:
+    for one, other, more in (
+        (StreakDays(n=30), StreakDays(n=63), StreakDays(n=64)),
+        (Sessions(), SessionSeconds(), SessionSeconds(gap="1h")),
+        (Streak(of=pc.field("paid")), Streak(of=pc.field("paid")), Streak(of=~pc.field("paid"))),
+    ):
+        layout = compile_layout([], [a_view(features={"a": one, "b": other, "c": more})])
+        assert len(layout.tables[0].series[0].columns) == 2
 
 
 def test_identities_are_these_for_ever() -> None:

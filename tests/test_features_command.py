@@ -16,6 +16,7 @@ import pytest
 from millpond.cluster import cli
 from millpond.cluster.features import INDEX_LOAD_MAX, INDEX_LOAD_MIN, length_text
 from millpond.feature_actors.aggregations import AGGREGATIONS, Aggregation, Derived, Ratio
+from millpond.feature_actors.aggregations.streak_days import DAYS_PER_WORD, StreakDays
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.shard_map import ShardMap
@@ -247,6 +248,30 @@ tops = FeatureView("tops", owner="shop", source=orders, key=["user", "category"]
     assert (series["bytes_per_tile"], series["tiles_max"]) == (8 + 8 + 24 * 20, 13)
 
 
+def test_streaks_and_sessions_say_what_they_are_and_take(capsys: pytest.CaptureFixture[str], file: Path) -> None:
+    file.write_text(
+        DEFINITION
+        + """
+from millpond.feature_actors import SessionSeconds, Sessions, Streak, StreakDays
+
+runs = FeatureView("runs", owner="shop", source=orders, key=["user", "category"], features={
+    "dear": Streak(of=pc.field("price") > 50, n=10), "days": StreakDays(n=100),
+    "visits": Sessions(window="7d"), "length": SessionSeconds(window="7d"),
+})
+"""
+    )
+    view = described(capsys, file)["runs"]
+    shown = [(f["aggregation"], f["bytes_per_entity"], f["bytes_per_tile"]) for f in view["features"]]
+    assert shown == [
+        ("Streak(of=(price > 50), n=10)", 88, None),
+        ("StreakDays(n=100)", 24, None),
+        ("Sessions(gap='30m', n=8)", 4, 152),
+        ("SessionSeconds(gap='30m', n=8)", 4, 152),
+    ]
+    (series,) = view["kept"]["series"]
+    assert series["bytes_per_tile"] == 8 + 152
+
+
 def row_of(kind: type[Aggregation] | type[Derived]) -> str:
     """Return the line of the README's table that an aggregation wants."""
     path = kind.__module__.removeprefix("millpond.").replace(".", "/") + ".py"
@@ -255,12 +280,14 @@ def row_of(kind: type[Aggregation] | type[Derived]) -> str:
     memory = "none"
     if issubclass(kind, Aggregation):
         sizes = {"n": " n", "m": " m", "categories": " (categories + 1)"}
+        if kind is StreakDays:  # a bit for each
+            sizes["n"] = f" ceil(n / {DAYS_PER_WORD})"
         size = "".join(sizes.get(f.name, "") for f in fields(kind))
         head = sum(part.head_words for part in kind.parts)
         memory = f"{WORD_BYTES * sum(part.words for part in kind.parts)}{size}" + (
             f" + {WORD_BYTES * head}" * (head > 0)
         )
-    cells = [f"[`{kind.__name__}`]({path})", meaning, f"`{kind.formula}`", kind.empty, kind.error, memory]
+    cells = [f"[`{kind.__name__}`]({path})", meaning, f"`{kind.formula}`", kind.empty, kind.error_text, memory]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

@@ -16,6 +16,7 @@ import jsonschema
 import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from apps import (
     ARROW,
@@ -42,7 +43,7 @@ from apps import (
 
 from millpond.deployments.http import App, Request, Response, Route, json_response
 from millpond.deployments.score import ScoreLimits
-from millpond.feature_actors import Count, Derived, FeatureView, Last, LastN, Source
+from millpond.feature_actors import Count, Derived, FeatureView, Last, LastN, Sessions, Source, Streak
 from millpond.feature_actors.clock import EventClock
 from millpond.feature_actors.decode import BodyLimits
 from millpond.feature_actors.errors import Unavailable
@@ -939,6 +940,19 @@ def test_openapi_and_the_page_tell_how_each_feature_is_made() -> None:
         assert row in rows, rows
     assert "<p>Reads 8 features: <code>taste.n</code> " in page
     assert "<code>taste.books</code>" in page
+
+
+def test_the_condition_of_a_streak_is_told_where_others_tell_their_field() -> None:
+    view = FeatureView(
+        "runs", owner="ml", source=purchases, key=["user_id"],
+        features={"dear": Streak(of=pc.field("price") > 5), "visits": Sessions(gap="1h", window="30d")},
+    )  # fmt: skip
+    world = make_world([], layout=compile_layout([], [view]))
+    schema = world.get("/openapi.json").json["paths"]["/v1/features/runs"]["get"]["responses"]["200"]["content"]
+    features = schema["application/json"]["schema"]["properties"]["features"]["properties"]
+    assert {name: feature["description"] for name, feature in features.items()} == {
+        "dear": "Streak of (price > 5), lifetime", "visits": "Sessions of events, 30d",
+    }  # fmt: skip
 
 
 def test_the_page_of_a_cluster_of_hostile_words_holds_no_markup_of_theirs() -> None:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pytest
 from apps import DEFINITION, LAYOUT, NOW, VIEWS, Total, book_sales, purchase, purchases, taste, user_book, user_spend
+from join_workers import Apart
 
 from millpond.feature_actors import Count, FeatureView, Field, Last, Source, Sum
 from millpond.feature_actors.client import FeatureClient
@@ -36,6 +37,7 @@ from millpond.models import FeatureReader, Features, Model, training_set
 from millpond.models.definition import Definition, load_models
 from millpond.models.model import LoadedModel
 from millpond.models.reader import Reads
+from millpond.models.training import Threads
 from millpond.models.trees import BoostedTrees, save_trees
 
 DAY = 86_400_000
@@ -444,8 +446,8 @@ def test_a_label_sees_the_event_at_its_very_time_and_none_after() -> None:
 def test_the_number_of_shards_changes_nothing() -> None:
     events, labels = world()
     one = training_set(EVERY_KIND, labels, {"purchases": events})
-    for n_shards in (2, 3, 64):
-        assert same(one, training_set(EVERY_KIND, labels, {"purchases": events}, n_shards=n_shards))
+    for workers in (Threads(2), Threads(3), Threads(64), Apart(1), Apart(3)):
+        assert same(one, training_set(EVERY_KIND, labels, {"purchases": events}, workers=workers))
 
 
 def test_the_order_of_the_labels_changes_nothing() -> None:

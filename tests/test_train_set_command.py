@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +12,9 @@ import pytest
 from check_directory import DEFINITION, PAYMENTS, Stopped, events
 
 from millpond.cluster.cli import main
+from millpond.cluster.ray_workers import JoinWorker, Order
+from millpond.feature_actors.errors import Unavailable
+from millpond.feature_actors.layout import compile_layout
 from millpond.models.definition import Definition
 
 MODELS = """
@@ -83,6 +87,11 @@ def test_it_says_where_a_training_set_comes_from(folder: Path, capsys: pytest.Ca
         (["--events", "payment=payments.parquet"],
          "training set: no events of source `payments`; given are ['payment']"),
         (["--threads", "0"], "--threads: got 0; allowed is 1 to 64"),
+        (["--ray", "up"], "--ray up: no cluster `dev` runs on FOLDER/.millpond/dev; start one with `millpond up`, "
+         "or leave `--ray` out for threads"),
+        (["--ray", "ray://there:10001"], "--ray: got 'ray://there:10001'; allowed is HOST:PORT, or `up`"),
+        (["--ray", "127.0.0.1:1"], "--ray: nobody listens at `127.0.0.1:1` ([Errno 111] Connection refused); start "
+         "Ray, or leave `--ray` out for threads"),
         (["--as-of", "at"], "training set: labels have no column `at`; they have ['user', 'late', 'when']"),
         (["--model", "spendr"],
          "no model `spendr` in `one.py`; known: `spender`; did you mean `spender`?"),
@@ -99,6 +108,17 @@ def test_what_is_wrong_is_said(
     assert status == 1
     assert said.splitlines()[-1] == f"millpond: {message.replace('FOLDER', str(folder))}"
     assert not (folder / "out.parquet").exists()
+
+
+def test_a_worker_of_another_millpond_or_of_other_views_is_refused(folder: Path) -> None:
+    text = DEFINITION + MODELS
+    (model,) = Definition("one.py", text).declared().models
+    layout = compile_layout([], [feature.view for feature in model.features])
+    order = Order("one.py", text, "spender", version("millpond"), layout.digest, nice=0)
+    JoinWorker().open(order, 0, 1)
+    for other in (order._replace(version="0.0.1"), order._replace(layout_digest=7)):
+        with pytest.raises(Unavailable, match=r"a worker of Ray has millpond .*; install the same on all"):
+            JoinWorker().open(other, 0, 1)
 
 
 def test_one_of_several_models_has_to_be_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from check_directory import BY_SHOP, BY_USER, PAYMENTS, Stopped
 from durable_cluster import STEPS, Crash, DurableCluster, Fault
 from hypothesis import given
 from hypothesis import strategies as st
+from join_workers import Apart
 from worlds import DAY, HOUR, World, batch, source, worlds
 
 from millpond.feature_actors import Count, FeatureView, Last, LastN, Sum, oracle
@@ -31,14 +32,16 @@ from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.feature_actors.ports import complete
 from millpond.feature_actors.view import Feature
 from millpond.models import training_set
-from millpond.models.training import Room, write_training_set
+from millpond.models.training import Room, Threads, write_training_set
 from millpond.models.training import events as training_events
 from millpond.models.training.join import _newest
 from millpond.models.training.runs import Runs, bounds
+from millpond.models.training.workers import Workers
 
 #: So little that everything has many runs, blocks and pieces.
 TINY = Room(run_rows=7, block_rows=2, piece_rows=9)
 ROOMS = st.sampled_from([Room(), TINY, Room(run_rows=1, block_rows=1, piece_rows=1), Room(run_bytes=1, piece_bytes=1)])
+WORKERS = st.sampled_from([Threads(1), Threads(3), Apart(1), Apart(2), Apart(3, lost_after=2)])
 TIME = pa.timestamp("ms", "UTC")
 Key = dict[str, Any]
 
@@ -70,9 +73,9 @@ def bits(rows: FeatureRows, i: int) -> tuple[Any, ...]:
 # -- by event time
 
 
-@given(world=worlds(events_max=60), n_shards=st.sampled_from([1, 3]), room=ROOMS, data=st.data())
+@given(world=worlds(events_max=60), workers=WORKERS, room=ROOMS, data=st.data())
 def test_by_event_time_every_feature_is_what_the_oracle_says_of_events_that_arrive_when_they_happen(
-    world: World, n_shards: int, room: Room, data: st.DataObject
+    world: World, workers: Workers, room: Room, data: st.DataObject
 ) -> None:
     layout = world.layout
     tables, logs = {}, {}
@@ -93,7 +96,7 @@ def test_by_event_time_every_feature_is_what_the_oracle_says_of_events_that_arri
         ({f: e[f] for f in plan.key_fields}, max(0, e["at"] + later))
         for e, later in data.draw(st.lists(moments, max_size=6))
     ]
-    rows = training_set(plan.features, labels_of(plan, asked), tables, n_shards=n_shards, room=room)
+    rows = training_set(plan.features, labels_of(plan, asked), tables, workers=workers, room=room)
     assert rows.as_of.tolist() == [at for _, at in asked]
     for view in world.views:
         for (key_of, as_of), got, unknown in zip(asked, plan.named_values(rows), rows.unknown, strict=True):
@@ -175,10 +178,10 @@ def test_by_arrival_every_live_read_is_found_again_bit_for_bit(
     tmp_path_factory: pytest.TempPathFactory, world: World, n_shards: int, faults: bool, room: Room, data: st.DataObject
 ) -> None:
     lived = Lived(world, tmp_path_factory.mktemp("lived"), n_shards, data, faults=faults)
-    trained = data.draw(st.sampled_from([1, 2]))
+    workers = data.draw(WORKERS)
     labels = labels_of(lived.plan, lived.asked)
     rows = training_set(
-        lived.plan.features, labels, lived.cluster.past(), knowledge="arrival", n_shards=trained, room=room
+        lived.plan.features, labels, lived.cluster.past(), knowledge="arrival", workers=workers, room=room
     )
     for i, served in enumerate(lived.served):
         assert bits(rows, i) == served, lived.asked[i]

@@ -125,7 +125,7 @@ def cluster(
 
 
 _OF_ALL = {field.name for field in dataclasses.fields(Aggregation)}
-#: How an aggregation's own settings are drawn, by their name or else by their type.
+#: How an aggregation's own settings are drawn, by their name, with its own before it or without, or by their type.
 _SETTINGS: dict[Any, st.SearchStrategy[Any]] = {
     int: st.integers(1, 6),
     float: st.sampled_from((0.1, 0.5, 0.99)),
@@ -135,6 +135,10 @@ _SETTINGS: dict[Any, st.SearchStrategy[Any]] = {
     "error": st.sampled_from((0.01, 0.05)),
     "gap": st.sampled_from(("1s", "59s", "1h", "2d")),
     "half_life": st.sampled_from(("1s", "90s", "1h", "30d")),
+    "Distinct.m": st.sampled_from((8, 16, 128)),
+    "Quantile.m": (_BUCKETS := st.sampled_from((8, 9, 12, 128))),
+    "Median.m": _BUCKETS,
+    "q": st.sampled_from((0, 0.000001, 0.25, 0.3, 0.99, 1)),
     "of": st.sampled_from(WHERES),
 }
 
@@ -153,17 +157,24 @@ _FIELDS = {
 def _own_settings(kind: type[Aggregation]) -> dict[str, st.SearchStrategy[Any]]:
     types = typing.get_type_hints(kind)
     return {
-        f.name: _SETTINGS[f.name if f.name in _SETTINGS else types[f.name]]
+        f.name: next(_SETTINGS[by] for by in (f"{kind.__name__}.{f.name}", f.name, types[f.name]) if by in _SETTINGS)
         for f in dataclasses.fields(kind)
-        if f.name not in _OF_ALL
+        if f.init and f.name not in _OF_ALL
     }
 
 
 def example(kind: type[Aggregation], window: str | None = None) -> Aggregation:
     """One of each kind, with the settings that it must have."""
-    needed = {"by": "code", "categories": ("a", "ü"), "gap": "1h", "half_life": "1h", "of": pc.field("v") > 0.5}
+    needed = {
+        "by": "code",
+        "categories": ("a", "ü"),
+        "gap": "1h",
+        "half_life": "1h",
+        "of": pc.field("v") > 0.5,
+        "q": 0.9,
+    }
     field = {"number": "v", "value": "v", "category": "code", "event": None}[kind.takes]
-    own = {f.name for f in dataclasses.fields(kind)} - _OF_ALL
+    own = {f.name for f in dataclasses.fields(kind) if f.init} - _OF_ALL
     return kind(field, window=window, **{name: one for name, one in needed.items() if name in own})
 
 

@@ -36,6 +36,7 @@ from millpond.cluster.demo.stage import (
 from millpond.feature_actors.errors import MillpondError
 from millpond.models import Features, training_set
 from millpond.models import churn as example
+from millpond.models.training import Threads
 
 __all__ = ["run_churn"]
 
@@ -199,7 +200,8 @@ def _compare(stage: Stage, scored: list[Scored]) -> None:
         }
     )
     until = _between(load_purchases(), "1997-01-01", WEEK[1])
-    offline = training_set(example.churn.features, labels, {"purchases": until}, n_shards=stage.config.shards + 1)
+    threads = Threads(stage.config.shards + 1)
+    offline = training_set(example.churn.features, labels, {"purchases": until}, workers=threads)
     results = offline_model(stage, example.churn).predict(offline)
     answers = [answer for _, _, answer in scored]
     stage.figures["parity_equal"] = parity(answers, example.churn, offline, results)

@@ -35,7 +35,7 @@ from millpond.cluster.demo.stage import (
 from millpond.feature_actors.errors import MillpondError
 from millpond.models import Features
 from millpond.models import flight_delay as example
-from millpond.models.training import training_set
+from millpond.models.training import Threads, training_set
 from millpond.models.trees import BoostedTrees
 
 __all__ = ["run_flight_delay"]
@@ -211,7 +211,7 @@ def _compare(stage: Stage, answers: list[dict[str, Any] | None]) -> None:
         example.flight_delay.features,
         labels,
         {"departures": until.departures, "arrivals": until.arrivals},
-        n_shards=stage.config.shards + 1,
+        workers=Threads(stage.config.shards + 1),
     )
     results = offline_model(stage, example.flight_delay).predict(offline)
     stage.figures["parity_equal"] = parity(answers, example.flight_delay, offline, results)

@@ -39,6 +39,7 @@ from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.feature_actors.view import Feature
 from millpond.models import Features, Model, training_set
 from millpond.models import recommend as example
+from millpond.models.training import Threads
 
 __all__ = ["Past", "run_recommend", "train_recommend"]
 
@@ -103,7 +104,7 @@ class Past:
         fields = {name: self.ratings.schema.field(name).type for name in keys}
         columns = {name: pa.array(values, fields[name]) for name, values in keys.items()}
         return training_set(
-            features, pa.table({**columns, "as_of": as_of}), {"ratings": self.ratings}, n_shards=self.n_shards
+            features, pa.table({**columns, "as_of": as_of}), {"ratings": self.ratings}, workers=Threads(self.n_shards)
         )
 
 

@@ -149,7 +149,7 @@ class Aggregation:
     #: from the exact value it may be.
     formula: ClassVar[str]
     empty: ClassVar[str]
-    error: ClassVar[str] = "none"
+    error_text: ClassVar[str] = "none"
 
     def __init_subclass__(cls) -> None:
         _check_is_ours(cls)
@@ -170,7 +170,7 @@ class Aggregation:
         raise NotImplementedError
 
     def slack(self, seen: Seen, as_of_ms: int) -> float:
-        """Return how far from `plain` a value may be: `error`, for these events."""
+        """Return how far from `plain` a value may be: `error_text`, for these events."""
         return 0.0
 
     def worth(self, value: Any, seen: Seen) -> float:

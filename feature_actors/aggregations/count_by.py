@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,7 @@ class CountBy(Aggregation):
     categories: values of the field, strings or integers, in the order of the columns; the last column is of others.
     """
 
-    categories: tuple[str | int, ...] = ()
+    categories: Sequence[str | int] = ()
 
     parts, takes, gives_numbers = (EventsOfEach,), "category", True
     formula, empty = "n(c) of each category c, then of others", "0"
@@ -72,7 +73,7 @@ class CountBy(Aggregation):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        of = Input(self.field or "", "category", self.categories)
+        of = Input(self.field or "", "category", tuple(self.categories))
         return (Column(EventsOfEach, of, len(self.categories) + 1),)
 
     def identity(self) -> dict[str, Any]:

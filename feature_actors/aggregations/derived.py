@@ -32,7 +32,7 @@ class Derived:
 
     formula: ClassVar[str] = "function(features)"
     empty: ClassVar[str] = "what the function makes of the empty features"
-    error: ClassVar[str] = "of the function"
+    error_text: ClassVar[str] = "of the function"
 
     def __init__(self, function: Callable[..., Any], *of: str) -> None:
         name = type(self).__name__
@@ -64,7 +64,7 @@ class Derived:
 class Ratio(Derived):
     """One feature divided by another: `Ratio("dear_30d", "orders_30d")`. NaN where the divisor is 0 or empty."""
 
-    formula, empty, error = "a / b", "NaN", "one rounding"
+    formula, empty, error_text = "a / b", "NaN", "one rounding"
 
     def __init__(self, dividend: str, divisor: str) -> None:
         super().__init__(_ratio, dividend, divisor)

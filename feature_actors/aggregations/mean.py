@@ -31,7 +31,7 @@ class Mean(Aggregation):
     """Arithmetic mean of a field's values."""
 
     parts = (Total, Values)
-    formula, empty, error = "sum x / n", "NaN", "1e-12 sum |x| / n"
+    formula, empty, error_text = "sum x / n", "NaN", "1e-12 sum |x| / n"
 
     @staticmethod
     def finalize(p: Any, f: Any, a: Any, b: Any, n: Any, s: Any, k: Any, as_of: Any, window: Any) -> Any:

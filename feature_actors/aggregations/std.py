@@ -51,7 +51,7 @@ class Std(Aggregation):
     """
 
     parts = (Moments,)
-    formula, empty, error = "sqrt(sum (x - mean)^2 / n)", "NaN", "1e-12 sum x^2 / n, of the square"
+    formula, empty, error_text = "sqrt(sum (x - mean)^2 / n)", "NaN", "1e-12 sum x^2 / n, of the square"
 
     @staticmethod
     def finalize(p: Any, f: Any, a: Any, b: Any, n: Any, s: Any, k: Any, as_of: Any, window: Any) -> Any:

@@ -33,7 +33,7 @@ class Sum(Aggregation):
     """
 
     parts = (Total,)
-    formula, empty, error = "sum x", "0", "1e-12 sum |x|"
+    formula, empty, error_text = "sum x", "0", "1e-12 sum |x|"
 
     @staticmethod
     def finalize(p: Any, f: Any, a: Any, b: Any, n: Any, s: Any, k: Any, as_of: Any, window: Any) -> Any:

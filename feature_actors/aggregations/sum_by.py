@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,10 +43,10 @@ class SumBy(Aggregation):
     """
 
     by: str = ""
-    categories: tuple[str | int, ...] = ()
+    categories: Sequence[str | int] = ()
 
     parts = (TotalOfEach,)
-    formula, empty, error = "sum x(c) of each category c, then of others", "0", "1e-12 sum |x|"
+    formula, empty, error_text = "sum x(c) of each category c, then of others", "0", "1e-12 sum |x|"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,7 +60,7 @@ class SumBy(Aggregation):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        by = Input(self.by, "category", self.categories)
+        by = Input(self.by, "category", tuple(self.categories))
         return (Column(TotalOfEach, Input(self.field or ""), len(self.categories) + 1, by),)
 
     def identity(self) -> dict[str, Any]:

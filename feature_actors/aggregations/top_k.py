@@ -152,7 +152,7 @@ class TopK(Aggregation):
 
     parts, takes, tiles_min = (Frequent,), "value", 12
     formula, empty = "x of the k largest n(x), descending", "NaN; None for strings"
-    error = "none up to m distinct x; n / (m + 1) of n(x)"
+    error_text = "none up to m distinct x; n / (m + 1) of n(x)"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,7 +16,7 @@ class TopKCounts(TopK):
     """
 
     gives_numbers = True
-    formula, empty, error = "the k largest n(x), descending", "0", "none up to m distinct x; n / (m + 1)"
+    formula, empty, error_text = "the k largest n(x), descending", "0", "none up to m distinct x; n / (m + 1)"
 
     @staticmethod
     def finalize(p: Any, f: Any, a: Any, b: Any, n: Any, s: Any, k: Any, as_of: Any, window: Any) -> Any:

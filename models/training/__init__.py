@@ -6,5 +6,6 @@ about = write_training_set(churn, path, Past(...), out)         # files of any s
 
 from millpond.models.training.making import training_set, write_training_set
 from millpond.models.training.runs import Room
+from millpond.models.training.workers import Threads
 
-__all__ = ["Room", "training_set", "write_training_set"]
+__all__ = ["Room", "Threads", "training_set", "write_training_set"]

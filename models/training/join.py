@@ -2,7 +2,7 @@
 
 1. Labels are sorted by their time, events by when they became known; what does not fit into memory lies in a file.
 2. Piece by piece, in the order of time, shards apply the events of a piece and are asked on the way for its labels.
-   Each shard has its own slots and a thread of its own: compiled code lets the others run.
+   Each shard has its own slots; who computes them is said by `Workers`.
 
 A label sees every event that was known at its time, and none after. By event time an event is known when it happens,
 and read as of the label's time. By arrival it is known when it has arrived, and read as a live read then was: as of the
@@ -12,7 +12,6 @@ label's time, or of the newest event of the rows read if that lies ahead of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -21,21 +20,17 @@ import pyarrow as pa
 from millpond.feature_actors.events import PastEvents
 from millpond.feature_actors.keys import hash_columns
 from millpond.feature_actors.layout import Layout, PlanProgram
-from millpond.feature_actors.plan import Answer, FeatureRows, Question, ReadPlan
+from millpond.feature_actors.plan import FeatureRows, Question, ReadPlan
 from millpond.feature_actors.routes import key_validity
-from millpond.feature_actors.shard import Shard
-from millpond.feature_actors.shard_map import ShardMap
 from millpond.models.training.events import EventsBySource
 from millpond.models.training.labels import AT, ROW, Labels
 from millpond.models.training.runs import Room, bounds
+from millpond.models.training.workers import Piece, Workers
 
 __all__ = ["join"]
 
 Ints = npt.NDArray[np.int64]
 
-_SLOTS = 256
-#: Memory decides how many strings there can be: a label must not lack one that was served.
-_STRINGS_MAX = 10**9
 _NEVER = np.iinfo(np.int64).min
 
 
@@ -45,7 +40,7 @@ def join(
     labels: Labels,
     events: EventsBySource,
     *,
-    shards: int,
+    workers: Workers,
     room: Room,
     told: Callable[[int], None] = lambda n: None,
 ) -> Iterator[tuple[Ints, FeatureRows]]:
@@ -53,21 +48,23 @@ def join(
 
     told: called with how many more labels and events have been gone through.
     """
-    shard_map = ShardMap.even(max(_SLOTS, shards), shards)
-    of_slots = [Shard(layout, shard_map, n, strings_max=_STRINGS_MAX) for n in range(shards)]
-    live = _LiveAsOf(layout, plan.program) if events.knowledge == "arrival" else None
-    with ThreadPoolExecutor(shards, "millpond-join") as pool:
-        for bound in bounds([labels.runs, *events.runs], room):
+    runs = [labels.runs, *events.runs]
+
+    def pieces() -> Iterator[Piece]:
+        live = _LiveAsOf(layout, plan.program) if events.knowledge == "arrival" else None
+        for one in runs:
+            one.rewind()
+        for bound in bounds(runs, room):
             asked, past = labels.runs.take_until(bound), events.take_until(bound)
             question = _question(plan, asked)
             if live is not None:
                 question.as_of = live.of(question, past, bound)
-            answer = Answer.empty(question)
-            for done in [pool.submit(shard.join, question, past, answer) for shard in of_slots]:
-                done.result()
-            told(asked.num_rows + sum(events_of.batch.num_rows for events_of in past.values()))
-            if asked.num_rows:
-                yield asked.column(ROW).to_numpy(), plan.rows(answer)
+            yield Piece(asked.column(ROW).to_numpy(), question, past)
+
+    for piece, answer in workers.answers(layout, pieces):
+        told(piece.size)
+        if len(piece.rows):
+            yield piece.rows, plan.rows(answer)
 
 
 def _question(plan: ReadPlan, asked: pa.RecordBatch) -> Question:

@@ -6,7 +6,6 @@ features beside (`write_training_set`), in bounded memory. Either way by the sha
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from millpond.models.training.join import join
 from millpond.models.training.labels import Labels
 from millpond.models.training.provenance import provenance, time_text
 from millpond.models.training.runs import Room
+from millpond.models.training.workers import Threads, Workers
 
 __all__ = ["EventsOf", "Progress", "training_set", "write_training_set"]
 
@@ -51,7 +51,7 @@ def training_set(
     knowledge: Knowledge = "event-time",
     clock: ClockKind = "wall",
     incomplete: bool = False,
-    n_shards: int | None = None,
+    workers: Workers | None = None,
     room: Room | None = None,
     progress: Progress = lambda stage, done, of: None,
 ) -> FeatureRows:
@@ -67,12 +67,12 @@ def training_set(
         or that of the newest event of the rows read if that lies ahead of it. So it was served.
     clock: of the cluster; on an event clock an event arrives at its stamp, whenever it was received.
     incomplete: take labels, too, whose windows reach back to what the cluster's history has lost.
-    n_shards: computed on so many at once, one for each core by default. room: how much is in memory at once. Neither
-        changes an answer.
+    workers: who computes it, by default a thread for each core. room: how much is in memory at once. Neither changes
+        an answer.
 
     Raises `BadRequest` if a column is missing, a value does not fit, or a label is too old; what `Past.records` raises.
     """
-    making = _Making(model, as_of, knowledge, clock, incomplete, n_shards, room or Room(), progress)
+    making = _Making(model, as_of, knowledge, clock, incomplete, workers or Threads(), room or Room(), progress)
     making.labels.check_columns(labels.column_names)
     for batch in labels.select(making.labels.columns).to_batches(making.room.piece_rows):
         making.labels.add(batch)
@@ -101,7 +101,7 @@ def write_training_set(
     knowledge: Knowledge = "event-time",
     clock: ClockKind = "wall",
     incomplete: bool = False,
-    n_shards: int | None = None,
+    workers: Workers | None = None,
     room: Room | None = None,
     about: Mapping[str, Any] | None = None,
     progress: Progress = lambda stage, done, of: None,
@@ -118,7 +118,7 @@ def write_training_set(
     if not folder.is_dir():
         raise BadRequest(f"training set: `{out}`: there is no folder `{folder}`; make it first")
     room = room or Room(folder=folder)
-    making = _Making(model, as_of, knowledge, clock, incomplete, n_shards, room, progress)
+    making = _Making(model, as_of, knowledge, clock, incomplete, workers or Threads(), room, progress)
     with LabelFile(labels) as given:
         making.labels.check_columns(given.schema.names)
         file = TrainingSetFile(making.plan, given.schema, out, room)
@@ -142,7 +142,7 @@ class _Making:
     knowledge: Knowledge
     clock: ClockKind
     incomplete: bool
-    n_shards: int | None
+    workers: Workers
     room: Room
     progress: Progress
 
@@ -186,8 +186,7 @@ class _Making:
             done += n
             self.progress("features", done, total)
 
-        n_shards = self.n_shards or len(os.sched_getaffinity(0))
-        yield from join(self.layout, self.plan, self.labels, kept, shards=n_shards, room=self.room, told=joined)
+        yield from join(self.layout, self.plan, self.labels, kept, workers=self.workers, room=self.room, told=joined)
 
     def provenance(self) -> dict[str, Any]:
         n = dict.fromkeys(self.layout.sources, 0) if self.events is None else self.events.events

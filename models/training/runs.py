@@ -63,7 +63,7 @@ class _Run:
 class Runs:
     """Rows of a schema, ascending by the int64 column `by`; those of one value in the order in which they were added.
 
-    First everything is added, then everything is taken.
+    First everything is added, then everything is taken; after `rewind` it is taken once more.
     """
 
     def __init__(self, schema: pa.Schema, by: str, room: Room) -> None:
@@ -95,6 +95,11 @@ class Runs:
         for run in self._runs:
             for block in run.blocks:
                 yield block.first, block.rows, block.size
+
+    def rewind(self) -> None:
+        """Begin to take from the first row on."""
+        for run in self._runs:
+            run.next, run.rest = 0, None
 
     def take_until(self, bound: int | None) -> pa.RecordBatch:
         """Take the rows below `bound` that have not been taken, or all if it is None."""

@@ -28,7 +28,7 @@ from terminal import MILLPOND, Up, run, until
 
 from millpond.cluster.demo.flights import Flights, load_flights
 from millpond.models import flight_delay as example
-from millpond.models.training import training_set
+from millpond.models.training import Threads, training_set
 
 DAY, NEXT = "2013-03-05", "2013-03-06"
 KEY = ("tailnum", "carrier", "origin", "dest")
@@ -272,7 +272,7 @@ class TestUpAgain:
             example.flight_delay.features,
             labels,
             {"departures": until_next.departures, "arrivals": until_next.arrivals},
-            n_shards=5,
+            workers=Threads(5),
         )
         views = {f.view.name: f.view for f in example.flight_delay.features}.values()
         model = LoadedModel(example.flight_delay, compile_layout([], views), folder / "trained")
