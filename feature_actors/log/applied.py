@@ -14,8 +14,8 @@ from millpond.feature_actors.log.record import EventsRecord, OfferRecord, TakeRe
 
 __all__ = ["applied_piece", "applied_records"]
 
-#: A piece of a log: so many records, or bytes of events.
-PIECE_RECORDS, _PIECE_BYTES = 256, 4 << 20
+#: A piece of a log: so many records, or events, and the record with which there are as many.
+PIECE_RECORDS, _PIECE_EVENTS = 256, 1 << 15
 
 
 def applied_records(
@@ -47,11 +47,11 @@ def applied_piece(
 ) -> tuple[list[tuple[int, EventsRecord]], int]:
     """Return some of the same, of a bounded size, and the offset from which it goes on."""
     some: list[tuple[int, EventsRecord]] = []
-    size = 0
+    events = 0
     for offset, record in applied_records(log, first, end, open_offers):
         some.append((offset, record))
-        size += record.batch.nbytes
-        if len(some) >= PIECE_RECORDS or size >= _PIECE_BYTES:
+        events += len(record.arrivals)
+        if len(some) >= PIECE_RECORDS or events >= _PIECE_EVENTS:
             return some, offset + 1
     return some, end
 
