@@ -73,7 +73,7 @@ def _half_life(rng: np.random.Generator) -> str:
     return str(rng.choice(["1s", "1001ms", "90s", "1h", "7d", "365d"]))
 
 
-def programs(rng: np.random.Generator, n_max: int = 3_000) -> Iterator[Program]:
+def programs(rng: np.random.Generator, n_max: int = 1_000) -> Iterator[Program]:
     """Yield programs without end, of each aggregation in turn, of up to `n_max` events."""
     while True:
         for setting in SETTINGS:

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -48,6 +49,8 @@ _POSTS_PER_S, _POST_EVENTS = 20.0, 500
 _LATE, _AGAIN = 0.05, 0.01
 _DAY_MS = 86_400_000
 _LOGGED_S_MAX = 60.0
+#: Scores that are told of when they are not found again.
+_SHOWN_MAX = 6
 _DEFINITIONS = [Path(accounts.__file__), Path(reference.__file__)]
 
 MEANINGS = {
@@ -82,6 +85,7 @@ class ParityWorkload:
         self._seconds = 0.0
         self._staging_compared, self._staging_different = 0, list[str]()
         self._disputed = 0
+        self._kept: Path | None = None
 
     def setup(self, steps: Steps) -> None:
         self._bed.start(steps)
@@ -135,11 +139,20 @@ class ParityWorkload:
         with steps.step("find scores again") as advance:
             assert production.history_uri is not None
             declared = [definition.declared() for definition in definitions]
+            pasts = production, past_of(self._staging.config)
+            layout = compile_layout([], [v for d in declared for v in d.views])
+            models = {m.name: m for d in declared for m in d.models}
             self._staging_compared, self._staging_different = staging.found_again(
-                production, past_of(self._staging.config), compile_layout([], [v for d in declared for v in d.views]),
-                {m.name: m for d in declared for m in d.models}, read_scores(production.history_uri),
-            )  # fmt: skip
+                *pasts, layout, models, read_scores(production.history_uri)
+            )
             advance(1, f"{self._staging_compared:,} scores")
+        if self._staging_different:
+            some = self._staging_different[:: -(-len(self._staging_different) // _SHOWN_MAX)]
+            for line in staging.differences(*pasts, layout, models, read_scores(production.history_uri), some):
+                steps.console.print(line, highlight=False, soft_wrap=True, markup=False)
+            self._kept = Path(tempfile.mkdtemp(prefix="millpond-parity-"))
+            bed.keep(self._kept / "production")
+            self._staging.keep(self._kept / "staging")
 
     def _load(self, model: str, bodies: list[bytes]) -> Load:
         return self._bed.load(
@@ -188,8 +201,11 @@ class ParityWorkload:
             wrong.append(f"every logged score can be computed again: got {self._found.scores}")
         wrong += [f"a score is equal when it is computed again: {one}" for one in self._found.differences]
         if self._staging_different or not self._staging_compared:
-            wrong.append(f"every logged score is found again in staging: of {self._staging_compared} these are not: "
-                         f"{self._staging_different[:10]} (events of disputed order: {self._disputed})")  # fmt: skip
+            wrong.append(
+                f"every logged score is found again in staging: of {self._staging_compared} these are not: "
+                f"{self._staging_different[:10]} (events of disputed order: {self._disputed}; all is kept in "
+                f"`{self._kept}`)"
+            )
         return wrong
 
     def metrics(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -107,6 +108,10 @@ class Testbed:
         cluster, self.cluster = self.cluster, None
         if cluster is not None:
             cluster.stop()
+
+    def keep(self, folder: Path) -> None:
+        """Copy what the cluster, which is stopped, has left, to a folder that is not there yet."""
+        shutil.copytree(self.folder, folder, symlinks=True, ignore=shutil.ignore_patterns("*.socket"))
 
     def close(self) -> None:
         try:

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     demo = command("demo", _demo, "Run real data end to end and measure it: flights in, delay scores out.")
-    demo.add_argument("dataset", nargs="?", choices=["flights", "churn", "recommend"], default="flights")
+    demo.add_argument("dataset", nargs="?", choices=["flights", "churn", "recommend", "fraud"], default="flights")
     demo.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     demo.add_argument("--keep", action="store_true", help="go on serving at the end, until Ctrl-C")
     up = command("up", _up, "Start a cluster from definition files and serve until Ctrl-C.")
@@ -194,9 +194,12 @@ def _parser() -> argparse.ArgumentParser:
 def _demo(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
     from millpond.cluster.demo.churn import run_churn
     from millpond.cluster.demo.flight_delay import run_flight_delay
+    from millpond.cluster.demo.fraud import run_fraud
     from millpond.cluster.demo.recommend import run_recommend
 
-    run = {"flights": run_flight_delay, "churn": run_churn, "recommend": run_recommend}[options.dataset]
+    run = {"flights": run_flight_delay, "churn": run_churn, "recommend": run_recommend, "fraud": run_fraud}[
+        options.dataset
+    ]
     return run(config, origins, as_json=options.json, keep=options.keep)
 
 

@@ -66,8 +66,8 @@ class CallIngest:
         """Bring a shard its part of a record that its home owes."""
         return self._calls.call(shard, "deliver", list(home), encode_events(events))
 
-    def settle(self, shard: int, settled: Sequence[int], wait_before: int) -> Awaitable[None]:
-        return self._calls.call(shard, "settle", list(settled), wait_before)
+    def settle(self, shard: int, settled: Sequence[int], wait_before: int, left: Sequence[int] = ()) -> Awaitable[None]:
+        return self._calls.call(shard, "settle", list(settled), wait_before, list(left))
 
 
 async def _receipt(answer: Awaitable[Any]) -> Receipt:

@@ -127,8 +127,10 @@ class FeatureClient:
         self._read = read
         self._clock = clock
         self._limits = limits
-        #: Records of the shards that have been applied everywhere, which the shards have not been told yet.
+        #: Records of the shards that have been applied everywhere, and those that are left to them, since another shard
+        #: has failed; which the shards have not been told yet.
         self._settled: dict[int, list[int]] = {}
+        self._left: dict[int, list[int]] = {}
 
     async def ingest(
         self,
@@ -205,10 +207,7 @@ class FeatureClient:
         """Return when all that the duplicates of some requests are duplicates of can be seen: they may have been under
         way. Raises `Unavailable` if that takes too long."""
         if ingested.wait_before and any(isinstance(o, Ack) and o.duplicates for o in ingested.outcomes):
-            await all_of({
-                shard: self._ingest.settle(shard, self._settled.pop(shard, ()), before)
-                for shard, before in ingested.wait_before.items()
-            })  # fmt: skip
+            await all_of({shard: self._settle(shard, before) for shard, before in ingested.wait_before.items()})
 
     async def _ingest_others(
         self,
@@ -234,8 +233,17 @@ class FeatureClient:
 
     async def settle(self) -> None:
         """Tell the homes of what was applied everywhere, if that did not travel with other events already."""
-        unsaid, self._settled = self._settled, {}
-        await all_of({shard: self._ingest.settle(shard, offsets, 0) for shard, offsets in unsaid.items()})
+        await all_of({shard: self._settle(shard) for shard in {*self._settled, *self._left}})
+
+    async def _settle(self, shard: int, wait_before: int = 0) -> None:
+        """Tell a home what was applied everywhere, and what is left to it; again another time, if that fails."""
+        settled, left = self._settled.pop(shard, []), self._left.pop(shard, [])
+        try:
+            await self._ingest.settle(shard, settled, wait_before, left)
+        except MillpondError:
+            self._settled.setdefault(shard, []).extend(settled)
+            self._left.setdefault(shard, []).extend(left)
+            raise
 
     async def read(
         self, plan: ReadPlan, keys: Mapping[str, Sequence[Any]], n: int, as_of_ms: int | None = None
@@ -402,16 +410,19 @@ class FeatureClient:
             shard: self._ingest.ingest(shard, events.of_rows(_NO_ROWS, clock), ()) for shard in hear
         }
         offered = _Offered(secrets.token_bytes(16), np.full(n, ELSEWHERE, np.uint8))
+        settled: dict[int, list[int]] = {}
         for shard in shards:
             # A shard passes over what is not its own, quicker than it is cut out here.
             rows = offered.parts[shard] = None if counts[shard] * 2 > n else np.flatnonzero(concerned[shard])
             part = events.of_rows(rows, clock) if rows is not None else events.with_clock(clock)
-            settled = self._settled.pop(shard, ())
+            settled[shard] = self._settled.pop(shard, [])
             if len(shards) == 1:
-                started[shard] = self._ingest.ingest(shard, part, settled)
+                started[shard] = self._ingest.ingest(shard, part, settled[shard])
             else:
-                started[shard] = self._ingest.offer(shard, offered.request, part, settled)
+                started[shard] = self._ingest.offer(shard, offered.request, part, settled[shard])
         receipts, offered.failures = await each_of(started)
+        for shard in settled.keys() & offered.failures:  # it may not have heard of them
+            self._settled.setdefault(shard, []).extend(settled[shard])
         offered.receipts = {shard: receipts[shard] for shard in shards if shard in receipts}
         for shard, receipt in offered.receipts.items():
             rows, here = offered.parts[shard], np.flatnonzero(receipt.verdicts != ELSEWHERE)
@@ -420,7 +431,8 @@ class FeatureClient:
 
     async def _take(self, offered: _Offered) -> None:
         """Have the shards apply what is new by what its home says. All of it, also of requests that have failed because
-        another shard has: it is in the log of its home, which will bring the others their part."""
+        another shard has: it is in the log of its home, which will bring the others their part when it is told that
+        nobody else does."""
         accepted = offered.verdicts == NEW
         homes = [HomeRecord(shard, r.offset, r.settled) for shard, r in offered.receipts.items() if r.offset >= 0]
         takes: dict[int, Awaitable[None]] = {}
@@ -431,9 +443,12 @@ class FeatureClient:
                 takes[shard] = self._ingest.take(shard, offered.request, part, homes)
         _, failures = await each_of(takes)
         offered.failures |= failures
-        if len(offered.parts) > 1 and not offered.failures:
+        if len(offered.parts) > 1:
+            untold = self._left if offered.failures else self._settled
             for home in homes:
-                self._settled.setdefault(home.shard, []).append(home.offset)
+                untold.setdefault(home.shard, []).append(home.offset)
+        if offered.failures:
+            await each_of({home.shard: self._settle(home.shard) for home in homes if home.shard not in failures})
 
     def _acks(
         self,

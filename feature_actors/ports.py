@@ -30,7 +30,8 @@ Bools = npt.NDArray[np.bool_]
 class IngestPort(Protocol):
     """Writes to shards, by their number; see the methods of `Shard` of the same names.
 
-    settled: offsets of the shard's records of which the caller knows that they have been applied everywhere.
+    settled: offsets of the shard's records of which the caller knows that they have been applied everywhere. left:
+    those that it will not have taken any more, as a shard has failed; their home is to deliver them.
     """
 
     def ingest(self, shard: int, events: Events, settled: Sequence[int]) -> Awaitable[Receipt]: ...
@@ -39,7 +40,7 @@ class IngestPort(Protocol):
 
     def take(self, shard: int, request: bytes, accepted: Bools, homes: Sequence[HomeRecord]) -> Awaitable[None]: ...
 
-    def settle(self, shard: int, settled: Sequence[int], wait_before: int) -> Awaitable[None]:
+    def settle(self, shard: int, settled: Sequence[int], wait_before: int, left: Sequence[int] = ()) -> Awaitable[None]:
         """Return when all that the shard owes of records before an offset has been applied everywhere."""
 
 
@@ -81,7 +82,7 @@ class LocalIngest:
         self._shards[shard].take(request, accepted, homes)
         return _Done(None)
 
-    def settle(self, shard: int, settled: Sequence[int], wait_before: int) -> Awaitable[None]:
+    def settle(self, shard: int, settled: Sequence[int], wait_before: int, left: Sequence[int] = ()) -> Awaitable[None]:
         self._shards[shard].deliveries.settle(settled)
         return _Done(None)
 

@@ -37,7 +37,7 @@ from millpond.feature_actors.ports import all_of
 from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.shard_forgetter import ShardForgetter
 from millpond.feature_actors.shard_spec import ScoreEraser, ShardSpec
-from millpond.feature_actors.socket_calls import serve_socket, socket_path
+from millpond.feature_actors.socket_calls import Caller, caller, serve_socket, socket_path
 from millpond.feature_actors.spread import brought_before, note_brought
 from millpond.feature_actors.tiles.memory import Control, Memory
 from millpond.feature_actors.tiles.store import SPARE_SLOT_WORDS
@@ -48,7 +48,8 @@ from millpond.feature_actors.workshop import Workshop
 
 __all__ = ["ScoreEraser", "ShardServer", "ShardSpec"]
 
-#: What is owed for so long is delivered by its home; sooner if someone waits for it.
+#: What is owed for so long, and nobody is about to have it taken, is delivered by its home; sooner if someone waits for
+#: it.
 _DELIVER_AFTER_S, _DELIVER_SOON_S = 2.0, 0.2
 #: How long a round of deliveries may fail before the next one is tried.
 _DELIVER_AGAIN_S, _DELIVER_AT_ONCE = 0.5, 256
@@ -109,6 +110,8 @@ class ShardServer:
         self._control = Control(Path(spec.memory_dir), number, writable=True)
         self._progress = (0, 0)
         self._deliver_soon = False
+        #: By offset of what is owed, who has offered it and is to have it taken.
+        self._offered_by: dict[int, Caller] = {}
         self._at = Workshop(spec, number, self._new_shard())
         self._views = ViewFollower(self._at, self._layout_at_start, self._peers)
         self._house = Housekeeper(self._at)
@@ -256,7 +259,10 @@ class ShardServer:
         self._at.shard.deliveries.settle(settled)
         self._at.check_queue()
         decoded = self._decoded(events)
-        return encode_receipt(await self._at.written(self._at.shard.prepare_offer(request, decoded, time.monotonic())))
+        receipt = await self._at.written(self._at.shard.prepare_offer(request, decoded, time.monotonic()))
+        if (who := caller.get()) is not None and receipt.offset >= 0:
+            self._offered_by[receipt.offset] = who
+        return encode_receipt(receipt)
 
     def _decoded(self, wire: Any) -> Events:
         events = decode_events(wire, self._views.layout)
@@ -280,11 +286,13 @@ class ShardServer:
             self._at.shard.prepare_deliver(HomeRecord(*home), decode_events(events, self._views.layout))
         )
 
-    async def settle(self, settled: Sequence[int], wait_before: int) -> None:
+    async def settle(self, settled: Sequence[int], wait_before: int, left: Sequence[int] = ()) -> None:
         """Return when what is owed of records before an offset has been applied everywhere."""
         self._at.check()
         deliveries, until_s = self._at.shard.deliveries, time.monotonic() + _SETTLE_S_MAX
         deliveries.settle(settled)
+        for offset in left:
+            self._offered_by.pop(offset, None)
         while any(offset < wait_before for offset in deliveries.owed):
             if time.monotonic() > until_s:
                 raise Unavailable(
@@ -312,7 +320,11 @@ class ShardServer:
             self._deliver_soon = False
             owed = self._at.shard.deliveries.owed
             again_s = {offset: at_s for offset, at_s in again_s.items() if offset in owed}
-            due = [o for o, since_s in owed.items() if since_s < now_s - patience_s and again_s.get(o, 0) < now_s]
+            # Events of one request are applied in its order only if they are taken together: whoever is slow, and there
+            # still, is waited for.
+            self._offered_by = {o: who for o, who in self._offered_by.items() if o in owed and not who.gone}
+            before_s = {o: now_s - (OFFER_S_MAX if o in self._offered_by else patience_s) for o in owed}
+            due = [o for o, since_s in owed.items() if since_s < before_s[o] and again_s.get(o, 0) < now_s]
             for offset in due[:_DELIVER_AT_ONCE]:
                 try:
                     if offset in owed:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import msgspec
 
 from millpond.feature_actors.errors import MillpondError, Unavailable, error_from_wire, error_to_wire
 
-__all__ = ["SOCKET_PATH_BYTES_MAX", "SocketCalls", "serve_socket", "socket_path"]
+__all__ = ["SOCKET_PATH_BYTES_MAX", "Caller", "SocketCalls", "caller", "serve_socket", "socket_path"]
 
 logger = logging.getLogger("millpond.shard")
 
@@ -30,6 +31,17 @@ _BUFFER_BYTES = 4 << 20
 
 #: What answers a call: a method's name and its arguments.
 Answerer = Callable[[str, list[Any]], Awaitable[Any]]
+
+
+class Caller:
+    """Who calls over one connection. gone: it has ended, or closed that."""
+
+    def __init__(self) -> None:
+        self.gone = False
+
+
+#: Who has made the call that is being answered; None if it came another way.
+caller: ContextVar[Caller | None] = ContextVar("caller", default=None)
 
 
 def socket_path(folder: Path, shard: int) -> Path:
@@ -68,6 +80,8 @@ async def serve_socket(path: Path, answer: Answerer) -> asyncio.AbstractServer:
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         tasks: set[asyncio.Task[None]] = set()
+        who = Caller()
+        caller.set(who)
         try:
             async for number, method, arguments in _messages(reader):
                 task = asyncio.ensure_future(one(number, method, arguments, writer))
@@ -76,6 +90,7 @@ async def serve_socket(path: Path, answer: Answerer) -> asyncio.AbstractServer:
         except asyncio.CancelledError:  # the server closes; asyncio would print it as a failure
             pass
         finally:
+            who.gone = True
             writer.close()
 
     server = await asyncio.start_unix_server(connected, path, limit=_BUFFER_BYTES)

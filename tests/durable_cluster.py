@@ -178,7 +178,7 @@ class DurableCluster:
             self.forget(shard, self.entomb_at_take)
         await self._write(shard, self.shards[shard].shard.prepare_take(request, accepted, homes))
 
-    async def settle(self, shard: int, settled: Sequence[int], wait_before: int) -> None:
+    async def settle(self, shard: int, settled: Sequence[int], wait_before: int, left: Sequence[int] = ()) -> None:
         deliveries = self.shards[shard].shard.deliveries
         deliveries.settle(settled)
         for offset in [o for o in deliveries.owed if o < wait_before]:

@@ -24,6 +24,7 @@ from millpond.feature_actors import (
     DecayedMean,
     DecayedSum,
     Derived,
+    Distinct,
     Entropy,
     FeatureView,
     Field,
@@ -32,7 +33,9 @@ from millpond.feature_actors import (
     LastN,
     Max,
     Mean,
+    Median,
     Min,
+    Quantile,
     Rate,
     Ratio,
     SecondsSince,
@@ -318,6 +321,39 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         )
         for m in (9, 1_025, 32.0)
     },
+    **{
+        f"distinct of {m!r}": (
+            lambda m=m: Distinct("id", m=m),  # type: ignore[misc]
+            f"Distinct: m, up to how many values it is exact, is a power of two from 8 to 4096, got {m!r}",
+        )
+        for m in (4, 100, 8_192, 64.0, True)
+    },
+    "quantile of nothing": (lambda: Quantile(q=0.5), 'Quantile: of which field? say Quantile("amount")'),
+    **{
+        f"quantile {q!r}": (
+            lambda q=q: Quantile("price", q),  # type: ignore[misc]
+            f"Quantile: q is a share from 0 to 1 with six decimals at most, got {q!r}",
+        )
+        for q in (float("nan"), -0.1, 1.1, "0.5", True, 1 / 3)
+    },
+    "quantile of no share": (
+        lambda: Quantile("price"),
+        "Quantile: q is a share from 0 to 1 with six decimals at most, got nan",
+    ),
+    **{
+        f"error {error!r}": (
+            lambda error=error: Median("price", error),  # type: ignore[misc]
+            "Median: error, of a value, is a number from 0.0001 to 0.25 with six decimals at most, " f"got {error!r}",
+        )
+        for error in (0, 0.00005, 0.3, 0.0100001, "1 %")
+    },
+    **{
+        f"quantile of {m!r}": (
+            lambda m=m: Quantile("price", 0.5, m=m),  # type: ignore[misc]
+            f"Quantile: m, how many buckets are kept, is a number from 8 to 4096, got {m!r}",
+        )
+        for m in (7, 4_097, 128.0, True)
+    },
     "exact without a window": (
         lambda: Sum("price", exact=True),
         "Sum: exact=True is about the edge of a window; say which window, or leave it out",
@@ -490,13 +526,13 @@ def test_what_does_not_fit_is_refused_by_this_message(case: str) -> None:
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("kind", [Sum, Mean, Std, Min, Max, First, Last, LastN, TopK, TopKCounts])
+@pytest.mark.parametrize("kind", [Sum, Mean, Std, Min, Max, Median, First, Last, LastN, TopK, TopKCounts, Distinct])
 @pytest.mark.parametrize("field", ["id", "at"])
 def test_an_aggregation_of_a_field_takes_a_number_and_some_a_string(kind: Any, field: str) -> None:
     of(kind("price")), of(kind("big")), of(kind("paid"))
-    takes = "a number or a string" if kind in (First, Last, LastN, TopK, TopKCounts) else "a number"
+    takes = "a number or a string" if kind in (First, Last, LastN, TopK, TopKCounts, Distinct) else "a number"
     if takes.endswith(FIELDS[field]):
-        assert of(kind(field))["f"].is_text == (kind is not TopKCounts)
+        assert of(kind(field))["f"].is_text == (kind not in (TopKCounts, Distinct))
         return
     with pytest.raises(DeclarationError) as caught:
         of(kind(field))
@@ -582,6 +618,13 @@ def test_any_change_of_a_definition_makes_another_feature() -> None:
         "of another gap": id_of(Sessions(gap="31m")),
         "of another n": id_of(Sessions(n=7)),
         "their length": id_of(SessionSeconds()),
+        "distinct": id_of(Distinct("price", window="1d")),
+        "another m of distinct": id_of(Distinct("price", window="1d", m=64)),
+        "quantile": id_of(Quantile("price", 0.5, window="1d")),
+        "median": id_of(Median("price", window="1d")),
+        "another q": id_of(Quantile("price", 0.25, window="1d")),
+        "another error": id_of(Quantile("price", 0.5, 0.02, window="1d")),
+        "another m of a quantile": id_of(Quantile("price", 0.5, m=64, window="1d")),
     }
     assert len(set(ids.values())) == len(ids), sorted(ids.items(), key=lambda item: item[1])
 

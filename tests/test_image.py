@@ -68,7 +68,7 @@ class Logged:
     async def take(self, shard: int, request: bytes, accepted: Any, homes: Sequence[HomeRecord]) -> None:
         self._write(shard, self.shards[shard].prepare_take(request, accepted, homes))
 
-    async def settle(self, shard: int, settled: Sequence[int], wait_before: int) -> None:
+    async def settle(self, shard: int, settled: Sequence[int], wait_before: int, left: Sequence[int] = ()) -> None:
         pass
 
     def _write(self, shard: int, prepared: Prepared) -> Receipt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -21,19 +22,23 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from port_contract import LAYOUT, N_SLOTS, NOW, Cluster, PortContract, Run, by_book, by_user, order, orders
 from worlds import batch
 
 from millpond.feature_actors import Count, FeatureView, Sum, manifest, view_follower
+from millpond.feature_actors import server as server_module
 from millpond.feature_actors.backfill import AddedView, ViewState
 from millpond.feature_actors.calls import CallIngest, CallRead
 from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.clock import ManualClock
 from millpond.feature_actors.errors import AsOfInPast, TooMany, Unavailable
+from millpond.feature_actors.keys import hash_columns
 from millpond.feature_actors.layout import Layout, compile_layout, identity_of
 from millpond.feature_actors.log.log import Log
 from millpond.feature_actors.manifest import Manifest, ManifestError, make_shards
+from millpond.feature_actors.past import Past
 from millpond.feature_actors.plan import Answer, Question, ReadPlan
 from millpond.feature_actors.ports import IngestPort, ReadPort
 from millpond.feature_actors.server import ShardServer, ShardSpec
@@ -834,6 +839,121 @@ def stored(servers: Servers, shard: int = 0) -> bytes:
 def store(servers: Servers, value: bytes, shard: int = 0) -> None:
     with closing(sqlite3.connect(folder_of(servers, shard) / "log" / "cache.db")) as database, database:
         database.execute("UPDATE Cache SET value = ? WHERE key = 0", (value,))
+
+
+# -- requests that are slow, or end halfway
+
+
+class Held(CallIngest):
+    """Of an ingress that is slow: its takes leave when they are let `go`; `held` says that they would."""
+
+    def __init__(self, calls: Any) -> None:
+        super().__init__(calls)
+        self.held, self.go = asyncio.Event(), asyncio.Event()
+
+    def take(self, *arguments: Any) -> Any:
+        return asyncio.ensure_future(self._take(*arguments))
+
+    async def _take(self, *arguments: Any) -> None:
+        self.held.set()
+        await self.go.wait()
+        await super().take(*arguments)
+
+    def client(self, servers: Servers) -> FeatureClient:
+        shard_map = ShardMap.even(N_SLOTS, servers.n_shards)
+        return FeatureClient(LAYOUT, shard_map, self, CallRead(servers, shard_map), ManualClock(NOW))
+
+
+def mixed(n: int = 200) -> list[dict[str, Any]]:
+    """Events of one time, the k-th with price k, whose homes and keys are on all shards."""
+    return [order(user=k % 7, book=f"b{k % 5}", price=float(k), order=f"mixed-{k}") for k in range(n)]
+
+
+def applied(servers: Servers) -> dict[tuple[Any, ...], list[float]]:
+    """Return the prices of the events of each entity, in the order in which they were applied to its row."""
+    prices: dict[tuple[Any, ...], list[float]] = {}
+    past = Past(Path(servers.spec.data_dir), None)
+    for shard in range(past.shards):
+        for _, record in past.records(shard):
+            for bits, event in zip(record.routes.tolist(), record.batch.to_pylist(), strict=True):
+                for number, key in enumerate(record.tables):
+                    if bits >> (number + 1) & 1:
+                        prices.setdefault(tuple((name, event[name]) for name in key), []).append(event["price"])
+    return prices
+
+
+def by_entity(events: Sequence[dict[str, Any]]) -> dict[tuple[Any, ...], list[float]]:
+    prices: dict[tuple[Any, ...], list[float]] = {}
+    for event in events:
+        for key in (("user",), ("book",), ("user", "book")):
+            prices.setdefault(tuple((name, event[name]) for name in key), []).append(event["price"])
+    return prices
+
+
+def owed(servers: Servers) -> int:
+    return sum(s["owed"] for s in status_of(servers))
+
+
+def test_a_slow_request_is_applied_in_its_order_also_if_it_is_sent_again_meanwhile(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What homes deliver comes home by home: the last bits of sums would depend on how busy a machine is."""
+    monkeypatch.setattr(server_module, "_DELIVER_AFTER_S", 0.2)
+    monkeypatch.setattr(server_module, "_SETTLE_S_MAX", 0.5)
+    other, events = servers.cluster(3).client, batch(LAYOUT.source("orders"), mixed())
+
+    async def send_twice() -> Any:
+        held = Held(servers)
+        slow = held.client(servers)
+        first = asyncio.ensure_future(slow.ingest("orders", events))
+        await held.held.wait()
+        with contextlib.suppress(Unavailable):  # it is a duplicate of what cannot be seen yet
+            await other.ingest("orders", events)
+        held.go.set()
+        ack = await first
+        await slow.settle()
+        return ack
+
+    assert servers.runner.run(send_twice()).accepted == 200
+    assert applied(servers) == by_entity(mixed())
+    assert servers.runner.run(other.ingest("orders", events)).duplicates == 200
+    assert applied(servers) == by_entity(mixed())
+    assert owed(servers) == 0
+
+
+def test_what_an_ingress_has_offered_that_ends_is_delivered(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "_DELIVER_AFTER_S", 0.1)
+    servers.cluster(3)
+
+    async def end_halfway() -> None:
+        calls = SocketCalls(Path(servers.spec.memory_dir), 3)
+        ends = Held(calls)
+        request = asyncio.ensure_future(ends.client(servers).ingest("orders", batch(LAYOUT.source("orders"), mixed())))
+        await ends.held.wait()
+        request.cancel()
+        await calls.close()
+
+    servers.runner.run(end_halfway())
+    until(lambda: owed(servers) == 0)
+    assert {key: sorted(prices) for key, prices in applied(servers).items()} == by_entity(mixed())
+
+
+def test_what_of_a_request_was_accepted_that_failed_is_delivered_though_its_ingress_goes_on(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "_DELIVER_AFTER_S", 0.1)
+    cluster = servers.cluster(2)
+    servers.servers[1].close()
+    with pytest.raises(Unavailable):
+        cluster.ingest(*mixed())
+    servers.servers[1] = servers._serve(1)
+    servers.ready()
+    until(lambda: owed(servers) == 0)
+    homes = ShardMap.even(N_SLOTS, 2).shards_of(hash_columns([pa.array([e["order"] for e in mixed()])], 200))
+    accepted = [event for event, home in zip(mixed(), homes.tolist(), strict=True) if home == 0]
+    assert applied(servers) == by_entity(accepted)
+    assert cluster.ingest(*mixed()).duplicates == len(accepted)
+    assert {key: sorted(prices) for key, prices in applied(servers).items()} == by_entity(mixed())
 
 
 # -- a log that fails

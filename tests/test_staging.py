@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from verified_world import FILE, MINUTE, VerifiedWorld, payment, random_world
 
-from millpond.bench.staging import found_again
+from millpond.bench.staging import differences, found_again
 from millpond.feature_actors.event_order import EventOrder
 from millpond.feature_actors.past import Past
 from millpond.feature_actors.ports import complete
@@ -79,3 +79,10 @@ def test_a_score_that_was_read_within_a_request_is_found_again_and_one_of_anothe
     assert found_again(production, staging, LAYOUT, MODELS, [logged]) == (1, [])
     other.change_event("p1", lambda event: {**event, "cents": 99})
     assert found_again(production, other.past, LAYOUT, MODELS, [logged]) == (1, ["0"])
+    score, was, now, parting = differences(production, other.past, LAYOUT, MODELS, [logged], ["0"])
+    assert score.startswith("score 0 of {'user': 1} as of ")
+    assert was.startswith("    had read {'by_user.n': ")
+    assert now.startswith("    staging  {'by_user.n': ")
+    assert "read after 4 of 4 events, 4 in staging; event 1 was [{'id': 'p1', " in parting
+    assert "'cents': 1, " in parting.partition(", and is ")[0]
+    assert "'cents': 99, " in parting.partition(", and is ")[2]

@@ -66,6 +66,8 @@ class Part:
     head_words: ClassVar[int] = 0
     #: Which of an item's words are values of the field as they came, NaN for none; those of strings are addresses.
     value_words: ClassVar[tuple[int, ...]] = ()
+    #: Whether its verbs are long, so that kernels call them and are not made of a copy of them at each place.
+    is_large: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         _check_is_ours(cls)
@@ -150,6 +152,8 @@ class Aggregation:
     formula: ClassVar[str]
     empty: ClassVar[str]
     error_text: ClassVar[str] = "none"
+    #: Whether `finalize` is long, as a part's verbs may be.
+    is_large: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         _check_is_ours(cls)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,4 +71,4 @@ class DecayedCount(Aggregation):
         return float(decayed_sum([(t, 1) for t, _ in seen], as_of_ms, self.half_life_ms))
 
     def slack(self, seen: Seen, as_of_ms: int) -> float:
-        return 1e-12 * self.plain(seen, as_of_ms) + 1e-300
+        return 1e-12 * math.fsum(2.0 ** ((t - as_of_ms) / self.half_life_ms) for t, _ in seen) + 1e-300

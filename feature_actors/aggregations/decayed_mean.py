@@ -62,4 +62,7 @@ class DecayedMean(DecayedSum):
         return float(decayed_sum(seen, newest, self.half_life_ms) / weights) if seen else math.nan
 
     def slack(self, seen: Seen, as_of_ms: int) -> float:
-        return 1e-12 * self.plain([(t, abs(x)) for t, x in seen], as_of_ms) + 1e-300 if seen else 0.0
+        newest = max((t for t, _ in seen), default=0)
+        weights = [2.0 ** ((t - newest) / self.half_life_ms) for t, _ in seen]
+        sizes = math.fsum(abs(x) * weight for (_, x), weight in zip(seen, weights, strict=True))
+        return 1e-12 * sizes / math.fsum(weights) + 1e-300 if seen else 0.0

@@ -141,4 +141,4 @@ class DecayedSum(Aggregation):
         return float(decayed_sum(seen, as_of_ms, self.half_life_ms))
 
     def slack(self, seen: Seen, as_of_ms: int) -> float:
-        return 1e-12 * float(decayed_sum([(t, abs(x)) for t, x in seen], as_of_ms, self.half_life_ms)) + 1e-300
+        return 1e-12 * math.fsum(abs(x) * 2.0 ** ((t - as_of_ms) / self.half_life_ms) for t, x in seen) + 1e-300

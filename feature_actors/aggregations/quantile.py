@@ -43,6 +43,7 @@ class Buckets(Part):
     """
 
     head_words, words = 1, 1  # level and number of buckets; each an ordinal and a count, in the halves of a word
+    is_large = True
 
     @staticmethod
     def init(p: Any, f: Any, at: Any, n: Any) -> None:
@@ -219,6 +220,7 @@ class Quantile(Aggregation):
     m: int = 128
 
     parts, tiles_min = (Buckets,), 12
+    is_large = True
     formula, empty = "x of place q (n - 1) in order, or between two", "NaN"
     error_text = "error |x| of each x while they fill at most m buckets; then 2 e / (1 + e^2) of e, and so on"
 
@@ -262,13 +264,13 @@ class Quantile(Aggregation):
 
     def _between(self, seen: Seen) -> tuple[Fraction, Fraction, Fraction]:
         """Return the values on both sides of the quantile, and the share of the way from one to the other."""
-        values = sorted(Fraction(x) for _, x in seen) or [Fraction()]
+        values = sorted(x for _, x in seen) or [0.0]
         place = Fraction(round(self.q * MILLION), MILLION) * (len(values) - 1)
-        return values[math.floor(place)], values[math.ceil(place)], place % 1
+        return Fraction(values[math.floor(place)]), Fraction(values[math.ceil(place)]), place % 1
 
     def error_of(self, values: Iterable[float]) -> float:
         """Return the relative error of each of some values: that of the lowest level where they fit into m buckets."""
-        level, ordinals = 0, {ordinal_of(x, round(self.error * MILLION)) for x in values}
+        level, ordinals = 0, {ordinal_of(x, round(self.error * MILLION)) for x in set(values)}
         while len(ordinals) > self.m:
             level, ordinals = level + 1, {up(ordinal, 1) for ordinal in ordinals}
         return math.tanh(math.atanh(self.error) * 2**level)

@@ -28,6 +28,7 @@ class Frequent(Part):
     """
 
     head_words, words, value_words = 1, 3, (0,)  # how many there are; of each the value, its count, its newest time
+    is_large = True
 
     @staticmethod
     def init(p: Any, f: Any, at: Any, n: Any) -> None:
@@ -47,9 +48,28 @@ class Frequent(Part):
             for word in range(1, 1 + 3 * n):
                 p[at + word] = newer_p[newer + word]
             return
+        older = p[at]  # how many of them stand where they did; those of the newer one come behind, the newest last
         for k in range(count - 1, -1, -1):
             item = newer + 1 + 3 * k
-            _add(p, f, at, n, newer_f[item], newer_p[item + 1], newer_p[item + 2])
+            value, n_value = newer_f[item], newer_p[item + 1]
+            place, end = at + 1, at + 1 + 3 * older
+            while place < end and f[place] != value:
+                place += 3
+            if place < end:
+                n_value += p[place + 1]
+                f[place], p[place + 1] = math.nan, 0
+            if p[at] == n:
+                older = _drop_empty(p, f, at, n, older)
+            if p[at] == n:
+                n_value -= _take_off(p, f, at, n, n_value)
+                older = _drop_empty(p, f, at, n, older)
+            if n_value > 0:
+                place = at + 1 + 3 * p[at]
+                f[place], p[place + 1], p[place + 2] = value, n_value, newer_p[item + 2]
+                p[at] += 1
+        older = _drop_empty(p, f, at, n, older)
+        _reverse(p, f, at + 1, at + 1 + 3 * p[at])
+        _reverse(p, f, at + 1 + 3 * (p[at] - older), at + 1 + 3 * p[at])
 
 
 @register_jitable
@@ -81,6 +101,7 @@ def _add(p: Any, f: Any, at: Any, n: Any, value: Any, count: Any, time: Any) -> 
     else:
         if used == n:
             count -= _take_off(p, f, at, n, count)
+            _drop_empty(p, f, at, n, 0)
             if count == 0:
                 return
         item = at + 1 + 3 * p[at]
@@ -99,17 +120,38 @@ def _take_off(p: Any, f: Any, at: Any, n: Any, most: Any) -> Any:
     taken = most
     for item in range(at + 1, at + 1 + 3 * n, 3):
         taken = min(taken, p[item + 1])
-    left = at + 1
     for item in range(at + 1, at + 1 + 3 * n, 3):
         p[item + 1] -= taken
+    return taken
+
+
+@register_jitable
+def _drop_empty(p: Any, f: Any, at: Any, n: Any, first: Any) -> Any:
+    """Close up over those whose count is 0; return how many of the first ones are left."""
+    left, kept = at + 1, 0
+    for k in range(p[at]):
+        item = at + 1 + 3 * k
         if p[item + 1] > 0:
             if item != left:
                 _move(p, f, item, left)
             left += 3
-    p[at] = (left - at - 1) // 3
-    for item in range(left, at + 1 + 3 * n, 3):
+            kept += k < first
+    for item in range(left, at + 1 + 3 * p[at], 3):
         _clear(p, f, item)
-    return taken
+    p[at] = (left - at - 1) // 3
+    return kept
+
+
+@register_jitable
+def _reverse(p: Any, f: Any, start: Any, end: Any) -> None:
+    """Turn the order of the items from one word to another round."""
+    low, high = start, end - 3
+    while low < high:
+        value, count, time = f[low], p[low + 1], p[low + 2]
+        _move(p, f, high, low)
+        f[high], p[high + 1], p[high + 2] = value, count, time
+        low += 3
+        high -= 3
 
 
 @register_jitable
@@ -151,6 +193,7 @@ class TopK(Aggregation):
     m: int = 32
 
     parts, takes, tiles_min = (Frequent,), "value", 12
+    is_large = True
     formula, empty = "x of the k largest n(x), descending", "NaN; None for strings"
     error_text = "none up to m distinct x; n / (m + 1) of n(x)"
 
