@@ -39,6 +39,7 @@ def _at_most(bound: float) -> Bar:
 
 #: Of two cores. Bench to figure to its bar.
 BARS: dict[str, dict[str, Bar]] = {
+    "sketches": {"ingest_events_per_s": _at_least(200_000), "read_1_p50_us": _at_most(50)},
     "store": {
         "ingest_events_per_s_1m": _at_least(1_000_000),
         "read_1_p50_us": _at_most(10),

@@ -30,6 +30,7 @@ SCENARIOS = {
     "models": "scores by number of models: 2, 60, 500; deploys under load",
     "soak": "memory and latency over many minutes of mixed load",
     "store": "the feature store by itself",
+    "sketches": "the larger aggregations: how fast, and how far from the exact value",
     "faults": "kills while events are written",
     "parity": "scores that were served, computed again from the past",
     "backfill": "a view that is deployed on a running cluster, under a load of scores",

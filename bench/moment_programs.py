@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from millpond.bench.program import Program
 from millpond.feature_actors.aggregations import (
     Aggregation,
     DecayedCount,
@@ -25,10 +26,8 @@ from millpond.feature_actors.aggregations import (
     Trend,
 )
 
-__all__ = ["Program", "programs", "share_of_bound", "worst"]
+__all__ = ["SETTINGS", "programs", "share_of_bound"]
 
-#: An aggregation, time in ms and value of the events in the order in which they came, and as of when, in ms.
-Program = tuple[Aggregation, list[tuple[int, Any]], int]
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -65,7 +64,7 @@ SETTINGS: tuple[Callable[[np.random.Generator], Aggregation], ...] = (
     lambda rng: Trend("v"),
     lambda rng: Skew("v"),
     lambda rng: Kurtosis("v"),
-    lambda rng: Entropy("v", categories=CATEGORIES[: rng.integers(1, 5)]),
+    lambda rng: Entropy("kind", categories=CATEGORIES[: rng.integers(1, 5)]),
 )
 
 
@@ -86,7 +85,7 @@ def programs(rng: np.random.Generator, n_max: int = 1_000) -> Iterator[Program]:
             elif not aggregation.inputs:
                 values = [None] * n
             as_of = max(times) + int(rng.choice([0, 1, 999, DAY, YEAR]))
-            yield aggregation, list(zip(times, values, strict=True)), as_of
+            yield Program(aggregation, list(zip(times, values, strict=True)), as_of)
 
 
 def share_of_bound(program: Program, cuts: Iterable[int] = ()) -> float:
@@ -102,18 +101,6 @@ def share_of_bound(program: Program, cuts: Iterable[int] = ()) -> float:
     if got == want or (math.isnan(got) and math.isnan(want)):
         return 0.0
     return abs(got - want) / slack if slack and not math.isnan(got - want) else math.inf
-
-
-def worst(rng: np.random.Generator, n_programs: int) -> dict[str, tuple[float, Program]]:
-    """Return for each aggregation the largest share of its bound among random programs, and the program."""
-    found: dict[str, tuple[float, Program]] = {}
-    for _, program in zip(range(n_programs), programs(rng), strict=False):
-        times = [t for t, _ in program[1]]
-        share = share_of_bound(program, rng.choice(times, rng.integers(0, 61)).tolist())
-        name = type(program[0]).__name__
-        if not math.isnan(share) and share >= found.get(name, (0.0, program))[0]:
-            found[name] = share, program
-    return found
 
 
 def _answer(aggregation: Aggregation, seen: Sequence[tuple[int, Any]], as_of: int, cuts: Sequence[int]) -> float:

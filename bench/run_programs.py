@@ -6,41 +6,21 @@ millisecond, and orders of arrival from none late to all in reverse.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.compute as pc
 
-from millpond.feature_actors import FeatureView, Sessions, SessionSeconds, Source, Streak, StreakDays
+from millpond.bench.program import Program
+from millpond.feature_actors import Sessions, SessionSeconds, Streak, StreakDays
 from millpond.feature_actors.aggregations import Aggregation
-from millpond.feature_actors.client import FeatureClient, TimeLimits
-from millpond.feature_actors.clock import ManualClock
-from millpond.feature_actors.layout import compile_layout
-from millpond.feature_actors.plan import ReadPlan
-from millpond.feature_actors.ports import LocalIngest, LocalRead, complete
-from millpond.feature_actors.shard import Shard
-from millpond.feature_actors.shard_map import ShardMap
 
-__all__ = ["Program", "error_of", "programs"]
+__all__ = ["programs"]
 
 _DAY, _NOW = 86_400_000, 1_700_000_000_000
 _EVENTS_MAX = 600
-_source = Source(
-    "programs", owner="bench", fields={"of": "int64", "holds": "bool", "at": "timestamp[ms, UTC]"}, event_time="at"
-)
-
-
-class Program(NamedTuple):
-    """seen: time in ms and value of the events that the feature sees, as they arrive, all by as_of_ms; the value is
-    whether the condition of a `Streak` holds, else None."""
-
-    aggregation: Aggregation
-    seen: Sequence[tuple[int, Any]]
-    as_of_ms: int
 
 
 def programs(random: np.random.Generator) -> Iterator[Program]:
@@ -55,25 +35,6 @@ def programs(random: np.random.Generator) -> Iterator[Program]:
             share = random.choice([0.3, 0.9, 0.99])
             values = [bool(v) if aggregation.inputs else None for v in random.random(len(times)) < share]
             yield Program(aggregation, list(zip(times.tolist(), values, strict=True)), as_of)
-
-
-def error_of(program: Program) -> tuple[float, float]:
-    """Return how far the engine's answer is from the definition, and how far it may be."""
-    aggregation, seen, as_of = program
-    view = FeatureView("program", owner="bench", source=_source, key=["of"], features={"f": aggregation})
-    layout, shard_map = compile_layout([], [view]), ShardMap.even(4, 1)
-    shard = Shard(layout, shard_map, 0)
-    client = FeatureClient(
-        layout, shard_map, LocalIngest([shard]), LocalRead([shard]), ManualClock(as_of), TimeLimits()
-    )
-    rows = [{"of": 1, "holds": bool(value), "at": time} for time, value in seen]
-    batch = pa.RecordBatch.from_pylist(rows, schema=_source.schema)
-    shard.apply(_source.name, batch, np.full(len(rows), as_of), as_of)
-    plan = ReadPlan(layout, list(view), "a program")
-    answer = complete(client.read(plan, plan.key_columns([{"of": 1}], batch=False), 1, as_of))
-    got, want = float(answer.matrix[0, 0]), float(aggregation.plain(seen, as_of))
-    same = got == want or (math.isnan(got) and math.isnan(want))
-    return 0.0 if same else abs(got - want), aggregation.slack(seen, as_of)
 
 
 _Times = npt.NDArray[np.int64]

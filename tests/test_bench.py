@@ -39,8 +39,9 @@ from millpond.bench.noop import ANSWER, BareApp, NoopApp
 from millpond.bench.poster import Poster
 from millpond.bench.probes import Log, Probe, available_share, ids_on
 from millpond.bench.processes import MemorySamples, cpu_seconds, memory_mb
+from millpond.bench.program import error_of
 from millpond.bench.retry import Connection, Refused, send_until_answered
-from millpond.bench.run_programs import error_of, programs
+from millpond.bench.run_programs import programs
 from millpond.bench.score import Measurement, figures_of, four_models_figures, open_loop_figures, turns
 from millpond.bench.soak import filling_times_ms
 from millpond.bench.store import (
