@@ -199,6 +199,8 @@ def _print_table(workload: Workload, figures: Mapping[str, Any], comparison: Com
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "\n".join(f"{name}: {_text(one)}" for name, one in value.items())
     return f"{value:,}" if isinstance(value, (int, float)) else str(value)
 
 

@@ -28,7 +28,8 @@ def clear_decayed(p: Any, f: Any, at: Any) -> None:
 
 @register_jitable
 def halved(amount: Any, times: Any) -> Any:
-    return math.ldexp(amount, -int(min(times, 4_096)))  # which leaves 0 of any amount
+    # 4,096 times leave 0 of any amount; less than none are of a number that is torn.
+    return math.ldexp(amount, -int(min(max(times, 0), 4_096)))
 
 
 @register_jitable
