@@ -108,7 +108,10 @@ def verdict_of(identity: str, shards: Sequence[Mapping[str, Any]]) -> Verdict:
     whole = sum(one["state"] == "whole" for one in there)
     read, of = (sum(int(one[name]) for one in there) for name in ("read", "of"))
     since = [one["history_since_ms"] for one in there if one["history_since_ms"] is not None]
-    stuck = "; ".join(f"shard {s['shard']}: {s['views_failure']}" for s in shards if s.get("views_failure"))
+    waits = [
+        (s["shard"], s.get("views_failure") or (one or {}).get("why")) for s, one in zip(shards, said, strict=True)
+    ]
+    stuck = "; ".join(f"shard {shard}: {why}" for shard, why in waits if why)
     state: ViewState = "failed" if failed else "live" if whole == len(shards) else "backfilling"
     return Verdict(state, Progress(read, of, whole, len(shards), stuck), "; ".join(failed), max(since, default=None))
 

@@ -11,7 +11,6 @@ A writer goes on leaving them out until it ends. Who begins later has none: the 
 from __future__ import annotations
 
 import io
-import secrets
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.log.folder import Folder, HistoryUnavailable
 
 if TYPE_CHECKING:
@@ -34,21 +34,29 @@ _LOOK_S = 0.05
 @dataclass(frozen=True)
 class ScoreEraser:
     """See `feature_actors.server.ScoreEraser`. registry_dir: where the writers, which are replicas, report that they
-    live. logged: whether any replica logs scores now."""
+    live. logged: whether any replica logs scores now. wait_s_max: how long a call waits for them."""
 
     history_uri: str
     registry_dir: str
     logged: bool
+    wait_s_max: float = 60.0
 
-    def forget(self, field: str, hash: tuple[int, int], as_of_ms: int) -> int:
+    def forget(self, name: str, field: str, hash: tuple[int, int], as_of_ms: int) -> int:
         # Imported here, for a shard's process needs none of it before.
         from millpond.models.score_log import ForgottenScores, erase_scores
 
-        folder, name = Folder(self.history_uri), secrets.token_hex(8)
+        folder, until_s = Folder(self.history_uri), time.monotonic() + self.wait_s_max
         forgotten = ForgottenScores(field, hash, as_of_ms)
-        folder.write(f"{_NOTICES}/{name}.json", io.BytesIO(msgspec.json.encode(forgotten)), "new")
+        if name not in noticed(folder):
+            folder.write(f"{_NOTICES}/{name}.json", io.BytesIO(msgspec.json.encode(forgotten)), "new")
         waited_for = self._writers()
-        while waited_for & self._writers() - _heeded_by(folder, name):
+        while left := waited_for & self._writers() - _heeded_by(folder, name):
+            if time.monotonic() > until_s:
+                who = ", ".join(f"`{writer}`" for writer in sorted(left))
+                raise Unavailable(
+                    f"logged scores: {who} may log scores still of an entity that is to be forgotten: no note that it "
+                    f"does not came within {self.wait_s_max:g} s; see what it does, or end it"
+                )
             time.sleep(_LOOK_S)
         n = erase_scores(self.history_uri, [forgotten], waited_for)
         n += sum(int(folder.read(f"{_NOTICES}/{name}.{writer}")) for writer in _heeded_by(folder, name))

@@ -40,11 +40,6 @@ __all__ = [
 #: A view with a key of its own begins as `added`, see `spread`; the others are backfilled at once.
 ViewState = Literal["added", "routing", "backfilling", "live", "failed"]
 
-#: So many events are applied between two commits: some milliseconds.
-_SLICE_EVENTS = 4_096
-#: A record costs more than its few events.
-_SLICE_RECORDS = 32
-
 _WHOLE = "views.json"
 
 
@@ -75,9 +70,7 @@ class Slice(NamedTuple):
     end: int
 
 
-def slices_of(
-    records: Iterable[tuple[int, EventsRecord]], events_max: int = _SLICE_EVENTS, records_max: int = _SLICE_RECORDS
-) -> Iterator[list[Slice]]:
+def slices_of(records: Iterable[tuple[int, EventsRecord]], events_max: int, records_max: int) -> Iterator[list[Slice]]:
     """Yield records in slices of bounded size, small ones together."""
     together: list[Slice] = []
     events = 0

@@ -540,7 +540,8 @@ def never_had(
         if not isinstance(record, OfferRecord) or offset in had or record.source not in layout.sources:
             continue
         batch = layout.source(record.source).upgraded(record.batch)
-        concerned, _ = shards_of_keys(layout, shard_map, record.source, batch)
+        tables = [table for table in layout.tables_of(record.source) if table.key in record.tables]
+        concerned, _ = shards_of_keys(tables, shard_map, batch)
         rows = np.flatnonzero(concerned[shard.number] & (record.routes & 1).astype(bool))
         if len(rows):
             events = record.batch.take(pa.array(rows))

@@ -392,7 +392,7 @@ class FeatureClient:
     def _concerned(self, layout: Layout, source: Source, events: Events) -> tuple[Bools, Bools]:
         """Return which shards have a part of which events, bool [shards, n], as home or by a key, and which events lack
         a key, bool [n]."""
-        concerned, unkeyed = shards_of_keys(layout, self._map, source.name, events.batch, events.keys_known)
+        concerned, unkeyed = shards_of_keys(layout.tables_of(source.name), self._map, events.batch)
         concerned[self._map.shards_of(events.ids), np.arange(events.n)] = True
         return concerned, unkeyed
 

@@ -1,8 +1,8 @@
 """A shard with its log, snapshots and history: what is acknowledged is on disk first, and is there again after whatever
 happened.
 
-Pure: no Ray, no threads. `server` gathers what waits, appends it at once, and commits it; and it decides when a
-snapshot is taken, a part of the history written, and the log truncated. The steps of each are here.
+Pure: no Ray, no threads. `workshop` gathers what waits, appends it at once, and commits it; `housekeeper` decides when
+a snapshot is taken, a part of the history written, and the log truncated. The steps of each are here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from millpond.feature_actors.allocators import give_back
 from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.events import Events
 from millpond.feature_actors.image import SnapshotLacks, load_ids, load_shard, shard_chunks
@@ -42,14 +44,18 @@ from millpond.feature_actors.log.snapshot import (
     Chunk,
     ShardHeader,
     SnapshotDamaged,
+    SnapshotWriter,
     begin_of,
     newest_snapshots,
     read_snapshot,
+    remove_old_snapshots,
 )
 from millpond.feature_actors.manifest import write_json
 from millpond.feature_actors.routes import shards_of_keys
 from millpond.feature_actors.shard import Prepared, Shard
 from millpond.feature_actors.shard_past import ShardPast
+from millpond.feature_actors.spread import brought_keys
+from millpond.feature_actors.steps import In, Rest, Steps, Write
 from millpond.feature_actors.tombstones import Secret, Tombstones
 
 __all__ = ["DurableShard", "Erasing", "RecordLog", "ShardFolder", "VolatileLog", "applied_records"]
@@ -59,6 +65,8 @@ Progress = Callable[[int, int], None]
 Bools = npt.NDArray[np.bool_]
 
 _PROGRESS_S = 0.1
+#: How long appends have the log to themselves between two steps of a truncation.
+_BREATH_S = 0.001
 NEVER_MS = 1 << 62
 
 logger = logging.getLogger("millpond.shard")
@@ -248,8 +256,14 @@ class DurableShard:
                         f"log: it ends at offset {log.next}, and the snapshot `{path}` has events of "
                         f"{loaded.newest_offset}; restore both from one copy"
                     )
-                # Those that are behind anyway are backfilled later.
-                self._lacks = [table for table in loaded.lacks if table not in self.shard.behind]
+                # Those that are behind anyway are backfilled later. Of a key of the definitions that is new nothing was
+                # meant for it before, unless that has been brought to it while the cluster ran.
+                brought = brought_keys(folder.path)
+                self._lacks = [
+                    table
+                    for table in loaded.lacks
+                    if table not in self.shard.behind and (table.added or (table.source.name, table.key) in brought)
+                ]
                 for table in self._lacks:
                     logger.warning("shard %d: `%s` has nothing of %s", self.shard.number, path, table.name)
                     self.shard.fall_behind(table)
@@ -360,11 +374,13 @@ class DurableShard:
         rows = np.flatnonzero(record.routes & 1)
         layout = self.shard.layout
         batch = layout.source(record.source).upgraded(record.batch)
-        # They go to those keys that they were meant for then: what is of a later one is brought there by `spread`.
-        known = max((t.key_number for t in layout.tables_of(record.source) if t.key in record.tables), default=0)
-        everything = Events.judged(record.source, batch, record.arrivals, record.received_ms, known)
+        # They go to those keys that they were meant for then: what is of a later one is brought there by `spread`, also
+        # if a start has it in its definitions since.
+        keys = record.tables
+        everything = Events.judged(record.source, batch, record.arrivals, record.received_ms, keys=keys)
         events = everything.of_rows(rows, record.arrivals[:0])
-        concerned, _ = shards_of_keys(layout, self.shard.shard_map, record.source, events.batch, known)
+        tables = [table for table in layout.tables_of(record.source) if table.key in keys]
+        concerned, _ = shards_of_keys(tables, self.shard.shard_map, events.batch)
         return home, events, concerned
 
     # -- snapshots, history, truncation
@@ -384,6 +400,51 @@ class DurableShard:
             begin=self.shard.next_offset,
             state=state,
         )
+
+    def snapshot_steps(self, note: Callable[[], None] = lambda: None) -> Steps[dict[str, Any]]:
+        """Take a snapshot while events go on, then truncate the log; return what there is to say of the snapshot.
+
+        note: writes down what the log would not say any more. Raises `SnapshotFull`, `Unavailable`.
+        """
+        begun, undone, begin, longest_s = time.monotonic(), self.undone, self.shard.next_offset, 0.0
+        writer = SnapshotWriter(self.shard_folder.snapshots)
+        try:
+            chunks = self.snapshot_chunks()
+            while True:
+                step_s = time.perf_counter()
+                chunk = next(chunks, None)
+                longest_s = max(longest_s, time.perf_counter() - step_s)
+                if chunk is None:
+                    break
+                yield In("house", partial(writer.write, chunk))
+            # What had been prepared by the last step is to be in the log before the snapshot gets its name: it may have
+            # ids of it.
+            yield Write()
+            if self.undone != undone:
+                raise Unavailable("a snapshot is begun again: something in it was not written to the log")
+            path = yield In("house", writer.finish)
+        except BaseException:
+            writer.abandon()
+            raise
+        told = {
+            "snapshot_offset": begin,
+            "snapshot_s": round(time.monotonic() - begun, 3),
+            "snapshot_step_ms": round(longest_s * 1000, 3),
+            "snapshot_bytes": path.stat().st_size,
+        }
+        yield In("house", partial(remove_old_snapshots, path.parent))
+        yield In("house", give_back)
+        yield from self.truncation_steps(note)
+        return told
+
+    def truncation_steps(self, note: Callable[[], None] = lambda: None) -> Steps[None]:
+        """Truncate the log of what nothing needs any more."""
+        assert isinstance(self.log, Log)
+        needed = [*self.shard.offers, *self.shard.deliveries.owed]
+        before = yield In("house", partial(self.truncatable, needed))
+        yield In("views", note)
+        while (yield In("log", partial(self.log.truncate, before))):
+            yield Rest(_BREATH_S)
 
     def write_history(self, to_offset: int, deliveries: Mapping[str, Any]) -> None:
         """Write the log up to an offset as a part of the history. Raises `HistoryUnavailable`: try again later.

@@ -13,15 +13,17 @@ Tombstones hold from before 1. on, so nothing comes after it that would have to 
 all of it is done again: what is done already is not found any more. Until the snapshot of 2. is there nothing is
 rewritten, so what 1. learns is learned again; from then on a recovery has not the rows.
 
-Pure, but for files: `server` takes the steps. No snapshot, truncation or backfill is under way meanwhile.
+Pure, but for files: `shard_forgetter` takes the steps. No other snapshot, truncation or backfill is under way
+meanwhile.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -29,13 +31,15 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from millpond.feature_actors.durable import DurableShard
-from millpond.feature_actors.erasure import replaced_fields
+from millpond.feature_actors.erasure import Erasure, replaced_fields
 from millpond.feature_actors.keys import hash_columns
 from millpond.feature_actors.layout import Table
 from millpond.feature_actors.log.history_rewriter import rewrite_history
 from millpond.feature_actors.log.log import Log
 from millpond.feature_actors.log.record import Decoded, EventsRecord, OfferRecord
 from millpond.feature_actors.log.snapshot import newest_snapshots
+from millpond.feature_actors.routes import key_validity
+from millpond.feature_actors.steps import In, Rest, Steps
 from millpond.feature_actors.tombstones import Tombstone
 
 __all__ = ["Eraser"]
@@ -46,6 +50,8 @@ Key = tuple[int, int]
 
 #: So many records are looked at in a step, and so many bytes rewritten: some milliseconds.
 _RECORDS, _BYTES = 64, 1 << 20
+#: How long appends have the log to themselves between two; how long it is waited for who reads it just now.
+_BREATH_S, _READS_S = 0.001, 0.05
 
 
 class Eraser:
@@ -55,25 +61,50 @@ class Eraser:
         self._durable, self._shard = durable, durable.shard
         # Those that are behind are given what is left, later.
         self._tables = self._shard.parts.tables
-        self.waiting = self._shard.tombstones.waiting
-        self._erasure = self._shard.erasure
+        # What comes meanwhile is forgotten the next time: its rows are learned of before its events show tokens.
+        tombstones = self._shard.tombstones.as_of_now()
+        self.waiting = tombstones.waiting
+        self._erasure = Erasure(tombstones, self._shard.layout.sources)
         assert isinstance(durable.log, Log)
         self._log = durable.log
         self._log_at, self._log_end = self._log.first, self._log.next
-        #: Rows that are theirs, by number of the table.
-        self._rows: dict[int, set[Key]] = defaultdict(set)
-        #: By tombstone and number of the table, how many events were counted there.
-        self._counted: Counter[tuple[Tombstone, int]] = Counter()
+        #: Of each, rows that are theirs and how many events were counted there, by number of the table. What is of
+        #: several is counted once.
+        self._rows: dict[Tombstone, dict[int, set[Key]]] = {one: defaultdict(set) for one in self.waiting}
+        self._counted: dict[Tombstone, Counter[int]] = {one: Counter() for one in self.waiting}
         #: What of them came later, and begins afresh: table, record, its offset and which of its events.
         self._later: list[tuple[Table, EventsRecord, int, Bools]] = []
         self._past = durable.past(whole=durable.shard_folder.history_uri is not None)
         #: Records of their events at home here: before and after.
         self._homes: list[tuple[EventsRecord, EventsRecord]] = []
-        self.removed: Counter[str] = Counter()
+        #: What was removed of each: events by their home; a row of several by whichever is first.
+        self.removed: dict[Tombstone, Counter[str]] = {one: Counter() for one in self.waiting}
         self._erasing = durable.erasing
         self._beside = self._shard.alike()
         self._anew: set[Table] = set()
         self._vacuumed = False
+
+    def steps(self, snapshot: Callable[[], Steps[Any]], say: Callable[[str], None]) -> Steps[None]:
+        """Yield 1. to 6. as steps. snapshot: yields those of one, and of truncating the log. say: told what is done."""
+        say("reading its past")
+        yield In("views", self.learn)
+        self.remove()
+        say("taking a snapshot")
+        yield from snapshot()
+        yield In("house", self.remove_snapshots)
+        say("rewriting its log")
+        while (yield In("log", self.rewrite_log)):
+            yield Rest(_BREATH_S)
+        say("rewriting its history")
+        yield In("history", self.rewrite_history)
+        say("making rows of others anew")
+        if (yield In("views", self.make_beside)):
+            self.put_in_place()
+            yield from snapshot()
+            yield In("house", self.remove_snapshots)
+        say("scrubbing its log")
+        while not (yield In("log", self.scrub)):
+            yield Rest(_READS_S)
 
     # -- 1.
 
@@ -82,13 +113,16 @@ class Eraser:
         for one in self.waiting:
             for table in self._tables:
                 if table.key == (one.field,) and one.hash is not None:
-                    self._rows[table.number].add(one.hash)
+                    self._rows[one][table.number].add(one.hash)
         self._read_on()
 
     def _read_on(self) -> None:
         for offset, record in self._past.read_on():
-            for one in self._erasure.forgotten(record.source, record.batch, record.arrivals):
-                self._learn(record, one.tombstone, one.rows)
+            counted: dict[int, Bools] = {}
+            forgotten = self._erasure.forgotten(record.source, record.batch, record.arrivals)
+            # First those whose events the shard does not count any more.
+            for one in sorted(forgotten, key=lambda one: _named(one.tombstone) not in self._erasing.removed):
+                self._learn(record, one.tombstone, one.rows, counted)
             for one in self._erasure.forgotten(record.source, record.batch, record.arrivals, later=True):
                 if not one.tombstone.done:
                     for table, applied in self._applied(record, one.tombstone, one.rows):
@@ -99,18 +133,25 @@ class Eraser:
         for table in self._tables:
             if table.source.name == record.source and table.key in record.tables and tombstone.field in table.key:
                 applied = rows & ((record.routes & np.uint32(2 << record.tables.index(table.key))) != 0)
+                # Of an offer the routes are as they were, also where another field of the key shows a token.
+                applied &= key_validity([record.batch.column(name) for name in table.key], record.batch.num_rows)
                 if applied.any():
                     yield table, applied
 
-    def _learn(self, record: EventsRecord, tombstone: Tombstone, rows: Bools) -> None:
+    def _learn(self, record: EventsRecord, tombstone: Tombstone, rows: Bools, counted: dict[int, Bools]) -> None:
+        """counted: which events of the record are so of others, by number of the table, bool [n]."""
+        if tombstone.done:
+            return
         for table, applied in self._applied(record, tombstone, rows):
             hashes = _hashes(table, record)[applied]
-            self._rows[table.number].update(map(tuple, hashes.tolist()))
-            self._counted[tombstone, table.number] += int(np.count_nonzero(applied))
+            self._rows[tombstone][table.number].update(map(tuple, hashes.tolist()))
+            others = counted.get(table.number, np.zeros(len(applied), np.bool_))
+            self._counted[tombstone][table.number] += int(np.count_nonzero(applied & ~others))
+            counted[table.number] = others | applied
         self._learn_others(record, tombstone, rows)
         home = np.flatnonzero(rows & ((record.routes & 1) != 0))
         if len(home):
-            self.removed["events"] += len(home)
+            self.removed[tombstone]["events"] += len(home)
             before = replace(
                 record,
                 arrivals=record.arrivals[home],
@@ -127,13 +168,12 @@ class Eraser:
         for table in self._tables:
             if table.source.name != record.source or table.key not in record.tables or tombstone.field in table.key:
                 continue
-            if reads := table.reads & set(replaced_fields(table.source, tombstone.field)):
+            if table.reads & set(replaced_fields(table.source, tombstone.field)):
                 applied = rows & ((record.routes & np.uint32(2 << record.tables.index(table.key))) != 0)
                 hashes = _hashes(table, record)[applied]
                 self._erasing.stale.setdefault(table.name, set()).update(map(tuple, hashes.tolist()))
-                self._note_texts(record, rows, reads)
-        for table in self._tables:
-            if table.source.name == record.source and tombstone.field in table.key:
+        for table in self._shard.layout.tables:  # also one that has failed, and has given up its rows
+            if table.source.name == record.source:
                 self._note_texts(record, rows, table.reads & set(replaced_fields(table.source, tombstone.field)))
 
     def _note_texts(self, record: EventsRecord, rows: Bools, fields: Collection[str]) -> None:
@@ -146,12 +186,11 @@ class Eraser:
     def remove(self) -> None:
         """Then a snapshot is to be taken, and `remove_snapshots` called. Raises `MemoryFull`."""
         self._read_on()  # what came meanwhile
-        keys = {number: np.array(sorted(of), np.int64).reshape(-1, 2) for number, of in self._rows.items()}
-        events: Counter[int] = Counter()
-        for (tombstone, number), n in self._counted.items():
-            if _named(tombstone) not in self._erasing.removed:  # else the snapshot has counted them out
-                events[number] += n
-        self.removed["rows"] += self._shard.remove(keys, events)
+        for one in self.waiting:
+            keys = {number: np.array(sorted(of), np.int64).reshape(-1, 2) for number, of in self._rows[one].items()}
+            # Those that the snapshot has counted out are not counted again.
+            events = {} if _named(one) in self._erasing.removed else self._counted[one]
+            self.removed[one]["rows"] += self._shard.remove(keys, events)
         for table, record, offset, rows in self._later:
             self._shard.apply_again(table, record, offset, rows)
         for before, after in self._homes:
@@ -252,7 +291,7 @@ class Eraser:
     def finish(self, now_ms: int) -> None:
         """now_ms: by the cluster's clock. Raises `OSError`."""
         tombstones = self._shard.tombstones
-        done = [_done(one, dict(self.removed), now_ms) for one in self.waiting if tombstones.get(one.name) == one]
+        done = [_done(one, dict(self.removed[one]), now_ms) for one in self.waiting if tombstones.get(one.name) == one]
         self._shard.tombstones.write(done)
         self._erasing.removed -= {_named(one) for one in self.waiting}
         self._shard.tombstones.take(done)

@@ -31,6 +31,7 @@ class Events:
     them, so that they may come again. contents int64 [n]: hashes of the whole events. arrivals int64 [n]: stamps, or
     one more, which only moves the clock. received_ms: when the request came, by which ids are remembered. keys_known:
     up to which number they have been brought to the keys that came while the cluster runs, see `Layout.added_keys`.
+    keys: which alone they go to, those of the record that their home owes; None for all that are known.
     """
 
     source: str
@@ -41,15 +42,22 @@ class Events:
     arrivals: Ints
     received_ms: int
     keys_known: int = ALL_KEYS
+    keys: tuple[tuple[str, ...], ...] | None = None
 
     @classmethod
     def judged(
-        cls, source: str, batch: pa.RecordBatch, arrivals: Ints, received_ms: int, keys_known: int = ALL_KEYS
+        cls,
+        source: str,
+        batch: pa.RecordBatch,
+        arrivals: Ints,
+        received_ms: int,
+        keys_known: int = ALL_KEYS,
+        keys: tuple[tuple[str, ...], ...] | None = None,
     ) -> Events:
         """Return events whose ids do not matter any more."""
         n = batch.num_rows
         ids, contents = np.zeros((n, 2), np.uint64), np.zeros(n, np.int64)
-        return cls(source, batch, ids, contents, False, arrivals, received_ms, keys_known)
+        return cls(source, batch, ids, contents, False, arrivals, received_ms, keys_known, keys)
 
     @property
     def n(self) -> int:
@@ -71,6 +79,7 @@ class Events:
             np.concatenate([self.arrivals[rows], clock]),
             self.received_ms,
             self.keys_known,
+            self.keys,
         )
 
 

@@ -106,7 +106,7 @@ def shard_chunks(
 class Loaded:
     """What was loaded. begin: the offset from which the log is to be replayed. newest_offset: of the newest record that
     a row has anything of, -1 if there is none; a log that ends before it has lost what was acknowledged. lacks: tables
-    that were added since, and are empty."""
+    of which it has nothing, which are empty: of views that came since, or of keys."""
 
     begin: int
     epoch: int
@@ -147,8 +147,8 @@ def load_shard(
     parts.strings.refused = header.strings_refused
     parts.events.update({name: n for name, n in header.events.items() if name in parts.events})
     shard.next_offset = header.begin
-    has = {shape.added for shape in header.tables}
-    lacks = tuple(table for table in parts.layout.tables if table.added and table.added not in has)
+    has = {(shape.source, shape.key, shape.added) for shape in header.tables}
+    lacks = tuple(table for table in parts.layout.tables if (table.source.name, table.key, table.added) not in has)
     return Loaded(header.begin, header.epoch, newest >> SEQUENCE_ROW_BITS, header.state, lacks)
 
 

@@ -11,8 +11,10 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
-from millpond.feature_actors.durable import applied_records
+import numpy as np
+
 from millpond.feature_actors.errors import Unavailable
+from millpond.feature_actors.log.applied import applied_piece, applied_records
 from millpond.feature_actors.log.folder import Folder
 from millpond.feature_actors.log.history import History
 from millpond.feature_actors.log.history_reader import read_history
@@ -20,6 +22,7 @@ from millpond.feature_actors.log.part import DAY_MS, Expired, expired, parts_of
 from millpond.feature_actors.log.reader import LogReader
 from millpond.feature_actors.log.record import EventsRecord, OfferRecord
 from millpond.feature_actors.manifest import Manifest, shard_dir
+from millpond.feature_actors.shard_past import NoPast
 from millpond.feature_actors.tombstones import Tombstone, Tombstones
 
 __all__ = ["Past"]
@@ -64,26 +67,56 @@ class Past:
         folders = (shard_dir(self.directory, shard) for shard in range(self.shards))
         return [one for folder in folders for one in Tombstones(folder / "tombstones.json").every]
 
-    def records(self, shard: int, from_offset: int = 0) -> Iterator[tuple[int, EventsRecord]]:
+    def home_records(self, shard: int, from_offset: int, end: int) -> Iterator[tuple[int, EventsRecord]]:
+        """Yield what was new at its home in a shard, at the offsets of its log from one to before another.
+
+        The log is not held open while they are looked at: it is read in pieces of bounded size. What is truncated
+        meanwhile comes from the history. Raises as `records`.
+        """
+        folder, at = shard_dir(self.directory, shard), from_offset
+        while at < end:
+            done_to = History(self.history_uri, shard, folder, 0).done_to if self.history_uri else 0
+            if at < done_to:
+                assert self.history_uri is not None
+                for offset, record in read_history(self.history_uri, shard, at, min(done_to, end)):
+                    if (record.routes & np.uint32(1)).any():
+                        yield offset, record
+                at = done_to
+                continue
+            with closing(LogReader(folder / "log")) as log:
+                if at < log.first:
+                    if self.history_uri and History(self.history_uri, shard, folder, 0).done_to >= log.first:
+                        continue  # written and truncated since
+                    raise self._missing(shard, log.first)
+                if at >= log.next:
+                    return
+                # Of offers that were made before nothing is new at its home.
+                piece, at = applied_piece(log, at, min(end, log.next), {})
+            yield from (one for one in piece if (one[1].routes & np.uint32(1)).any())
+
+    def _missing(self, shard: int, first: int) -> NoPast:
+        return NoPast(
+            f"past: the log of shard {shard} begins at offset {first}, and there is no history of what was before; "
+            "name where it is (setting `history`)"
+        )
+
+    def records(self, shard: int) -> Iterator[tuple[int, EventsRecord]]:
         """Yield what a shard has applied, and what was new at its home there, at the offsets of its log.
 
         Bit 0 of `routes` says that an event was new at its home here: over all shards each event has that once. Bit
         1 + t says that it was applied to table t of the record here. Raises `LogDamaged`, `HistoryDamaged`,
-        `HistoryUnavailable`, and `Unavailable` if events from before the log are in no history.
+        `HistoryUnavailable`, and `NoPast` if events from before the log are in no history.
         """
         folder = shard_dir(self.directory, shard)
         with closing(LogReader(folder / "log")) as log:  # first: what is truncated after this is still read
             done_to = min(History(self.history_uri, shard, folder, 0).done_to, log.next) if self.history_uri else 0
-            if max(done_to, from_offset) < log.first:
-                raise Unavailable(
-                    f"past: the log of shard {shard} begins at offset {log.first}, and there is no history of what was "
-                    "before; name where it is (setting `history`)"
-                )
-            if from_offset < done_to:
+            if done_to < log.first:
+                raise self._missing(shard, log.first)
+            if done_to:
                 assert self.history_uri is not None
-                yield from read_history(self.history_uri, shard, from_offset, done_to)
+                yield from read_history(self.history_uri, shard, 0, done_to)
             # An offer that is taken after the history's end may have been made before.
             open_offers: dict[int, OfferRecord] = {}
             for offset, record in applied_records(log, log.first, log.next, open_offers):
-                if offset >= max(done_to, from_offset):
+                if offset >= done_to:
                     yield offset, record

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from millpond.feature_actors.events import ALL_KEYS
 from millpond.feature_actors.keys import hash_columns
-from millpond.feature_actors.layout import Layout
+from millpond.feature_actors.layout import Table
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.tokens import is_token
 
@@ -31,15 +30,13 @@ def key_validity(keys: Sequence[pa.Array], n: int) -> Bools:
     return valid
 
 
-def shards_of_keys(
-    layout: Layout, shard_map: ShardMap, source: str, batch: pa.RecordBatch, keys_known: int = ALL_KEYS
-) -> tuple[Bools, Bools]:
+def shards_of_keys(tables: Iterable[Table], shard_map: ShardMap, batch: pa.RecordBatch) -> tuple[Bools, Bools]:
     """Return which shards keep something of which events, bool [shards, n], and which events lack the key of some
-    view, bool [n]. keys_known: as of `Events`."""
+    view, bool [n]. tables: those that the events are for; one of each key that is routed is enough."""
     n = batch.num_rows
     concerned, unkeyed = np.zeros((shard_map.n_shards, n), np.bool_), np.zeros(n, np.bool_)
-    for table in layout.tables_of(source):
-        if not table.routed or table.key_number > keys_known:
+    for table in tables:
+        if not table.routed:
             continue
         keys = [batch.column(name) for name in table.key]
         valid = key_validity(keys, n)

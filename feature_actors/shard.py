@@ -19,15 +19,14 @@ Each of the four is made in three: `prepare` judges and remembers, in memory of 
 the log (see `durable`); then `commit` applies it to the tiles, which readers see. So nothing is seen that is not in the
 log.
 
-A table that was added is behind: what the others have had already it is given out of history and log, `catch_up`, while
-commits pass it by; then commits for it queue, until it has caught up with them, too; from then on it is as any other.
+A table that was added is behind, and commits pass it by or queue for it, until it has caught up with the others; see
+`behind`.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,11 +35,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from millpond.feature_actors.aggregations import Input
+from millpond.feature_actors.behind import Behind
 from millpond.feature_actors.dedupe import DUPLICATE, NEW, IdFilter, IdMemory
 from millpond.feature_actors.deliveries import Deliveries
 from millpond.feature_actors.erasure import Erasure
 from millpond.feature_actors.errors import Unavailable
-from millpond.feature_actors.events import ALL_KEYS, ELSEWHERE, FORGOTTEN, Events, PastEvents, Receipt
+from millpond.feature_actors.events import ELSEWHERE, FORGOTTEN, Events, PastEvents, Receipt
 from millpond.feature_actors.keys import Hashes, hash_columns, owned, slots_of
 from millpond.feature_actors.layout import Layout, Table
 from millpond.feature_actors.log.record import (
@@ -52,6 +52,8 @@ from millpond.feature_actors.log.record import (
     TakeRecord,
 )
 from millpond.feature_actors.plan import Answer, Question
+from millpond.feature_actors.prepared import NO_VERDICTS, Offer, Prepared, Queued
+from millpond.feature_actors.prepared import Route as _Route
 from millpond.feature_actors.reader import MemoryReader
 from millpond.feature_actors.routes import key_validity
 from millpond.feature_actors.shard_map import ShardMap
@@ -65,7 +67,7 @@ from millpond.feature_actors.tiles.structure import SEQUENCE_ROW_BITS
 from millpond.feature_actors.tombstones import Tombstone, Tombstones
 from millpond.feature_actors.view import mask_of
 
-__all__ = ["Shard", "ShardStatus"]
+__all__ = ["Prepared", "Shard", "ShardStatus"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -73,81 +75,7 @@ Ints = npt.NDArray[np.int64]
 #: Address space of a memory that only this process has.
 _OWN_MEMORY_BYTES_MAX = 1 << 34
 _NEVER_RECLAIM_MS = 1 << 50
-_NO_VERDICTS = np.empty(0, np.uint8)
-#: Of a table that is not behind.
-_NO_QUEUE: deque[Any] = deque(maxlen=0)
 _NO_INPUTS, _NO_MASKS = np.empty((0, 0)), np.empty((0, 0), np.bool_)
-
-
-@dataclass(frozen=True)
-class _Route:
-    """What of a batch goes to one table: hashes int64 [n, 2] of all keys and their slots int64 [n], the rows that are
-    of this shard, inputs float64 [fields, n], masks bool [wheres, n]."""
-
-    table: Table
-    hashes: Ints
-    slots: Ints
-    rows: Ints
-    inputs: npt.NDArray[np.float64]
-    masks: npt.NDArray[np.bool_]
-
-
-@dataclass(slots=True)
-class _Offer:
-    """Events that wait to be taken: what is to be applied of them, and what has been logged of them.
-
-    home int64 [n]: the shard that each event's id is at home at. kept int64 [k]: which of the events are in the record.
-    since_s: when it was made, as its caller measures time. offset: of its record, -1 until that is in the log.
-    """
-
-    prepared: Prepared
-    home: Ints
-    kept: Ints
-    since_s: float
-    offset: int = -1
-
-
-@dataclass(slots=True)
-class Prepared:
-    """What a shard has judged and remembered of a request, and will apply when it is in the log.
-
-    record: for the log, None if there is nothing new. verdicts uint8 [n], as of `Receipt`. routes: what goes to each
-    table, and which rows. heard: arrival stamps that move time, None for all: those of what is in the log, so that a
-    replay hears the same. remembered: ids that were new. homes: of whose records it applies the part of this shard.
-    keys_known: as of `Events`.
-    """
-
-    received_ms: int
-    record: EventsRecord | OfferRecord | TakeRecord | None = None
-    verdicts: npt.NDArray[np.uint8] = field(default_factory=lambda: _NO_VERDICTS)
-    routes: list[tuple[_Route, Ints]] = field(default_factory=list)
-    times: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
-    arrivals: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
-    heard: Ints | None = None
-    remembered: list[tuple[IdFilter, Ints, Ints, Ints]] = field(default_factory=list)
-    homes: tuple[HomeRecord, ...] = ()
-    keys_known: int = ALL_KEYS
-    promised_words: int = 0
-    offer: tuple[bytes, _Offer] | None = None
-
-    @property
-    def record_bytes(self) -> int:
-        """About how large the record is."""
-        if self.record is None:
-            return 0
-        return self.record.rows.nbytes if isinstance(self.record, TakeRecord) else self.record.batch.nbytes
-
-
-@dataclass(frozen=True, slots=True)
-class _Queued:
-    """What of a commit is for a table that is behind: of a route the rows; times, arrivals int64 [n]; base as of
-    `TileStore.apply`."""
-
-    route: _Route
-    rows: Ints
-    times: Ints
-    arrivals: Ints
-    base: int
 
 
 class ShardParts(NamedTuple):
@@ -228,15 +156,13 @@ class Shard:
         )
         self._homes = {name: IdFilter(self._ids, shard_map.n_slots) for name in layout.sources}
         self.deliveries = Deliveries()
-        self._offers: dict[bytes, _Offer] = {}
+        self._offers: dict[bytes, Offer] = {}
         #: Offsets of offers that are being taken: their take has been prepared, and is not in the log yet.
         self._taking: set[int] = set()
         self._events = {t.name: 0 for t in layout.tables}
         #: Of entities that were forgotten: what happened before that is not taken any more.
         self.tombstones = Tombstones()
-        #: Of the tables that are behind, by number: what is to be applied after all that was before it; None if nothing
-        #: is routed to them yet.
-        self._behind: dict[int, deque[_Queued] | None] = {}
+        self._behind = Behind(self._store)
         #: Where the next record goes that is committed without saying so.
         self.next_offset = 0
         self._reader = MemoryReader(shard_map, [number])
@@ -286,7 +212,7 @@ class Shard:
                 prepared.record = OfferRecord(*self._fields(prepared, events, bits, kept))
                 if (bits > 1).any():
                     home = self.shard_map.shards_of(events.ids)
-                    prepared.offer = request, _Offer(prepared, home, kept, since_s)
+                    prepared.offer = request, Offer(prepared, home, kept, since_s)
         except BaseException:
             self.undo(prepared)
             raise
@@ -313,12 +239,17 @@ class Shard:
         offered = [route.table for route, _ in prepared.routes]
         now = self._routed(prepared.record.source, prepared.keys_known)
         if any(table not in offered for table in now):  # added since
-            self._route_anew(prepared, rows)
+            try:
+                self._route_anew(prepared, rows)
+            except BaseException:
+                # It is as if it had been dropped before. Its ids are in the log.
+                self._store.keep_promise(prepared.promised_words)
+                raise
         else:
             prepared.routes = [(route, of[accepted[of]]) for route, of in prepared.routes]
         self._have(prepared, homes)
         prepared.record = TakeRecord(offer.offset, rows, prepared.homes)
-        prepared.offer, prepared.remembered, prepared.verdicts = None, [], _NO_VERDICTS
+        prepared.offer, prepared.remembered, prepared.verdicts = None, [], NO_VERDICTS
         self._taking.add(offer.offset)
         return prepared
 
@@ -425,7 +356,7 @@ class Shard:
         self.tombstones.take(tombstones)
         self._drop_forgotten(dict(self._offers))
 
-    def _drop_forgotten(self, offers: Mapping[bytes, _Offer]) -> None:
+    def _drop_forgotten(self, offers: Mapping[bytes, Offer]) -> None:
         """Drop those offers that have something which has been forgotten since: their homes deliver them, with tokens.
         So of what was forgotten before a record says exactly what was applied."""
         for request, offer in offers.items():
@@ -445,7 +376,7 @@ class Shard:
     def apply_again(self, table: Table, record: EventsRecord, offset: int, rows: npt.NDArray[np.bool_]) -> None:
         """Apply to a table some events of a record, bool [n], that it has had: their rows have been removed since.
         Raises `MemoryFull`."""
-        if table.number not in self._behind:
+        if table not in self._behind:
             self._events[table.name] -= int(np.count_nonzero(rows))
             self._apply_to(table, record, offset, 0, rows)
 
@@ -528,30 +459,25 @@ class Shard:
             self.fall_behind(table)
         return added
 
-    def fall_behind(self, table: Table) -> None:
-        """Let commits and replays pass by a table, which is empty."""
-        self._behind[table.number] = None
-        self._store.hear_for(table, NO_CLOCK)
-
-    def keep_up(self, table: Table) -> None:
-        """Apply to a table that is empty whatever comes: a recovery brings it all that was before."""
-        del self._behind[table.number]
-        self._store.hear_for(table, None)
-
     @property
     def behind(self) -> list[Table]:
         """The tables that are behind."""
-        return [self._layout.tables[number] for number in self._behind]
+        return self._behind.tables
+
+    def fall_behind(self, table: Table) -> None:
+        """Let commits and replays pass by a table, which is empty."""
+        self._behind.add(table)
+
+    def keep_up(self, table: Table) -> None:
+        """Apply to a table that is empty whatever comes: a recovery brings it all that was before."""
+        self._behind.remove(table)
 
     def catch_up(self, table: Table, record: EventsRecord, offset: int, start: int = 0, end: int | None = None) -> None:
         """Apply to a table that is behind its part of the events `start` to `end` of a record; in the order of the log.
 
         Raises `MemoryFull`, and nothing of them has been applied.
         """
-        assert table.number in self._behind
-        arrivals = owned(record.arrivals[start:end])
-        if len(arrivals):
-            self._store.hear_for(table, int(arrivals.max()))
+        self._behind.hear_for(table, owned(record.arrivals[start:end]))
         if record.source != table.source.name or table.key not in record.tables:
             return
         chosen = (record.routes[start:end] & np.uint32(2 << record.tables.index(table.key))) != 0
@@ -568,22 +494,20 @@ class Shard:
         try:
             (route,) = self._routes(prepared, record.source, batch, arrivals, chosen, [table])
             base = (offset << SEQUENCE_ROW_BITS) + start
-            self._apply_route(_Queued(route, route.rows, self._times(record.source, batch), arrivals, base))
+            self._apply_route(Queued(route, route.rows, self._times(record.source, batch), arrivals, base))
         finally:
             self._store.keep_promise(prepared.promised_words)
 
     def route_to(self, table: Table) -> None:
         """Prepare for a table that is behind, too, from now on; what is committed of that queues."""
-        self._behind[table.number] = deque()
+        self._behind.queue_for(table)
 
     def queue_from_here(self, table: Table) -> int:
         """Return an offset: the table is to be given all of the log before that, and the queue has the rest.
 
         All that was prepared before `route_to` has been committed, or undone.
         """
-        queue = self._behind[table.number]
-        assert queue is not None
-        queue.clear()
+        self._behind.queue_for(table)
         return self.next_offset
 
     def catch_up_queued(self, table: Table) -> bool:
@@ -591,21 +515,13 @@ class Shard:
 
         Raises `MemoryFull`.
         """
-        queue = self._behind[table.number]
-        if not queue:
-            self.keep_up(table)
-            return True
-        oldest = queue.popleft()
-        if len(oldest.arrivals):
-            self._store.hear_for(table, int(oldest.arrivals.max()))
-        words = self._store.promise_room([(table, oldest.route.slots[oldest.rows])])
-        self._apply_route(oldest)
-        self._store.keep_promise(words)
-        return False
+        return self._behind.catch_up_queued(table, self._apply_route)
 
-    def give_up(self, table: Table) -> None:
-        """Let commits pass by a table that is behind for good."""
-        self._behind[table.number] = None
+    def give_up(self, table: Table) -> Iterator[None]:
+        """Let commits pass by a table that is behind, at once, and remove its rows, step by step: nobody reads them,
+        nor would anybody remove an entity from there that is forgotten. Then it may be begun anew."""
+        self._events[table.name] = 0
+        return self._behind.begin_anew(table)
 
     # -- the same at once, without a log
 
@@ -747,7 +663,10 @@ class Shard:
         prepared.heard = events.arrivals[events.n :]
         prepared.times, prepared.arrivals = self._times(events.source, events.batch), owned(events.arrivals)
         prepared.keys_known = events.keys_known
-        for route in self._routes(prepared, events.source, events.batch, events.arrivals, chosen):
+        tables = None
+        if events.keys is not None:
+            tables = [t for t in self._routed(events.source, events.keys_known) if t.key in events.keys]
+        for route in self._routes(prepared, events.source, events.batch, events.arrivals, chosen, tables):
             prepared.routes.append((route, route.rows))
 
     def _bits(self, prepared: Prepared, n: int, home: Ints) -> npt.NDArray[np.uint32]:
@@ -782,14 +701,12 @@ class Shard:
             self._store.hear_of(int(heard.max()), prepared.received_ms)
         base = offset << SEQUENCE_ROW_BITS
         for route, rows in prepared.routes:
-            one = _Queued(route, rows, prepared.times, prepared.arrivals, base)
-            if (queue := self._behind.get(route.table.number)) is not None:
-                queue.append(one)
-            elif route.table.number not in self._behind:  # else it was given up
+            one = Queued(route, rows, prepared.times, prepared.arrivals, base)
+            if not self._behind.has_put_off(one):
                 self._apply_route(one)
         self._store.keep_promise(prepared.promised_words)
 
-    def _apply_route(self, one: _Queued) -> None:
+    def _apply_route(self, one: Queued) -> None:
         route = one.route
         self._store.apply(
             route.table, one.rows, route.hashes, one.times, one.arrivals, route.inputs, route.masks, one.base
@@ -801,7 +718,7 @@ class Shard:
         one that they are brought here."""
         return [
             t for t in self._layout.tables_of(source)
-            if t.key_number <= keys_known and (t.routed or self._behind.get(t.number, _NO_QUEUE) is not None)
+            if t.key_number <= keys_known and (t.routed or not self._behind.passes_by(t))
         ]  # fmt: skip
 
     def _route_anew(self, prepared: Prepared, rows: Ints) -> None:
@@ -928,7 +845,7 @@ class Shard:
 
     @property
     def parts(self) -> ShardParts:
-        tables = [table for table in self._layout.tables if table.number not in self._behind]
+        tables = [table for table in self._layout.tables if table not in self._behind]
         return ShardParts(self._layout, tables, self._store, self._strings, self._homes, self._events)
 
     def status(self) -> ShardStatus:

@@ -1,18 +1,17 @@
 """The past of one shard, read piece by piece while it goes on: what a table is given that was added.
 
 What it promises: every event that the shard has applied comes once, in the order of its log, and what is appended
-meanwhile comes later. No piece keeps the log's file from being written over for longer than it takes to read.
+meanwhile comes later. The log's file is open only while a piece of bounded size is read, not while that is looked at.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 from millpond.feature_actors.errors import Unavailable
-from millpond.feature_actors.log.applied import applied_records
+from millpond.feature_actors.log.applied import applied_piece
 from millpond.feature_actors.log.folder import Folder
 from millpond.feature_actors.log.history import History
 from millpond.feature_actors.log.history_reader import read_history
@@ -20,10 +19,11 @@ from millpond.feature_actors.log.part import DAY_MS, expired
 from millpond.feature_actors.log.reader import LogReader
 from millpond.feature_actors.log.record import EventsRecord, OfferRecord
 
-__all__ = ["ShardPast"]
+__all__ = ["NoPast", "ShardPast"]
 
-#: For so long the log is read without letting go of it.
-_PIECE_S = 1.0
+
+class NoPast(Unavailable):
+    """What was before is kept nowhere, so that asking again does not help."""
 
 
 class ShardPast:
@@ -47,7 +47,7 @@ class ShardPast:
         the log ends now, or before `until`. Bits of `routes` as of `Past.records`.
 
         The next call goes on from there. To be used by one thread at a time, and to its end. Raises `LogDamaged`,
-        `HistoryDamaged`, `HistoryUnavailable`, and `Unavailable` if events from before the log are in no history.
+        `HistoryDamaged`, `HistoryUnavailable`, and `NoPast` if events from before the log are in no history.
         """
         if self._read_log_from is None:
             yield from self._read_history()
@@ -56,17 +56,15 @@ class ShardPast:
                 self.end = log.next if until is None else min(log.next, until)
                 if self.next >= self.end:
                     return
-                let_go_s = time.monotonic() + _PIECE_S
                 assert self._read_log_from is not None
-                for offset, record in applied_records(log, self._read_log_from, self.end, self._open_offers):
-                    # An offer that is taken after the history's end may have been made before.
-                    if offset >= self.next:
-                        yield offset, record
-                        self._read_log_from = self.next = offset + 1
-                        if time.monotonic() > let_go_s:
-                            break
-                else:
-                    self._read_log_from = self.next = self.end
+                piece, at = applied_piece(log, self._read_log_from, self.end, self._open_offers)
+            for offset, record in piece:
+                # An offer that is taken after the history's end may have been made before.
+                if offset >= self.next:
+                    yield offset, record
+                    self.next = offset + 1
+            self._read_log_from = at
+            self.next = max(self.next, at)
 
     def _read_history(self) -> Iterator[tuple[int, EventsRecord]]:
         """Yield what is not in the log any more: what is there is read from there."""
@@ -79,7 +77,7 @@ class ShardPast:
             return
         done_to = History(self._history_uri, self._shard, self._folder, 0).done_to if self._history_uri else 0
         if self._history_uri is None or done_to < log.first:
-            raise Unavailable(
+            raise NoPast(
                 f"the log of shard {self._shard} begins at offset {log.first}, and there is no history of what was "
                 "before (setting `history`)"
             )

@@ -13,14 +13,11 @@ A record of what was brought says up to where it had been read: a successor goes
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from millpond.feature_actors.log.log import Log
 from millpond.feature_actors.log.record import BROUGHT_LATER, Brought, EventsRecord, Record
@@ -32,6 +29,7 @@ __all__ = [
     "Lacking",
     "batched",
     "brought_before",
+    "brought_keys",
     "is_brought",
     "lacking",
     "note_brought",
@@ -44,8 +42,6 @@ Key = tuple[str, tuple[str, ...]]
 BroughtBefore = dict[Key, dict[int, int]]
 
 _BROUGHT = "brought.json"
-#: So many records are written together.
-_RECORDS_MAX = 32
 
 
 class Lacking(NamedTuple):
@@ -60,17 +56,15 @@ def is_brought(record: EventsRecord) -> bool:
     return BROUGHT_LATER in record.tables
 
 
-def lacking(records: Iterable[tuple[int, EventsRecord]], home: int, key: Key, cut: int) -> Iterator[Lacking]:
-    """Yield what is at home in a shard and was not meant for a key, of its records before a cut in their order."""
+def lacking(records: Iterable[tuple[int, EventsRecord]], home: int, key: Key) -> Iterator[Lacking]:
+    """Yield what was not meant for a key, of what is at home in a shard, in its order."""
     source, fields = key
     for offset, record in records:
-        if offset >= cut:
-            return
-        if record.source == source and fields not in record.tables and (record.routes & np.uint32(1)).any():
+        if record.source == source and fields not in record.tables:
             yield Lacking(record, Brought(home, offset + 1))
 
 
-def batched(lacks: Iterator[Lacking], records_max: int = _RECORDS_MAX) -> Iterator[list[Lacking]]:
+def batched(lacks: Iterator[Lacking], records_max: int) -> Iterator[list[Lacking]]:
     """Yield them a few together, which are written together."""
     while some := list(itertools.islice(lacks, records_max)):
         yield some
@@ -78,16 +72,25 @@ def batched(lacks: Iterator[Lacking], records_max: int = _RECORDS_MAX) -> Iterat
 
 def brought_before(folder: Path, log: Log, keys: Iterable[Key]) -> BroughtBefore:
     """Return what has been brought to the shard in a folder, of some keys and of those that are written down there."""
-    found: BroughtBefore = {key: {} for key in keys}
-    begin = log.first
-    with contextlib.suppress(FileNotFoundError):
-        told = json.loads((folder / _BROUGHT).read_bytes())
-        begin = max(begin, told["log_end"])
-        for source, fields, of in told["brought"]:
-            found[source, tuple(fields)] = dict(of)
-    for _, (record, _) in log.read(begin) if found else ():
+    noted, end = _noted(folder)
+    found: BroughtBefore = {**{key: {} for key in keys}, **noted}
+    for _, (record, _) in log.read(max(log.first, end)) if found else ():
         take_down(found, record)
     return found
+
+
+def brought_keys(folder: Path) -> set[Key]:
+    """Return the keys to which something has been brought, or was about to be, in the shard in a folder."""
+    return set(_noted(folder)[0])
+
+
+def _noted(folder: Path) -> tuple[BroughtBefore, int]:
+    """Return what is written down, and where the log ended then."""
+    try:
+        told = json.loads((folder / _BROUGHT).read_bytes())
+    except FileNotFoundError:
+        return {}, 0
+    return {(source, tuple(fields)): dict(of) for source, fields, of in told["brought"]}, told["log_end"]
 
 
 def take_down(brought: BroughtBefore, record: Record | None) -> None:

@@ -12,6 +12,7 @@ out.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import secrets
 from collections.abc import Iterable, Sequence
@@ -149,6 +150,10 @@ class Tombstones:
     def waiting(self) -> list[Tombstone]:
         """Those of which something is left to be done."""
         return [one for one in self._all.values() if not one.done]
+
+    def as_of_now(self) -> Tombstones:
+        """Return those that there are, to go by whatever comes."""
+        return copy.copy(self)  # what comes is taken into others of what this holds
 
     def write(self, some: Iterable[Tombstone]) -> None:
         """Write tombstones, each in place of one of the same entity, and sync; they hold from `take` on."""

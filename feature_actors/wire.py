@@ -35,8 +35,9 @@ __all__ = [
 Ints = npt.NDArray[np.int64]
 
 #: Source, a record batch without its schema, hashes of the event ids, whether they were given, hashes of the contents,
-#: arrival stamps (one number if they are all the same), how many, when they were received, which keys were known.
-WireEvents = tuple[str, bytes, bytes, bool, bytes, Any, int, int, int]
+#: arrival stamps (one number if they are all the same), how many, when they were received, which keys were known, which
+#: alone they go to.
+WireEvents = tuple[str, bytes, bytes, bool, bytes, Any, int, int, int, Any]
 #: As `Receipt`.
 WireReceipt = tuple[bytes, int, int, int, bool]
 #: Names of the features; n; hashes of their keys; clock, one number for all ids or bytes; whether time is the newest
@@ -57,11 +58,12 @@ def encode_events(events: Events) -> WireEvents:
         len(events.arrivals),
         events.received_ms,
         events.keys_known,
+        events.keys,
     )
 
 
 def decode_events(wire: WireEvents, layout: Layout) -> Events:
-    source, batch, ids, given, contents, arrivals, n, received_ms, keys_known = wire
+    source, batch, ids, given, contents, arrivals, n, received_ms, keys_known, keys = wire
     decoded = pa.ipc.read_record_batch(pa.py_buffer(batch), layout.source(source).schema)
     # Copies, here and below: what frombuffer gives is read-only, and kernels are compiled for writable arrays.
     return Events(
@@ -73,6 +75,7 @@ def decode_events(wire: WireEvents, layout: Layout) -> Events:
         _decode_times(arrivals, n),
         received_ms,
         keys_known,
+        None if keys is None else tuple(tuple(key) for key in keys),
     )
 
 

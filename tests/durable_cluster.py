@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,23 +19,24 @@ from typing import Any, Literal
 import numpy as np
 from worlds import AHEAD_MS_MAX, batch
 
-from millpond.feature_actors.backfill import apply_slices, note_whole, slices_of, whole_tables
+from millpond.feature_actors.backfill import whole_tables
 from millpond.feature_actors.client import FeatureClient, TimeLimits
 from millpond.feature_actors.clock import ManualClock
 from millpond.feature_actors.durable import DurableShard, ShardFolder
 from millpond.feature_actors.eraser import Eraser
 from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.events import Events, Receipt
-from millpond.feature_actors.layout import Layout
+from millpond.feature_actors.filling import AddedTable, Filling, SliceSizes
+from millpond.feature_actors.layout import Layout, compile_layout
 from millpond.feature_actors.log.log import Log, LogFull
 from millpond.feature_actors.log.record import EventsRecord, HomeRecord, OfferRecord, TakeRecord
-from millpond.feature_actors.log.snapshot import Chunk, SnapshotWriter, remove_old_snapshots
 from millpond.feature_actors.manifest import Manifest
 from millpond.feature_actors.past import Past
 from millpond.feature_actors.ports import LocalRead, complete
 from millpond.feature_actors.shard import Prepared, Shard
 from millpond.feature_actors.shard_map import ShardMap
-from millpond.feature_actors.spread import batched, brought_before, lacking, note_brought
+from millpond.feature_actors.spread import brought_before, note_brought, take_down
+from millpond.feature_actors.steps import Cut, In, Steps, Write
 from millpond.feature_actors.tiles.store import SPARE_SLOT_WORDS
 from millpond.feature_actors.tombstones import Tombstone
 from millpond.feature_actors.view import FeatureView
@@ -80,7 +82,7 @@ class DurableCluster:
         self.backfill_at_take = 0
         self._history = str(folder / "history") if history else None
         self._epochs = itertools.count(1)
-        self._snapshots: dict[int, tuple[Iterator[Chunk], SnapshotWriter, int]] = {}
+        self._snapshots: dict[int, Iterator[None]] = {}
         self._logged: dict[tuple[int, int], tuple[str, list[dict[str, Any]]]] = {}
         self.shard_map = ShardMap.even(n_slots, n_shards)
         self.clock = ManualClock(0)
@@ -226,26 +228,17 @@ class DurableCluster:
 
     def snapshot_steps(self, number: int, steps: int) -> None:
         """Go on with the snapshot of a shard, or begin one; when it is whole, remove old ones and truncate the log."""
-        durable = self.shards[number]
         if number in self._backfills or number in self._erasures:
             return
         if number not in self._snapshots:
-            directory = durable.folder / "snapshots"  # type: ignore[attr-defined]
-            self._snapshots[number] = durable.snapshot_chunks(), SnapshotWriter(directory), durable.undone
-        chunks, writer, undone = self._snapshots[number]
-        for _ in range(steps):
-            chunk = next(chunks, None)
-            if chunk is not None:
-                writer.write(chunk)
-                continue
-            del self._snapshots[number]
-            if durable.undone != undone:
-                writer.abandon()
+            self._snapshots[number] = self._driven(number, self._snapshot(number))
+        with suppress(Unavailable):  # something in it was undone
+            for _ in range(steps):
+                if next(self._snapshots[number], self) is self:
+                    break
+            else:
                 return
-            path = writer.finish()
-            remove_old_snapshots(path.parent)
-            self.truncate(number)
-            return
+        del self._snapshots[number]
 
     def leave(self, directory: Path) -> Path:
         """Copy what is on disk as the data directory of a cluster, which others may read."""
@@ -280,61 +273,64 @@ class DurableCluster:
         self._connect()
         self.keys_required = len(self.client.layout.added_keys)
 
+    def define_views(self) -> None:
+        """Start anew with the views that came among the definitions."""
+        self.layout = compile_layout([*self.layout.sources.values()], [*self.layout.views.values(), *self.added])
+        self.added = []
+        self.routed_views = self.keys_required = 0
+        self.restart_all()
+
     def backfill_steps(self, number: int, steps: int) -> bool:
         """Go on with the backfill of a shard, or begin it; return whether nothing is left to do. No snapshot is under
         way meanwhile."""
         if number not in self._backfills:
             if not self.shards[number].shard.behind or number in self._snapshots:
                 return not self.shards[number].shard.behind
-            self._backfills[number] = self._backfill(self.shards[number])
+            self._backfills[number] = self._driven(number, self._filling(self.shards[number]))
         for _ in range(steps):
             if next(self._backfills[number], self) is self:
                 del self._backfills[number]
                 return True
         return False
 
-    def _spread(self, durable: DurableShard, key_number: int) -> Iterator[None]:
-        """The steps of `ShardServer._bring`."""
-        shard, key = durable.shard, durable.shard.layout.added_keys[key_number - 1]
-        of = durable.brought.setdefault(key, {})  # type: ignore[attr-defined]
-        cuts = [one.shard.next_offset for one in self.shards]
-        for home, cut in enumerate(cuts):
-            yield
-            records = self.past().records(home, of.get(home, 0))
-            for lacks in batched(lacking(records, home, key, cut), 2):
-                for one in lacks:
-                    prepared = shard.prepare_brought(one.record, key[1], one.brought)
-                    if prepared.record is not None:
-                        (offset,) = durable.append([prepared], 0)
-                        shard.commit(prepared, offset)
-                    of[home] = one.brought.before
-                yield
-            of[home] = max(cut, of.get(home, 0))
-        note_brought(durable.folder, durable.brought, durable.log.next)  # type: ignore[attr-defined]
+    def fail_backfill(self, number: int) -> None:
+        """Have the backfill of a shard fail where it is; it may be begun anew."""
+        if self._backfills.pop(number, None) is not None:
+            shard = self.shards[number].shard
+            for table in shard.behind:
+                for _ in shard.give_up(table):
+                    pass
 
-    def _backfill(self, durable: DurableShard) -> Iterator[None]:
-        """The steps of `ShardServer`; whatever is prepared here is in the log when the next step is taken."""
-        shard, tables = durable.shard, durable.shard.behind
-        for number in sorted({table.key_number for table in tables} - {0}):
-            while number > self.keys_required:
-                yield
-            yield from self._spread(durable, number)
-        past = durable.past()
-        for slices in slices_of(past.read_on(), 3, 2):
-            apply_slices(shard, tables, slices)
+    def _driven(self, number: int, steps: Steps[Any]) -> Iterator[None]:
+        """Take the steps of some work on a shard; yield before and after each."""
+        answer = None
+        while True:
+            try:
+                step = steps.send(answer)
+            except StopIteration:
+                return
             yield
-        for table in tables:
-            shard.route_to(table)
-        yield
-        (end,) = {shard.queue_from_here(table) for table in tables}
-        yield
-        for slices in slices_of(past.read_on(end), 3, 2):
-            apply_slices(shard, tables, slices)
+            durable = self.shards[number]
+            if isinstance(step, In):
+                answer = step.do()
+            elif isinstance(step, Write):
+                for prepared in step.prepared:
+                    self._append(durable, prepared)
+            elif isinstance(step, Cut):
+                while step.key_number > self.keys_required:
+                    yield
+                answer = self.shards[step.home].shard.next_offset
             yield
-        for table in tables:
-            while not shard.catch_up_queued(table):
-                yield
-        note_whole(durable.folder, tables)  # type: ignore[attr-defined]
+
+    def _append(self, durable: DurableShard, prepared: Prepared) -> None:
+        (offset,) = durable.append([prepared], 0)
+        durable.shard.commit(prepared, offset)
+        take_down(durable.brought, prepared.record)  # type: ignore[attr-defined]
+
+    def _filling(self, durable: DurableShard) -> Steps[None]:
+        added = [AddedTable(table, "backfilling") for table in durable.shard.behind]
+        brought = durable.brought  # type: ignore[attr-defined]
+        return Filling(durable, self.past(), len(self.shards), brought, added, SliceSizes(3, 2, 2)).steps()
 
     def forget(self, number: int, tombstone: Tombstone) -> None:
         """Have a tombstone on a shard; `erase_steps` does what it asks for."""
@@ -348,59 +344,25 @@ class DurableCluster:
             if number in self._backfills or not self.shards[number].shard.tombstones.waiting:
                 return not self.shards[number].shard.tombstones.waiting
             self._snapshots.pop(number, None)
-            self._erasures[number] = self._erase(number)
+            self._erasures[number] = self._driven(number, self._erase(number))
         for _ in range(steps):
             if next(self._erasures[number], self) is self:
                 del self._erasures[number]
                 return True
         return False
 
-    def _erase(self, number: int) -> Iterator[None]:
-        """The steps of `ShardServer`; whatever was prepared before the tombstone is in the log."""
-        durable = self.shards[number]
-        eraser = Eraser(durable)
-        eraser.learn()
-        yield
-        eraser.remove()
-        yield
-        writer = SnapshotWriter(durable.folder / "snapshots")  # type: ignore[attr-defined]
-        for chunk in durable.snapshot_chunks():
-            writer.write(chunk)
-            yield
-        writer.finish()
-        yield
-        eraser.remove_snapshots()
-        yield
-        while eraser.rewrite_log():
-            yield
-        yield
-        eraser.rewrite_history()
-        yield
-        if eraser.make_beside():
-            yield
-            eraser.put_in_place()
-            yield
-            writer = SnapshotWriter(durable.folder / "snapshots")  # type: ignore[attr-defined]
-            for chunk in durable.snapshot_chunks():
-                writer.write(chunk)
-            writer.finish()
-            yield
-            eraser.remove_snapshots()
-        yield
-        assert eraser.scrub()
-        yield
+    def _erase(self, number: int) -> Steps[None]:
+        eraser = Eraser(self.shards[number])
+        yield from eraser.steps(lambda: self._snapshot(number), lambda state: None)
         eraser.finish(self.clock.ms)
 
-    def truncate(self, number: int) -> None:
-        self._note(number)
-        durable = self.shards[number]
-        note_brought(durable.folder, durable.brought, durable.log.next)  # type: ignore[attr-defined]
-        log = self.shards[number].log
-        assert isinstance(log, Log)
-        shard = self.shards[number].shard
-        before = self.shards[number].truncatable([*shard.offers, *shard.deliveries.owed])
-        while log.truncate(before):
-            pass
+    def _snapshot(self, number: int) -> Steps[Any]:
+        def note() -> None:
+            self._note(number)
+            durable = self.shards[number]
+            note_brought(durable.folder, durable.brought, durable.log.next)  # type: ignore[attr-defined]
+
+        return self.shards[number].snapshot_steps(note)
 
     def write_history(self, number: int) -> None:
         shard = self.shards[number].shard

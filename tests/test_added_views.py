@@ -213,6 +213,10 @@ def test_it_is_live_when_all_shards_have_it_and_has_failed_when_one_has() -> Non
     assert verdict_of("v", [{"shard": 0, "state": "recovering"}]).state == "backfilling"
     stuck = verdict_of("v", [shard(0, None) | {"views_failure": "no registry"}])
     assert str(stuck.progress) == "about to begin, 0 of 1 shards; shard 0: no registry"
+    waits = verdict_of("v", [shard(0, "whole"), shard(1, "backfilling", why="no disk; it is tried again")])
+    assert (waits.state, str(waits.progress)) == (
+        "backfilling", "75 % of 8 records, 1 of 2 shards; shard 1: no disk; it is tried again"
+    )  # fmt: skip
     verdict = verdict_of("v", [shard(0, "backfilling"), shard(1, "failed", why="no room")])
     assert (verdict.state, verdict.why) == ("failed", "shard 1: no room")
 

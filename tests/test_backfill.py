@@ -45,9 +45,11 @@ def test_bit_for_bit_what_a_start_with_the_view_gives_and_right_whatever_ends_me
             if number == at:
                 stormy.add_view(added)
             for _ in range(draw(st.integers(0, 2))):
-                what = draw(st.sampled_from(["restart", "snapshot", "history", "backfill", "backfill"]))
+                what = draw(st.sampled_from(["restart", "snapshot", "history", "backfill", "backfill", "fail"]))
                 if what == "restart":
                     stormy.restart_all()
+                elif what == "fail":
+                    stormy.fail_backfill(0)
                 elif what == "snapshot":
                     stormy.snapshot_steps(0, draw(st.sampled_from([1, 3, 1_000])))
                 elif what == "history":
@@ -111,9 +113,11 @@ def test_on_several_shards_it_has_every_event_that_the_others_have(data: st.Data
             cluster.fault = None
             for _ in range(draw(st.integers(0, 3))):
                 shard, steps = draw(st.integers(0, n_shards - 1)), draw(st.sampled_from([1, 5, 1_000]))
-                what = draw(st.sampled_from(["snapshot", "history", "backfill", "deliver"]))
+                what = draw(st.sampled_from(["snapshot", "history", "backfill", "deliver", "fail"]))
                 if what == "snapshot":
                     cluster.snapshot_steps(shard, steps)
+                elif what == "fail":
+                    cluster.fail_backfill(shard)
                 elif what == "history":
                     cluster.write_history(shard)
                 elif what == "deliver":
@@ -220,9 +224,11 @@ def test_a_view_with_a_key_of_its_own_has_every_event_once_whatever_ends_meanwhi
             cluster.fault = None
             for _ in range(draw(st.integers(0, 3))):
                 shard, steps = draw(st.integers(0, n_shards - 1)), draw(st.sampled_from([1, 5, 1_000]))
-                what = draw(st.sampled_from(["snapshot", "history", "backfill", "deliver", "restart"]))
+                what = draw(st.sampled_from(["snapshot", "history", "backfill", "deliver", "restart", "fail"]))
                 if what == "snapshot":
                     cluster.snapshot_steps(shard, steps)
+                elif what == "fail":
+                    cluster.fail_backfill(shard)
                 elif what == "history":
                     cluster.write_history(shard)
                 elif what == "deliver":
@@ -235,6 +241,8 @@ def test_a_view_with_a_key_of_its_own_has_every_event_once_whatever_ends_meanwhi
         for shard in range(n_shards):
             while not cluster.backfill_steps(shard, 1_000):
                 cluster.snapshot_steps(shard, 1_000)
+        if draw(st.booleans()):  # what is owed still was not meant for their keys
+            cluster.define_views()
         for _ in range(2):
             cluster.deliver_owed()
             logged = [sent[i] for i in cluster.logged("id")]
@@ -257,6 +265,33 @@ def test_a_view_with_a_key_of_its_own_has_every_event_once_whatever_ends_meanwhi
             for place, t in enumerate(layout.tables_of("sales"))
         }
         assert counted == {(of,): sum(e[of] is not None for e in logged) for of in ("item", "user")}
+
+
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_what_is_owed_over_a_whole_backfill_and_a_start_with_its_key_counts_once(
+    snapshot: bool, tmp_path: Path
+) -> None:
+    cluster = DurableCluster(compile_layout([], [BY_SELLER]), 2, tmp_path, history=True)
+    cluster.fault = Fault("after commit", "ingress", 1)  # both have logged their offer, and nobody takes
+    with suppress(Crash):
+        cluster.send("sales", 9, [
+            {"id": f"{n}", "at": 5, "user": n, "shop": "a", "cents": 1, "item": "abc"[n % 3]} for n in range(30)
+        ])  # fmt: skip
+    assert all(durable.shard.deliveries.owed for durable in cluster.shards)
+    cluster.add_view(BY_ITEM)
+    for shard in range(2):
+        assert cluster.backfill_steps(shard, 1_000)
+    logged = cluster.logged_events()
+    if snapshot:  # of which the table of the definitions has nothing
+        for shard in range(2):
+            cluster.snapshot_steps(shard, 1_000)
+    cluster.define_views()
+    for _ in range(2):
+        cluster.deliver_owed()
+        expected = sums_of(logged, BY_ITEM)
+        rows = read(cluster.client, plan_of(cluster.client, BY_ITEM), sorted(expected))
+        assert dict(zip(sorted(expected), rows.matrix[:, :3].tolist(), strict=True)) == expected
+        cluster.restart_all()
 
 
 def test_a_plan_of_before_reads_memories_and_stands_in_a_set_with_plans_of_after(tmp_path: Path) -> None:
@@ -381,6 +416,60 @@ def test_without_room_for_its_headers_nothing_has_changed(tmp_path: Path) -> Non
         cluster.shards[0].shard.extend(cluster.layout.extended(many))
     cluster.add_view(AGAIN)
     assert cluster.backfill_steps(0, 1_000)
+
+
+def test_a_backfill_that_failed_leaves_no_row_and_may_be_begun_anew(tmp_path: Path) -> None:
+    """An entity that lives by its ttl alone has all of its past then, though it was out of sight when that failed."""
+    hour = 3_600_000
+    alive = FeatureView("alive", owner="tests", source=PAYMENTS, key=["user"], features={"n": Count(ttl="1h")})
+    cluster = DurableCluster(compile_layout([], [BY_USER]), 1, tmp_path)
+    for number in range(20):
+        events = [
+            {"id": f"{number}-{user}", "at": number * hour // 2, "user": user, "shop": None, "cents": 1}
+            for user in range(300)
+        ]
+        cluster.send("payments", number * hour // 2, events)
+    cluster.add_view(alive)
+    shard = cluster.shards[0].shard
+    for _ in range(3):
+        while shard.status().events[shard.behind[0].name] < 5_000:
+            cluster.backfill_steps(0, 1)
+        assert shard.status().entities[shard.behind[0].name] == 300
+        cluster.fail_backfill(0)
+        status = shard.status()
+        assert (status.entities[shard.behind[0].name], status.events[shard.behind[0].name]) == (0, 0)
+        assert shard.check() == []
+    assert cluster.backfill_steps(0, 100_000)
+    keys = [(user,) for user in range(300)]
+    assert read(cluster.client, plan_of(cluster.client, alive), keys).matrix[:, 0].tolist() == [20.0] * 300
+
+
+def test_a_take_for_which_there_is_no_room_any_more_keeps_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A view came since the offer; what it takes is promised, and then something else fails."""
+    cluster = DurableCluster(compile_layout([], [BY_USER, BY_SHOP]), 2, tmp_path)
+    cluster.add_view(SHOP_AGAIN)
+    full = []
+
+    class Full(DurableCluster):
+        async def take(self, shard: int, *arguments: Any) -> None:
+            of = self.shards[shard].shard
+            of.route_to(of.layout.tables[-1])
+
+            def fails(*arguments: Any) -> Any:
+                full.append(shard)
+                raise MemoryFull("strings: no room")
+
+            with monkeypatch.context() as patched:
+                patched.setattr(of._strings, "addresses", fails)
+                await super().take(shard, *arguments)
+
+    cluster.__class__ = Full
+    events = [{"id": f"{n}", "at": 5, "user": n, "shop": SHOPS[n % 3], "cents": 1} for n in range(40)]
+    with pytest.raises(MemoryFull):
+        cluster.send("payments", 9, events)
+    assert full
+    for shard in full:
+        assert cluster.shards[shard].shard._store._promised_words == 0
 
 
 def test_what_was_before_the_log_and_is_in_no_history_is_missed(tmp_path: Path) -> None:

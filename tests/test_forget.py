@@ -269,6 +269,44 @@ def test_an_entity_whose_key_is_a_string_and_events_that_come_with_a_name_twice(
     assert {shop.partition("-")[0] for shop in shops} == {"~forgotten"}
 
 
+def test_of_several_that_are_forgotten_together_each_says_what_was_removed_of_it(tmp_path: Path) -> None:
+    cluster = DurableCluster(compile_layout([], [BY_USER, BY_SHOP, BY_BOTH]), 1, tmp_path, history=True)
+    cluster.send(
+        "payments", 9,
+        [{"id": f"{n}", "at": 5, "user": USERS[n % 3], "shop": SHOPS[n % 2], "cents": 1, "email": None}
+         for n in range(60)],
+    )  # fmt: skip
+    ones = [tombstone_of(SECRET, field, value, 9) for field, value in (("user", 42), ("user", 7), ("shop", "a"))]
+    for one in ones:
+        cluster.forget(0, one)
+    while not cluster.erase_steps(0, 1_000):
+        pass
+    told = [cluster.shards[0].shard.tombstones.get(one.name) for one in ones]
+    # A row of two of them is counted by one; an event of two by both.
+    assert [one and one.removed and one.removed["events"] for one in told] == [20, 20, 30]
+    assert sum(one.removed["rows"] for one in told if one and one.removed) == 3 + 5
+    # What is counted is what is left, once for each table.
+    assert sorted(cluster.shards[0].shard.status().events.values()) == [10, 20, 30]
+
+
+@pytest.mark.parametrize("steps", range(1, 12))
+def test_who_is_to_be_forgotten_while_another_is_leaves_no_row_either(steps: int, tmp_path: Path) -> None:
+    """Rows of several keys are found by events, which show a token when they have been rewritten."""
+    cluster = DurableCluster(compile_layout([], [BY_USER, BY_SHOP, BY_BOTH]), 1, tmp_path, history=True)
+    events = [
+        {"id": f"{n}", "at": 5, "user": USERS[n % 3], "shop": SHOPS[n % 2], "cents": 1, "email": None}
+        for n in range(60)
+    ]
+    cluster.send("payments", 9, events)
+    cluster.write_history(0)
+    cluster.forget(0, tombstone_of(SECRET, "user", 42, 9))
+    cluster.erase_steps(0, steps)
+    cluster.forget(0, tombstone_of(SECRET, "user", 7, 9))
+    while not (cluster.erase_steps(0, 1_000) and not cluster.shards[0].shard.tombstones.waiting):
+        pass
+    assert found(cluster) == wanted(cluster, events, {e["id"] for e in events if e["user"] in (42, 7)})
+
+
 def test_tombstones_are_read_with_the_secret_that_they_were_made_with_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "tombstones.json"
     one = tombstone_of(SECRET, "user", 42, 5)

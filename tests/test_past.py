@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from check_directory import BY_SHOP, BY_USER, LAYOUT, N_SLOTS, Stopped
+from check_directory import BY_SHOP, BY_USER, LAYOUT, N_SLOTS, Stopped, events
+from durable_cluster import DurableCluster
 from test_engine_vs_oracle import plan_of, read
 
 from millpond.feature_actors.client import FeatureClient
@@ -73,8 +74,33 @@ def test_it_goes_on_from_an_offset(tmp_path: Path) -> None:
     past = past_of(stopped)
     offsets = [offset for offset, _ in past.records(0)]
     assert len(offsets) == 10
-    for begin in (0, 3, 7, 8, 10):
-        assert [offset for offset, _ in past.records(0, begin)] == [o for o in offsets if o >= begin]
+    assert all(record.routes.all() for _, record in past.records(0))  # all are at home here
+    for begin in (0, 3, 7, 8, 10, 99):
+        for end in (0, 5, 8, 9, 10, 99):
+            told = [offset for offset, _ in past.home_records(0, begin, end)]
+            assert told == [o for o in offsets if begin <= o < end]
+
+
+def test_what_is_truncated_while_it_is_read_comes_from_the_history(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("millpond.feature_actors.log.applied.PIECE_RECORDS", 2)
+    cluster = DurableCluster(LAYOUT, 1, tmp_path, history=True)
+    for number in range(10):
+        cluster.send("payments", (number + 1) * 60_000, events(number))
+    told = []
+    for offset, _ in cluster.past().home_records(0, 0, 10):
+        told.append(offset)
+        log = cluster.shards[0].log
+        assert isinstance(log, Log)
+        assert log.empty_write_ahead()  # nothing is held open
+        if offset == 3:
+            for number in range(10, 12):
+                cluster.write_history(0)
+                cluster.snapshot_steps(0, 1_000)
+                cluster.send("payments", (number + 1) * 60_000, events(number))
+            assert log.first > offset
+    assert told == list(range(10))
 
 
 def test_a_log_is_read_as_of_its_opening_while_its_shard_goes_on(tmp_path: Path) -> None:

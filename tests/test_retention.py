@@ -14,7 +14,7 @@ import pytest
 from test_forget_served import LAYOUT, NOW, ORDERS, orders
 from test_server import Servers
 
-from millpond.feature_actors import server
+from millpond.feature_actors import housekeeper
 from millpond.feature_actors.calls import CallIngest, CallRead
 from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.clock import ManualClock
@@ -26,7 +26,7 @@ DAY = 86_400_000
 
 @pytest.fixture
 def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Servers]:
-    monkeypatch.setattr(server, "_EXPIRE_S", 0.1)
+    monkeypatch.setattr(housekeeper, "_EXPIRE_S", 0.1)
     folder = Path(tempfile.mkdtemp(prefix="mp-"))  # short: a socket's path is
     servers = Servers(folder)
     yield servers

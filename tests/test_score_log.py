@@ -228,7 +228,12 @@ def test_who_is_forgotten_leaves_every_file_and_what_waits_and_is_not_logged_aga
         assert time.monotonic() < deadline
     low, high = hash_keys([[1]], 1).view(np.int64)[0].tolist()
     eraser = ScoreEraser(str(tmp_path), str(tmp_path / "registry"), logged=True)
-    assert eraser.forget("user_id", (low, high), NOW) == 3
+    # One that does not hear of it is named, and it goes on from there when that has ended.
+    registry.report("deaf", {"pid": pid, "started_ticks": started_ticks(pid)})
+    with pytest.raises(Unavailable, match=r"^logged scores: `deaf` may log scores still .* within 0\.2 s"):
+        dataclasses.replace(eraser, wait_s_max=0.2).forget("one", "user_id", (low, high), NOW)
+    registry.report("deaf", {"pid": pid, "started_ticks": -1})
+    assert eraser.forget("one", "user_id", (low, high), NOW) == 3
     # What was read before is not logged any more, whoever was asked then; what is read later is.
     for user in (1, 2):
         world.post_score("churn", {"user_id": user})

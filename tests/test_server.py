@@ -27,7 +27,7 @@ import pytest
 from port_contract import LAYOUT, N_SLOTS, NOW, Cluster, PortContract, Run, by_book, by_user, order, orders
 from worlds import batch
 
-from millpond.feature_actors import Count, FeatureView, Sum, manifest
+from millpond.feature_actors import Count, FeatureView, Sum, manifest, view_follower
 from millpond.feature_actors import server as server_module
 from millpond.feature_actors.backfill import AddedView, ViewState
 from millpond.feature_actors.calls import CallIngest, CallRead
@@ -601,18 +601,72 @@ def test_a_disk_that_is_full_for_a_moment_holds_no_key_up(servers: Servers, monk
         assert go_on.wait(30)
         return Full
 
-    monkeypatch.setattr(server_module, "_HOUSE_AGAIN_S", 0.05)
+    monkeypatch.setattr(view_follower, "_AGAIN_S", 0.05)
     with monkeypatch.context() as patched, ThreadPoolExecutor(1) as thread:
         patched.setattr("millpond.feature_actors.log.log.os.statvfs", statvfs)
         sent = thread.submit(cluster.ingest, *(order(user=u % 3) for u in range(3_000)))
         assert asked.wait(30)
         coming.come(OF_BOOKS, "backfilling")
-        until(lambda: servers.servers[0]._waiting)  # it waits for what was taken before
+        until(lambda: servers.servers[0]._at.waiting)  # it waits for what was taken before
         go_on.set()
         with pytest.raises(Unavailable, match="MB are left on the disk"):
             sent.result(30)
     assert [one["state"] for one in later(servers, OF_BOOKS)] == ["whole"]
     assert reads_of_users(servers, 3) == [10.0] * 3
+
+
+def test_a_backfill_that_a_full_disk_breaks_off_is_tried_again_by_itself(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coming = Coming()
+    cluster = servers.cluster(2, "process", added_views=coming, disk_free_bytes_min=1)
+    for _ in range(20):
+        cluster.ingest(*(order(user=u % 8) for u in range(80)))
+    full = threading.Event()
+
+    class Full:
+        f_bavail = f_frsize = 0
+
+    def statvfs(path: Any) -> Any:
+        return Full if full.is_set() else os.statvfs_result([1 << 20] * 10)
+
+    monkeypatch.setattr(view_follower, "_AGAIN_S", 0.05)
+    monkeypatch.setattr("millpond.feature_actors.log.log.os.statvfs", statvfs)
+    full.set()
+    coming.come(OF_BOOKS, "backfilling")
+    for number in range(2):
+        until(lambda n=number: "it is tried again" in later(servers, OF_BOOKS, ["backfilling"])[n]["why"])
+    said = later(servers, OF_BOOKS, ["backfilling"])
+    assert all(one["why"].startswith("log: 0 MB are left on the disk") for one in said)
+    full.clear()
+    assert [(one["state"], one["why"]) for one in later(servers, OF_BOOKS)] == [("whole", "")] * 2
+    assert reads_of_users(servers, 8) == [200.0] * 8
+
+
+def test_a_shard_that_is_away_is_named_by_a_backfill_that_waits_for_it_and_goes_on_when_it_is_back(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coming = Coming()
+    cluster = servers.cluster(2, "process", added_views=coming)
+    cluster.ingest(*(order(user=u % 8) for u in range(80)))
+    monkeypatch.setattr(view_follower, "_AGAIN_S", 0.05)
+    monkeypatch.setattr(view_follower, "_CUT_S_MAX", 0.3)
+    servers.servers[1].close()
+    coming.come(OF_BOOKS, "backfilling")
+
+    def why() -> str:
+        views = servers.servers[0].called("status", []).result(30)["views"]
+        return str(views.get(identity_of(OF_BOOKS), {}).get("why", ""))
+
+    until(why)
+    assert why() == (
+        "shard 1 of 2 has not said within 0.3 s up to where events are to be brought to key 1: shard 1 of 2 is not "
+        "running; it is being restarted; it is tried again"
+    )
+    servers.servers[1] = servers._serve(1)
+    servers.ready()
+    assert [one["state"] for one in later(servers, OF_BOOKS)] == ["whole", "whole"]
+    assert reads_of_users(servers, 8) == [10.0] * 8
 
 
 def test_without_a_log_a_view_that_comes_fails_and_says_why(servers: Servers) -> None:

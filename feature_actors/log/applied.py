@@ -12,7 +12,10 @@ from millpond.feature_actors.log.log import Log
 from millpond.feature_actors.log.reader import LogReader
 from millpond.feature_actors.log.record import EventsRecord, OfferRecord, TakeRecord
 
-__all__ = ["applied_records"]
+__all__ = ["applied_piece", "applied_records"]
+
+#: A piece of a log: so many records, or events, and the record with which there are as many.
+PIECE_RECORDS, _PIECE_EVENTS = 256, 1 << 15
 
 
 def applied_records(
@@ -37,6 +40,20 @@ def applied_records(
             routes = offer.routes[record.rows] & ~np.uint32(1)
             if (applied := np.flatnonzero(routes)).size:
                 yield offset, _events_of(offer, record.rows[applied], routes[applied])
+
+
+def applied_piece(
+    log: Log | LogReader, first: int, end: int, open_offers: dict[int, OfferRecord]
+) -> tuple[list[tuple[int, EventsRecord]], int]:
+    """Return some of the same, of a bounded size, and the offset from which it goes on."""
+    some: list[tuple[int, EventsRecord]] = []
+    events = 0
+    for offset, record in applied_records(log, first, end, open_offers):
+        some.append((offset, record))
+        events += len(record.arrivals)
+        if len(some) >= PIECE_RECORDS or events >= _PIECE_EVENTS:
+            return some, offset + 1
+    return some, end
 
 
 def _events_of(record: OfferRecord, rows: npt.NDArray[np.int64], routes: npt.NDArray[np.uint32]) -> EventsRecord:

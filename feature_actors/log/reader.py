@@ -33,7 +33,9 @@ class LogReader:
             self._database = sqlite3.connect(path, timeout=_WAIT_S, isolation_level=None)
             self._database.execute("PRAGMA query_only = 1")
             self._database.execute("BEGIN")
-            ((first, last),) = self._database.execute("SELECT MIN(key), MAX(key) FROM Cache").fetchall()
+            # Two questions, each of which the index answers; both in one look at every record.
+            ends = "SELECT (SELECT MIN(key) FROM Cache), (SELECT MAX(key) FROM Cache)"
+            ((first, last),) = self._database.execute(ends).fetchall()
         except sqlite3.Error as error:
             raise LogDamaged(f"log: `{directory}` cannot be read: {error}") from None
         self.first, self.next = (0, 0) if first is None else (int(first), int(last) + 1)
