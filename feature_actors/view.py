@@ -280,7 +280,12 @@ class FeatureView:
 
 
 def _shown(setting: Any) -> str:
-    return " ".join(str(setting).split()) if isinstance(setting, pc.Expression) else repr(setting)
+    """Return a setting as it is declared."""
+    if isinstance(setting, pc.Expression):
+        return " ".join(str(setting).split())
+    if isinstance(setting, str | tuple):
+        return json.dumps(setting, ensure_ascii=False)
+    return repr(setting)
 
 
 def fields_in(source: Source, wheres: Iterable[pc.Expression | None]) -> set[str]:

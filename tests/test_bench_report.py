@@ -22,6 +22,7 @@ from millpond.bench.growth import growth
 from millpond.bench.history import compare, earlier_line
 from millpond.bench.plots import latency_plot, linear_ticks, log_ticks, rounds_plot, time_plot
 from millpond.bench.report import html_page
+from millpond.bench.sketches import SketchWorkload
 from millpond.bench.store import FULL, meanings
 from millpond.bench.workload import Evidence, Series, run_workload
 from millpond.cluster.cli import main
@@ -32,7 +33,7 @@ MEANINGS = {
     "store": meanings(FULL), "events": events_bench.MEANINGS, "faults": faults_bench.MEANINGS,
     "recovery": recovery_bench.MEANINGS, "score": score.MEANINGS, "models": models.MEANINGS, "users": users.MEANINGS,
     "soak": soak.MEANINGS, "mixed": mixed.MEANINGS, "parity": parity.MEANINGS, "trainset": trainset.MEANINGS,
-    "backfill": backfill.MEANINGS,
+    "backfill": backfill.MEANINGS, "sketches": SketchWorkload.meanings,
 }  # fmt: skip
 
 

@@ -265,8 +265,8 @@ runs = FeatureView("runs", owner="shop", source=orders, key=["user", "category"]
     assert shown == [
         ("Streak(of=(price > 50), n=10)", 88, None),
         ("StreakDays(n=100)", 24, None),
-        ("Sessions(gap='30m', n=8)", 4, 152),
-        ("SessionSeconds(gap='30m', n=8)", 4, 152),
+        ('Sessions(gap="30m", n=8)', 4, 152),
+        ('SessionSeconds(gap="30m", n=8)', 4, 152),
     ]
     (series,) = view["kept"]["series"]
     assert series["bytes_per_tile"] == 8 + 152

@@ -7,12 +7,12 @@ A few random programs by default; 1,000 of each sketch on demand, the worst prin
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import EXAMPLES
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,6 +28,8 @@ SKETCHES: tuple[Aggregation, ...] = (
 )  # fmt: skip
 #: Of these the state is compared: what a quantile is asked for does not change it.
 STATES = [Sketch(one) for one in (*(Distinct("v", m=m) for m in (8, 16, 128)), Median("v", 0.01, 8), Median("v"))]
+#: As of conftest.
+EXAMPLES = float(os.environ.get("MILLPOND_EXAMPLES", "1"))
 GUARD = 0x5A5A_5A5A_5A5A_5A5A
 ODD_WORDS = [-1, 0, 3, 8, 9, 1 << 32, (31 << 32) + 5, -(2**63), 2**63 - 1, GUARD]
 seeds = st.integers(0, 2**32).map(np.random.default_rng)

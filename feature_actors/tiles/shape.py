@@ -28,7 +28,7 @@ _Words = Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
 _Ms = Annotated[int, msgspec.Meta(ge=-1, le=1 << 53)]
 
 
-class ColumnShape(msgspec.Struct, frozen=True):
+class ColumnShape(msgspec.Struct, frozen=True, omit_defaults=True):
     """A column of a partial: its part by name, what it looks at, its size; its words, and which of them are strings.
 
     field, by: the texts of its inputs; setting: see `Column`.

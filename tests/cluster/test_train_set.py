@@ -120,7 +120,11 @@ def test_workers_that_are_killed_again_and_again_are_an_error_and_no_file_is_the
     assert not (folder / "lost.parquet").exists()
 
 
-def test_who_breaks_off_ends_the_workers(served: Served, folder: Path) -> None:
+def test_who_breaks_off_ends_the_workers(served: Served, folder: Path, request: pytest.FixtureRequest) -> None:
+    # A process of pytest-xdist ignores it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+
     def break_off(done: int) -> None:
         assert len(pids(served)) == 1
         signal.raise_signal(signal.SIGINT)
