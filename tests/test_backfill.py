@@ -28,6 +28,9 @@ from millpond.feature_actors.wire import QuestionDecoder, encode_question
 from millpond.models.training.events import EventsBySource, read_past
 from millpond.models.training.runs import Room
 
+#: Some take long for an example.
+HALF = max(1, settings().max_examples // 2)
+
 
 @settings(max_examples=HALF)
 @given(world=worlds(events_max=60), data=st.data())
@@ -82,8 +85,6 @@ def test_bit_for_bit_what_a_start_with_the_view_gives_and_right_whatever_ends_me
         Judge(added, log).check(keys, plan, read(stormy.client, plan, keys))
 
 
-#: These take long for an example.
-HALF = max(1, settings().max_examples // 2)
 AGAIN = FeatureView("again", owner="tests", source=PAYMENTS, key=["user"], features={**SUMS, "mean": Mean("cents")})
 SHOP_AGAIN = FeatureView("shop_again", owner="tests", source=PAYMENTS, key=["shop"], features={**SUMS, "l": Last("id")})
 
