@@ -42,6 +42,7 @@ from typing import Any, TextIO
 
 from millpond.cluster.serve_env import Proxy, serve_environment, write_launcher
 from millpond.feature_actors.errors import MillpondError, Unavailable
+from millpond.feature_actors.tiles.memory import started_ticks
 
 __all__ = ["EmbeddedCluster", "EmbeddedSettings", "free_port", "log_of_ray"]
 
@@ -57,6 +58,8 @@ _PORTS = range(20_000, 32_600, 200)
 
 #: How often Serve is asked whether applications run, and how long its proxies may take to start.
 _POLL_S, _PROXIES_S_MAX = 0.05, 60.0
+#: How long HAProxy is waited for to have its last configuration; how exact the time is at which a process began.
+_PROXY_SETTLES_S_MAX, _TICKS_S = 15.0, 0.05
 
 _LOG = logging.getLogger(__name__)
 
@@ -173,6 +176,36 @@ class EmbeddedCluster:
         for target in targets:
             client._wait_for_application_running(target.name)
         client.wait_for_proxies_serving()
+        if self.settings.proxy == "haproxy":
+            self._wait_for_haproxy([target.name for target in targets])
+
+    def _wait_for_haproxy(self, names: Sequence[str]) -> None:
+        """Wait until one HAProxy runs, with the replicas of all applications.
+
+        Serve gives it a new configuration for each application that comes up, and says before the last that it serves.
+        Who connects to the one that is being replaced finds the connection closed.
+        """
+        deadline = time.monotonic() + _PROXY_SETTLES_S_MAX
+        while time.monotonic() < deadline:
+            if self._haproxy_is_settled(names):
+                return
+            time.sleep(_POLL_S)
+        _LOG.warning("HAProxy goes on changing %g s after it was ready", _PROXY_SETTLES_S_MAX)
+
+    def _haproxy_is_settled(self, names: Sequence[str]) -> bool:
+        assert self.shelter is not None
+        pids = [pid for pid in _processes_of(self.shelter) if _is_haproxy(pid)]
+        configs = list(self.shelter.glob("*/haproxy.cfg"))
+        if len(pids) != 1 or len(configs) != 1:
+            return False
+        (pid,), (config,) = pids, configs
+        with contextlib.suppress(OSError):  # either may be replaced at any moment
+            text, written_s = config.read_text(), config.stat().st_mtime
+            booted_s = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+            started_s = booted_s + started_ticks(pid) / os.sysconf("SC_CLK_TCK")
+            is_of_config = started_s >= written_s - _TICKS_S
+            return is_of_config and all(f"SERVE_REPLICA_{name}-" in text for name in names)
+        return False
 
     def stop(self) -> None:
         """Drain and end the applications, then Ray, then whatever is left. Harmless when not started."""
@@ -439,6 +472,14 @@ def free_port(host: str, preferred: int = 0, *, reuse: bool = True) -> int:
                 continue
             return int(probe.getsockname()[1])
     raise Unavailable(f"no port of `{host}` can be listened on; is it an address of this machine?")
+
+
+def _is_haproxy(pid: int) -> bool:
+    """Return whether a process is HAProxy, or about to be: the launcher becomes it."""
+    with contextlib.suppress(OSError):
+        names = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+        return any(Path(name).name == "haproxy" for name in names[:5])
+    return False
 
 
 def _processes_of(shelter: Path) -> list[int]:
