@@ -260,6 +260,7 @@ class FeatureView:
             raise DeclarationError(f"{subject}: {what} takes a pyarrow.compute expression, got {where!r}")
         try:
             mask_of(where, pa.RecordBatch.from_pylist([], schema=self.source.schema))
+            where_text(where)  # which a field without a name has not
         except (pa.ArrowException, TypeError, ValueError) as error:
             raise DeclarationError(
                 f"{subject}: {what} `{where}` does not fit source `{self.source.name}`: {str(error).splitlines()[0]}"

@@ -377,6 +377,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: CountBy("user", categories=[1.5]),
         "CountBy: a category is a string or an integer, got 1.5",
     ),
+    "a category that is half a character": (
+        lambda: Entropy("id", categories=["\ud800"]),
+        "Entropy: category '\\ud800' is no text that an event can have: it is not UTF-8",
+    ),
     "too many categories": (
         lambda: CountBy("user", categories=list(range(257))),
         "CountBy: 257 categories; allowed are 256",
@@ -546,6 +550,7 @@ def test_an_aggregation_of_a_field_takes_a_number_and_some_a_string(kind: Any, f
         (pc.field("prise") > 0, "No match for FieldRef.Name(prise)"),
         (pc.field("id") > 0, "Function 'greater' has no kernel matching input types (string, int"),
         (pc.field("price") + 1, "the expression gives double, not bool"),
+        (pc.field(2) > 0, "Serialization of non-name field_refs"),
     ],
 )
 def test_a_where_that_does_not_fit_its_source_is_refused(where: Any, why: str) -> None:
