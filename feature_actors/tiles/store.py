@@ -384,8 +384,8 @@ class TileStore:
         return int(remove_rows(self.memory.words, self.memory.halves, table.program(self._n_slots), hashes))
 
     def clear(self, table: Table, hashes: Ints, fields: Collection[str]) -> None:
-        """Have nothing in the columns that look at some fields, in their conditions, too, of the rows of some keys, int64
-        [n, 2]."""
+        """Have nothing in the columns that look at some fields, their conditions included, of the rows of some keys,
+        int64 [n, 2]."""
         looked_at = [
             fields_of(table.source, c.inputs) | fields_in(table.source, [table.wheres[s.where]])
             for s in table.series
