@@ -376,7 +376,7 @@ def test_an_event_for_which_its_condition_cannot_be_computed_does_not_satisfy_it
     # Who sends one is refused from now on; what was before is in the log, and in training sets.
     cluster.define_views()
     assert read(cluster.client, plan_of(cluster.client, ratio), [(1,)]).matrix.tolist() == [[200, 100]]
-    with pytest.raises(BadRequest, match="the condition .* of a view fails: divide by zero"):
+    with pytest.raises(BadRequest, match=r"the condition .* of a view fails: divide by zero"):
         send(2_000)
     labels = pa.table({"user": [1], "as_of": pa.array([9], pa.timestamp("ms", "UTC"))})
     assert training_set(list(ratio), labels, cluster.past()).matrix.tolist() == [[200, 100]]
