@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from durable_cluster import STEPS, Crash, DurableCluster, Fault
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_durable import BY_SHOP, BY_USER, PAYMENTS, SHOPS, SUMS, USERS, everything, folder, has_ids, totals, totals_of
 from test_engine_vs_oracle import Judge, keys_of, plan_of, read
@@ -30,7 +30,11 @@ from millpond.models import training_set
 from millpond.models.training.events import EventsBySource, read_past
 from millpond.models.training.runs import Room
 
+#: Some take long for an example.
+HALF = max(1, settings().max_examples // 2)
 
+
+@settings(max_examples=HALF)
 @given(world=worlds(events_max=60), data=st.data())
 def test_bit_for_bit_what_a_start_with_the_view_gives_and_right_whatever_ends_meanwhile(
     world: World, data: st.DataObject
@@ -87,6 +91,7 @@ AGAIN = FeatureView("again", owner="tests", source=PAYMENTS, key=["user"], featu
 SHOP_AGAIN = FeatureView("shop_again", owner="tests", source=PAYMENTS, key=["shop"], features={**SUMS, "l": Last("id")})
 
 
+@settings(max_examples=HALF)
 @given(data=st.data())
 def test_on_several_shards_it_has_every_event_that_the_others_have(data: st.DataObject) -> None:
     """Offers made before the view came are taken after; requests fail and are sent again, or given up."""
@@ -195,6 +200,7 @@ def sums_of(events: Iterable[dict[str, Any]], view: FeatureView) -> dict[Any, li
     return {key: [len(of), sum(of), max(of)] for key, of in found.items()}
 
 
+@settings(max_examples=HALF)
 @given(data=st.data())
 def test_a_view_with_a_key_of_its_own_has_every_event_once_whatever_ends_meanwhile(data: st.DataObject) -> None:
     """Nothing was brought to its key before; ingresses that know it and that do not send events meanwhile."""
