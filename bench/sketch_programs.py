@@ -128,9 +128,11 @@ class Judged:
 
     @property
     def share(self) -> float:
-        """The error as a share of the bound: above 1 is wrong."""
+        """The error as a share of the bound: above 1 is wrong, and so is no number, for there is always a value."""
         if self.got == self.exact:
             return 0.0
+        if math.isnan(self.got):
+            return math.inf
         return abs(self.got - self.exact) / self.bound if self.bound else math.inf
 
 

@@ -254,24 +254,20 @@ def _feature_schema(feature: Feature) -> dict[str, Any]:
     value = {"type": ["string" if feature.is_text else "number", "null"]}
     schema: dict[str, Any] = value if feature.width == 1 else {"type": "array", "items": value}
     facts = _feature_facts(feature)
-    about = f"{facts['aggregation']} of {facts['of'] or 'events'}"
     window = f", {facts['window']}" if facts["window"] else ""
     where = f", where {facts['where']}" if facts["where"] else ""
-    return {**schema, "description": f"{about}{window}{where}"}
+    return {**schema, "description": f"{facts['made_by']}{window}{where}"}
 
 
 def _feature_facts(feature: Feature) -> dict[str, str]:
     """Return what people want to know of a feature: the parts of its definition as texts."""
-    facts = {"name": feature.name, "aggregation": type(feature.aggregation).__name__}
+    facts = {"name": feature.name, "made_by": feature.made_by}
     if feature.derived is not None:
-        return {**facts, "of": ", ".join(feature.derived.of), "window": "", "where": ""}
+        return {**facts, "window": "", "where": ""}
     kept = feature.kept
-    if feature.width > 1:
-        facts["aggregation"] += f"({feature.width})"
     window = kept.window or ("lifetime" if kept.ttl is None else f"lifetime, ttl {kept.ttl}")
     return {
         **facts,
-        "of": kept.field or " ".join(str(one.condition) for one in kept.inputs if one.condition is not None),
         "window": f"{window}, exact" if kept.exact else window,
         "where": "" if feature.where is None else str(feature.where),
     }

@@ -366,7 +366,7 @@ class Layout:
 
     def conditions(self, source: str) -> dict[str, pc.Expression]:
         """Return the conditions of the views and features of a source, by their text: an event for which one of them
-        cannot be computed is refused. Those of added tables just do not hold then, see `shard`."""
+        cannot be computed is refused. Those of added tables just do not hold then, see `holds`."""
         if source not in self._conditions:
             tables = [t for t in self.tables_of(source) if not t.added]
             wheres = [w for t in tables for w in (*t.wheres, *(i.condition for i in t.inputs)) if w is not None]

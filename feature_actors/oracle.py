@@ -285,5 +285,8 @@ def _where(where: pc.Expression | None, source: Source, events: Sequence[Event])
     if where is None or not events:
         return events
     table = pa.Table.from_pylist([{f: e.get(f) for f in source.fields} for e in events], source.schema)
-    rows = table.append_column("row of the oracle", pa.array(range(len(events)))).filter(where)
+    try:
+        rows = table.append_column("row of the oracle", pa.array(range(len(events)))).filter(where)
+    except pa.ArrowException:  # it does not hold where it cannot be computed
+        return [] if len(events) == 1 else [e for event in events for e in _where(where, source, [event])]
     return [events[i] for i in rows["row of the oracle"].to_pylist()]

@@ -32,7 +32,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from millpond.feature_actors.aggregations import Input
 from millpond.feature_actors.behind import Behind
@@ -65,7 +64,7 @@ from millpond.feature_actors.tiles.store import TileStore
 from millpond.feature_actors.tiles.strings import Strings
 from millpond.feature_actors.tiles.structure import SEQUENCE_ROW_BITS
 from millpond.feature_actors.tombstones import Tombstone, Tombstones
-from millpond.feature_actors.view import mask_of
+from millpond.feature_actors.view import holds
 
 __all__ = ["Prepared", "Shard", "ShardStatus"]
 
@@ -765,7 +764,8 @@ class Shard:
                 rows = np.flatnonzero(mine if chosen is None else mine & chosen)
                 of_keys[key] = hashes.view(np.int64), slots, rows
         hashed = [of_keys[table.key] for table in tables]
-        inputs = {one: t for t, (*_, rows) in zip(tables, hashed, strict=True) if len(rows) for one in t.inputs}
+        applied = [t for t, (*_, rows) in zip(tables, hashed, strict=True) if len(rows)]
+        inputs = dict.fromkeys(one for t in applied for one in t.inputs)
         of_strings = sum(self._strings.words_for(batch.column(one.field)) for one in inputs if _is_text(one, batch))
         events = [(table, slots[rows]) for table, (_, slots, rows) in zip(tables, hashed, strict=True)]
         arrival_ms = int(arrivals.max()) if len(arrivals) else NO_CLOCK
@@ -774,7 +774,7 @@ class Shard:
         for _, _, rows in hashed:
             concerned[rows] = True
         here = np.flatnonzero(concerned)
-        values = {one: self._values(one, batch, here, lenient=bool(t.added)) for one, t in inputs.items()}
+        values = {one: self._values(one, batch, here) for one in inputs}
         return [
             _Route(
                 table, hashes, slots, rows,
@@ -784,11 +784,11 @@ class Shard:
             for table, (hashes, slots, rows) in zip(tables, hashed, strict=True)
         ]  # fmt: skip
 
-    def _values(self, of: Input, batch: pa.RecordBatch, rows: Ints, *, lenient: bool) -> npt.NDArray[np.float64]:
+    def _values(self, of: Input, batch: pa.RecordBatch, rows: Ints) -> npt.NDArray[np.float64]:
         """Return an input of each event, float64 [n], NaN for null; strings by address, those of `rows` only: the
-        others are another shard's to keep. lenient: as of `_mask`."""
+        others are another shard's to keep."""
         if of.condition is not None:
-            return _mask(of.condition, batch, lenient=lenient).astype(np.float64)
+            return holds(of.condition, batch).astype(np.float64)
         column = batch.column(of.field)
         if not _is_text(of, batch):
             return of.numbers(column)
@@ -884,26 +884,9 @@ def _is_text(of: Input, batch: pa.RecordBatch) -> bool:
 
 
 def _masks(table: Table, batch: pa.RecordBatch) -> npt.NDArray[np.bool_]:
-    """Return which events satisfy which of the table's conditions, bool [wheres, n].
-
-    A condition of a table that was added is not satisfied by an event for which it cannot be computed: there are such
-    events already, or may be under way.
-    """
+    """Return which events satisfy which of the table's conditions, bool [wheres, n], see `holds`."""
     masks = np.ones((len(table.wheres), batch.num_rows), np.bool_)
     for number, where in enumerate(table.wheres):
         if where is not None:
-            masks[number] = _mask(where, batch, lenient=bool(table.added))
+            masks[number] = holds(where, batch)
     return masks
-
-
-def _mask(where: pc.Expression, batch: pa.RecordBatch, *, lenient: bool) -> npt.NDArray[np.bool_]:
-    try:
-        mask: npt.NDArray[np.bool_] = mask_of(where, batch).to_numpy(zero_copy_only=False)
-        return mask
-    except pa.ArrowException:
-        if not lenient:
-            raise
-        if batch.num_rows == 1:
-            return np.zeros(1, np.bool_)
-        half = batch.num_rows // 2
-        return np.concatenate([_mask(where, part, lenient=True) for part in (batch.slice(0, half), batch.slice(half))])

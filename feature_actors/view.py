@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -260,6 +262,7 @@ class FeatureView:
             raise DeclarationError(f"{subject}: {what} takes a pyarrow.compute expression, got {where!r}")
         try:
             mask_of(where, pa.RecordBatch.from_pylist([], schema=self.source.schema))
+            where_text(where)  # which a field without a name has not
         except (pa.ArrowException, TypeError, ValueError) as error:
             raise DeclarationError(
                 f"{subject}: {what} `{where}` does not fit source `{self.source.name}`: {str(error).splitlines()[0]}"
@@ -321,3 +324,20 @@ def mask_of(where: pc.Expression, batch: pa.RecordBatch) -> pa.Array:
     if not pa.types.is_boolean(mask.type):
         raise TypeError(f"the expression gives {mask.type}, not bool")
     return mask.fill_null(False)
+
+
+def holds(where: pc.Expression, batch: pa.RecordBatch) -> npt.NDArray[np.bool_]:
+    """Return which events satisfy `where`, bool [n]; those for which it cannot be computed do not.
+
+    Who sends such an event is refused, but there may be some from before the condition was declared. Raises as
+    `mask_of`, and `ArrowException` for one that does not fit the batch's fields.
+    """
+    try:
+        mask: npt.NDArray[np.bool_] = mask_of(where, batch).to_numpy(zero_copy_only=False)
+        return mask
+    except pa.ArrowException:
+        if batch.num_rows <= 1:
+            mask_of(where, batch.slice(0, 0))  # of no event it can be computed, unless it does not fit the fields
+            return np.zeros(batch.num_rows, np.bool_)
+        half = batch.num_rows // 2
+        return np.concatenate([holds(where, part) for part in (batch.slice(0, half), batch.slice(half))])

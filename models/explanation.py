@@ -32,7 +32,7 @@ from millpond.feature_actors.recall import EntityEvents, Recalled, RowReads, eve
 from millpond.feature_actors.shard import Shard
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.tiles.read import NO_CLOCK
-from millpond.feature_actors.view import Feature, mask_of
+from millpond.feature_actors.view import Feature, holds
 from millpond.feature_actors.windows import exact_past_ms
 from millpond.models.model import LoadedModel
 from millpond.models.registry import Registry
@@ -209,7 +209,7 @@ def seen_by(feature: Feature, batch: pa.RecordBatch, arrivals: Ints, as_of_ms: i
     kept, times = feature.kept, feature.view.source.times_ms(batch)
     mine = np.ones(len(times), np.bool_)
     if feature.where is not None and len(times):
-        mine = mask_of(feature.where, batch).to_numpy(zero_copy_only=False)
+        mine = holds(feature.where, batch)
     if kept.window_ms is not None:
         width, start = kept.tile_width_ms or 1, as_of_ms - kept.window_ms
         kept_ms = kept.window_ms + (exact_past_ms(kept.window_ms) if kept.exact else 0)

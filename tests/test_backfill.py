@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from durable_cluster import STEPS, Crash, DurableCluster, Fault
@@ -18,13 +19,14 @@ from test_engine_vs_oracle import Judge, keys_of, plan_of, read
 from worlds import World, worlds
 
 from millpond.feature_actors import Count, FeatureView, Field, Last, Mean, Source, Sum
-from millpond.feature_actors.errors import DeclarationError, Unavailable
+from millpond.feature_actors.errors import BadRequest, DeclarationError, Unavailable
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.log.log import LogFull
 from millpond.feature_actors.plan import ReadPlan
 from millpond.feature_actors.plan_set import PlanSet
 from millpond.feature_actors.tiles.memory import MemoryFull
 from millpond.feature_actors.wire import QuestionDecoder, encode_question
+from millpond.models import training_set
 from millpond.models.training.events import EventsBySource, read_past
 from millpond.models.training.runs import Room
 
@@ -377,6 +379,13 @@ def test_an_event_for_which_its_condition_cannot_be_computed_does_not_satisfy_it
     for _ in range(2):
         assert read(cluster.client, plan_of(cluster.client, ratio), [(1,)]).matrix.tolist() == [[200, 100]]
         cluster.restart_all()
+    # Who sends one is refused from now on; what was before is in the log, and in training sets.
+    cluster.define_views()
+    assert read(cluster.client, plan_of(cluster.client, ratio), [(1,)]).matrix.tolist() == [[200, 100]]
+    with pytest.raises(BadRequest, match=r"the condition .* of a view fails: divide by zero"):
+        send(2_000)
+    labels = pa.table({"user": [1], "as_of": pa.array([9], pa.timestamp("ms", "UTC"))})
+    assert training_set(list(ratio), labels, cluster.past()).matrix.tolist() == [[200, 100]]
 
 
 TYPED = Source("typed", owner="tests", fields={**PAYMENTS.fields, "shop": "int64"}, event_id="id", event_time="at")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import random
 import socket
 import struct
@@ -43,6 +44,8 @@ from millpond.bench.program import error_of
 from millpond.bench.retry import Connection, Refused, send_until_answered
 from millpond.bench.run_programs import programs
 from millpond.bench.score import Measurement, figures_of, four_models_figures, open_loop_figures, turns
+from millpond.bench.sketch_programs import Judged
+from millpond.bench.sketch_programs import Program as SketchProgram
 from millpond.bench.soak import filling_times_ms
 from millpond.bench.store import (
     FULL,
@@ -971,3 +974,9 @@ def test_programs_of_runs_are_within_the_stated_error_and_some_of_them_need_it()
     assert [program for program, (error, bound) in zip(first, errors, strict=True) if error > bound] == []
     assert any(error > 0 for error, _ in errors)
     assert sum(bound == 0 for _, bound in errors) > 30
+
+
+def test_a_sketch_that_answers_no_number_is_wrong() -> None:
+    """As a share of what is stated NaN is not above 1, and is counted as a program for which nothing is stated."""
+    program = SketchProgram("constant", [np.ones(3)])
+    assert [Judged(program, got, 1.0, 0.5).share for got in (1.0, 1.25, math.nan)] == [0, 0.5, math.inf]

@@ -377,6 +377,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: CountBy("user", categories=[1.5]),
         "CountBy: a category is a string or an integer, got 1.5",
     ),
+    "a category that is half a character": (
+        lambda: Entropy("id", categories=["\ud800"]),
+        "Entropy: category '\\ud800' is no text that an event can have: it is not UTF-8",
+    ),
     "too many categories": (
         lambda: CountBy("user", categories=list(range(257))),
         "CountBy: 257 categories; allowed are 256",
@@ -546,6 +550,7 @@ def test_an_aggregation_of_a_field_takes_a_number_and_some_a_string(kind: Any, f
         (pc.field("prise") > 0, "No match for FieldRef.Name(prise)"),
         (pc.field("id") > 0, "Function 'greater' has no kernel matching input types (string, int"),
         (pc.field("price") + 1, "the expression gives double, not bool"),
+        (pc.field(2) > 0, "Serialization of non-name field_refs"),
     ],
 )
 def test_a_where_that_does_not_fit_its_source_is_refused(where: Any, why: str) -> None:
@@ -618,6 +623,17 @@ def test_any_change_of_a_definition_makes_another_feature() -> None:
         "of another gap": id_of(Sessions(gap="31m")),
         "of another n": id_of(Sessions(n=7)),
         "their length": id_of(SessionSeconds()),
+        "by category": id_of(CountBy("user", categories=[1, 2])),
+        "in another order": id_of(CountBy("user", categories=[2, 1])),
+        "one more": id_of(CountBy("user", categories=[1, 2, 3])),
+        "of strings": id_of(CountBy("id", categories=["1", "2"])),
+        "their entropy": id_of(Entropy("user", categories=[1, 2])),
+        "sum by": id_of(SumBy("price", by="user", categories=[1, 2])),
+        "sum by another": id_of(SumBy("price", by="id", categories=["1", "2"])),
+        "decayed": id_of(DecayedSum("price", half_life="1d")),
+        "decayed by another": id_of(DecayedSum("price", half_life="2d")),
+        "decayed mean": id_of(DecayedMean("price", half_life="1d")),
+        "decayed count": id_of(DecayedCount(half_life="1d")),
         "distinct": id_of(Distinct("price", window="1d")),
         "another m of distinct": id_of(Distinct("price", window="1d", m=64)),
         "quantile": id_of(Quantile("price", 0.5, window="1d")),

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine_vs_oracle import plan_of, read
 
-from millpond.feature_actors import Count, FeatureView, Field, First, LastN, Max, Source, Sum
+from millpond.feature_actors import Count, Distinct, FeatureView, Field, First, LastN, Max, Source, Streak, Sum, SumBy
 from millpond.feature_actors.erasure import Erasure
 from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.layout import compile_layout
@@ -305,6 +305,35 @@ def test_who_is_to_be_forgotten_while_another_is_leaves_no_row_either(steps: int
     while not (cluster.erase_steps(0, 1_000) and not cluster.shards[0].shard.tombstones.waiting):
         pass
     assert found(cluster) == wanted(cluster, events, {e["id"] for e in events if e["user"] in (42, 7)})
+
+
+def test_where_old_events_are_gone_every_feature_that_looks_at_a_replaced_field_begins_anew(tmp_path: Path) -> None:
+    """Also one that looks at it in its condition alone: it tells who had that value, too."""
+    is_x = pc.field("email") == "x@y"
+    features = {
+        "n": Count(), "cents": Sum("cents"), "large": Count(where=pc.field("cents") > 0),
+        "emails": Distinct("email"), "by": SumBy("cents", by="email", categories=["x@y"]), "row": Streak(of=is_x),
+        "of_x": Count(where=is_x), "lately": Sum("cents", where=is_x, window="1h", exact=True),
+    }  # fmt: skip
+    by_shop = FeatureView("by_shop", owner="tests", source=PAYMENTS, key=["shop"], features=features)
+    cluster = DurableCluster(compile_layout([], [BY_USER, by_shop]), 1, tmp_path)
+    event = {"at": 5, "user": 42, "shop": "a", "cents": 2, "email": "x@y"}
+    for name in ("old", "older than two snapshots", "new"):
+        cluster.send("payments", 9, [{**event, "id": name}])
+        cluster.snapshot_steps(0, 10_000)
+
+    def read_shop() -> list[float]:
+        values: list[float] = read(cluster.client, plan_of(cluster.client, by_shop), [("a",)]).matrix[0].tolist()
+        return values
+
+    assert read_shop() == [3, 6, 3, 1, 6, 0, 3, 3, 6]
+    cluster.forget(0, tombstone_of(SECRET, "user", 42, 9))
+    while not cluster.erase_steps(0, 1_000):
+        pass
+    assert not cluster.shards[0].has_whole_past("payments")
+    for _ in range(2):
+        assert read_shop() == [3, 6, 3, 0, 0, 0, 0, 0, 0]
+        cluster.restart_all()
 
 
 def test_tombstones_are_read_with_the_secret_that_they_were_made_with_and_no_other(tmp_path: Path) -> None:

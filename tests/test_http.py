@@ -43,7 +43,7 @@ from apps import (
 
 from millpond.deployments.http import App, Request, Response, Route, json_response
 from millpond.deployments.score import ScoreLimits
-from millpond.feature_actors import Count, Derived, FeatureView, Last, LastN, Sessions, Source, Streak
+from millpond.feature_actors import Count, Derived, FeatureView, Last, LastN, Sessions, Source, Streak, SumBy
 from millpond.feature_actors.clock import EventClock
 from millpond.feature_actors.decode import BodyLimits
 from millpond.feature_actors.errors import Unavailable
@@ -914,14 +914,14 @@ def test_openapi_and_the_page_tell_how_each_feature_is_made() -> None:
     number, text = {"type": ["number", "null"]}, {"type": ["string", "null"]}
     priced, dear = "(price >= 0)", "((price >= 0) and (price > 5))"
     assert features == {
-        "n": {**number, "description": f"Count of events, 30d, where {priced}"},
-        "dear": {**number, "description": f"Sum of price, 30d, exact, where {dear}"},
-        "mean": {**number, "description": "Ratio of dear, n"},
-        "first_book": {**text, "description": f"First of book_id, lifetime, ttl 90d, where {priced}"},
-        "books": {"type": "array", "items": text, "description": f"LastN(3) of book_id, lifetime, where {priced}"},
-        "prices": {"type": "array", "items": number, "description": f"LastN(2) of price, 30d, where {priced}"},
-        "swing": {**number, "description": "Derived of prices"},
-        "wide": {**number, "description": f"Std of price, lifetime, where {priced}"},
+        "n": {**number, "description": f"Count(), 30d, where {priced}"},
+        "dear": {**number, "description": f'Sum("price"), 30d, exact, where {dear}'},
+        "mean": {**number, "description": 'Ratio("dear", "n")'},
+        "first_book": {**text, "description": f'First("book_id"), lifetime, ttl 90d, where {priced}'},
+        "books": {"type": "array", "items": text, "description": f'LastN("book_id", n=3), lifetime, where {priced}'},
+        "prices": {"type": "array", "items": number, "description": f'LastN("price", n=2), 30d, where {priced}'},
+        "swing": {**number, "description": 'Derived(swing, "prices")'},
+        "wide": {**number, "description": f'Std("price"), lifetime, where {priced}'},
     }
     answer = world.get("/v1/features/taste?user_id=1").json
     jsonschema.Draft202012Validator(schema["application/json"]["schema"]).validate(answer)
@@ -929,29 +929,31 @@ def test_openapi_and_the_page_tell_how_each_feature_is_made() -> None:
     rows = [re.sub(r"\s*<[^>]+>\s*", "|", row) for row in re.findall(r"<tr>(.*?)</tr>", page)]
     rows = [re.sub(r"\|+", "|", row).strip("|") for row in rows]
     for row in (
-        "feature|aggregation|of|window|where",
-        f"n|Count|30d|{priced}",
-        f"dear|Sum|price|30d, exact|{dear}",
-        "mean|Ratio|dear, n",
-        f"first_book|First|book_id|lifetime, ttl 90d|{priced}",
-        f"books|LastN(3)|book_id|lifetime|{priced}",
-        "swing|Derived|prices",
+        "feature|aggregation|window|where",
+        f"n|Count()|30d|{priced}",
+        f'dear|Sum("price")|30d, exact|{dear}',
+        'mean|Ratio("dear", "n")',
+        f'first_book|First("book_id")|lifetime, ttl 90d|{priced}',
+        f'books|LastN("book_id", n=3)|lifetime|{priced}',
+        'swing|Derived(swing, "prices")',
     ):
         assert row in rows, rows
     assert "<p>Reads 8 features: <code>taste.n</code> " in page
     assert "<code>taste.books</code>" in page
 
 
-def test_the_condition_of_a_streak_is_told_where_others_tell_their_field() -> None:
+def test_what_an_aggregation_is_told_besides_its_field_is_told_to_whoever_reads_its_answers() -> None:
     view = FeatureView(
         "runs", owner="ml", source=purchases, key=["user_id"],
-        features={"dear": Streak(of=pc.field("price") > 5), "visits": Sessions(gap="1h", window="30d")},
+        features={"dear": Streak(of=pc.field("price") > 5), "visits": Sessions(gap="1h", window="30d"),
+                  "spent": SumBy("price", by="book_id", categories=["b1", "b7"])},
     )  # fmt: skip
     world = make_world([], layout=compile_layout([], [view]))
     schema = world.get("/openapi.json").json["paths"]["/v1/features/runs"]["get"]["responses"]["200"]["content"]
     features = schema["application/json"]["schema"]["properties"]["features"]["properties"]
     assert {name: feature["description"] for name, feature in features.items()} == {
-        "dear": "Streak of (price > 5), lifetime", "visits": "Sessions of events, 30d",
+        "dear": "Streak(of=(price > 5), n=32), lifetime", "visits": 'Sessions(gap="1h", n=8), 30d',
+        "spent": 'SumBy("price", by="book_id", categories=["b1", "b7"]), lifetime',
     }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from worlds import DAY, HOUR, World, batch, source, worlds
 
-from millpond.feature_actors import Count, FeatureView, Last, Max, Mean, Min, SecondsSince, Sum, oracle
+from millpond.feature_actors import Count, FeatureView, Last, Max, Mean, Min, SecondsSince, Streak, Sum, oracle
 from millpond.feature_actors.dedupe import DUPLICATE, NEW, DedupeFull
 from millpond.feature_actors.events import Events, PastEvents
 from millpond.feature_actors.image import load_shard, shard_chunks
@@ -31,6 +31,7 @@ from millpond.feature_actors.tiles.memory import M_USED, Memory
 from millpond.feature_actors.tiles.program import S_LIFETIME, S_ROW_AT
 from millpond.feature_actors.tiles.store import TileStore
 from millpond.feature_actors.tiles.structure import H_INDEX_AT, H_PLACES, H_ROWS, H_SEQUENCE
+from millpond.feature_actors.view import holds
 
 NOW = 1_700_000_000_000
 FIRST = source("first", None)
@@ -259,18 +260,21 @@ def test_a_shard_keeps_only_the_slots_it_owns() -> None:
     assert sum(s.status().entities["first[user]"] for s in shards) == 100
 
 
-def test_a_batch_that_a_condition_cannot_judge_is_applied_when_it_can() -> None:
-    """What fails while a batch is judged leaves no trace: the events are not taken for applied."""
+def test_an_event_for_which_a_condition_cannot_be_computed_does_not_satisfy_it() -> None:
+    """Who sends one is refused; what is here is in the log, from before the condition was declared."""
     declared = FeatureView(
-        "v", owner="tests", source=source("first", "id"), key=["user"], features={"n": Count()},
-        where=pc.field("i") / pc.field("small") > 0,
+        "v", owner="tests", source=source("first", "id"), key=["user"],
+        features={"n": Count(), "large": Count(where=(large := pc.field("i") / pc.field("small") > 0)),
+                  "row": Streak(of=large), "before": Sum("i")},
     )  # fmt: skip
     shard = Shard(compile_layout([], [declared]), ShardMap.even(1, 1), 0)
-    good, bad = event(NOW, id="good", small=1), event(NOW, id="bad", small=0)
-    with pytest.raises(pa.ArrowInvalid, match="divide by zero"):
-        shard.apply("first", batch(FIRST, [good, bad]), np.array([NOW, NOW]), NOW)
-    shard.apply("first", batch(FIRST, [good]), np.array([NOW]), NOW)
-    assert read(shard, declared, 1, NOW) == {"n": 1}
+    events = [event(NOW + n, id=f"{n}", small=small) for n, small in enumerate([1, 0, 1, 1])]
+    shard.apply("first", batch(FIRST, events), np.array([NOW] * 4), NOW)
+    got = read(shard, declared, 1, NOW + 3)
+    assert (got["n"], got["large"], got["row"]) == (4, 3, 2)
+    assert all(oracle.agrees(declared, name, events, (1,), NOW + 3, value) for name, value in got.items())
+    with pytest.raises(pa.ArrowInvalid, match="No match for FieldRef"):
+        holds(large, batch(FIRST, events).select(["i"]))
 
 
 def test_admit_judges_by_id_and_content() -> None:

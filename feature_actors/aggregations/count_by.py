@@ -46,9 +46,19 @@ def check_categories(name: str, field: str | None, categories: Any) -> tuple[str
     for category in categories:
         if type(category) not in (str, int):
             raise DeclarationError(f"{name}: a category is a string or an integer, got {category!r}")
+        if isinstance(category, str) and not _is_utf8(category):
+            raise DeclarationError(f"{name}: category {category!r} is no text that an event can have: it is not UTF-8")
     if len(set(categories)) < len(categories):
         raise DeclarationError(f"{name}: a category is named twice in {list(categories)!r}")
     return tuple(categories)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 @dataclass(frozen=True, eq=False)

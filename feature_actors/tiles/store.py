@@ -51,7 +51,7 @@ from millpond.feature_actors.tiles.structure import (
     POOL_NEXT,
     POOL_WORDS,
 )
-from millpond.feature_actors.view import fields_of
+from millpond.feature_actors.view import fields_in, fields_of
 
 if TYPE_CHECKING:
     from millpond.feature_actors.layout import Layout, PlanProgram, Table
@@ -384,11 +384,14 @@ class TileStore:
         return int(remove_rows(self.memory.words, self.memory.halves, table.program(self._n_slots), hashes))
 
     def clear(self, table: Table, hashes: Ints, fields: Collection[str]) -> None:
-        """Have nothing in the columns that look at some fields, of the rows of some keys, int64 [n, 2]."""
-        chosen = np.array(
-            [not fields_of(table.source, c.inputs).isdisjoint(fields) for s in table.series for c in s.columns],
-            np.bool_,
-        )
+        """Have nothing in the columns that look at some fields, their conditions included, of the rows of some keys,
+        int64 [n, 2]."""
+        looked_at = [
+            fields_of(table.source, c.inputs) | fields_in(table.source, [table.wheres[s.where]])
+            for s in table.series
+            for c in s.columns
+        ]
+        chosen = np.array([not its.isdisjoint(fields) for its in looked_at], np.bool_)
         memory, program = self.memory, table.program(self._n_slots)
         clear_columns(memory.words, memory.floats, memory.halves, program, hashes, chosen)
 
