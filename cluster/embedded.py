@@ -42,7 +42,6 @@ from typing import Any, TextIO
 
 from millpond.cluster.serve_env import Proxy, serve_environment, write_launcher
 from millpond.feature_actors.errors import MillpondError, Unavailable
-from millpond.feature_actors.tiles.memory import started_ticks
 
 __all__ = ["EmbeddedCluster", "EmbeddedSettings", "free_port", "log_of_ray"]
 
@@ -58,8 +57,8 @@ _PORTS = range(20_000, 32_600, 200)
 
 #: How often Serve is asked whether applications run, and how long its proxies may take to start.
 _POLL_S, _PROXIES_S_MAX = 0.05, 60.0
-#: How long HAProxy is waited for to have its last configuration; how exact the time is at which a process began.
-_PROXY_SETTLES_S_MAX, _TICKS_S = 15.0, 0.05
+#: How long HAProxy is waited for to have its last configuration.
+_PROXY_SETTLES_S_MAX = 15.0
 
 _LOG = logging.getLogger(__name__)
 
@@ -185,27 +184,27 @@ class EmbeddedCluster:
         Serve gives it a new configuration for each application that comes up, and says before the last that it serves.
         Who connects to the one that is being replaced finds the connection closed.
         """
-        deadline = time.monotonic() + _PROXY_SETTLES_S_MAX
+        deadline, before = time.monotonic() + _PROXY_SETTLES_S_MAX, None
         while time.monotonic() < deadline:
-            if self._haproxy_is_settled(names):
+            settled = self._settled_haproxy(names)
+            if (
+                settled is not None and settled == before
+            ):  # else a configuration may just have been written for the next
                 return
+            before = settled
             time.sleep(_POLL_S)
         _LOG.warning("HAProxy goes on changing %g s after it was ready", _PROXY_SETTLES_S_MAX)
 
-    def _haproxy_is_settled(self, names: Sequence[str]) -> bool:
+    def _settled_haproxy(self, names: Sequence[str]) -> int | None:
+        """Return the id of the only HAProxy there is, if its configuration has all applications."""
         assert self.shelter is not None
         pids = [pid for pid in _processes_of(self.shelter) if _is_haproxy(pid)]
         configs = list(self.shelter.glob("*/haproxy.cfg"))
-        if len(pids) != 1 or len(configs) != 1:
-            return False
-        (pid,), (config,) = pids, configs
         with contextlib.suppress(OSError):  # either may be replaced at any moment
-            text, written_s = config.read_text(), config.stat().st_mtime
-            booted_s = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-            started_s = booted_s + started_ticks(pid) / os.sysconf("SC_CLK_TCK")
-            is_of_config = started_s >= written_s - _TICKS_S
-            return is_of_config and all(f"SERVE_REPLICA_{name}-" in text for name in names)
-        return False
+            if len(pids) == len(configs) == 1 and Path(f"/proc/{pids[0]}/exe").readlink().name == "haproxy":
+                text = configs[0].read_text()
+                return pids[0] if all(f"SERVE_REPLICA_{name}-" in text for name in names) else None
+        return None
 
     def stop(self) -> None:
         """Drain and end the applications, then Ray, then whatever is left. Harmless when not started."""
