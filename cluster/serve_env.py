@@ -56,6 +56,8 @@ def serve_environment(
         "AUTOSCALER_METRIC_PORT": str(ports[-2]),
         "DASHBOARD_METRIC_PORT": str(ports[-3]),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports[-4]),
+        # Else what a model prints, and why it failed, goes to a logger that drops it.
+        "RAY_SERVE_LOG_TO_STDERR": "1",
         "RAY_SERVE_ENABLE_HA_PROXY": "1" if haproxy else "0",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         # Without HAProxy the replicas' own ports have no user, and waiting for them slows each stop.
