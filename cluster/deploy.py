@@ -3,6 +3,7 @@
 1. Check, in this process: nothing that goes wrong in a model's code can harm one that serves. Its features are kept by
    the cluster, or can be; it loads; it predicts from real features (of the ids given, else of an entity that nobody
    knows), and what it returns is JSON. How long a prediction takes and what the model takes of memory is measured.
+   What the registry would refuse of the versions is refused now, too.
 2. Views that the cluster has not are added to it and waited for, see `backfills`.
 3. Publish, in one transaction of the registry. What fails in 1 has changed nothing.
 4. Wait until each replica that lives has reported it live. If one cannot load it, the rollout is rolled back.
