@@ -98,10 +98,12 @@ class Running:
     def with_views(self, definition: Definition) -> Running:
         """Return the cluster as it will be with the views of a definition that it has not, which nobody knows yet.
 
-        Raises `DeclarationError` if one cannot be added.
+        Raises `DeclarationError` if one cannot be added, or a source is another: no start could be with both then.
         """
         declared = definition.declared()
         compile_layout(declared.sources, declared.views)  # raises if two of them have one name
+        for source in declared.sources:
+            self.layout.check_alike(source, f"definition `{definition.file_name}`")
         new = [view for view in declared.views if self.layout.version_of(view, view) is None]
         if not new:
             return self
