@@ -192,6 +192,26 @@ def test_a_model_is_tried_on_the_ids_that_have_its_key() -> None:
     assert [v.model for v in check_models(made, LAYOUT, world.client, ids[:1], only=["a"])] == ["a"]
 
 
+@pytest.mark.parametrize("made", [
+    predicting("return features.matrix[:, 2]"),
+    predicting("return features.matrix[:, 1]", features="book_sales"),
+    defined(
+        'recent = FeatureView("recent", owner="ml", source=purchases, key=["user_id"], features={"n": Count(window="7d")})\n'
+        "class P:\n    def predict(self, features, reader):\n"
+        '        return reader.read([user_spend["last_price"]], features.keys).matrix[:, 0]\n'
+        'm = Model("m", owner="ml", features=[recent["n"]], predictor=P, reads=[user_spend["last_price"]])\n'
+    ),
+], ids=["int64", "string", "of what is read"])  # fmt: skip
+def test_a_model_is_tried_on_an_unknown_entity_although_zero_is_somebody(made: Definition) -> None:
+    layout = compile_layout([], made.declared().views)
+    world = make_world((), layout=layout)
+    events = [purchase("a", 0, 4.0, NOW - 10 * 86_400_000, book_id="x"), purchase("b", 1, 4.0, NOW, book_id="")]
+    assert world.post_events("purchases", events).json["accepted"] == 2
+    check_models(made, layout, world.client, [{"user_id": 0}, {"book_id": ""}])
+    with pytest.raises(MillpondError, match="predict returned the number nan, which JSON cannot hold"):
+        check_models(made, layout, world.client)
+
+
 def test_a_model_of_two_stages_is_tried_with_a_reader() -> None:
     (version,) = checked(defined(TWO_STAGES % 'user_spend["spend_30d"]'))
     assert version.features == ("user_spend.orders_30d",)
