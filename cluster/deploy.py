@@ -3,6 +3,7 @@
 1. Check, in this process: nothing that goes wrong in a model's code can harm one that serves. Its features are kept by
    the cluster, or can be; it loads; it predicts from real features (of the ids given, else of an entity that nobody
    knows), and what it returns is JSON. How long a prediction takes and what the model takes of memory is measured.
+   What the registry would refuse of the versions is refused now, too.
 2. Views that the cluster has not are added to it and waited for, see `backfills`.
 3. Publish, in one transaction of the registry. What fails in 1 has changed nothing.
 4. Wait until each replica that lives has reported it live. If one cannot load it, the rollout is rolled back.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import secrets
 import statistics
 import tempfile
 import time
@@ -67,6 +69,8 @@ _CALLS, _CALLS_S_MAX = 9, 1.0
 #: A replica polls ten times a second; a load takes what it takes. The replicas of a pool may have to be installed.
 _LIVE_S_MAX, _POOL_S_MAX = 90.0, 600.0
 _POLL_S = 0.01
+#: Among so many one is of nobody.
+_RANDOM_IDS = 3
 #: How long something is waited for without a word.
 _SAY_AFTER_S = 5.0
 
@@ -97,10 +101,12 @@ class Running:
     def with_views(self, definition: Definition) -> Running:
         """Return the cluster as it will be with the views of a definition that it has not, which nobody knows yet.
 
-        Raises `DeclarationError` if one cannot be added.
+        Raises `DeclarationError` if one cannot be added, or a source is another: no start could be with both then.
         """
         declared = definition.declared()
         compile_layout(declared.sources, declared.views)  # raises if two of them have one name
+        for source in declared.sources:
+            self.layout.check_alike(source, f"definition `{definition.file_name}`")
         new = [view for view in declared.views if self.layout.version_of(view, view) is None]
         if not new:
             return self
@@ -200,7 +206,7 @@ def _check(
                 f"`{definition.file_name}`; train the model first"
             )
     plan = ReadPlan(layout, model.features, model.subject)
-    tried = _ids_for(plan, ids)
+    tried = _ids_for(plan, ids) or [_unknown_id(model, layout, client, plan)]
     first = _load(model, layout, artifacts_dir)
     asyncio.run(_try(first, client, tried))
     # Measured of a second copy: what the first one brought into memory, such as a library, is not each model's own.
@@ -225,12 +231,28 @@ def _load(model: Model, layout: Layout, artifacts_dir: Path) -> LoadedModel:
 
 
 def _ids_for(plan: ReadPlan, ids: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return those of `ids` that have the key fields of a plan, or without any an id that nobody knows."""
+    """Return those of `ids` that have the key fields of a plan. Raises `BadRequest` if there are others only."""
     own = [one for one in ids if one.keys() == plan.key_fields.keys()]
     if ids and not own:
         key = ", ".join(f"`{n}`" for n in plan.key_fields)
         raise BadRequest(f"{plan.subject}: none of the ids to try it on has its key ({key}) and nothing else")
-    return own or [{name: 0 if kind == "int64" else "" for name, kind in plan.key_fields.items()}]
+    return own
+
+
+def _unknown_id(model: Model, layout: Layout, client: FeatureClient, plan: ReadPlan) -> Mapping[str, Any]:
+    """Return an id that none of the views of a model knows, those neither that it reads while it predicts: of zeros, or
+    else, since that may be somebody, a random one."""
+    kept = ReadPlan(layout, (*model.features, *model.reads), model.subject).kept
+    of_views = ReadPlan(layout, kept, model.subject)  # no function of a derived feature is called for this
+    ids: list[Mapping[str, Any]] = [{n: 0 if kind == "int64" else "" for n, kind in of_views.key_fields.items()}]
+    for _ in range(_RANDOM_IDS):
+        ids.append({
+            n: secrets.randbits(63) if kind == "int64" else secrets.token_hex(16)
+            for n, kind in of_views.key_fields.items()
+        })  # fmt: skip
+    rows = asyncio.run(client.read(of_views, of_views.key_columns(ids, batch=True), len(ids)))
+    strangest = max(range(len(ids)), key=lambda i: len(rows.unknown[i]))  # the first of them
+    return {name: ids[strangest][name] for name in plan.key_fields}
 
 
 def _check_features(model: Model, layout: Layout) -> None:

@@ -128,6 +128,8 @@ def deploy_file(
     tried = msgspec.msgpack.decode(in_trial(f"definition `{path.name}`", try_out, seconds_max), type=_Tried)
     definition, versions = Definition(tried.file_name, tried.text, tried.artifacts), tried.versions
     with open_registry(config) as registry:
+        if versions:
+            registry.check_publish(versions, as_, share)  # a view that has been added cannot be taken back
         added, views_s = _add_views(config, registry, tried)
         before = registry.rollouts()
         generation = publish(registry, definition, versions, as_, share) if versions else registry.generation()

@@ -301,16 +301,19 @@ class Layout:
                 return kept
         return None
 
+    def check_alike(self, source: Source, subject: str) -> None:
+        """Raise `DeclarationError` about `subject` if another source goes by the name of this one here."""
+        if self.sources.get(source.name, source) != source:
+            raise DeclarationError(
+                f"{subject}: source `{source.name}` is declared otherwise than the cluster has it; declare it word for "
+                "word, or start the cluster with the definition"
+            )
+
     def _check_addable(self, view: FeatureView, identity: str, kept: Mapping[str, FeatureView]) -> None:
         if identity in kept:
             raise DeclarationError(f"view `{view.name}`: the cluster keeps it already")
-        known = self.sources.get(view.source.name)
-        if known is not None and known != view.source:
-            raise DeclarationError(
-                f"view `{view.name}`: source `{known.name}` is declared otherwise than the cluster has it; declare it "
-                "word for word, or start the cluster with the definition"
-            )
-        if known is None:
+        self.check_alike(view.source, f"view `{view.name}`")
+        if view.source.name not in self.sources:
             raise DeclarationError(
                 f"view `{view.name}`: the cluster has no source `{view.source.name}`"
                 + did_you_mean(view.source.name, self.sources)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -50,6 +50,10 @@ class VersionRetired(MillpondError):
     """The version has been retired, for ever."""
 
     code, status = "version_retired", 409
+
+
+class _TakenBack(Exception):
+    """A change was only tried: nothing of it stays."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,19 @@ class Registry:
         with self._adding(definition, versions) as change:
             self._deploy(change, versions, as_, share)
         return change.generation
+
+    def check_publish(self, versions: Sequence[Version], as_: Role = "champion", share: float | None = None) -> None:
+        """Raise what `publish` would now raise of the versions and of their role; change nothing.
+
+        For who has something to do before: another process may still come between.
+        """
+        share = check_share(as_, share)
+        with suppress(_TakenBack), self._index.change() as change:
+            for version in versions:
+                self._check_same(version)
+            self._add_records(change, versions)
+            self._deploy(change, versions, as_, share)
+            raise _TakenBack
 
     def deploy(self, versions: Sequence[Version], as_: Role = "champion", share: float | None = None) -> int:
         """Give versions of different models a role, all or none of them; other versions keep theirs.
@@ -323,10 +340,13 @@ class Registry:
             self._sweep()
             self._contents.add(definition)
             with self._index.change() as change:
-                for version in versions:
-                    if self._index.get(_key(version), _Record) is None:
-                        change.set(_key(version), _Record(version, change.next_generation))
+                self._add_records(change, versions)
                 yield change
+
+    def _add_records(self, change: Change, versions: Sequence[Version]) -> None:
+        for version in versions:
+            if self._index.get(_key(version), _Record) is None:
+                change.set(_key(version), _Record(version, change.next_generation))
 
     def _deploy(self, change: Change, versions: Sequence[Version], as_: Role, share: float) -> None:
         assert len({v.model for v in versions}) == len(versions)

@@ -247,3 +247,29 @@ def test_what_a_running_cluster_cannot_take_is_refused() -> None:
         twice = Definition("v.py", LARGE + LARGER.partition("timestamp")[2].partition("\n\n")[2].replace("v =", "w ="))
         with pytest.raises(DeclarationError, match="two different views are named `large`"):
             cluster.with_views(twice)
+
+
+@pytest.mark.parametrize(
+    ("word", "other"),
+    [
+        ('"cents": "int64"', '"cents": "float64"'),
+        ('"cents": "int64"', '"cents": "int64", "note": "string"'),
+        ('owner="shop"', 'owner="sales"'),
+    ],
+)
+def test_a_file_whose_source_is_another_is_refused_although_no_view_has_changed(word: str, other: str) -> None:
+    with nobody(LAYOUT) as client:
+        cluster = Running("", LAYOUT, client, spare_words=1_000)
+        made = Definition("v.py", AT_START.replace(word, other))
+        assert identity_of(view_of(made.text)) in LAYOUT.kept_views
+        with pytest.raises(DeclarationError) as refused:
+            cluster.with_views(made)
+        assert refused.value.message == (
+            "definition `v.py`: source `orders` is declared otherwise than the cluster has it; declare it word for "
+            "word, or start the cluster with the definition"
+        )
+        with pytest.raises(DeclarationError, match="two different sources are named `orders`"):
+            compile_layout([], [view_of(AT_START), view_of(made.text)])  # as a start would
+        of_sources_alone = Definition("s.py", made.text.partition("v = ")[0])
+        with pytest.raises(DeclarationError, match=r"^definition `s.py`: source `orders` is declared otherwise"):
+            cluster.with_views(of_sources_alone)

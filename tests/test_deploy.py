@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import os
 import sqlite3
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +21,17 @@ import numpy as np
 import pytest
 from apps import DEFINITION, NOW, VIEWS, make_world, purchase, purchases
 from lanes import HOLDS, LOADS, definition, until, version_in
+from port_contract import in_files
 
 from millpond.cluster import deploy as deploy_module
 from millpond.cluster.config import Config
 from millpond.cluster.deploy import check_models, nobody, publish, roll_back, share_of, wait_until_live
-from millpond.cluster.model_commands import describe_models, ids_of
+from millpond.cluster.model_commands import deploy_file, describe_models, ids_of
 from millpond.deployments import host as host_module
 from millpond.deployments.host import ModelHost
 from millpond.feature_actors.errors import BadRequest, DeclarationError, MillpondError, NotFound, Unavailable
 from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.tiles.memory import started_ticks
 from millpond.models.definition import Definition
 from millpond.models.registry import Registry, VersionExists
@@ -187,6 +192,26 @@ def test_a_model_is_tried_on_the_ids_that_have_its_key() -> None:
     assert [v.model for v in check_models(made, LAYOUT, world.client, ids[:1], only=["a"])] == ["a"]
 
 
+@pytest.mark.parametrize("made", [
+    predicting("return features.matrix[:, 2]"),
+    predicting("return features.matrix[:, 1]", features="book_sales"),
+    defined(
+        'recent = FeatureView("recent", owner="ml", source=purchases, key=["user_id"], features={"n": Count(window="7d")})\n'
+        "class P:\n    def predict(self, features, reader):\n"
+        '        return reader.read([user_spend["last_price"]], features.keys).matrix[:, 0]\n'
+        'm = Model("m", owner="ml", features=[recent["n"]], predictor=P, reads=[user_spend["last_price"]])\n'
+    ),
+], ids=["int64", "string", "of what is read"])  # fmt: skip
+def test_a_model_is_tried_on_an_unknown_entity_although_zero_is_somebody(made: Definition) -> None:
+    layout = compile_layout([], made.declared().views)
+    world = make_world((), layout=layout)
+    events = [purchase("a", 0, 4.0, NOW - 10 * 86_400_000, book_id="x"), purchase("b", 1, 4.0, NOW, book_id="")]
+    assert world.post_events("purchases", events).json["accepted"] == 2
+    check_models(made, layout, world.client, [{"user_id": 0}, {"book_id": ""}])
+    with pytest.raises(MillpondError, match="predict returned the number nan, which JSON cannot hold"):
+        check_models(made, layout, world.client)
+
+
 def test_a_model_of_two_stages_is_tried_with_a_reader() -> None:
     (version,) = checked(defined(TWO_STAGES % 'user_spend["spend_30d"]'))
     assert version.features == ("user_spend.orders_30d",)
@@ -239,24 +264,69 @@ def test_what_cannot_be_published_leaves_nothing(registry: Registry) -> None:
         ("canary", 0.5, RolloutRefused), ("shadow", None, RolloutRefused), ("canary", None, BadRequest),
         ("champion", 0.5, BadRequest), ("canary", 1.5, BadRequest),
     ):  # fmt: skip
-        with pytest.raises(kind):
-            publish(registry, one, [of_one], role, share)  # type: ignore[arg-type]
+        for refuses in (partial(publish, registry, one), registry.check_publish):
+            with pytest.raises(kind):
+                refuses([of_one], role, share)  # type: ignore[arg-type]
         assert everything(registry)[0] == before[0]
     generation = publish(registry, one, [of_one])
     assert generation == registry.generation()
     before = everything(registry)
     other = definition("churn", "1", artifact=b"other")
-    with pytest.raises(VersionExists):
-        publish(registry, other, checked(other))
-    with pytest.raises(RolloutRefused):
-        publish(registry, one, [of_one], "shadow")
-    with pytest.raises(RolloutRefused, match="its id is"):
-        publish(registry, two, [replace(of_two, key_fields={"name": "string"})])
+    (of_other,), by_name = checked(other), replace(of_two, key_fields={"name": "string"})
+    for made, version, role, kind, why in (
+        (other, of_other, "champion", VersionExists, "its content"), (one, of_one, "shadow", RolloutRefused, "champion"),
+        (two, by_name, "champion", RolloutRefused, "its id is"),
+    ):  # fmt: skip
+        for refuses in (partial(publish, registry, made), registry.check_publish):
+            with pytest.raises(kind, match=why):
+                refuses([version], role)  # type: ignore[arg-type]
+            assert everything(registry)[0] == before[0]
+    registry.check_publish([of_two])
     assert everything(registry)[0] == before[0]
     # The name is not taken by what was refused.
     again = definition("churn", "2", artifact=b"another content")
     publish(registry, again, checked(again), "canary", 0.5)
     assert registry.rollouts()["churn"].canary is not None
+
+
+@contextmanager
+def seemingly_running(config: Config) -> Iterator[None]:
+    """What a process finds of a cluster that runs, for half a minute at most: the memory of its shard."""
+    config.directory.mkdir(parents=True)
+    in_files(config.directory, LAYOUT, ShardMap.even(1, 1), 0)
+    with subprocess.Popen(["sleep", "30"]) as process:
+        state = {
+            "pid": process.pid, "started_ticks": started_ticks(process.pid), "url": "", "cpus": 2,
+            "definitions": [["apps.py", DEFINITION]], "slots": 1, "shards": 1, "clock": "wall", "durability": "safe",
+            "memory_dir": str(config.directory),
+        }  # fmt: skip
+        (config.directory / "cluster.json").write_text(json.dumps(state))
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+def test_what_the_registry_refuses_adds_no_view(tmp_path: Path) -> None:
+    """They cannot be taken back."""
+    config = Config(name="seems", data_dir=str(tmp_path))
+    path = tmp_path / "mine.py"
+    path.write_text(
+        HEAD + OTHER_VIEW + "class P:\n    def predict(self, features): return [1.0] * len(features.matrix)\n"
+        'm = Model("m", version="1", owner="ml", features=list(other), predictor=P)\n'
+    )
+    with seemingly_running(config):
+        registry = Registry(config.directory / "registry")
+        taken = definition("m", "1")
+        publish(registry, taken, checked(taken))
+        before = everything(registry)
+        with pytest.raises(VersionExists, match="model `m` version `1`: its content"):
+            deploy_file(config, path)
+        path.write_text(path.read_text().replace('version="1"', 'version="3"'))
+        with pytest.raises(BadRequest, match="share: got"):
+            deploy_file(config, path, as_="canary", share=2.0)
+        assert (registry.views.all(), everything(registry)) == ([], before)
+        registry.close()
 
 
 # -- who is waited for

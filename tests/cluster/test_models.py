@@ -31,7 +31,7 @@ from millpond.cluster.config import Config
 from millpond.cluster.model_commands import change_model, deploy_file, describe_models
 from millpond.feature_actors.errors import BadRequest, DeclarationError, MillpondError, Unavailable
 from millpond.models import Pool
-from millpond.models.registry import Registry
+from millpond.models.registry import Registry, VersionExists
 from millpond.models.rollout import RolloutRefused
 
 HEAD = DEFINITION.partition("class Total")[0]
@@ -322,6 +322,10 @@ def test_a_new_view_is_computed_from_what_was_before_while_events_and_scores_go_
                        '"user_id": "int64", "gift_of": Field("int64", optional=True)'))  # fmt: skip
     with pytest.raises(DeclarationError, match="source `purchases` is declared otherwise than the cluster has it"):
         deploy_file(config, refused)
+    taken = with_view(folder, "beside", "1", '"n": Count()')
+    taken.write_text(taken.read_text().replace("of_beside", "of_later"))
+    with pytest.raises(VersionExists):
+        deploy_file(config, taken)
     assert everything(config) == before
     same = with_view(folder, "later", "1", '"n": Count(), "mean": Mean("price")')
     same.write_text(same.read_text().partition("class P")[0])
