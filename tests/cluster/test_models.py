@@ -212,6 +212,17 @@ def test_a_model_that_is_retired_is_gone(folder: Path, config: Config, served: S
     assert served.call("POST", "/v1/score/brief", {"user_id": 1})[0] == 404
 
 
+def test_what_a_model_prints_and_why_it_fails_is_in_the_logs(folder: Path, config: Config, served: Served) -> None:
+    """At once, not when a buffer is full: the answer tells the class of the error only."""
+    deploy_file(config, write(folder, "loud", "1", '(print("seven events", n), {7.0: 0}.get(n) or 1 / (n != 7))[1]'))
+    status, _, answer = served.call("POST", "/v1/score/loud", {"user_id": 7})
+    assert (status, answer["error"]["code"]) == (500, "prediction_failed"), answer
+    logs = shelter_of(served.directory) / "r" / "session_latest" / "logs"
+    for ending, text in (("out", "seven events 7.0"), ("err", "ZeroDivisionError: division by zero")):
+        assert any(text in log.read_text() for log in logs.glob(f"worker-*.{ending}")), text
+    change_model(config, "retire", "loud", None)
+
+
 def test_a_broken_deploy_changes_nothing(folder: Path, config: Config, served: Served) -> None:
     with asking(served, "churn", "fresh"):
         before = everything(config)
