@@ -21,7 +21,7 @@ pytest.register_assert_rewrite("apps", "http_server", "port_contract", "served_c
 #: Examples per property, as a multiple of what is moderate on two cores.
 EXAMPLES = float(os.environ.get("MILLPOND_EXAMPLES", "1"))
 
-for name, base in (("millpond", 40), ("thorough", 400)):
+for name, base in (("millpond", 30), ("thorough", 400)):
     settings.register_profile(
         name,
         deadline=None,
