@@ -432,7 +432,9 @@ def test_only_what_is_verified_is_promoted_if_that_is_asked(
     for one in scores:
         of_second(one)
     bad = [dict(one) for one in scores]
-    bad[0] = {**bad[0], "features": [0.0, *bad[0]["features"][1:]]}
+    place = next(i for i, one in enumerate(bad) if one["model"] == "user")
+    first, *rest = bad[place]["features"]
+    bad[place] = {**bad[place], "features": [(first or 0.0) + 1.0, *rest]}
     replace_scores(world, [pa.Table.from_pylist(bad, schema=SCHEMA)])
     assert (
         "1 of its logged scores differ when they are computed again; `millpond verify --model user` names them"
