@@ -46,6 +46,8 @@ _PIECES_MAX = 2
 #: How often a join begins, and how long all workers may take to come up, on a cluster that has to grow, too.
 _BEGINNINGS_MAX, _START_S_MAX = 3, 120.0
 _CONNECT_S = 5.0
+#: A worker that has not answered a piece for so long is lost.
+_PIECE_S_MAX = 600.0
 
 _VERSION = version("millpond")
 
@@ -180,7 +182,7 @@ class RayWorkers:
 
         answer = Answer.empty(piece.question)
         for number, share in enumerate(shares):
-            put_share(ray.get(share), piece.question, answer, number, len(shares))
+            put_share(ray.get(share, timeout=_PIECE_S_MAX), piece.question, answer, number, len(shares))
         return piece, answer
 
 
@@ -200,14 +202,14 @@ def connected(address: str, config: Config) -> Iterator[None]:
 
     A process that is in a cluster already stays in that. Raises `Unavailable` if there is no such cluster.
     """
-    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
-        yield
-        return
     environment = {}
     if address == OWN:
         ray_of = _ray_of(config)
         address, environment = ray_of["address"], ray_environment(Path(ray_of["shelter"]))
     _check_listens(address)
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        yield
+        return
     os.environ.update(environment)  # before Ray is imported, which reads it then
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")  # one try, which takes 40 s in vain; not twenty
 

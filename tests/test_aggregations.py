@@ -620,3 +620,13 @@ def test_the_tiles_of_a_window_are_a_sixtieth_of_it_or_less(window_ms: int, as_o
     assert width in LADDER_MS
     start = (as_of - window_ms) // width * width
     assert window_ms <= as_of - start < window_ms + width <= window_ms * 61 / 60
+
+
+@pytest.mark.parametrize("kind", [DecayedSum, DecayedMean])
+def test_what_is_left_of_a_huge_value_when_its_weight_is_less_than_any_double(kind: type[DecayedSum]) -> None:
+    decayed = kind("v", half_life="1h")
+    events: list[Event] = [(0, -1e300), (62 * 24 * HOUR, 0.0)]
+    got = Partial(decayed).update(events).value(events[-1][0])
+    assert got[0] < 0
+    assert is_right(decayed, got, events, events[-1][0])
+    assert not is_right(decayed, [0.0], events, events[-1][0])

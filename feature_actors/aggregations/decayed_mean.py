@@ -12,6 +12,7 @@ from millpond.feature_actors.aggregations.decayed_sum import (
     DecayedTotal,
     add_decayed,
     clear_decayed,
+    decayed_size,
     decayed_sum,
     merge_decayed,
 )
@@ -63,6 +64,6 @@ class DecayedMean(DecayedSum):
 
     def slack(self, seen: Seen, as_of_ms: int) -> float:
         newest = max((t for t, _ in seen), default=0)
-        weights = [2.0 ** ((t - newest) / self.half_life_ms) for t, _ in seen]
-        sizes = math.fsum(abs(x) * weight for (_, x), weight in zip(seen, weights, strict=True))
-        return 1e-12 * sizes / math.fsum(weights) + 1e-300 if seen else 0.0
+        sizes = decayed_size(seen, newest, self.half_life_ms)
+        weights = decayed_size([(t, 1) for t, _ in seen], newest, self.half_life_ms)
+        return 1e-12 * sizes / weights + 1e-300 if seen else 0.0

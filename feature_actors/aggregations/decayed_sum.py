@@ -105,6 +105,17 @@ def decayed_sum(amounts: Iterable[tuple[int, float]], as_of_ms: int, half_life_m
         return sum(weighted, Decimal())
 
 
+def decayed_size(amounts: Iterable[tuple[int, float]], as_of_ms: int, half_life_ms: int) -> float:
+    """Return the sum of the sizes of amounts, decayed, in floats: a weight may be too small for one where a huge
+    amount's product with it is not."""
+
+    def size(time: int, amount: float) -> float:
+        share, halvings = math.modf((as_of_ms - time) / half_life_ms)
+        return math.ldexp(abs(amount) * 2.0**-share, -int(halvings))
+
+    return math.fsum(size(time, amount) for time, amount in amounts)
+
+
 @dataclass(frozen=True, eq=False)
 class DecayedSum(Aggregation):
     """Sum of a field's values of which each counts the less the older it is: half after one half-life.
@@ -142,4 +153,4 @@ class DecayedSum(Aggregation):
         return float(decayed_sum(seen, as_of_ms, self.half_life_ms))
 
     def slack(self, seen: Seen, as_of_ms: int) -> float:
-        return 1e-12 * math.fsum(abs(x) * 2.0 ** ((t - as_of_ms) / self.half_life_ms) for t, x in seen) + 1e-300
+        return 1e-12 * decayed_size(seen, as_of_ms, self.half_life_ms) + 1e-300
