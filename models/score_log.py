@@ -276,7 +276,9 @@ def _scores(folder: Folder, path: str) -> pa.Table | None:
             raise
         return None
     try:
-        table = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
+        # In this thread alone: one of Arrow's that still holds an object of Python when a process ends aborts it.
+        with pq.ParquetFile(pa.BufferReader(content), pre_buffer=False, page_checksum_verification=True) as file:
+            table = file.read(use_threads=False)
     except (OSError, pa.ArrowException) as error:
         text = str(error).partition("\n")[0][:300]
         raise HistoryDamaged(f"history: `{path}` cannot be read: {text}; restore it from a copy") from None

@@ -36,8 +36,8 @@ def contents(path: Path) -> Iterator[bytes]:
     raw = written(path)
     yield raw
     if raw[:4] == b"PAR1" and raw[-4:] == b"PAR1":
-        # Nothing of Python for Arrow's own threads to hold on to: one that still does when this process ends aborts it.
-        table = pq.read_table(pa.BufferReader(raw), use_threads=False, pre_buffer=False)
+        # In this thread alone: one of Arrow's that still holds an object of Python when this process ends aborts it.
+        table = pq.ParquetFile(pa.BufferReader(raw), pre_buffer=False).read(use_threads=False)
         for column in table.combine_chunks().columns:
             yield from buffers(column)
     if raw[:6] == b"MPSNAP":
