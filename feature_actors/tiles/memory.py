@@ -2,7 +2,8 @@
 
 A file is as long as the shard may ever grow (its address space) and holds blocks for what is used, allocated before
 they are touched: writing to a hole of a full tmpfs would kill the process. It is never truncated and never shrinks, so
-whatever address a reader takes from it, however old or torn, lies in mapped memory once it is below `limit`.
+whatever address a reader takes from it, however old or torn, lies in mapped memory once it is below `limit`. From 2 MB
+on it grows by huge pages, where the kernel has them.
 
     <folder>/<shard>.control       one page: which epoch's tiles to read, and the process that writes them
     <folder>/<shard>-<epoch>.tiles
@@ -23,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from millpond.feature_actors.errors import Unavailable
+from millpond.feature_actors.tiles.mapping import HUGE_BYTES, Mapping
 
 __all__ = ["Control", "Memory", "MemoryFull"]
 
@@ -43,11 +45,10 @@ C_MAGIC, C_EPOCH, C_PID, C_PID_TICKS = range(4)
 CONTROL_MAGIC = int.from_bytes(b"millc_01", "little")
 _PAGE = 4096
 
-_GROWTH_MIN_BYTES, _GROWTH_MAX_BYTES = 256 << 10, 32 << 20
+_GROWTH_MIN_BYTES, _GROWTH_MAX_BYTES = 256 << 10, 8 << 20
 #: With less than that to spare on the file system, room is made before events are applied, not meanwhile.
 _SPARE_BYTES_MIN = 256 << 20
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG)
-_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23
 
 
 class MemoryFull(Unavailable):
@@ -62,15 +63,13 @@ class Memory:
     def __init__(self, descriptor: int, *, writable: bool, name: str) -> None:
         self.name = name
         self._descriptor = descriptor
-        length = os.fstat(descriptor).st_size
-        access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        self._map = mmap.mmap(descriptor, length, mmap.MAP_SHARED, access)
+        self._map = Mapping(descriptor, writable=writable)
         self._populated = 0
         #: All words, int64; what lies above `limit_words` must not be touched.
-        self.words: Words = np.frombuffer(self._map, np.int64)
+        self.words: Words = self._map.words
         self.floats: npt.NDArray[np.float64] = self.words.view(np.float64)
         self.halves: npt.NDArray[np.uint32] = self.words.view(np.uint32)
-        self.address = self.words.ctypes.data
+        self.address = self._map.address
 
     @classmethod
     def create(cls, path: Path | None, bytes_max: int) -> Memory:
@@ -105,7 +104,7 @@ class Memory:
 
     @property
     def bytes_max(self) -> int:
-        return len(self._map)
+        return self._map.length
 
     @property
     def allocated_bytes(self) -> int:
@@ -115,9 +114,9 @@ class Memory:
     def has_room_for(self, words: int) -> bool:
         """Say whether the memory could grow by so many words, with some to spare."""
         system = os.fstatvfs(self._descriptor)
-        free = system.f_bavail * system.f_frsize if system.f_blocks else len(self._map)
+        free = system.f_bavail * system.f_frsize if system.f_blocks else self.bytes_max
         wanted = words * WORD_BYTES
-        return self.limit_words * WORD_BYTES + wanted <= len(self._map) and free >= wanted + _SPARE_BYTES_MIN
+        return self.limit_words * WORD_BYTES + wanted <= self.bytes_max and free >= wanted + _SPARE_BYTES_MIN
 
     def grow(self, words: int) -> None:
         """Allocate room for so many words more, and some ahead.
@@ -127,10 +126,12 @@ class Memory:
         limit = self.limit_words * WORD_BYTES
         ahead = min(max(limit // 32, _GROWTH_MIN_BYTES), _GROWTH_MAX_BYTES)
         wanted = limit + max(words * WORD_BYTES, ahead)
-        least, end = (min(-(-w // _PAGE) * _PAGE, len(self._map)) for w in (limit + words * WORD_BYTES, wanted))
+        if wanted >= HUGE_BYTES:
+            wanted = -(-wanted // HUGE_BYTES) * HUGE_BYTES
+        least, end = (min(-(-w // _PAGE) * _PAGE, self.bytes_max) for w in (limit + words * WORD_BYTES, wanted))
         if least < limit + words * WORD_BYTES:
             raise MemoryFull(
-                f"tiles: {limit} bytes are in use in `{self.name}`; allowed are {len(self._map)}; raise "
+                f"tiles: {limit} bytes are in use in `{self.name}`; allowed are {self.bytes_max}; raise "
                 "`memory_mb_max`, or add shards",
                 retry_after_ms=10_000,
             )
@@ -144,11 +145,14 @@ class Memory:
                 "`memory_dir` to a larger file system",
                 retry_after_ms=10_000,
             ) from None
-        self._populate(end // WORD_BYTES, _MADV_POPULATE_WRITE)
+        self._populate(end // WORD_BYTES)
         self.words[M_LIMIT] = end // WORD_BYTES
 
     def _allocate(self, limit: int, ends: tuple[int, int]) -> int:
         """Allocate from `limit` to the first of `ends` for which there is room; return it."""
+        start, end = (at // HUGE_BYTES * HUGE_BYTES for at in (limit, ends[0]))
+        if start < end:
+            self._take_huge_pages(start, end)
         for end in ends:
             try:
                 os.posix_fallocate(self._descriptor, limit, end - limit)
@@ -158,16 +162,22 @@ class Memory:
                     raise
         raise AssertionError
 
+    def _take_huge_pages(self, start: int, end: int) -> None:
+        """Allocate huge pages, if there are some; each has to have a page of the file in it before it can be made."""
+        with contextlib.suppress(OSError):  # there is no room: so it will be told of small pages
+            for at in range(start, end, HUGE_BYTES):
+                os.posix_fallocate(self._descriptor, at, _PAGE)
+            self._map.huge(start, end)
+
     def populate(self) -> None:
         """Map what has been allocated since the last call, so that no read waits for a page."""
         if self._populated < (limit := self.limit_words):
-            self._populate(limit, _MADV_POPULATE_READ)
+            self._populate(limit)
 
-    def _populate(self, limit_words: int, advice: int) -> None:
+    def _populate(self, limit_words: int) -> None:
         start, end = self._populated * WORD_BYTES // _PAGE * _PAGE, limit_words * WORD_BYTES // _PAGE * _PAGE
         if end > start:
-            with contextlib.suppress(OSError, ValueError):  # an older kernel maps the pages one by one
-                self._map.madvise(advice, start, end - start)
+            self._map.populate(start, end)
         self._populated = limit_words
 
 
