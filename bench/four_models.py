@@ -5,21 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from millpond.bench.reference import Logistic, reference, user_activity
+from millpond.bench.reference import INTERCEPT, WEIGHTS, reference, user_activity
+from millpond.models.logistic import Logistic
 
 __all__ = ["FOUR", "reference", "three_more", "user_activity"]
 
 
-class Weighted(Logistic):
-    """The reference model with its weights times a number."""
-
-    def __init__(self, times: float) -> None:
-        super().__init__()
-        self.weights = self.weights * times
+def _weighted(n: int) -> partial[Logistic]:
+    """Return what makes the reference model with its weights times a number."""
+    return partial(Logistic, [weight * (1 + n / 10) for weight in WEIGHTS], INTERCEPT)
 
 
-three_more = [
-    replace(reference, name=f"reference_{n}", about="", predictor=partial(Weighted, 1 + n / 10)) for n in (2, 3, 4)
-]
+three_more = [replace(reference, name=f"reference_{n}", about="", predictor=_weighted(n)) for n in (2, 3, 4)]
 
 FOUR = [reference, *three_more]

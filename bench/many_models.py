@@ -11,6 +11,7 @@ from statistics import mean
 import numpy as np
 
 from millpond.bench.twenty_views import views
+from millpond.models.logistic import Logistic
 
 __all__ = ["ModelFile", "draw_models", "write_model"]
 
@@ -18,27 +19,16 @@ FEATURES_MIN, FEATURES_MAX, VIEWS_MAX = 5, 20, 4
 
 _TEXT = '''"""Model {name}, version {version}, over {views} views."""
 
-import numpy as np
-
 from millpond.bench.twenty_views import views
 from millpond.models import Model
-
-
-class Weighted:
-    def __init__(self, weights):
-        self.weights = np.load(weights)
-
-    def predict(self, features):
-        inputs = np.where(np.isnan(features.matrix), 0.0, features.matrix)
-        return 1 / (1 + np.exp(-(inputs * self.weights).sum(axis=1)))
-
+from millpond.models.logistic import Logistic
 
 model = Model(
     "{name}",
     version="{version}",
     owner="bench",
     features=[views[view][feature] for view, feature in {features}],
-    predictor=Weighted,
+    predictor=Logistic.load,
     artifacts={{"weights": "{weights}"}},
 )
 '''
@@ -82,9 +72,9 @@ def write_model(folder: Path, model: ModelFile, version: str) -> Path:
     name = f"{model.name}_v{version}"
     # Another version has other weights.
     weights = np.random.default_rng(list(name.encode())).normal(0, 0.01, len(model.features))
-    np.save(folder / f"{name}.npy", weights)
+    Logistic(weights).save(str(folder / f"{name}.npz"))
     text = _TEXT.format(
-        name=model.name, version=version, views=model.views, features=list(model.features), weights=f"{name}.npy"
+        name=model.name, version=version, views=model.views, features=list(model.features), weights=f"{name}.npz"
     )
     path = folder / f"{name}.py"
     path.write_text(text)

@@ -127,7 +127,7 @@ class MixedLoad:
                 {"user_id": u} for u in self._options.ids.draw(next(self._draws), self.users, _SAMPLE_USERS).tolist()
             ]
             wrong += recomputed_scores(
-                self.bed.url, reference.reference, reference.Logistic(), keys, lambda n: advance(n, "")
+                self.bed.url, reference.reference, reference.reference.predictor(), keys, lambda n: advance(n, "")
             )
         return wrong
 

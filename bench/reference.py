@@ -6,12 +6,14 @@ here makes new figures incomparable with older ones.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from millpond.feature_actors import Count, FeatureView, Last, Max, SecondsSince, Source, Sum
-from millpond.models import Features, Model
+from millpond.models import Model
+from millpond.models.logistic import Logistic
 
 USERS = 100_000
 EVENTS = 1_000_000
@@ -56,18 +58,9 @@ user_activity = FeatureView(
 )
 
 
-class Logistic:
-    """Logistic regression over the eleven features as they are; a missing one counts as 0."""
-
-    def __init__(self) -> None:
-        self.weights = np.array([0.9, 0.4, 0.1, 0.02, 0.005, 0.001, 0.03, 0.01, 0.004, 0.02, -2e-6])
-        self.intercept = -2.5
-
-    def predict(self, features: Features) -> npt.NDArray[np.float64]:
-        inputs = np.where(np.isnan(features.matrix), 0.0, features.matrix)
-        # Not `@`: a matrix product may add up in another order for another number of rows.
-        margins = (inputs * self.weights).sum(axis=1) + self.intercept
-        return 1 / (1 + np.exp(-margins))  # type: ignore[no-any-return]
+#: Of the eleven features, as they are; and the intercept.
+WEIGHTS = (0.9, 0.4, 0.1, 0.02, 0.005, 0.001, 0.03, 0.01, 0.004, 0.02, -2e-6)
+INTERCEPT = -2.5
 
 
 reference = Model(
@@ -76,7 +69,7 @@ reference = Model(
     owner="bench",
     about="Logistic regression over eleven features of one view.",
     features=list(user_activity),
-    predictor=Logistic,
+    predictor=partial(Logistic, WEIGHTS, INTERCEPT),
 )
 
 

@@ -381,7 +381,7 @@ class ScoreWorkload:
         with steps.step("check", len(users)) as advance:
             keys = [{"user_id": user} for user in users]
             wrong = recomputed_scores(
-                self._bed.url, reference.reference, reference.Logistic(), keys, lambda n: advance(n, "")
+                self._bed.url, reference.reference, reference.reference.predictor(), keys, lambda n: advance(n, "")
             )
             self._figures["scores_recomputed"] = len(keys)
             return self._bed.wrong + wrong + self._judged()

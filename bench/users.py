@@ -138,7 +138,9 @@ class UsersWorkload:
                 keys = [
                     {"user_id": u} for u in self._options.ids.draw(next(self._draws), users, _SAMPLE_USERS).tolist()
                 ]
-                wrong += recomputed_scores(self._bed.url, model, reference.Logistic(), keys, lambda n: advance(n, ""))
+                wrong += recomputed_scores(
+                    self._bed.url, model, reference.reference.predictor(), keys, lambda n: advance(n, "")
+                )
         return wrong
 
     def _counts(self) -> list[str]:

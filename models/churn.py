@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from millpond.feature_actors import Count, FeatureView, Last, Max, Mean, SecondsSince, Source, Sum
 from millpond.models import Features, Model
+from millpond.models.logistic import Logistic
 
 purchases = Source(
     "purchases",
@@ -52,13 +53,10 @@ class Churn:
     """Logistic regression over the logarithms of the features."""
 
     def __init__(self, weights: str) -> None:
-        with np.load(weights, allow_pickle=False) as arrays:
-            self.weights, self.intercept = arrays["weights"], float(arrays["intercept"])
+        self._logistic = Logistic.load(weights)
 
     def predict(self, features: Features) -> npt.NDArray[np.float64]:
-        # Not `@`: a matrix product may add up in another order for another number of rows.
-        margins = (_inputs(features.matrix) * self.weights).sum(axis=1) + self.intercept
-        return 1 / (1 + np.exp(-margins))  # type: ignore[no-any-return]
+        return self._logistic.probabilities(_inputs(features.matrix))
 
 
 churn = Model(
@@ -80,5 +78,4 @@ def train(matrix: npt.NDArray[np.float64], churned: npt.NDArray[np.bool_], path:
     scaler = StandardScaler().fit(_inputs(matrix))
     learner = LogisticRegression(max_iter=1_000).fit(scaler.transform(_inputs(matrix)), churned)
     weights = learner.coef_[0] / scaler.scale_
-    with open(path, "wb") as file:
-        np.savez(file, weights=weights, intercept=learner.intercept_[0] - weights @ scaler.mean_)
+    Logistic(weights, learner.intercept_[0] - weights @ scaler.mean_).save(path)

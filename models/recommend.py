@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from millpond.feature_actors import Count, FeatureView, Field, Last, Mean, Source, Std, TopK, TopKCounts
 from millpond.models import FeatureReader, Features, Model
+from millpond.models.logistic import Logistic
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -111,12 +112,10 @@ class Recommend(Popular):
     """Logistic regression: the chance that the user goes on to rate the film."""
 
     def __init__(self, weights: str) -> None:
-        self.weights = np.load(weights, allow_pickle=False)  # the intercept is the last
+        self._logistic = Logistic.load(weights)
 
     def scores(self, features: Features, rows: Ints, more: Features) -> Floats:
-        # Not `@`: a matrix product may add up in another order for another number of candidates.
-        margins = (inputs(features, rows, more) * self.weights[:-1]).sum(axis=1) + self.weights[-1]
-        return 1 / (1 + np.exp(-margins))  # type: ignore[no-any-return]
+        return self._logistic.probabilities(inputs(features, rows, more))
 
 
 recommend = Model(
@@ -126,7 +125,7 @@ recommend = Model(
     features=FEATURES,
     reads=READS,
     predictor=Recommend,
-    artifacts={"weights": "recommend.npy"},
+    artifacts={"weights": "recommend.npz"},
 )
 popular = Model(
     "popular",
@@ -146,4 +145,4 @@ def train(given: Floats, rated: npt.NDArray[np.bool_], path: str) -> None:
     scaler = StandardScaler().fit(given)
     learner = LogisticRegression(max_iter=1_000).fit(scaler.transform(given), rated)
     weights = learner.coef_[0] / scaler.scale_
-    np.save(path, np.append(weights, learner.intercept_[0] - weights @ scaler.mean_))
+    Logistic(weights, learner.intercept_[0] - weights @ scaler.mean_).save(path)

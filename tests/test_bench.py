@@ -94,7 +94,7 @@ def test_reference_view_has_the_eleven_features_and_the_model_reads_them_all() -
 
 
 def test_model_scores_missing_features_as_zero_and_a_row_alike_alone_and_in_a_batch() -> None:
-    model = reference.Logistic()
+    model = reference.reference.predictor()
     matrix = np.random.default_rng(0).exponential(1, (50, 11))
     matrix[::3, 6] = np.nan
     names = tuple(reference.user_activity.features)

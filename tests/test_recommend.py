@@ -21,6 +21,7 @@ from millpond.feature_actors import FeatureView, Source
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.testing import TestCluster, assert_parity
 from millpond.models import Model, recommend
+from millpond.models.logistic import Logistic
 from millpond.models.model import LoadedModel
 
 SECOND, DAY = 1_000, 86_400_000
@@ -60,7 +61,7 @@ def ask(made: TestCluster, name: str, ids: Sequence[tuple[int, str]]) -> list[An
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("artifacts")
-    np.save(folder / "recommend.npy", np.array([0.4, 0.7, -0.6, -0.2, -0.3, -1.2, 0.3, -4.6]))
+    Logistic([0.4, 0.7, -0.6, -0.2, -0.3, -1.2, 0.3], -4.6).save(str(folder / "recommend.npz"))
     return folder
 
 
@@ -156,8 +157,8 @@ def test_the_inputs_of_a_candidate_computed_by_hand(folder: Path) -> None:
         math.log(3), math.log(3), min((1956 - mean) / spread, 4), min((1956 - mean_in) / spread, 4), -3.4, 4.0,
         4.0 * math.log(1 + len(years)),
     ]  # fmt: skip
-    weights = np.load(folder / "recommend.npy")
-    want = 1 / (1 + math.exp(-(np.dot(given, weights[:-1]) + weights[-1])))
+    with np.load(folder / "recommend.npz") as arrays:
+        want = 1 / (1 + math.exp(-(np.dot(given, arrays["weights"]) + arrays["intercept"])))
     assert [(one["film_id"], one["score"]) for one in shown] == [(8, pytest.approx(want, rel=1e-12))]
 
 

@@ -133,7 +133,7 @@ def run_recommend(config: Config, origins: dict[str, str], *, as_json: bool, kee
             ratings = load_ratings()
             questions = next_films(ratings, CUT, END)
         with stage.step("train up to the cut") as advance:
-            trained = train_recommend(ratings, BEGIN, CUT, str(stage.artifacts_dir / "recommend.npy"))
+            trained = train_recommend(ratings, BEGIN, CUT, str(stage.artifacts_dir / "recommend.npz"))
             advance(note=f"{trained:,} candidates")
         with stage.step("start the cluster") as advance:
             cluster, definition = stage.cluster(Path(example.__file__))
