@@ -43,8 +43,9 @@ class Answers:
         self._half = secrets.token_hex(6)
         self._prefix = b'{"id":"' + self._half.encode()
         self._numbers = itertools.count(1)
-        # Times of answers that follow each other are mostly the same.
-        self._ms, self._as_of = -1, b"null"
+        # Times of answers that follow each other are mostly of the same second: which one, and how it begins as JSON.
+        self._second: int | None = None
+        self._begin = b""
 
     def one(self, lane: Lane, scored: Scored, row: int) -> bytes:
         """Return the answer of a row that a lane has scored."""
@@ -82,7 +83,11 @@ class Answers:
             self._score_log.add(lane, scored, row, self._id(number))
 
     def _time(self, ms: int) -> bytes:
-        if ms != self._ms:
+        """Return `iso` of a time as JSON."""
+        second, rest = divmod(ms, 1_000)
+        if second != self._second:
             text = iso(ms)
-            self._ms, self._as_of = ms, b"null" if text is None else b'"%b"' % text.encode()
-        return self._as_of
+            if text is None:
+                return b"null"
+            self._second, self._begin = second, b'"' + text[:-4].encode()
+        return b'%b%03dZ"' % (self._begin, rest)
