@@ -249,6 +249,31 @@ class Lane:
         self._turns.ask(self)
         return ask.answer
 
+    def score_at_once(self, keys: Mapping[str, Sequence[Any]]) -> Scored | None:
+        """Score one id as of now, if nothing is in the way of that: no other request, nobody to compare, no thread, no
+        slot that is being written. None if something is: `ask`.
+
+        Raises `PredictionFailed`, and what a read does.
+        """
+        if (
+            self.in_threads or self._waiting or self._ready or self._running is not None or self.compare is not None
+            or self.loaded.two_stage or self.call_s > _LOOP_S_MAX or not self._turns.come_alone()
+        ):  # fmt: skip
+            return None
+        counts = self.counts
+        try:
+            rows = self._client.read_now(self.loaded.plan, keys, 1)
+            if rows is None:
+                return None
+            counts.requests += 1
+            counts.ids += 1
+            self.asked_s = asyncio.get_running_loop().time()
+            sampled = None if self.score_log is None else self.score_log.take(keys, rows)
+            return Scored(rows, self._predict_inline(rows, keys, 1, None), None, sampled)
+        except Exception as error:
+            self._count_failure(error)
+            raise
+
     # -- a turn: read and predict what waits
 
     def begin(self) -> Batch | None:
@@ -329,14 +354,18 @@ class Lane:
         # Until it has been seen what a row takes, one may take as long as a call.
         if self.in_threads or (self._row_s or self.call_s) * batch.n > _LOOP_S_MAX:
             return self._predict_in_thread(batch, rows)
+        return self._answer(batch, rows, self._predict_inline(rows, batch.keys, batch.n, batch.asks[0].as_of_ms))
+
+    def _predict_inline(
+        self, rows: FeatureRows, keys: Mapping[str, Sequence[Any]], n: int, as_of_ms: int | None
+    ) -> list[Any]:
         watch = Stopwatch(precise=self._precise_calls > 0)
         self._turns.begin(self, watch.begun_s)
         try:
-            results = self.loaded.predict(rows, batch.keys, self._read_here, batch.asks[0].as_of_ms)
+            return self.loaded.predict(rows, keys, self._read_here, as_of_ms)
         finally:
             self._turns.end()
-            self._note_inline(watch, batch.n)
-        return self._answer(batch, rows, results)
+            self._note_inline(watch, n)
 
     def _predict_in_thread(self, batch: Batch, rows: FeatureRows) -> None:
         loop = asyncio.get_running_loop()
@@ -407,14 +436,15 @@ class Lane:
                 self._waiting.appendleft(ask)
             return
         (ask,) = batch.asks
-        if not isinstance(error, MillpondError):  # a bug of ours: it is raised where the request is answered
-            self.counts.failed += 1
-        else:
-            self.counts.failed += error.status == 500
+        self._count_failure(error)
         if ask.timer is not None:
             ask.timer.cancel()
         if not ask.answer.done():
             ask.answer.set_exception(error)
+
+    def _count_failure(self, error: BaseException) -> None:
+        # What is no `MillpondError` is a bug of ours: it is raised where the request is answered.
+        self.counts.failed += not isinstance(error, MillpondError) or error.status == 500
 
     # -- limits
 

@@ -39,18 +39,26 @@ class Turns:
 
     def ask(self, lane: Lane) -> None:
         """Have a lane, for which something waits, take a turn: now, or when all of this turn of the loop have asked."""
+        if self.come_alone():
+            lane.take_turn()
+            return
         self._asked += 1
         if not self._comes:
             self._comes = True
-            if self._alone:
-                asyncio.get_running_loop().call_soon(self._look_for_company)
-                lane.take_turn()
-                return
             asyncio.get_running_loop().call_soon(self._take)
         elif self._alone:  # the second of this turn of the loop: from now on they go together
             self._alone = False
             asyncio.get_running_loop().call_soon(self._take)
         self._lanes[lane] = None
+
+    def come_alone(self) -> bool:
+        """Return whether a request may be answered at once: it is the first of this turn of the loop, and those of late
+        brought no other."""
+        if self._comes or not self._alone:
+            return False
+        self._comes, self._asked = True, 1
+        asyncio.get_running_loop().call_soon(self._look_for_company)
+        return True
 
     def begin(self, lane: Lane, now_s: float) -> None:
         """Say that a lane predicts on the event loop, for those that watch; `end` follows."""

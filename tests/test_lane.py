@@ -80,6 +80,61 @@ def test_a_request_that_is_alone_in_its_turn_is_scored_at_once(shards: Any) -> N
     run(story)
 
 
+def at_once(lane: Lane, user: int) -> Any:
+    """Return the result of one id if it can be had at once, else None."""
+    scored = lane.score_at_once({"user_id": [user]})
+    return None if scored is None else scored.results[0]
+
+
+def test_one_id_that_comes_alone_needs_no_future(shards: Any) -> None:
+    async def story() -> None:
+        predictor = Predicts(bad=[9])
+        lane = lane_of(predictor, client_over(shards)[0])
+        assert at_once(lane, 3) == result_of(3)
+        assert at_once(lane, 4) is None  # another has come in this turn
+        assert await results(ask(lane, 4)) == [result_of(4)]
+        await turn()
+        await results(ask(lane, 5))  # the last turn brought two
+        await turn()
+        assert at_once(lane, 6) == result_of(6)
+        await turn()
+        with pytest.raises(PredictionFailed, match="predict raised ValueError"):
+            at_once(lane, 9)
+        await turn()
+        assert at_once(lane, 7) == result_of(7)
+        assert predictor.calls == [[3], [4], [5], [6], [9], [7]]
+        assert counts(lane) == {"requests": 6, "ids": 6, "calls": 6, "failed": 1, "timeouts": 0, "refused": 0}
+        assert lane.idle
+
+    run(story)
+
+
+def test_nothing_is_scored_at_once_that_something_is_in_the_way_of(shards: Any) -> None:
+    class Compared:
+        def before(self, *_: Any) -> None: ...
+        def after(self, *_: Any) -> None: ...
+
+    async def story() -> None:
+        client, waited = client_over(shards)[0], client_over(shards, waited=True)[0]
+        held = Held()
+        slow, compared = lane_of(Predicts(held), client, predict_s=SLOW_S), lane_of(Predicts(), client)
+        compared.compare = Compared()  # type: ignore[assignment]
+        two_stages = lane_of(Neighbours(), client, reads=[user_spend["orders_30d"]])
+        for lane in (slow, compared, two_stages, lane_of(Predicts(), waited)):
+            assert at_once(lane, 1) is None
+            assert lane.idle
+            assert counts(lane)["requests"] == 0
+            await turn()
+        first = ask(slow, 1)
+        await held.has_begun()
+        slow.in_threads = False  # found quick while it runs
+        assert at_once(slow, 2) is None
+        held.go.set()
+        assert await results(first) == [result_of(1)]
+
+    run(story)
+
+
 def test_the_requests_of_a_turn_are_scored_in_one_call_in_their_order(shards: Any) -> None:
     async def story() -> None:
         predictor = Predicts()
