@@ -150,7 +150,7 @@ class _Store:
         while clock() < end:
             for card in self._draw.integers(0, self.entities, 1_000).tolist():
                 begun = clock()
-                question = self.plan.question_of_word({"card_id": [card]}, self.newest_ms)
+                question = self.plan.question_of_words({"card_id": [card]}, 1, self.newest_ms)
                 self.plan.rows(await self._port.read(question))
                 took.append(clock() - begun)
         return np.array(took)

@@ -87,6 +87,7 @@ class CallRead:
         All features of an id are as of one time. The shards do not know each other's, so each reads as of its own
         first; those that lag behind the newest are asked again for that time.
         """
+        question = question.hashed()
         n, keys = question.n, range(len(question.program.keys))
         shards = np.stack([self._map.shards_of(question.hashes[key].view(np.uint64)) for key in keys])
         concerned = {s: np.flatnonzero((shards == s).any(axis=0)) for s in np.unique(shards).tolist()}

@@ -265,8 +265,8 @@ class FeatureClient:
         """
         if not n:
             return plan.no_rows()
-        if n == 1 and as_of_ms is None and plan.is_of_words:
-            answer = self._read.read_now(plan.question_of_word(keys, self._clock.now_ms()))
+        if as_of_ms is None and plan.is_of_words:
+            answer = self._read.read_now(plan.question_of_words(keys, n, self._clock.now_ms()))
         else:
             answer = self._read.read_now(self._question(plan, keys, n, as_of_ms))
         return None if answer is None else plan.rows(answer)

@@ -194,13 +194,26 @@ def hash_words(words: Any) -> Any:
     return finish(state)
 
 
-@nb.njit(cache=True, nogil=True)
-def hash_word(word: Any, out: Any) -> None:
-    """Hash one key of one word, int64, into `out`, int64 [1, 1, 2]."""
-    words = np.empty((1, 1), np.uint64)
-    words[0, 0] = np.uint64(word)
-    hashes = hash_words(words)
-    out[0, 0, 0], out[0, 0, 1] = np.int64(hashes[0, 0]), np.int64(hashes[0, 1])
+@nb.njit(nogil=True, error_model="numpy", forceinline=True, _nrt=False)
+def hash_word(word: Any) -> Any:
+    """Return both halves of the hash of a key of one word, for a kernel that reads by it: no arrays, no call."""
+    v0 = _KEY_LO ^ np.uint64(0x736F6D6570736575)
+    v1 = _KEY_HI ^ np.uint64(0x646F72616E646F6D) ^ np.uint64(0xEE)
+    v2 = _KEY_LO ^ np.uint64(0x6C7967656E657261)
+    v3 = _KEY_HI ^ np.uint64(0x7465646279746573)
+    for absorbed in (np.uint64(word), np.uint64(8) << np.uint64(56)):  # the word, then how long it was
+        v3 ^= absorbed
+        v0, v1, v2, v3 = _sip_round(v0, v1, v2, v3)
+        v0, v1, v2, v3 = _sip_round(v0, v1, v2, v3)
+        v0 ^= absorbed
+    v2 ^= np.uint64(0xEE)
+    for _ in range(4):
+        v0, v1, v2, v3 = _sip_round(v0, v1, v2, v3)
+    low = v0 ^ v1 ^ v2 ^ v3
+    v1 ^= np.uint64(0xDD)
+    for _ in range(4):
+        v0, v1, v2, v3 = _sip_round(v0, v1, v2, v3)
+    return low, v0 ^ v1 ^ v2 ^ v3
 
 
 def hash_values(columns: Sequence[Sequence[int] | Sequence[str]], n: int) -> Hashes:

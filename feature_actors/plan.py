@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from millpond.feature_actors.errors import AsOfInPast, BadRequest, MillpondError, Problem, did_you_mean
-from millpond.feature_actors.keys import hash_keys, hash_word
+from millpond.feature_actors.keys import hash_keys
 from millpond.feature_actors.layout import Layout, PlanProgram
 from millpond.feature_actors.tiles.read import NO_CLOCK
 from millpond.feature_actors.view import Feature, FeatureView
@@ -36,6 +36,7 @@ KEY_BYTES_MAX = 1_024
 _FEATURE_VALUES = "feature values"
 _PROBLEMS_MAX = 10
 _NO_TRACE = np.empty((0, 1), np.int64)
+_NO_IDS = np.empty(0, np.int64)
 
 
 class FeatureFailed(MillpondError):
@@ -51,7 +52,8 @@ class Question:
     hashes int64 [keys, n, 2], for the keys of the program; clock int64 [n], the reader's clock, `NO_CLOCK` if it has
     none; event_clock: whether the shards' time is their newest arrival stamp, rather than when they last received
     something; as_of int64 [n], or None for a live read: the largest of both times and of the newest event applied.
-    plans: of which plan of the program each id is, see `read_rows`; None if it has one.
+    plans: of which plan of the program each id is, see `read_rows`; None if it has one. ids int64 [n]: of one key,
+    where `hashes` is still to be filled; else [0].
     """
 
     program: PlanProgram
@@ -60,10 +62,17 @@ class Question:
     event_clock: bool
     as_of: Ints | None
     plans: Ints | None = None
+    ids: Ints = field(default_factory=lambda: _NO_IDS)
 
     @property
     def n(self) -> int:
         return len(self.clock)
+
+    def hashed(self) -> Question:
+        """Return it with its hashes, for who does not read from memory."""
+        if len(self.ids):
+            self.hashes[0] = hash_keys([self.ids.tolist()], self.n).view(np.int64)
+        return self
 
     def of_rows(self, rows: Ints, clock: Ints) -> Question:
         """Return the question about some of its ids, with another clock for them all."""
@@ -152,8 +161,7 @@ class ReadPlan:
         self._one_key = self.program.keys[0] if len(self.program.keys) == 1 else None
         self._word: tuple[str, Question] | None = None
         if list(self.key_fields.values()) == ["int64"]:
-            question = Question(self.program, np.empty((1, 1, 2), np.int64), np.empty(1, np.int64), False, None)
-            self._word = next(iter(self.key_fields)), question
+            self._word = next(iter(self.key_fields)), self._unhashed(1)
 
     # -- ids
 
@@ -263,17 +271,29 @@ class ReadPlan:
         clock[:] = NO_CLOCK if clock_ms is None else clock_ms
         return Question(self.program, hashes.view(np.int64), clock, clock_ms is None, as_of)
 
+    def _unhashed(self, n: int) -> Question:
+        """Return a question about n ids of one int64 field, which are still to be put into `ids`, as of `clock`."""
+        hashes, (clock, ids) = np.empty((1, n, 2), np.int64), np.empty((2, n), np.int64)
+        return Question(self.program, hashes, clock, False, None, None, ids)
+
     @property
     def is_of_words(self) -> bool:
         """Whether an id is one int64 field: most are, and take a shorter way."""
         return self._word is not None
 
-    def question_of_word(self, keys: Mapping[str, Sequence[Any]], clock_ms: int | None) -> Question:
-        """Return the question about one id as of now. It is the same object each time: asked at once, by one thread."""
+    def question_of_words(self, keys: Mapping[str, Sequence[Any]], n: int, clock_ms: int | None) -> Question:
+        """Return the question about n ids of one int64 field as of now, for who reads from memory at once.
+
+        About one id it is the same object each time, so it is asked by one thread.
+        """
         assert self._word is not None
         name, question = self._word
-        hash_word(keys[name][0], question.hashes)
-        question.clock[0] = NO_CLOCK if clock_ms is None else clock_ms
+        if n == 1:
+            question.ids[0] = keys[name][0]
+        else:
+            question = self._unhashed(n)
+            question.ids[:] = keys[name]
+        question.clock[:] = NO_CLOCK if clock_ms is None else clock_ms
         question.event_clock = clock_ms is None
         return question
 

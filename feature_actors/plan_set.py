@@ -8,7 +8,6 @@ from functools import cached_property
 
 import numpy as np
 
-from millpond.feature_actors.keys import hash_words
 from millpond.feature_actors.layout import PlanProgram
 from millpond.feature_actors.plan import Answer, Ints, Question, ReadPlan
 from millpond.feature_actors.tiles.program import F_SCAN, P_FEATURE, P_SCAN, P_VIEW, PackedProgram, ReadProgram
@@ -79,12 +78,15 @@ class PlanSet:
         self._program.packed(n_slots)  # made now, not by the first read
 
     def question(self, numbers: Sequence[int], keys: Sequence[int], clock_ms: int | None) -> Question:
-        """Return the question about n ids as of now. numbers: n numbers of plans; keys: n values, int64."""
+        """Return the question about n ids as of now, for who reads from memory.
+
+        numbers: n numbers of plans; keys: n values, int64.
+        """
         n = len(keys)
-        hashes = hash_words(np.array([keys], np.int64).view(np.uint64)).reshape(1, n, 2)
         clock = np.full(n, NO_CLOCK if clock_ms is None else clock_ms, np.int64)
         plans = self._plans[numbers] if n > 1 else self._plans[numbers[0] : numbers[0] + 1]
-        return Question(self._program, hashes.view(np.int64), clock, clock_ms is None, None, plans)
+        hashes, ids = np.empty((1, n, 2), np.int64), np.array(keys, np.int64)
+        return Question(self._program, hashes, clock, clock_ms is None, None, plans, ids)
 
     def part(self, answer: Answer, plan: ReadPlan, start: int, end: int) -> Answer:
         """Return the answer of a plan's ids, which stand together from start to end."""

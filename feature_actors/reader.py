@@ -92,8 +92,8 @@ class MemoryReader:
         plans = program.plans if question.plans is None else question.plans
         code, row, detail = read_rows(
             self._shards, self._owners, program.layout_digest, program.packed(len(self._owners)).address, plans,
-            question.hashes, start, question.clock, question.event_clock, question.as_of is not None, answer.as_of,
-            answer.values, answer.known, answer.trace,
+            question.ids, question.hashes, start, question.clock, question.event_clock, question.as_of is not None,
+            answer.as_of, answer.values, answer.known, answer.trace,
         )  # fmt: skip
         if code == DONE:
             answer.all_known = start == 0 and row == 0
@@ -178,17 +178,14 @@ class MemoryRead:
     def read_now(self, question: Question) -> Answer | None:
         """Answer a question, or return None if a slot of it is being written, or a shard has moved."""
         answer = Answer.empty(question)
-        self._count()
+        self._reads += 1
+        if self._reads % _POPULATE_EVERY == 0:
+            self._reader.populate()
         try:
             self._reader.attempt(question, answer, 0)
         except (_Moved, _Busy):
             return None
         return answer
-
-    def _count(self) -> None:
-        self._reads += 1
-        if self._reads % _POPULATE_EVERY == 0:
-            self._reader.populate()
 
     async def read(self, question: Question) -> Answer:
         """Answer a question; waits only while a slot of it is being written.
@@ -197,7 +194,7 @@ class MemoryRead:
         """
         answer = Answer.empty(question)
         start, deadline = 0, 0.0
-        self._count()
+        self._reader.populate()
         while True:
             try:
                 self._reader.attempt(question, answer, start)

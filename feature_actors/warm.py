@@ -19,7 +19,7 @@ from millpond.feature_actors.clock import EventClock
 from millpond.feature_actors.dedupe import DedupeFull
 from millpond.feature_actors.events import PastEvents
 from millpond.feature_actors.image import load_shard, shard_chunks
-from millpond.feature_actors.keys import hash_columns, hash_word
+from millpond.feature_actors.keys import hash_columns
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.log.snapshot import write_snapshot
 from millpond.feature_actors.plan import Answer, ReadPlan
@@ -57,7 +57,6 @@ def warm_kernels() -> None:
     complete(client.ingest("warm", batch))
     plan = ReadPlan(layout, list(view), "warm")
     complete(client.read(plan, {"n": [1, 2], "id": ["1", "2"]}, 2))
-    hash_word(1, np.empty((1, 1, 2), np.int64))
     as_of = np.full(n, n * 60_000, np.int64)
     question = plan.question({"n": batch["n"], "id": batch["id"]}, n, None, as_of)
     past = PastEvents(batch, as_of, as_of, np.ones(n, np.uint32))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import numba as nb
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millpond.feature_actors import keys
-from millpond.feature_actors.keys import hash_columns, hash_values, slots_of
+from millpond.feature_actors.keys import hash_columns, hash_values, hash_word, slots_of
 
 MASK = 2**64 - 1
 
@@ -174,3 +175,14 @@ def test_slots_come_from_the_high_half(values: list[int], n_slots: int) -> None:
     assert slots_of(hash_values([values], len(values)), n_slots).tolist() == [
         hi % n_slots for _, hi in want([(v,) for v in values])
     ]
+
+
+@nb.njit
+def _hash_word(word: Any) -> Any:
+    return hash_word(word)
+
+
+@given(st.integers(-(2**63), 2**63 - 1))
+def test_a_word_hashed_inside_a_kernel_is_the_key_of_one_word(value: int) -> None:
+    low, high = _hash_word(np.int64(value))
+    assert [[low, high]] == hash_values([[value]], 1).tolist()

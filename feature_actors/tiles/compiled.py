@@ -35,7 +35,7 @@ __all__ = [
 
 def _digest_of_sources() -> str:
     folder = Path(__file__).parent
-    sources = [*folder.glob("*.py"), *(folder.parent / "aggregations").glob("*.py")]
+    sources = [*folder.glob("*.py"), *(folder.parent / "aggregations").glob("*.py"), folder.parent / "keys.py"]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()
 
 

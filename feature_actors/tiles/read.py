@@ -13,6 +13,7 @@ import numpy as np
 
 from millpond.feature_actors.aggregations import dispatch
 from millpond.feature_actors.aggregations.aggregation import NEVER
+from millpond.feature_actors.keys import hash_word
 from millpond.feature_actors.tiles.apply import DONE, apply_one, has_room, init_columns, merge_columns
 from millpond.feature_actors.tiles.compiled import inner, kernel, load_acquire, prefetch, unpacked, views_at
 from millpond.feature_actors.tiles.memory import (
@@ -383,7 +384,7 @@ def _look_ahead(
 
 @kernel
 def read_rows(
-    shards: Any, owners: Any, layout: Any, packed: Any, plans: Any, hashes: Any, start: Any,
+    shards: Any, owners: Any, layout: Any, packed: Any, plans: Any, ids: Any, hashes: Any, start: Any,
     clock: Any, event_clock: Any, asked: Any, as_of: Any, out: Any, known: Any, trace: Any,
 ) -> Any:  # fmt: skip
     """Read a plan's features of n ids: everything about one id as of one time.
@@ -391,7 +392,8 @@ def read_rows(
     shards int64 [3, shards]: where the shard's memory and control page lie (0: there is none), and the epoch of that
     memory; owners int64 [slots]: the shard of each slot, -1 to leave it out; layout: digest that the
     memories must bear. packed: the address of a `PackedProgram`. plans int64 [n, 2], or [1, 2] for all ids: from where
-    to where the parts of an id's plan stand. hashes int64 [keys, n, 2]. start: the first id to read. clock int64
+    to where the parts of an id's plan stand. ids int64 [n] of one key field, for which `hashes` is to be filled, or [0]
+    if it is. hashes int64 [keys, n, 2]. start: the first id to read. clock int64
     [n]: now in ms, or `NO_CLOCK`; event_clock: whether the shards have the newest arrival for time. asked: whether to
     read as of `as_of` as given; else it is set to the latest of the clock, the shards' time, and the newest event of
     the rows read. as_of int64 [n]; out float64 [n, columns]; known bool [n, views]. trace int64 [n, 1 + parts]: the
@@ -418,6 +420,9 @@ def read_rows(
     tiles = np.empty((program.scans_max, _AHEAD), np.int64)
     slots = np.uint64(owners.shape[0])
     unknown = 0
+    for i in range(ids.shape[0]):
+        lo, hi = hash_word(ids[i])
+        hashes[0, i, 0], hashes[0, i, 1] = np.int64(lo), np.int64(hi)
     for i in range(start, as_of.shape[0]):
         if (i - start) % _AHEAD == 0:
             _look_ahead(shards, owners, program, plans, hashes, i, min(i + _AHEAD, as_of.shape[0]), rows, tiles)
