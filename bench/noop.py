@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from millpond.deployments.heap import keep_what_is_there
 from millpond.deployments.http import App, Receive, Request, Response, Route, Scope, Send, decode_json
 from millpond.deployments.score import check_json
-from millpond.deployments.serving import ServingSpec, deployment, keep_what_is_there, stay_on_loopback
+from millpond.deployments.serving import ServingSpec, deployment, stay_on_loopback
 
 __all__ = ["ANSWER", "BARE_PREFIX", "NOOP_PREFIX", "BareApp", "NoopApp", "run_noops"]
 

@@ -9,7 +9,6 @@ settings from the environment when it is imported.
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import secrets
 import sys
@@ -22,6 +21,7 @@ from millpond.deployments.deployment import Deployment
 from millpond.deployments.events import EventsApp
 from millpond.deployments.explainer import Explainer
 from millpond.deployments.forgetter import Forgetter
+from millpond.deployments.heap import keep_what_is_there
 from millpond.deployments.host import HostLimits, ModelHost
 from millpond.deployments.routes_follower import RoutesFollower
 from millpond.deployments.score import ScoreApp, ScoreLimits
@@ -53,7 +53,6 @@ __all__ = [
     "custom_application",
     "deployment",
     "events_application",
-    "keep_what_is_there",
     "pool_application",
     "pool_target",
     "score_application",
@@ -159,12 +158,6 @@ def stay_on_loopback() -> None:
     if ray.util.get_node_ip_address() == "127.0.0.1":
         bind = replica.add_port_to_grpc_server
         replica.add_port_to_grpc_server = lambda server, address: bind(server, address.replace("[::]", "127.0.0.1"))
-
-
-def keep_what_is_there() -> None:
-    """Have the garbage collector pass over what a replica has loaded: it would look through all of it now and then."""
-    gc.collect()
-    gc.freeze()
 
 
 class EventsReplica:

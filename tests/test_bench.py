@@ -319,7 +319,7 @@ def _load(port: int, **changes: Any) -> Load:
 @pytest.mark.parametrize("pieces", [1, 5])
 def test_load_sends_the_bodies_in_turn_and_times_every_good_answer(pieces: int) -> None:
     with server(_http(ANSWER), pieces=pieces) as (port, asked):
-        outcome = drive(_load(port, connections=1))
+        outcome = drive(_load(port, connections=1, seconds=0.5))
         assert outcome.failed == 0
         assert outcome.answers == len(outcome.latencies_ns)
         assert 0 < outcome.answers <= outcome.checked == len(asked)

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["HUGE_BYTES", "Mapping"]
+__all__ = ["HUGE_BYTES", "MADV_COLLAPSE", "Mapping"]
 
 #: The size of a huge page, where pages have 4 kB.
 HUGE_BYTES = 2 << 20
 
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
-_MADV_POPULATE_READ, _MADV_POPULATE_WRITE, _MADV_COLLAPSE = 22, 23, 25
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23
+MADV_COLLAPSE = 25
 _FAILED = 2 ** (8 * ctypes.sizeof(ctypes.c_void_p)) - 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -68,7 +69,7 @@ class Mapping:
         What is allocated of the file between them stays, what is not is allocated along with it.
         """
         assert start % HUGE_BYTES == end % HUGE_BYTES == 0
-        return self._advise(_MADV_COLLAPSE, start, end)
+        return self._advise(MADV_COLLAPSE, start, end)
 
     def populate(self, start: int, end: int) -> None:
         """Map the pages from `start` to `end` now. (A kernel before 5.14 maps each when it is touched.)"""
