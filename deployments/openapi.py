@@ -90,7 +90,7 @@ def openapi_document(layout: Layout, models: Sequence[ModelEntry], cluster_name:
             "post": _call(
                 model.about or f"Scores of {model.model}",
                 f"score_{model.model}",
-                {"oneOf": [_answer_schema(), {"type": "array", "items": _answer_schema()}]},
+                {"oneOf": [_answer_schema(), {"type": "array", "items": _answer_or_error_schema()}]},
                 body={"application/json": {"schema": {"oneOf": [one, {"type": "array", "items": one}]}}, **_ARROW},
                 parameters=[
                     _AS_OF,
@@ -109,7 +109,7 @@ def openapi_document(layout: Layout, models: Sequence[ModelEntry], cluster_name:
         ids = {"type": "array", "items": {"type": "object", "description": "the key fields of all models asked"}}
         names = {"type": "array", "items": {"enum": [m.model for m in models]}}
         several = {"type": "object", "properties": {"models": names, "ids": ids}, "required": ["models", "ids"]}
-        answer = {"type": "object", "additionalProperties": {"oneOf": [_answer_schema(), _ERROR]}}
+        answer = {"type": "object", "additionalProperties": _answer_or_error_schema()}
         paths["/v1/score"] = {
             "post": _call(
                 "Scores of several models",
@@ -235,6 +235,16 @@ def _answer_schema() -> dict[str, Any]:
             },
         },
     }
+
+
+def _answer_or_error_schema() -> dict[str, Any]:
+    """Of one id among several: what fails there fails alone."""
+    failed = {
+        "description": "in place of the answer, if the model failed on this id; the error has its `status`, too",
+        "required": ["error"],
+        **_ERROR,
+    }
+    return {"oneOf": [{**_answer_schema(), "required": ["id", "result"]}, failed]}
 
 
 def _view_schema(view: FeatureView) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from apps import (
     call,
     churn,
     make_world,
+    mean_price,
     model,
     offer,
     purchase,
@@ -587,6 +588,20 @@ def test_a_predictor_that_fails_is_named(what: Any, message: str) -> None:
     world = make_world([churn, model("broken", list(user_spend), lambda: Returns(what))])
     refused(world.post_score("broken", {"user_id": 1}), 500, "prediction_failed", f"model `broken`: {message}")
     assert world.post_score("churn", {"user_id": 1}).status == 200
+
+
+def test_of_several_ids_one_whose_result_is_none_fails_alone(caplog: pytest.LogCaptureFixture) -> None:
+    world = make_world([model("mean", list(user_spend), lambda: Returns(mean_price))])
+    world.post_events("purchases", [purchase("a", 1, 10.0), purchase("b", 3, 30.0)])
+    good, bad, other, worse = world.post_score("mean", [{"user_id": i} for i in (1, 2, 3, 4)]).json
+    message = "model `mean`: predict returned the number nan, which JSON cannot hold"
+    error = {"code": "prediction_failed", "message": message, "path": "$[1]", "status": 500}
+    assert (bad, worse) == ({"error": error}, {"error": error | {"path": "$[3]"}})
+    assert [good["result"], other["result"]] == [10.0, 30.0]
+    assert f"2 of 4 ids failed, the first: {message}" in caplog.messages
+    refused(world.post_score("mean", {"user_id": 2}), 500, "prediction_failed", message)
+    # What is no answer of an id at all is the request's.
+    assert world.post_score("mean", [{"user_id": 1}, {"user": 2}]).status == 400
 
 
 def test_the_exception_of_a_predictor_is_in_the_log_and_not_in_the_answer(caplog: pytest.LogCaptureFixture) -> None:
