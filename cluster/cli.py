@@ -319,19 +319,11 @@ def _train_set(options: argparse.Namespace, config: Config, origins: dict[str, s
     return 0
 
 
-def _running(config: Config) -> dict[str, Any]:
-    from millpond.cluster.cluster import running
-
-    state = running(config.directory)
-    if state is None:
-        raise Unavailable(f"no cluster `{config.name}` runs on {config.directory}; start one with `millpond up`")
-    return state
-
-
 def _status(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    from millpond.cluster.cluster import running_cluster
     from millpond.cluster.status import fetch_status, print_status
 
-    status = fetch_status(_running(config), config.directory)
+    status = fetch_status(running_cluster(config), config.directory)
     if options.json:
         print(json.dumps(status))
     else:
@@ -458,9 +450,9 @@ def _forget(options: argparse.Namespace, config: Config, origins: dict[str, str]
 
 
 def _down(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
-    from millpond.cluster.cluster import running
+    from millpond.cluster.cluster import running, running_cluster
 
-    state = _running(config)
+    state = running_cluster(config)
     os.kill(state["pid"], signal.SIGTERM)
     deadline = time.monotonic() + 60
     while running(config.directory) is not None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from millpond.cluster.backfills import wait_until_whole
-from millpond.cluster.cluster import running
+from millpond.cluster.cluster import or_another, running, running_cluster
 from millpond.cluster.config import Config
 from millpond.cluster.deploy import (
     Running,
@@ -51,7 +51,8 @@ def open_registry(config: Config) -> Iterator[Registry]:
     """Open the registry of a cluster, running or not."""
     folder = config.directory / "registry"
     if not folder.is_dir():
-        raise Unavailable(f"no cluster `{config.name}` has models in {config.directory}; start one with `millpond up`")
+        to_do = or_another(config, "start one with `millpond up`")
+        raise Unavailable(f"no cluster `{config.name}` has models in {config.directory}; {to_do}")
     registry = Registry(folder)
     try:
         yield registry
@@ -105,9 +106,7 @@ def deploy_file(
     is what it was before.
     """
     begun = time.perf_counter()
-    state = running(config.directory)
-    if state is None:
-        raise Unavailable(f"no cluster `{config.name}` runs on {config.directory}; start one with `millpond up`")
+    state = running_cluster(config)
 
     def try_out() -> bytes:
         definition = Definition.read(path, artifacts_dir)

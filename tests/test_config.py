@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from millpond.cluster import cli
 from millpond.cluster.config import Config, ConfigError, load_config
+from millpond.feature_actors.tiles.memory import started_ticks
 
 FIELDS = [f.name for f in fields(Config)]
 
@@ -20,8 +22,6 @@ FIELDS = [f.name for f in fields(Config)]
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No millpond.toml and no MILLPOND_ variables but those of the test."""
-    import os
-
     monkeypatch.chdir(tmp_path)
     for name in [n for n in os.environ if n.startswith("MILLPOND_")]:
         monkeypatch.delenv(name)
@@ -216,6 +216,28 @@ def test_an_error_of_a_command_is_one_line_and_status_1(
 ) -> None:
     assert run(capsys, *arguments) == (1, "", message.format(here=tmp_path))
     assert not (tmp_path / ".millpond").exists()
+
+
+def test_where_another_cluster_runs_it_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the same data directory; one that was killed is not."""
+    pid = os.getpid()
+    for name, ticks in (("dev2", started_ticks(pid)), ("killed", 1)):
+        folder = tmp_path / ".millpond" / name
+        folder.mkdir(parents=True)
+        state = {"pid": pid, "started_ticks": ticks, "url": f"http://127.0.0.1:8001/{name}"}
+        (folder / "cluster.json").write_text(json.dumps(state))
+    here = f"{tmp_path}/.millpond"
+    others = "running here: `dev2` at http://127.0.0.1:8001/dev2; say which with `--name`, or"
+    runs_not = f"no cluster `dev` runs on {here}/dev; {others}"
+    for arguments, message in (
+        (["status"], f"{runs_not} start one with `millpond up`"),
+        (["down"], f"{runs_not} start one with `millpond up`"),
+        (["models"], f"no cluster `dev` has models in {here}/dev; {others} start one with `millpond up`"),
+        (["verify"], f"no cluster `dev` has data in {here}/dev; {others} start one with `millpond up`"),
+        (["forget", "--user-id", "1"], f"{runs_not} start it with `millpond up`: entities are forgotten by a running one"),
+        (["export", "-o", "pack"], f"export: {runs_not} name its definition files, or start it"),
+    ):  # fmt: skip
+        assert run(capsys, *arguments) == (1, "", f"millpond: {message}\n")
 
 
 def test_up_refuses_a_setting_that_is_none_in_the_environment(
