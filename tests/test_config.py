@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from millpond.cluster import cli
-from millpond.cluster.config import Config, ConfigError, load_config
+from millpond.cluster.config import SECTIONS, Config, ConfigError, load_config
 from millpond.feature_actors.tiles.memory import started_ticks
 
 FIELDS = [f.name for f in fields(Config)]
@@ -187,17 +187,47 @@ def test_config_prints_each_setting_and_where_it_came_from(
     assert said["proxy"] == ("haproxy", "default")
 
 
-@pytest.mark.parametrize("command", ["up", "demo", "status", "down", "config", "bench"])
-def test_every_command_has_a_flag_for_each_setting_and_shows_it(
-    command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def help_of(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines that a terminal of 80 columns shows."""
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as caught:
-        cli.main([command, "--help"])
+        cli.main([*command.split(), "--help"])
     assert caught.value.code == 0
-    shown = " ".join(capsys.readouterr().out.split())
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("command", ["up", "demo", "config", "bench"])
+def test_a_command_that_starts_a_cluster_shows_each_setting_in_its_section(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = help_of(command, capsys, monkeypatch)
+    shown = " ".join(" ".join(lines).split())
+    at = [shown.index(f" {title}: ") for title in SECTIONS]
+    assert at == sorted(at)
+    assert sorted(sum(map(list, SECTIONS.values()), [])) == sorted(FIELDS)  # noqa: RUF017
     for field in fields(Config):
-        assert f"--{field.name.replace('_', '-')}" in shown
-        assert field.metadata["about"] in shown.replace("- ", "-") or field.metadata["about"] in shown
+        (section,) = (title for title, names in SECTIONS.items() if field.name in names)
+        assert shown.index(f" --{field.name.replace('_', '-')} ") > shown.index(f" {section}: ")
+        assert field.metadata["about"] in shown
+
+
+@pytest.mark.parametrize("command", ["status", "down", "deploy", "explain", "train-set"])
+def test_any_other_command_shows_how_a_cluster_is_found_and_takes_each_setting(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = "\n".join(help_of(command, capsys, monkeypatch))
+    assert {name for name in FIELDS if f"--{name.replace('_', '-')} " in shown} == {"name", "data_dir"}
+    options = cli._parser().parse_args(["status", *(f"--{name.replace('_', '-')}=1" for name in FIELDS)])
+    assert {getattr(options, name) for name in FIELDS} == {"1"}
+
+
+@pytest.mark.parametrize("command", ["", "up", "demo", "bench", "train-set", "verify", "explain", "replay", "check"])
+def test_help_fits_a_terminal_and_begins_with_what_is_its_own(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = help_of(command, capsys, monkeypatch)
+    assert max(map(len, lines)) <= 80
+    assert lines.index("") <= 8  # the usage
 
 
 @pytest.mark.parametrize(
