@@ -806,6 +806,15 @@ def openapi(world: World) -> dict[str, Any]:
     return document
 
 
+def test_epoch_seconds_are_refused_unless_time_is_what_events_say() -> None:
+    seconds = purchase("a", paid_at=NOW // 1_000)
+    reply = make_world().post_events("purchases", seconds)
+    refused(reply, 400, "invalid_events", "event of `purchases`: expected `timestamp[ms, UTC]`, got `1700000000`, "
+            "which is 2023-11-14 in epoch seconds; allowed are milliseconds: send 1700000000000, or if it happened in "
+            "1970 its time as ISO 8601", "$.paid_at")  # fmt: skip
+    assert make_world(clock=EventClock()).post_events("purchases", seconds).json["accepted"] == 1
+
+
 def test_openapi_describes_a_call_for_each_source_model_and_view(openapi: dict[str, Any]) -> None:
     assert openapi["openapi"] == "3.1.0"
     assert openapi["info"] == {"title": "Millpond: test", "version": "1"}
