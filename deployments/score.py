@@ -31,6 +31,7 @@ from millpond.feature_actors.errors import (
     Unavailable,
     UnsupportedMediaType,
 )
+from millpond.feature_actors.layout import version_name
 from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.view import FeatureView
@@ -327,7 +328,9 @@ class ScoreApp(App):
     async def get_status(self, request: Request) -> Response:
         request.check_admin(self._admin_token_sha256, "this call")
         models = [{"model": m.model, "version": m.version, "owner": m.owner} for m in self._models.entries()]
-        return json_response({"shards": await self._status(), "models": models})
+        # Of a view that has changed there may be several versions; plans are made of this one.
+        answering = {name: version_name(view) for name, view in self._client.layout.views.items()}
+        return json_response({"shards": await self._status(), "models": models, "answering": answering})
 
     async def get_openapi(self, request: Request) -> Response:
         return json_response(openapi_document(self._client.layout, self._models.entries(), self._cluster_name))

@@ -48,7 +48,7 @@ from millpond.feature_actors import Count, Derived, FeatureView, Last, LastN, Se
 from millpond.feature_actors.clock import EventClock
 from millpond.feature_actors.decode import BodyLimits
 from millpond.feature_actors.errors import Unavailable
-from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.layout import compile_layout, version_name
 from millpond.feature_actors.plan import ReadPlan
 
 ACK = {"accepted": 0, "duplicates": 0, "conflicts": 0, "late": 0, "too_late": 0, "unkeyed": 0, "forgotten": 0}
@@ -787,6 +787,7 @@ def test_the_status_shows_shards_and_models(world: World) -> None:
     ]  # fmt: skip
     assert [s["shard"] for s in status["shards"]] == [0, 1]
     assert sum(s["events"]["purchases[user_id]"] for s in status["shards"]) == 2
+    assert status["answering"] == {view.name: version_name(view) for view in VIEWS}
 
 
 def test_no_call_but_status_needs_or_leaks_the_token(world: World) -> None:
