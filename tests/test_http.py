@@ -42,12 +42,13 @@ from apps import (
     user_spend,
 )
 
+from millpond.deployments.deployment import Deployment
 from millpond.deployments.http import App, Request, Response, Route, json_response
 from millpond.deployments.score import ScoreLimits
 from millpond.feature_actors import Count, Derived, FeatureView, Last, LastN, Sessions, Source, Streak, SumBy
 from millpond.feature_actors.clock import EventClock
 from millpond.feature_actors.decode import BodyLimits
-from millpond.feature_actors.errors import Unavailable
+from millpond.feature_actors.errors import DeclarationError, Unavailable
 from millpond.feature_actors.layout import compile_layout, version_name
 from millpond.feature_actors.plan import ReadPlan
 
@@ -845,6 +846,10 @@ def test_every_call_that_is_served_is_described_and_no_other(world: World, opena
     assert described >= set(routes) - named
     of_names = described - set(routes)
     assert {(method, path.rpartition("/")[0] + "/") for method, path in of_names} == prefixes
+    # And none of them can be taken by a deployment of a team's own.
+    for _, path in routes:
+        with pytest.raises(DeclarationError, match="would take calls of"):
+            Deployment("own", owner="shop", route_prefix=path.removesuffix("/{name}"), app=dict)
 
 
 def test_openapi_is_well_formed(openapi: dict[str, Any]) -> None:
