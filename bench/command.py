@@ -33,7 +33,7 @@ SCENARIOS = {
     "sketches": "the larger aggregations: how fast, and how far from the exact value",
     "faults": "kills while events are written",
     "parity": "scores that were served, computed again from the past",
-    "backfill": "a view that is deployed on a running cluster, under a load of scores",
+    "backfill": "a view deployed on a running cluster, under a load of scores",
     "recovery": "how long a killed shard takes to be back",
     "trainset": "training sets from the past of a cluster: rows a second, and memory",
 }
@@ -42,7 +42,6 @@ ALIASES = {"scale-users": "users", "scale-models": "models"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "scenarios:\n" + "".join(f"  {name:10} {about}\n" for name, about in SCENARIOS.items())
     parser.add_argument("scenario", choices=[*SCENARIOS, *ALIASES], metavar="SCENARIO")
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")

@@ -14,10 +14,15 @@ from typing import Any, get_args, get_type_hints
 
 from millpond.bench.command import add_arguments as add_bench_arguments
 from millpond.bench.command import run_bench
-from millpond.cluster.config import Config, load_config
+from millpond.cluster.config import SECTIONS, Config, load_config
 from millpond.feature_actors.errors import MillpondError, Unavailable
 
 __all__ = ["main"]
+
+#: Commands that start a cluster, for which every setting matters, or show them.
+_STARTS = frozenset({"up", "demo", "bench", "config"})
+#: Settings by which a cluster that is there is found.
+_WHICH = frozenset({"name", "data_dir"})
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,24 +44,46 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+class _Help(argparse.HelpFormatter):
+    """Help whose usage leaves the settings out, of which there are fifty, and in which most arguments take a line."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
+        settings = {f.name for f in fields(Config)}
+        super().add_usage(usage, [one for one in actions if one.dest not in settings], groups, prefix)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
+def _add_settings(parser: argparse.ArgumentParser, *, shown: bool) -> None:
+    """Add a flag for each setting; unless they are `shown`, help has only those that say which cluster is meant."""
+    of = {f.name: f for f in fields(Config)}
+    hints = get_type_hints(Config)
+    about = "Settings, each with its default; also lines of the file, and variables (MILLPOND_DATA_DIR). "
+    others = "" if shown else "All others are flags here, too: see `millpond config --help`."
+    for title, names in SECTIONS.items():
+        group = parser.add_argument_group(title, about + others if title == "cluster" else None)
+        if title == "cluster":
+            group.add_argument("--config", type=Path, metavar="FILE", help="millpond.toml if it is there, or this one")
+        for name in names:
+            group.add_argument(
+                f"--{name.replace('_', '-')}",
+                dest=name,
+                metavar="|".join(get_args(hints[name])) or str(of[name].default),
+                help=of[name].metadata["about"] if shown or name in _WHICH else argparse.SUPPRESS,
+            )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="millpond", description="Raw events in, model scores out.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, about: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=about, description=about)
+        sub = commands.add_parser(name, help=about, description=about, formatter_class=_Help)
         sub.set_defaults(run=run)
-        sub.add_argument("--config", type=Path, help="configuration file (default: millpond.toml, if there is one)")
-        settings = sub.add_argument_group("settings (also in the file and as MILLPOND_... variables)")
-        hints = get_type_hints(Config)
-        for field in fields(Config):
-            kind = hints[field.name]
-            settings.add_argument(
-                f"--{field.name.replace('_', '-')}",
-                dest=field.name,
-                metavar="|".join(get_args(kind)) or kind.__name__.upper(),
-                help=f"{field.metadata['about']} (default: {field.default})",
-            )
         return sub
 
     demo = command("demo", _demo, "Run real data end to end and measure it: flights in, delay scores out.")
@@ -64,8 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     demo.add_argument("--keep", action="store_true", help="go on serving at the end, until Ctrl-C")
     up = command("up", _up, "Start a cluster from definition files and serve until Ctrl-C.")
-    up.add_argument("files", nargs="+", type=Path, metavar="FILE.py")
-    up.add_argument("--artifacts", type=Path, help="folder of the models' artifacts (default: beside each file)")
+    up.add_argument("files", nargs="+", type=Path, metavar="FILE.py", help="definitions: sources, views, models")
+    up.add_argument(
+        "--artifacts", type=Path, metavar="DIR", help="folder of the models' artifacts (default: beside each file)"
+    )
     deploy = command(
         "deploy", _deploy, "Add views and models to the running cluster; they are checked before anything changes."
     )
@@ -77,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     deploy.add_argument("--try", dest="ids", action="append", default=[], metavar="ID",
                         help="an id to check the models on, as JSON (default: one that nobody knows)")  # fmt: skip
     deploy.add_argument("--seconds-max", type=float, default=60.0, help="how long the check may take (default: 60)")
-    deploy.add_argument("--artifacts", type=Path, help="folder of the models' artifacts (default: beside the file)")
+    deploy.add_argument(
+        "--artifacts", type=Path, metavar="DIR", help="folder of the models' artifacts (default: beside the file)"
+    )
     deploy.add_argument("--json", action="store_true", help="print it as JSON")
     for name, about in (
         ("promote", "Make a model's canary or shadow, or a version, its champion."),
@@ -188,6 +219,8 @@ def _parser() -> argparse.ArgumentParser:
     forget.add_argument("--json", action="store_true", help="print it as one JSON object")
     command("config", _config, "Print every setting and where its value came from.")
     add_bench_arguments(command("bench", run_bench, "Measure; the figures stand in the README under Measured."))
+    for name, sub in commands.choices.items():  # behind what is its own
+        _add_settings(sub, shown=name in _STARTS)
     return parser
 
 
@@ -319,19 +352,11 @@ def _train_set(options: argparse.Namespace, config: Config, origins: dict[str, s
     return 0
 
 
-def _running(config: Config) -> dict[str, Any]:
-    from millpond.cluster.cluster import running
-
-    state = running(config.directory)
-    if state is None:
-        raise Unavailable(f"no cluster `{config.name}` runs on {config.directory}; start one with `millpond up`")
-    return state
-
-
 def _status(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    from millpond.cluster.cluster import running_cluster
     from millpond.cluster.status import fetch_status, print_status
 
-    status = fetch_status(_running(config), config.directory)
+    status = fetch_status(running_cluster(config), config.directory)
     if options.json:
         print(json.dumps(status))
     else:
@@ -458,9 +483,9 @@ def _forget(options: argparse.Namespace, config: Config, origins: dict[str, str]
 
 
 def _down(options: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
-    from millpond.cluster.cluster import running
+    from millpond.cluster.cluster import running, running_cluster
 
-    state = _running(config)
+    state = running_cluster(config)
     os.kill(state["pid"], signal.SIGTERM)
     deadline = time.monotonic() + 60
     while running(config.directory) is not None:

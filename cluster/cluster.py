@@ -38,7 +38,7 @@ from millpond.deployments.serving import (
 from millpond.feature_actors.client import TimeLimits
 from millpond.feature_actors.declared_sources import DeclaredSources
 from millpond.feature_actors.decode import BodyLimits
-from millpond.feature_actors.errors import DeclarationError, NotFound
+from millpond.feature_actors.errors import DeclarationError, NotFound, Unavailable
 from millpond.feature_actors.ingest_queue import QueueLimits
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.lock import FileLock
@@ -437,3 +437,24 @@ def running(directory: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return dict(state) if alive else None
+
+
+def running_cluster(config: Config, subject: str = "", to_do: str = "start one with `millpond up`") -> dict[str, Any]:
+    """Return what `running` does of the cluster that a configuration names.
+
+    Raises `Unavailable`; it begins with the `subject`, says what is `to_do`, and names others of the data directory.
+    """
+    state = running(config.directory)
+    if state is None:
+        prefix = f"{subject}: " if subject else ""
+        raise Unavailable(f"{prefix}no cluster `{config.name}` runs on {config.directory}; {or_another(config, to_do)}")
+    return state
+
+
+def or_another(config: Config, to_do: str) -> str:
+    """Return what is to do where the cluster that a configuration names does not run: perhaps to ask another."""
+    there = sorted(path.parent for path in config.directory.parent.glob("*/cluster.json"))
+    others = [f"`{path.name}` at {state['url']}" for path in there if (state := running(path)) is not None]
+    if not others:
+        return to_do
+    return f"running here: {', '.join(others)}; say which with `--name`, or {to_do}"

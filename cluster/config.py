@@ -18,7 +18,7 @@ from millpond.feature_actors.errors import DeclarationError, MillpondError, did_
 from millpond.feature_actors.source import check_name
 from millpond.feature_actors.windows import parse_length_ms
 
-__all__ = ["Config", "ConfigError", "load_config"]
+__all__ = ["SECTIONS", "Config", "ConfigError", "load_config"]
 
 #: Variables of ours that are not settings of a cluster.
 _OTHER_VARIABLES = frozenset({"MILLPOND_DATASETS", "MILLPOND_EXAMPLES", "MILLPOND_PARITY"})
@@ -38,58 +38,62 @@ def _setting(default: Any, about: str, low: float | None = None, high: float | N
 class Config:
     """Every setting, its default and its bounds. Lengths of time are texts such as `1h`."""
 
-    name: str = _setting("dev", "name of the cluster; in actor names and in the data directory")
-    data_dir: str = _setting(".millpond", "where clusters keep their data, a folder for each name")
+    name: str = _setting("dev", "of the cluster, and of its folder in data_dir")
+    data_dir: str = _setting(".millpond", "where clusters keep their data, a folder each")
     host: str = _setting("127.0.0.1", "address that HTTP listens on")
-    port: int = _setting(8000, "HTTP port tried first; another is chosen if it is taken", 0, 65_535)
+    port: int = _setting(8000, "HTTP port; another one if it is taken", 0, 65_535)
     proxy: Literal["haproxy", "serve"] = _setting("haproxy", "the fast ingress, or Serve's own proxy")
     #: On two cores a second shard makes a score of several keys slower: README, decisions.
     shards: int = _setting(max(1, (os.cpu_count() or 1) // 2), "feature actors; one for every two cores", 1, 1_024)
-    slots: int = _setting(256, "slots of the shard map; fixed when the data directory is made", 1, 4_096)
+    slots: int = _setting(256, "slots of the shard map; fixed at the first start", 1, 4_096)
     durability: Literal["sync", "process", "none"] = _setting(
-        "sync", "what acknowledged events survive: the loss of power, the end of any process, or nothing"
+        "sync", "what acked events survive: power loss, a process' end, or nothing"
     )
     snapshot_mb: int = _setting(
-        256, "a shard takes a snapshot when its log has grown by so much, and by the size of the last one", 1, 10**6
+        256,
+        "growth of a log until the next snapshot, or the size of the last one if that is more",
+        1,
+        10**6,
     )
-    history: str = _setting("auto", "where closed parts of the log are kept as Parquet: `auto` is in data_dir, `off`, "
-                            "or a URI of `pyarrow.fs`, of this cluster alone")  # fmt: skip
-    history_part_mb: int = _setting(1_024, "so much of a shard's log makes a part of the history", 1, 10**6)
-    score_log_share: float = _setting(0.01, "scores of this share of the ids are logged in the history, 0 to 1", 0, 1)
-    score_log_flush_s: float = _setting(5.0, "how often a replica writes what it has to log", 0.01, 3_600)
-    score_log_flush_rows: int = _setting(1_000, "with so many scores to log it writes them at once", 1, 10**6)
-    score_log_waiting_max: int = _setting(100_000, "scores that may wait to be logged; more are dropped", 1, 10**7)
-    score_log_retention: str = _setting("365d", "how long logged scores are kept")
-    disk_free_mb_min: int = _setting(256, "with less left on the disk of data_dir no events are taken", 0, 10**9)
-    queue_mb_max: int = _setting(256, "events that may wait for a shard's log, or in a replica; more is 429", 1, 10**6)
-    queue_events_max: int = _setting(2_000_000, "events that may wait in a replica of the events app", 1, 10**9)
-    memory_dir: str = _setting("auto", "where features are kept: `auto` is /dev/shm, or data_dir if that is small")
-    memory_mb_max: int = _setting(16_384, "most memory that the tiles of one shard take", 1, 32_768)
-    strings_max: int = _setting(1_000_000, "distinct strings that a shard keeps for features", 0, 10**8)
+    history: str = _setting(
+        "auto", "Parquet of past events: `auto` is in data_dir, `off`, or a URI of `pyarrow.fs`, of this cluster alone"
+    )
+    history_part_mb: int = _setting(1_024, "size of a part of the history", 1, 10**6)
+    score_log_share: float = _setting(0.01, "share of ids whose scores are logged, 0 to 1", 0, 1)
+    score_log_flush_s: float = _setting(5.0, "how often a replica writes them", 0.01, 3_600)
+    score_log_flush_rows: int = _setting(1_000, "with so many it writes them at once", 1, 10**6)
+    score_log_waiting_max: int = _setting(100_000, "so many may wait; more are dropped", 1, 10**7)
+    score_log_retention: str = _setting("365d", "how long they are kept")
+    disk_free_mb_min: int = _setting(256, "with less left on disk no events are taken", 0, 10**9)
+    queue_mb_max: int = _setting(256, "of events may wait for a shard; more are 429", 1, 10**6)
+    queue_events_max: int = _setting(2_000_000, "events may wait in a replica; more are 429", 1, 10**9)
+    memory_dir: str = _setting("auto", "of features: `auto` is /dev/shm, or if that is small data_dir")
+    memory_mb_max: int = _setting(16_384, "most that the tiles of one shard take", 1, 32_768)
+    strings_max: int = _setting(1_000_000, "distinct strings a shard keeps for features", 0, 10**8)
     replicas: int = _setting(1, "replicas of the events app and of the score app", 1, 1_024)
-    clock: Literal["wall", "event"] = _setting("wall", "what time it is: the machine's, or the newest arrival's")
-    late_after: str = _setting("1h", "an event further behind its arrival is counted late")
-    ahead_max: str = _setting("10m", "an event further ahead of its arrival is refused")
-    dedupe_horizon: str = _setting("24h", "how long an event id is remembered after it was received")
-    dedupe_horizon_min: str = _setting("1h", "with less memory for ids than this takes, events are refused (429)")
-    dedupe_mb_max: int = _setting(2_048, "most memory that the event ids of one shard take", 1, 10**6)
+    clock: Literal["wall", "event"] = _setting("wall", "time: the machine's, or the newest arrival's")
+    late_after: str = _setting("1h", "further behind its arrival an event is late")
+    ahead_max: str = _setting("10m", "further ahead of its arrival it is refused")
+    dedupe_horizon: str = _setting("24h", "how long the id of an event is remembered")
+    dedupe_horizon_min: str = _setting("1h", "but no shorter: then events are refused (429)")
+    dedupe_mb_max: int = _setting(2_048, "most memory for the ids of one shard", 1, 10**6)
     event_body_bytes_max: int = _setting(16 * 2**20, "largest body of events", 1_024, 2**31)
     event_rows_max: int = _setting(1_000_000, "most events in a body", 1, 16_000_000)
     score_body_bytes_max: int = _setting(4 * 2**20, "largest body of ids", 1_024, 2**31)
     score_ids_max: int = _setting(10_000, "most ids in a score request", 1, 10**7)
     requests_ongoing_max: int = _setting(256, "requests that a replica works on at once", 1, 10**6)
-    requests_queued_max: int = _setting(1_024, "requests that wait for a replica; more are answered 503", 1, 10**6)
+    requests_queued_max: int = _setting(1_024, "requests that wait for a replica; more are 503", 1, 10**6)
     predict_timeout_s: float = _setting(2.0, "longest wait for a slow model; over it is 504", 0.001, 3_600)
-    hang_timeout_s: float = _setting(10.0, "a prediction that holds up a replica for so long ends it", 0.1, 3_600)
-    model_requests_max: int = _setting(128, "requests that wait for a slow model, in a replica; more is 429", 1, 10**6)
-    predict_threads: int = _setting(64, "threads in which a replica calls its slow models", 1, 1_024)
-    models_mb_max: int = _setting(4_096, "memory for models in a replica; those asked longest ago go first", 1, 10**6)
+    hang_timeout_s: float = _setting(10.0, "a model that holds up a replica so long ends it", 0.1, 3_600)
+    model_requests_max: int = _setting(128, "may wait for a slow model; more are 429", 1, 10**6)
+    predict_threads: int = _setting(64, "threads of a replica for its slow models", 1, 1_024)
+    models_mb_max: int = _setting(4_096, "memory for models in a replica; the idlest go", 1, 10**6)
     shard_timeout_s: float = _setting(30.0, "longest wait for one call of a shard", 0.01, 3_600)
-    explain_timeout_s: float = _setting(60.0, "longest time that a call takes to explain a score", 0.1, 86_400)
-    body_timeout_s: float = _setting(30.0, "how long the body of a request may take to arrive", 0.01, 3_600)
-    draining_period_s: float = _setting(2.0, "how long a replica that is replaced still answers", 0, 3_600)
-    drain_timeout_s: float = _setting(60.0, "how long a stop waits for the shards' last snapshots", 0.01, 3_600)
-    object_store_mb: int = _setting(100, "shared memory for large calls between processes", 80, 10**6)
+    explain_timeout_s: float = _setting(60.0, "longest wait for the explanation of a score", 0.1, 86_400)
+    body_timeout_s: float = _setting(30.0, "how long a request's body may take to arrive", 0.01, 3_600)
+    draining_period_s: float = _setting(2.0, "how long a replaced replica still answers", 0, 3_600)
+    drain_timeout_s: float = _setting(60.0, "how long a stop waits for last snapshots", 0.01, 3_600)
+    object_store_mb: int = _setting(100, "shared memory of Ray, for large calls", 80, 10**6)
 
     @property
     def directory(self) -> Path:
@@ -121,6 +125,21 @@ class Config:
     def dedupe_horizon_ms_min(self) -> int:
         return _length_ms("dedupe_horizon_min", self.dedupe_horizon_min)
 
+
+#: Every setting once, as people look for them; what nearly everybody needs comes first.
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "cluster": ("name", "data_dir", "host", "port", "shards", "replicas", "durability", "clock", "history"),
+    "events": ("late_after", "ahead_max", "dedupe_horizon", "dedupe_horizon_min", "dedupe_mb_max",
+               "event_body_bytes_max", "event_rows_max", "queue_mb_max", "queue_events_max"),
+    "models and scores": ("score_ids_max", "score_body_bytes_max", "predict_timeout_s", "hang_timeout_s",
+                          "model_requests_max", "predict_threads", "models_mb_max"),
+    "log of scores": ("score_log_share", "score_log_retention", "score_log_flush_s", "score_log_flush_rows",
+                      "score_log_waiting_max"),
+    "disk and memory": ("disk_free_mb_min", "snapshot_mb", "history_part_mb", "memory_dir", "memory_mb_max",
+                        "strings_max", "slots", "object_store_mb"),
+    "requests": ("proxy", "requests_ongoing_max", "requests_queued_max", "body_timeout_s", "shard_timeout_s",
+                 "explain_timeout_s", "draining_period_s", "drain_timeout_s"),
+}  # fmt: skip
 
 _TYPES = get_type_hints(Config)
 #: The settings that are lengths of time, and the shortest that each may be.

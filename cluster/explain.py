@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -15,7 +15,7 @@ from millpond.cluster.model_commands import open_registry
 from millpond.cluster.verify import past_of
 from millpond.deployments.answers import iso
 from millpond.deployments.served import is_canary
-from millpond.feature_actors.errors import BadRequest, NotFound, Unavailable
+from millpond.feature_actors.errors import BadRequest, NotFound, Unavailable, did_you_mean
 from millpond.models.explanation import ExplainRequest, explained
 from millpond.models.rollout import Rollout
 
@@ -65,18 +65,30 @@ def explain_score(
         raise BadRequest(f"--events: got {events_max}; allowed is 0 or more")
     past = past_of(config)
     assert past.history_uri is not None
+    only = version is not None
+    with open_registry(config) as registry:
+        registry.versions(model)  # raises if there is none
+        if version is None:
+            version = _version_for(registry.rollouts().get(model), model, key)
+        _check_fields(model, key, registry.version(model, version).key_fields)
     state = running(config.directory)
-    if state is not None and at_ms is None and version is None:
+    if state is not None and at_ms is None and not only:
         # The cluster gives up first, by its own setting, and says so.
         timeout_s = config.explain_timeout_s + _ANSWER_S_MAX
         return _ask(state["url"], admin_token(config.directory), model, key, events_max, timeout_s)
-    with open_registry(config) as registry:
-        registry.versions(model)  # raises if there is none
-        only = version is not None
-        if version is None:
-            version = _version_for(registry.rollouts().get(model), model, key)
     place = str(config.directory), past.history_uri
     return explained(ExplainRequest(*place, model, version, dict(key), None, at_ms, only, events_max))
+
+
+def _check_fields(model: str, key: Mapping[str, Any], fields: Collection[str]) -> None:
+    """Refuse what is no key field of a model: a flag that is misspelled looks like one."""
+    known = [_flag(name) for name in fields]
+    for wrong in (_flag(name)[:80] for name in key if name not in fields):
+        raise BadRequest(f"explain: `{wrong}` is no key field of model `{model}`" + did_you_mean(wrong, known))
+
+
+def _flag(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
 
 
 def _version_for(rollout: Rollout | None, model: str, key: Mapping[str, Any]) -> str:

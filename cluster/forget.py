@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from millpond.cluster.cluster import admin_token, running
+from millpond.cluster.cluster import admin_token, running_cluster
 from millpond.cluster.config import Config
 from millpond.feature_actors.errors import BadRequest, MillpondError, NotFound, Unauthorized, Unavailable
 
@@ -28,12 +28,7 @@ def forget_entity(
     say: told now and then what is being done. Raises `Unavailable` if no cluster runs, or it does not answer, and what
     `Forgetter` does. Whoever waits may go: the cluster goes on, after a restart, too.
     """
-    state = running(config.directory)
-    if state is None:
-        raise Unavailable(
-            f"no cluster `{config.name}` runs on {config.directory}; entities are forgotten by a running one: start it "
-            "with `millpond up`"
-        )
+    state = running_cluster(config, to_do="start it with `millpond up`: entities are forgotten by a running one")
     url, headers = f"{state['url']}/v1/forget", {"authorization": f"Bearer {admin_token(config.directory)}"}
     with httpx.Client(headers=headers, timeout=_ANSWER_S_MAX) as client:
         told = _asked(url, lambda: client.get(url, params={n: str(v) for n, v in key.items()}))

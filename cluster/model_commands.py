@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from millpond.cluster.backfills import wait_until_whole
-from millpond.cluster.cluster import running
+from millpond.cluster.cluster import or_another, running, running_cluster
 from millpond.cluster.config import Config
 from millpond.cluster.deploy import (
     Running,
@@ -33,6 +33,7 @@ from millpond.deployments.answers import iso
 from millpond.deployments.host import is_alive
 from millpond.deployments.served import EXAMPLES_MAX, difference_of
 from millpond.feature_actors.errors import BadRequest, MillpondError, Unavailable
+from millpond.feature_actors.layout import identity_of, version_name
 from millpond.models.definition import Definition
 from millpond.models.pool import Pool
 from millpond.models.registry import Registry
@@ -51,7 +52,8 @@ def open_registry(config: Config) -> Iterator[Registry]:
     """Open the registry of a cluster, running or not."""
     folder = config.directory / "registry"
     if not folder.is_dir():
-        raise Unavailable(f"no cluster `{config.name}` has models in {config.directory}; start one with `millpond up`")
+        to_do = or_another(config, "start one with `millpond up`")
+        raise Unavailable(f"no cluster `{config.name}` has models in {config.directory}; {to_do}")
     registry = Registry(folder)
     try:
         yield registry
@@ -75,7 +77,8 @@ def ids_of(texts: Sequence[str]) -> list[dict[str, Any]]:
 
 class _Tried(msgspec.Struct):
     """What comes of a trial: the definition as it was read, the versions that it makes, the identities of the views
-    that it reads, of those that the cluster has not, and of those whose key it keeps nothing by."""
+    that it reads, of those that the cluster has not, and of those whose key it keeps nothing by. older: those of the
+    views that are not asked for by their name, and the version that is."""
 
     file_name: str
     text: str
@@ -84,6 +87,7 @@ class _Tried(msgspec.Struct):
     views: list[str]
     new_views: list[str]
     new_keys: list[str]
+    older: dict[str, str]
 
 
 def deploy_file(
@@ -105,9 +109,7 @@ def deploy_file(
     is what it was before.
     """
     begun = time.perf_counter()
-    state = running(config.directory)
-    if state is None:
-        raise Unavailable(f"no cluster `{config.name}` runs on {config.directory}; start one with `millpond up`")
+    state = running_cluster(config)
 
     def try_out() -> bytes:
         definition = Definition.read(path, artifacts_dir)
@@ -122,7 +124,9 @@ def deploy_file(
             if model.pool is not None:
                 check_pool(model.name, model.pool, state["cpus"])
         keys = new_keys_of(cluster.layout, before.layout)
-        tried = _Tried(definition.file_name, definition.text, definition.artifacts, checked, views, new, keys)
+        named = {one: cluster.layout.views[one.partition("#")[0]] for one in views}
+        older = {one: version_name(view) for one, view in named.items() if identity_of(view) != one}
+        tried = _Tried(definition.file_name, definition.text, definition.artifacts, checked, views, new, keys, older)
         return msgspec.msgpack.encode(tried)
 
     tried = msgspec.msgpack.decode(in_trial(f"definition `{path.name}`", try_out, seconds_max), type=_Tried)
@@ -147,6 +151,11 @@ def deploy_file(
             for v in versions
         ],
         "views": added,
+        "older_views": [
+            {"view": name, "version": version, "answering": tried.older[one]}
+            for one in tried.older for name, _, version in [one.partition("#")]
+            if (name, version) not in [(a["view"], a["version"]) for a in added]
+        ],
         "replicas": replicas,
         "checked_s": round(published_s - views_s, 3),
         "backfill_s": round(views_s, 3),
@@ -165,7 +174,7 @@ def _add_views(config: Config, registry: Registry, tried: _Tried) -> tuple[list[
         return [], 0.0
     wait_until_whole(registry, waited, lambda: running(config.directory) is not None, _say)
     told = [
-        {"view": one.name, "version": one.identity.partition("#")[2], "history_since_ms": one.history_since_ms}
+        {"view": one.name, "version": one.version, "history_since_ms": one.history_since_ms}
         for one in registry.views.all()
         if one.identity in waited
     ]
@@ -182,6 +191,11 @@ def print_deployed(deployed: Mapping[str, Any]) -> None:
         since = view["history_since_ms"]
         has = "all events" if since is None else f"the events since {iso(since)}: what was before has been deleted"
         console.print(f"view {view['view']} is live with {has}; backfilled in {deployed['backfill_s']:.1f} s")
+    for view in deployed["older_views"]:
+        console.print(
+            f"view {view['view']} is kept as version {view['version']} for models; `/v1/features/{view['view']}` goes "
+            f"on answering with version {view['answering']}, which came later"
+        )
     if not deployed["views"] and not deployed["models"]:
         console.print("nothing to deploy: the cluster keeps these views already")
     for one in deployed["models"]:

@@ -234,15 +234,10 @@ def connected(address: str, config: Config) -> Iterator[None]:
 
 
 def _ray_of(config: Config) -> dict[str, str]:
-    from millpond.cluster.cluster import running
+    from millpond.cluster.cluster import running_cluster
 
-    state = running(config.directory)
-    if state is None:
-        raise Unavailable(
-            f"--ray {OWN}: no cluster `{config.name}` runs on {config.directory}; start one with `millpond up`, or "
-            "leave `--ray` out for threads"
-        )
-    ray_of: dict[str, str] = state["ray"]
+    to_do = "start one with `millpond up`, or leave `--ray` out for threads"
+    ray_of: dict[str, str] = running_cluster(config, f"--ray {OWN}", to_do)["ray"]
     return ray_of
 
 

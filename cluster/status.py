@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ def fetch_status(state: dict[str, Any], directory: Path) -> dict[str, Any]:
             message = answer.text[:200]
         raise Unavailable(f"cluster at {state['url']} answers {answer.status_code}: {message}")
     registry = Registry(directory / "registry")
+    told = answer.json()
     try:
-        return {**state, **answer.json(), "score_log": _score_log(registry), "views": _views(registry)}
+        return {**state, **told, "score_log": _score_log(registry), "views": _views(registry, told["answering"])}
     finally:
         registry.close()
 
@@ -44,15 +46,22 @@ def _score_log(registry: Registry) -> dict[str, int] | None:
     return {name: sum(one[name] for one in counts) for name in counts[0]} if counts else None
 
 
-def _views(registry: Registry) -> list[dict[str, Any]]:
-    """Return the views that came while the cluster ran, and how far those are that are being computed."""
-    progress = registry.views.progress()
-    return [
-        {"view": one.name, "version": one.identity.partition("#")[2], "state": one.state, "why": one.why,
+def _views(registry: Registry, answering: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return the views that came while the cluster ran, and how far those are that are being computed; then those that
+    came with the start and are still asked for by the name of one of them. answering: versions by name."""
+    progress, added = registry.views.progress(), registry.views.all()
+    views = [
+        {"view": one.name, "version": one.version, "state": one.state, "why": one.why,
+         "answers": one.version == answering.get(one.name),
          "progress": str(progress[one.identity]) if one.identity in progress else None,
          "history_since_ms": one.history_since_ms}
-        for one in registry.views.all()
+        for one in added
     ]  # fmt: skip
+    for name in dict.fromkeys(one.name for one in added):
+        if name in answering and not any(one["answers"] for one in views if one["view"] == name):
+            views.append({"view": name, "version": answering[name], "state": "live", "why": "came with the start",
+                          "answers": True, "progress": None, "history_since_ms": None})  # fmt: skip
+    return views
 
 
 def print_status(status: dict[str, Any]) -> None:
@@ -101,10 +110,12 @@ def print_status(status: dict[str, Any]) -> None:
         tables.add_row(name.replace("[", r"\["), f"{events:,}", f"{entities:,}")
     console.print(tables)
     if status["views"]:
-        views = Table("view", "version", "state", "has", title="Views that were deployed", title_justify="left")
+        views = Table("view", "version", "state", "/v1/features", "has", title="Views that were deployed",
+                      title_justify="left")  # fmt: skip
         for v in status["views"]:
             since = "all events" if v["history_since_ms"] is None else f"events since {iso(v['history_since_ms'])}"
-            views.add_row(v["view"], v["version"], v["state"], v["why"] or v["progress"] or since)
+            answers = "answers" if v["answers"] else ""
+            views.add_row(v["view"], v["version"], v["state"], answers, v["why"] or v["progress"] or since)
         console.print(views)
     models = Table("model", "version", "owner", title="Models", title_justify="left")
     for m in status["models"]:

@@ -72,6 +72,13 @@ def summary(made: Mapping[str, Any]) -> str:
         text += f"\n  {source['events']:,} events of `{name}`"
         if source["since"] is not None:
             text += f", kept since {source['since']} only: features without a window begin there"
+    if (ahead := made["ahead"]) is not None:
+        first = ahead["first"]
+        text += (
+            f"\n  warning: {ahead['labels']:,} of {made['labels']:,} labels lie ahead of {ahead['now']}, the time by "
+            f"the clock; the first is row {first['row']:,}, as of {first['as_of']}: their features are no truth yet, "
+            "events may come still"
+        )
     return text
 
 

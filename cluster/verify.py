@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from millpond.cluster.cluster import or_another
 from millpond.cluster.config import Config
 from millpond.feature_actors.errors import BadRequest, Unavailable
 from millpond.feature_actors.log.part import DAY_MS
@@ -74,6 +75,9 @@ def verify_cluster(
 def past_of(config: Config) -> Past:
     """Return the past of a cluster, running or stopped. Raises `Unavailable` if it has none."""
     uri = config.history_uri
+    if not config.directory.is_dir():
+        to_do = or_another(config, "start one with `millpond up`")
+        raise Unavailable(f"no cluster `{config.name}` has data in {config.directory}; {to_do}")
     if uri is None:
         raise Unavailable(
             f"cluster `{config.name}` keeps no history (setting `history`), and so no log of its scores; nothing can "

@@ -1,7 +1,8 @@
 """Answers of scores as JSON, put together from parts that are encoded already.
 
 `{"id", "model", "version", "result", "as_of", "unknown"}`, one object per id: for a thousand of them a dictionary
-each would cost more than their features and predictions.
+each would cost more than their features and predictions. Among several, an id that its model failed on has
+`{"error": {..., "status"}}` in its place.
 """
 
 from __future__ import annotations
@@ -10,15 +11,24 @@ import itertools
 import secrets
 import time
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import msgspec
 
 from millpond.deployments.lane import Lane, Scored
 from millpond.deployments.score_log import ScoreLog
+from millpond.feature_actors.errors import MillpondError
+from millpond.models.model import PredictionFailed
 
-__all__ = ["Answers", "iso"]
+__all__ = ["Answers", "iso", "told"]
 
-_encode = msgspec.json.Encoder().encode
+
+def _raise(result: Any) -> Any:
+    """Raise what stands in place of a result: nothing else comes here, and good results cost nothing by it."""
+    raise result
+
+
+_encode = msgspec.json.Encoder(enc_hook=_raise).encode
 
 
 def iso(ms: int) -> str | None:
@@ -30,6 +40,12 @@ def iso(ms: int) -> str | None:
     if ms < 0:
         return None
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(ms // 1_000))}.{ms % 1_000:03}Z"
+
+
+def told(error: MillpondError, path: str | None = None) -> bytes:
+    """Return what stands in place of an answer."""
+    as_json = error.as_json()["error"]
+    return msgspec.json.encode({"error": {**as_json, "path": path or error.path, "status": error.status}})
 
 
 class Answers:
@@ -48,7 +64,7 @@ class Answers:
         self._begin = b""
 
     def one(self, lane: Lane, scored: Scored, row: int) -> bytes:
-        """Return the answer of a row that a lane has scored."""
+        """Return the answer of a row that a lane has scored. Raises `PredictionFailed` if the model failed on it."""
         rows, unknown, number = scored.rows, scored.rows.unknown[row], next(self._numbers)
         if scored.sampled is not None:
             self._log(lane, scored, row, number)
@@ -64,7 +80,17 @@ class Answers:
 
     def list(self, answered: Iterable[tuple[Lane, Scored, int]]) -> bytes:
         """Return the answers of several rows as a JSON array."""
-        return b"[%b]" % b",".join([self.one(lane, scored, row) for lane, scored, row in answered])
+        return b"[%b]" % b",".join(self.each(answered, "$[%d]"))
+
+    def each(self, answered: Iterable[tuple[Lane, Scored, int]], path: str) -> Sequence[bytes]:
+        """Return the answers of several rows; path: of one of them, told where its model failed on it."""
+        answers: list[bytes] = []
+        for i, (lane, scored, row) in enumerate(answered):
+            try:
+                answers.append(self.one(lane, scored, row))
+            except PredictionFailed as error:
+                answers.append(told(error, path % i))
+        return answers
 
     def ids(self, answered: Sequence[tuple[Lane, Scored, int]]) -> Sequence[str]:
         """Return ids for the answers of several rows, which somebody else makes."""

@@ -22,6 +22,7 @@ from millpond.feature_actors.arrow_stream import ArrowStream
 from millpond.feature_actors.errors import BadRequest, TooLarge
 from millpond.feature_actors.plan import KEY_BYTES_MAX, ReadPlan
 from millpond.feature_actors.view import Feature
+from millpond.models.model import PredictionFailed
 
 __all__ = ["ARROW_TYPE", "arrow_answer", "arrow_body", "keys_of", "wants_arrow"]
 
@@ -153,9 +154,10 @@ def arrow_body(
     """Return n scores as an Arrow IPC stream: what the answers in JSON have, in columns.
 
     Columns: `id` string, `version` dictionary of strings, `result`, `as_of` timestamp[ms, UTC], `unknown` list of
-    strings; then each of the `features` by its full name, from `values` as `ReadPlan.named_values` returns them, null
-    where it is empty. `result` is float64 if every result is a number that float64 holds, or null; else a string, the
-    JSON of the result. The schema's metadata has the `model`, and as `result` the word `number` or `json`.
+    strings, `error` string, why there is no result, which is null then; then each of the `features` by its full name,
+    from `values` as `ReadPlan.named_values` returns them, null where it is empty. `result` is float64 if every result
+    is a number that float64 holds, or null; else a string, the JSON of the result. The schema's metadata has the
+    `model`, and as `result` the word `number` or `json`.
     """
     times = np.array(as_of, np.int64)
     columns: dict[str, pa.Array] = {
@@ -164,6 +166,7 @@ def arrow_body(
         "result": _results(results),
         "as_of": pa.array(times, pa.int64(), mask=times < 0).view(_AS_OF_TYPE),
         "unknown": pa.array(unknown, pa.list_(pa.string())),
+        "error": pa.array([r.message if type(r) is PredictionFailed else None for r in results], pa.string()),
     }
     for feature in features:
         kind = pa.string() if feature.is_text else pa.float64()
@@ -181,7 +184,8 @@ def _results(results: Sequence[Any]) -> pa.Array:
     # `True` would become 1.0, and a number of more than 53 bits loses digits: Arrow refuses that one itself.
     if not any(type(result) is bool for result in results):
         try:
-            return pa.array(results, pa.float64())
+            return pa.array([None if type(r) is PredictionFailed else r for r in results], pa.float64())
         except (pa.ArrowException, TypeError):
             pass
-    return pa.array([_encode_json(result).decode() for result in results], pa.string())
+    texts = [None if type(r) is PredictionFailed else _encode_json(r).decode() for r in results]
+    return pa.array(texts, pa.string())

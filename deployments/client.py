@@ -182,7 +182,9 @@ class Client:
     @overload
     def score(self, model: str, ids: Id, *, features: bool = False, as_of: AsOf = None) -> Score: ...
     @overload
-    def score(self, model: str, ids: Sequence[Id], *, features: bool = False, as_of: AsOf = None) -> list[Score]: ...
+    def score(
+        self, model: str, ids: Sequence[Id], *, features: bool = False, as_of: AsOf = None
+    ) -> list[Score | ClientError]: ...
     @overload
     def score(
         self, model: str, ids: pa.Table | pa.RecordBatch, *, features: bool = False, as_of: AsOf = None
@@ -190,9 +192,12 @@ class Client:
     def score(self, model: str, ids: Any, *, features: bool = False, as_of: AsOf = None) -> Any:
         """Score an id, a list of ids, or an Arrow table of ids (its columns are the key fields).
 
-        Returns a `Score`, a list of them, or for a table a table with the columns `id`, `version`, `result`, `as_of`
-        and `unknown` in the order of its rows; `result` is float64, or where results are not all numbers a string, the
-        JSON of the result.
+        Returns a `Score`, a list of them, or for a table a table with the columns `id`, `version`, `result`, `as_of`,
+        `unknown` and `error` in the order of its rows; `result` is float64, or where results are not all numbers a
+        string, the JSON of the result.
+
+        An id of several whose result JSON has no word for, such as NaN, has its `RequestFailed` in the list instead of
+        a `Score`, or in the table a text as `error` and null as `result`; it is not raised, and the others are scored.
 
         features: return the features that were read, too; in a table as columns. as_of: for replays, see `/docs`.
 
@@ -294,7 +299,7 @@ class AsyncClient:
     @overload
     async def score(
         self, model: str, ids: Sequence[Id], *, features: bool = False, as_of: AsOf = None
-    ) -> list[Score]: ...
+    ) -> list[Score | ClientError]: ...
     @overload
     async def score(
         self, model: str, ids: pa.Table | pa.RecordBatch, *, features: bool = False, as_of: AsOf = None
@@ -412,10 +417,10 @@ class _Calls:
                 request = _Request("POST", target, body.content, body.content_type, _ARROW)
                 tables.append((yield from self._part(request, body, _decode_table)))
             return _joined(tables)
-        scores: list[Score] = []
+        scores: list[Score | ClientError] = []
         for body in _bodies(ids, self._batch_rows):
             request = _Request("POST", target, body.content, body.content_type)
-            scores += yield from self._part(request, body, _decode_scores)
+            scores += _at_rows((yield from self._part(request, body, _decode_scores)), body)
         return scores
 
     def score_many(
@@ -426,7 +431,10 @@ class _Calls:
         for first_row, rows in _parts(ids, max(1, self._batch_rows // max(1, len(models)))):
             body = _Body(first_row, len(rows), _json({"models": list(models), "ids": rows}), _JSON)
             request = _Request("POST", target, body.content, body.content_type)
-            answers += yield from self._part(request, body, _decode_many)
+            part = yield from self._part(request, body, _decode_many)
+            answers += part
+            for of_models in part:
+                _at_rows(of_models.values(), body)
         return answers
 
     def features(self, view: str, key: Mapping[str, Any], as_of: AsOf) -> _Call[ViewFeatures]:
@@ -577,10 +585,18 @@ def _plain_finite(value: Any) -> Any:
 
 _decode_ack = msgspec.json.Decoder(Ack).decode
 _decode_score = msgspec.json.Decoder(Score).decode
-_decode_scores = msgspec.json.Decoder(list[Score]).decode
+_decode_good_scores = msgspec.json.Decoder(list[Score]).decode
+_decode_each = msgspec.json.Decoder(list[dict[str, Any]]).decode
 _decode_view = msgspec.json.Decoder(ViewFeatures).decode
 _decode_object = msgspec.json.Decoder(dict[str, Any]).decode
 _decode_objects = msgspec.json.Decoder(list[dict[str, dict[str, Any]]]).decode
+
+
+def _decode_scores(content: bytes) -> Sequence[Score | ClientError]:
+    try:
+        return _decode_good_scores(content)
+    except msgspec.ValidationError:  # of some ids there is no score, perhaps
+        return [_score_or_error(answer) for answer in _decode_each(content)]
 
 
 def _decode_many(content: bytes) -> list[dict[str, Score | ClientError]]:
@@ -589,6 +605,14 @@ def _decode_many(content: bytes) -> list[dict[str, Score | ClientError]]:
 
 def _score_or_error(answer: dict[str, Any]) -> Score | ClientError:
     return error_of_model(answer) if "error" in answer else msgspec.convert(answer, Score)
+
+
+def _at_rows(answers: Iterable[Score | ClientError], body: _Body) -> Iterable[Score | ClientError]:
+    """Have the errors among the answers to a part count the caller's rows."""
+    for answer in answers:
+        if isinstance(answer, ClientError):
+            answer.at_row(body.first_row)
+    return answers
 
 
 def _decode_table(content: bytes) -> pa.Table:
@@ -612,6 +636,7 @@ def _with_json_results(table: pa.Table) -> pa.Table:
     results = table.column("result")
     if pa.types.is_string(results.type):
         return table
-    texts = pa.array([msgspec.json.encode(one).decode() for one in results.to_pylist()], pa.string())
+    pairs = zip(results.to_pylist(), table.column("error").is_valid().to_pylist(), strict=True)
+    texts = pa.array([None if failed else msgspec.json.encode(one).decode() for one, failed in pairs], pa.string())
     at = table.schema.get_field_index("result")
     return table.set_column(at, "result", texts).replace_schema_metadata({**table.schema.metadata, b"result": b"json"})

@@ -15,7 +15,10 @@ __all__ = ["Deployment"]
 
 _PREFIX = re.compile(r"(/[a-z0-9][a-z0-9._-]*)+")
 #: What is answered already.
-_TAKEN = ("/v1/events", "/v1/score", "/v1/features", "/v1/status", "/healthz", "/readyz", "/docs", "/openapi.json")
+_TAKEN = (
+    "/v1/events", "/v1/score", "/v1/features", "/v1/explain", "/v1/forget", "/v1/status", "/healthz", "/readyz",
+    "/docs", "/openapi.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -53,7 +53,9 @@ class EventsApp(App):
         """Decode by the views that the client has now: their keys have limits of their own."""
         layout = self._client.layout
         for name, source in layout.sources.items():
-            self._decoders[name] = Decoder(source, self._limits, {k for t in layout.tables_of(name) for k in t.key})
+            keys = {k for t in layout.tables_of(name) for k in t.key}
+            # On an event clock time may begin with what is made up, at 0 for instance.
+            self._decoders[name] = Decoder(source, self._limits, keys, refuse_seconds=self._clock == "wall")
 
     async def post_events(self, request: Request) -> Response:
         source = self._client.layout.source(request.name)

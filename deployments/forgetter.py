@@ -14,7 +14,7 @@ from millpond.feature_actors.errors import BadRequest, NotFound, did_you_mean
 from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.plan import key_value
 
-__all__ = ["Forgetter"]
+__all__ = ["Forgetter", "key_kinds"]
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Forgetter:
         return max([*newest, time.time_ns() // 1_000_000 if self.wall_clock else 0])
 
     def _entity(self, key: Any) -> tuple[str, int | str]:
-        kinds = _key_kinds(self.client.layout)
+        kinds = key_kinds(self.client.layout)
         if not isinstance(key, Mapping) or not key:
             raise BadRequest('forget: expected an object of one key field, such as {"user_id": 42}', path="$")
         for name in key:
@@ -78,7 +78,7 @@ class Forgetter:
         return name, value
 
 
-def _key_kinds(layout: Layout) -> dict[str, str]:
+def key_kinds(layout: Layout) -> dict[str, str]:
     """Return the key fields of all views, and whether they are int64 or string."""
     return {
         name: "string" if table.source.fields[name].type == "string" else "int64"

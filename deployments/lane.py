@@ -7,7 +7,8 @@ Promises:
 - A quick model (half a millisecond a call, by the last nine) is called on the event loop: a thread would cost more. A
   slower one is called in a thread, and the models beside it go on. Its requests have a time limit (504), and their
   number is limited (429); what has begun keeps its place until `predict` returns, for nothing can stop it.
-- A request that a model fails on fails alone: a batch that fails is asked again request by request.
+- A request that a model fails on fails alone: a batch that fails is asked again request by request. Where a result is
+  none that JSON can hold, its id fails alone.
 - What a model of two stages reads is there at once, or the model is asked again in a thread, which can wait for it.
 """
 
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
+import numpy as np
 
 from millpond.deployments.stopwatch import Stopwatch
 from millpond.deployments.turns import Turns
@@ -94,8 +96,8 @@ class LaneCounts:
 
 @dataclass(slots=True)
 class Scored:
-    """What requests that were scored together got: their rows, one result a row, and each row's features if asked.
-    sampled: those rows that are to be logged when they are served."""
+    """What requests that were scored together got: their rows, one result a row, or the `PredictionFailed` of this row
+    alone, and each row's features if asked. sampled: those rows that are to be logged when they are served."""
 
     rows: FeatureRows
     results: list[Any]
@@ -269,7 +271,10 @@ class Lane:
             counts.ids += 1
             self.asked_s = asyncio.get_running_loop().time()
             sampled = None if self.score_log is None else self.score_log.take(keys, rows)
-            return Scored(rows, self._predict_inline(rows, keys, 1, None), None, sampled)
+            results, failed = self._predict_inline(rows, keys, 1, None)
+            if failed:
+                raise results[0]
+            return Scored(rows, results, None, sampled)
         except Exception as error:
             self._count_failure(error)
             raise
@@ -350,19 +355,19 @@ class Lane:
         if self.score_log is not None:
             batch.sampled = self.score_log.take(batch.keys, rows)
         if batch.n == 0:
-            return self._answer(batch, rows, [])
+            return self._answer(batch, rows, [], [])
         # Until it has been seen what a row takes, one may take as long as a call.
         if self.in_threads or (self._row_s or self.call_s) * batch.n > _LOOP_S_MAX:
             return self._predict_in_thread(batch, rows)
-        return self._answer(batch, rows, self._predict_inline(rows, batch.keys, batch.n, batch.asks[0].as_of_ms))
+        return self._answer(batch, rows, *self._predict_inline(rows, batch.keys, batch.n, batch.asks[0].as_of_ms))
 
     def _predict_inline(
         self, rows: FeatureRows, keys: Mapping[str, Sequence[Any]], n: int, as_of_ms: int | None
-    ) -> list[Any]:
+    ) -> tuple[list[Any], list[int]]:
         watch = Stopwatch(precise=self._precise_calls > 0)
         self._turns.begin(self, watch.begun_s)
         try:
-            return self.loaded.predict(rows, keys, self._read_here, as_of_ms)
+            return self.loaded.predict_each(rows, keys, self._read_here, as_of_ms)
         finally:
             self._turns.end()
             self._note_inline(watch, n)
@@ -374,14 +379,14 @@ class Lane:
             # The memories are the event loop's: it may map a successor's at any moment.
             return asyncio.run_coroutine_threadsafe(self._client.read(plan, keys, n, as_of_ms), loop).result()
 
-        def predict() -> tuple[list[Any] | Exception, float]:
+        def predict() -> tuple[tuple[list[Any], list[int]] | Exception, float]:
             watch = Stopwatch(precise=True)
             try:
-                return self.loaded.predict(rows, batch.keys, read, batch.asks[0].as_of_ms), watch.seconds
+                return self.loaded.predict_each(rows, batch.keys, read, batch.asks[0].as_of_ms), watch.seconds
             except Exception as error:
                 return error, watch.seconds
 
-        def returned(done: asyncio.Future[tuple[list[Any] | Exception, float]]) -> None:
+        def returned(done: asyncio.Future[tuple[tuple[list[Any], list[int]] | Exception, float]]) -> None:
             self._running = None
             if done.cancelled():
                 self._fail(batch, _ENDS)
@@ -391,7 +396,7 @@ class Lane:
                 if isinstance(outcome, Exception):
                     self._fail(batch, outcome)
                 else:
-                    self._answer(batch, rows, outcome)
+                    self._answer(batch, rows, *outcome)
             self.take_turn()
 
         call = loop.run_in_executor(self._threads, predict)  # fails if there is no thread to be had
@@ -415,7 +420,9 @@ class Lane:
 
     # -- answers
 
-    def _answer(self, batch: Batch, rows: FeatureRows, results: list[Any]) -> None:
+    def _answer(self, batch: Batch, rows: FeatureRows, results: list[Any], failed: list[int]) -> None:
+        if failed:
+            self._note_failed(batch, results, failed)
         scored, first = Scored(rows, results, None, batch.sampled), 0
         with_values = scored if batch.values is None else Scored(rows, results, batch.values, batch.sampled)
         for ask in batch.asks:
@@ -427,6 +434,15 @@ class Lane:
         if batch.compared is not None:  # by the shadow that was there then, of whose features the rows are
             compare, copied = batch.compared
             compare.after(batch.keys, copied, results)
+
+    def _note_failed(self, batch: Batch, results: list[Any], failed: list[int]) -> None:
+        """Say that the model failed on some rows, count their requests, and have none of these rows logged."""
+        logger.warning("%d of %d ids failed, the first: %s", len(failed), batch.n, results[failed[0]])
+        if batch.sampled is not None:
+            for row in failed:
+                batch.sampled.places.pop(row, None)
+        ends = np.cumsum([ask.n for ask in batch.asks])
+        self.counts.failed += len(np.unique(np.searchsorted(ends, failed, side="right")))
 
     def _fail(self, batch: Batch, error: BaseException) -> None:
         # It may be the fault of one; or nobody's, and a thread can wait for it (with rows that no predictor has had).

@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 import msgspec
 
+from millpond.deployments.forgetter import key_kinds
 from millpond.deployments.served import ModelEntry
 from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.plan import ReadPlan
@@ -67,9 +68,21 @@ _ACK = {
     },
 }
 
+_FORGOTTEN = {
+    "type": "object",
+    "properties": {
+        "key": {"type": "object"},
+        "state": {"enum": ["unknown", "under way", "done"]},
+        "up_to": {"type": ["string", "null"], "format": "date-time", "description": "what happened later is kept"},
+        "removed": {"type": ["object", "null"], "description": "how many rows, events and scores, when it is done"},
+        "shards": {"type": "array", "items": {"type": "object"}},
+    },
+}
+_FOR_ADMINS: dict[str, Any] = {"security": [{"admin_token": []}]}
+
 
 def openapi_document(layout: Layout, models: Sequence[ModelEntry], cluster_name: str) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 document of this cluster: a path for each source, model and view."""
+    """Return the OpenAPI 3.1 document of this cluster: every call, with a path for each source, model and view."""
     paths: dict[str, Any] = {}
     for source in layout.sources.values():
         event = _event_schema(source)
@@ -90,7 +103,7 @@ def openapi_document(layout: Layout, models: Sequence[ModelEntry], cluster_name:
             "post": _call(
                 model.about or f"Scores of {model.model}",
                 f"score_{model.model}",
-                {"oneOf": [_answer_schema(), {"type": "array", "items": _answer_schema()}]},
+                {"oneOf": [_answer_schema(), {"type": "array", "items": _answer_or_error_schema()}]},
                 body={"application/json": {"schema": {"oneOf": [one, {"type": "array", "items": one}]}}, **_ARROW},
                 parameters=[
                     _AS_OF,
@@ -109,7 +122,7 @@ def openapi_document(layout: Layout, models: Sequence[ModelEntry], cluster_name:
         ids = {"type": "array", "items": {"type": "object", "description": "the key fields of all models asked"}}
         names = {"type": "array", "items": {"enum": [m.model for m in models]}}
         several = {"type": "object", "properties": {"models": names, "ids": ids}, "required": ["models", "ids"]}
-        answer = {"type": "object", "additionalProperties": {"oneOf": [_answer_schema(), _ERROR]}}
+        answer = {"type": "object", "additionalProperties": _answer_or_error_schema()}
         paths["/v1/score"] = {
             "post": _call(
                 "Scores of several models",
@@ -130,9 +143,13 @@ def openapi_document(layout: Layout, models: Sequence[ModelEntry], cluster_name:
         key.append(_parameter("events", _INT64, "how many events of a feature are shown"))
         explain = _call(f"What made a score of {model.model}", f"explain_{model.model}", {"type": "object"},
                         parameters=key)  # fmt: skip
-        paths[f"/v1/explain/{model.model}"] = {"get": {**explain, "security": [{"admin_token": []}]}}
+        paths[f"/v1/explain/{model.model}"] = {"get": explain | _FOR_ADMINS}
     status = _call("What every shard holds, and the models", "status", {"type": "object"})
-    paths["/v1/status"] = {"get": {**status, "security": [{"admin_token": []}]}}
+    paths["/v1/status"] = {"get": status | _FOR_ADMINS}
+    paths["/v1/forget"] = _forget_calls(key_kinds(layout))
+    paths["/openapi.json"] = {"get": _call("This document", "openapi", {"type": "object"})}
+    page = {"text/html": {"schema": {"type": "string"}}}
+    paths["/docs"] = {"get": _call("The same for people, with a line for the terminal each", "docs", page)}
     return {
         "openapi": "3.1.0",
         "info": {"title": f"Millpond: {cluster_name}", "version": "1"},
@@ -141,19 +158,31 @@ def openapi_document(layout: Layout, models: Sequence[ModelEntry], cluster_name:
     }
 
 
+def _forget_calls(key_fields: Mapping[str, str]) -> dict[str, Any]:
+    kinds = {name: _key_schema(kind) for name, kind in key_fields.items()}
+    key = {**_id_schema(key_fields), "required": [], "minProperties": 1, "maxProperties": 1}
+    named = [_parameter(name, kind, "key field; name one") for name, kind in kinds.items()]
+    begin = _call("Forget an entity, in the background", "forget", _FORGOTTEN,
+                  body={"application/json": {"schema": key}}, status="202")  # fmt: skip
+    look = _call("How far the forgetting of an entity is", "forgotten", _FORGOTTEN, parameters=named)
+    return {"post": begin | _FOR_ADMINS, "get": look | _FOR_ADMINS}
+
+
 def _call(
     about: str,
     operation: str,
     answer: dict[str, Any],
     body: dict[str, Any] | None = None,
     parameters: list[dict[str, Any]] | None = None,
+    status: str = "200",
 ) -> dict[str, Any]:
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    content = answer if "text/html" in answer else {"application/json": {"schema": answer}}
     call: dict[str, Any] = {
         "summary": about,
         "operationId": operation,
         "responses": {
-            "200": {"description": "OK", "content": {"application/json": {"schema": answer}}},
+            status: {"description": "OK", "content": content},
             "4XX": {"description": "The request is wrong", "content": error},
             "5XX": {"description": "Try again after Retry-After", "content": error},
         },
@@ -237,6 +266,16 @@ def _answer_schema() -> dict[str, Any]:
     }
 
 
+def _answer_or_error_schema() -> dict[str, Any]:
+    """Of one id among several: what fails there fails alone."""
+    failed = {
+        "description": "in place of the answer, if the model failed on this id; the error has its `status`, too",
+        "required": ["error"],
+        **_ERROR,
+    }
+    return {"oneOf": [{**_answer_schema(), "required": ["id", "result"]}, failed]}
+
+
 def _view_schema(view: FeatureView) -> dict[str, Any]:
     return {
         "type": "object",
@@ -304,6 +343,7 @@ def docs_page(layout: Layout, models: Sequence[ModelEntry], cluster_name: str) -
             for v in layout.views.values()
         ],
     }
+    facts["forget"] = next((f"{name}={_example(kind)}" for name, kind in key_kinds(layout).items()), None)
     return lambda url: template.render(url=url, **facts)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 
-from millpond.deployments.answers import Answers, iso
+from millpond.deployments.answers import Answers, iso, told
 from millpond.deployments.arrow_scores import ARROW_TYPE, arrow_answer, keys_of, wants_arrow
 from millpond.deployments.explainer import Explainer
 from millpond.deployments.forgetter import Forgetter
@@ -31,9 +31,11 @@ from millpond.feature_actors.errors import (
     Unavailable,
     UnsupportedMediaType,
 )
+from millpond.feature_actors.layout import version_name
 from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.view import FeatureView
+from millpond.models.model import PredictionFailed
 from millpond.models.score_log import Scorer, scores_table
 
 __all__ = ["ScoreApp", "ScoreLimits"]
@@ -169,11 +171,11 @@ class ScoreApp(App):
 
     async def _score_each(
         self, served: Served | MillpondError | None, ids: list[dict[str, Any]], fields: set[str], as_of_ms: int | None
-    ) -> list[bytes]:
+    ) -> Sequence[bytes]:
         """Return a model's answer for each id, which has the key `fields` of all models; where it fails, its error."""
         if not isinstance(served, Served):
             assert served is not None
-            return _told(served, len(ids))
+            return [told(served)] * len(ids)
         plan = served.champion.loaded.plan
         if len(plan.key_fields) != len(fields):
             # Its own fields, and those that are no model's, to be refused.
@@ -184,8 +186,8 @@ class ScoreApp(App):
         except MillpondError as error:
             if error.status < 500 and not isinstance(error, TooMany):
                 raise
-            return _told(error, len(ids))
-        return [self._answers.one(lane, scored, row) for lane, scored, row in answered]
+            return [told(error)] * len(ids)
+        return self._answers.each(answered, "$.ids[%d]")
 
     def _several(self, body: Any) -> tuple[list[str], list[dict[str, Any]]]:
         """Return the models and the ids of a request for several models."""
@@ -296,6 +298,8 @@ class ScoreApp(App):
         rows = await self._client.read(plan, keys, 1)
         read = FeatureRows(rows.matrix.copy(), rows.as_of, rows.unknown, rows.texts, rows.trace)
         scored, row = await lane.ask(keys, 1, rows=rows)
+        if isinstance(scored.results[row], PredictionFailed):
+            raise scored.results[row]
         table = scores_table(
             Scorer(model.name, model.version, lane.digest, lane.role), plan, shard_map, [""],
             [time.time_ns() // 1_000_000], keys, read, [scored.results[row]],
@@ -326,7 +330,9 @@ class ScoreApp(App):
     async def get_status(self, request: Request) -> Response:
         request.check_admin(self._admin_token_sha256, "this call")
         models = [{"model": m.model, "version": m.version, "owner": m.owner} for m in self._models.entries()]
-        return json_response({"shards": await self._status(), "models": models})
+        # Of a view that has changed there may be several versions; plans are made of this one.
+        answering = {name: version_name(view) for name, view in self._client.layout.views.items()}
+        return json_response({"shards": await self._status(), "models": models, "answering": answering})
 
     async def get_openapi(self, request: Request) -> Response:
         return json_response(openapi_document(self._client.layout, self._models.entries(), self._cluster_name))
@@ -343,11 +349,6 @@ def _base_url(request: Request) -> str:
     if not _HOST.fullmatch(host):
         return "http://127.0.0.1"
     return f"{'https' if request.scope.get('scheme') == 'https' else 'http'}://{host}"
-
-
-def _told(error: MillpondError, n: int) -> list[bytes]:
-    """Return what stands in place of each of n answers of a model that fails."""
-    return [msgspec.json.encode({"error": {**error.as_json()["error"], "status": error.status}})] * n
 
 
 def check_json(request: Request) -> None:

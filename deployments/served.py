@@ -24,6 +24,7 @@ from millpond.feature_actors.errors import MillpondError, NotFound, did_you_mean
 from millpond.feature_actors.keys import hash_values
 from millpond.feature_actors.plan import FeatureRows
 from millpond.feature_actors.view import FeatureView
+from millpond.models.model import PredictionFailed
 
 __all__ = ["EXAMPLES_MAX", "Disagreement", "ModelEntry", "Models", "Served", "Shadow", "difference_of", "is_canary"]
 
@@ -145,7 +146,12 @@ class Shadow:
                 self.lane.score_log.add(self.lane, scored, row, "")
         ids = zip(*keys.values(), strict=True)
         for one, champion, shadow in zip(ids, results, scored.results, strict=True):
-            self.disagreement.add(dict(zip(keys, one, strict=True)), champion, shadow)
+            if isinstance(champion, PredictionFailed):
+                continue
+            if isinstance(shadow, PredictionFailed):
+                self.disagreement.failed += 1
+            else:
+                self.disagreement.add(dict(zip(keys, one, strict=True)), champion, shadow)
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import islice
 from typing import Annotated, Any, NamedTuple, NoReturn
 
@@ -53,6 +53,9 @@ ARRIVAL_COLUMN = "_arrival_ms"
 
 #: 1970-01-01 and 2200-01-01, both included: a time outside is a wrong unit or a broken clock.
 TIME_MIN_MS, TIME_MAX_MS = 0, 7_258_118_400_000
+
+#: Numbers that are epoch seconds, of 2001-09-09 to 2106, rather than milliseconds of 1970-01-12 to 1970-02-19.
+_SECONDS_MIN, _SECONDS_END = 10**9, 2**32
 
 #: What msgspec, Arrow and Python raise for a value that does not fit.
 _MISFITS = (
@@ -110,6 +113,8 @@ class Decoder:
     """Decode bodies for one source. Build it once; it holds no state between bodies.
 
     key_fields: fields that some view has in its key; as strings they have at most `key_bytes_max` bytes.
+    refuse_seconds: refuse a number as event time that reads as epoch seconds; the same time as text, or of an Arrow
+        type that has a unit, is taken.
 
     >>> source = Source("clicks", owner="web", fields={"page": "string", "at": "timestamp[ms, UTC]"},
     ...                 event_time="at")
@@ -123,6 +128,7 @@ class Decoder:
         limits: BodyLimits = BodyLimits(),
         key_fields: Collection[str] = (),
         key_bytes_max: int = 1_024,
+        refuse_seconds: bool = False,
     ) -> None:
         self.source = source
         self.limits = limits
@@ -134,7 +140,7 @@ class Decoder:
                 bytes_max = min(bytes_max, key_bytes_max)
             if name == source.event_id:
                 bytes_max = min(bytes_max, limits.event_id_bytes_max)
-            self._columns[name] = _column(spec, bytes_max)
+            self._columns[name] = _column(spec, bytes_max, refuse_seconds and name == source.event_time)
         # Attributes are numbered: a field may be named as a Python keyword.
         attributes = {f"f{i}": name for i, name in enumerate(self._columns)}
         event = msgspec.defstruct(
@@ -149,6 +155,8 @@ class Decoder:
         self._json = msgspec.json.Decoder(self._events_type | event)
         self._ndjson = msgspec.json.Decoder(event)
         self._struct_type = pa.struct(list(self._schema))
+        #: The column whose numbers may not be seconds.
+        self._refuses_seconds = next((i for i, c in enumerate(self._columns.values()) if c.refuses_seconds), None)
 
     def decode(self, body: bytes, content_type: str | None) -> pa.RecordBatch:
         """Decode one body; return its rows in the order of the body, as `source.schema`.
@@ -236,6 +244,12 @@ class Decoder:
             # Integers that came as strings: converted by column.
             arrays = [c.from_json(v) for c, v in zip(columns, zip(*rows, strict=True), strict=True)]
         checked = [c.checked(a) for c, a in zip(columns, arrays, strict=True)]
+        place = self._refuses_seconds
+        if place is not None and rows:
+            times_ms = checked[place].to_numpy().view(np.int64)
+            # All times of a usual body lie behind: then none is looked at.
+            if times_ms.min() < _SECONDS_END and _any_seconds(row[place] for row in rows):
+                raise ValueError("epoch seconds")
         return pa.RecordBatch.from_arrays(checked, schema=self._schema)
 
     def _json_problems(self, body: bytes, form: str, reason: str) -> list[Problem]:
@@ -418,6 +432,7 @@ class _Column:
     bytes_max: int
     json_type: Any
     check: Callable[[_Column, Any], bool] | None
+    refuses_seconds: bool = False
 
     @property
     def json_field(self) -> tuple[Any, ...]:
@@ -450,10 +465,11 @@ class _Column:
 
     def fits_json(self, value: Any) -> bool:
         try:
-            self.checked(self.from_json([msgspec.convert(value, self.json_field[0])]))
+            plain = msgspec.convert(value, self.json_field[0])
+            self.checked(self.from_json([plain]))
         except _MISFITS:
             return False
-        return True
+        return not (self.refuses_seconds and _any_seconds([plain]))
 
     def accepts(self, given: pa.DataType) -> bool:
         """Return whether an Arrow column of type `given` may hold this field, its values yet to be seen."""
@@ -473,6 +489,10 @@ class _Column:
 
     def from_arrow(self, array: pa.Array) -> pa.Array:
         """Return a column of an accepted type as this field, checked. Raises one of `_MISFITS`."""
+        if self.refuses_seconds and pa.types.is_int64(array.type):
+            numbers = array.drop_null().to_numpy()
+            if ((numbers >= _SECONDS_MIN) & (numbers < _SECONDS_END)).any():
+                raise ValueError("epoch seconds")
         cast = array if array.type == self.type else array.cast(self.type)
         # Arrow checks every other conversion for loss.
         if pa.types.is_float64(array.type) and cast is not array and not cast.cast(array.type).equals(array):
@@ -495,6 +515,12 @@ class _Column:
             return f"{said}; allowed is {low} to {high}"
         if pa.types.is_floating(self.type) and is_number:
             return said + ("; it does not fit without loss" if math.isfinite(value) else "; allowed are finite numbers")
+        if self.refuses_seconds and is_number and _any_seconds([value]):
+            moment = datetime.fromtimestamp(value, UTC)
+            return (
+                f"{said}, which is {moment:%Y-%m-%d} in epoch seconds; allowed are milliseconds: send {value * 1_000}, "
+                "or if it happened in 1970 its time as ISO 8601"
+            )
         if pa.types.is_timestamp(self.type) and (is_number or isinstance(value, str | _Time)):
             return said + ("; allowed is ISO 8601 with a zone, or epoch milliseconds, from 1970-01-01 to 2200-01-01")
         if pa.types.is_string(self.type) and isinstance(value, str):
@@ -505,7 +531,7 @@ class _Column:
         return said
 
 
-def _column(spec: Field, bytes_max: int) -> _Column:
+def _column(spec: Field, bytes_max: int, refuses_seconds: bool) -> _Column:
     arrow_type = spec.arrow_type
     check: Callable[[_Column, Any], bool] | None = None
     json_type: Any
@@ -527,7 +553,13 @@ def _column(spec: Field, bytes_max: int) -> _Column:
         bytes_max=bytes_max,
         json_type=json_type,
         check=check,
+        refuses_seconds=refuses_seconds,
     )
+
+
+def _any_seconds(times: Iterable[Any]) -> bool:
+    """Return whether a number among times is one of epoch seconds."""
+    return any(type(time) is int and _SECONDS_MIN <= time < _SECONDS_END for time in times)
 
 
 # The checks of values; an array given to them holds at least one row and no null.

@@ -51,7 +51,7 @@ from millpond.feature_actors.tiles.structure import (
 from millpond.feature_actors.view import Feature, FeatureView, fields_in, fields_of
 from millpond.feature_actors.windows import exact_past_ms, tile_width_ms
 
-__all__ = ["Layout", "PlanProgram", "Series", "Table", "compile_layout", "identity_of", "same_view"]
+__all__ = ["Layout", "PlanProgram", "Series", "Table", "compile_layout", "identity_of", "same_view", "version_name"]
 
 Words = npt.NDArray[np.int64]
 
@@ -646,6 +646,11 @@ def identity_of(view: FeatureView) -> str:
     """Return the name of a view and a digest of what is kept for it, `name#digest`."""
     content = [sorted(f.id for f in view if f.derived is None), where_text(view.where)]
     return f"{view.name}#{hashlib.sha256(repr(content).encode()).hexdigest()[:16]}"
+
+
+def version_name(view: FeatureView) -> str:
+    """Return what tells a version of a view from the others of its name."""
+    return identity_of(view).partition("#")[2]
 
 
 def _wire_name(feature: Feature, table: Table) -> str:

@@ -45,6 +45,10 @@ class AddedViewRecord:
         return self.identity.partition("#")[0]
 
     @property
+    def version(self) -> str:
+        return self.identity.partition("#")[2]
+
+    @property
     def settled(self) -> bool:
         return self.state in ("live", "failed")
 

@@ -13,6 +13,7 @@ import linecache
 import sys
 import tempfile
 import threading
+import traceback
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -128,12 +129,26 @@ class Definition:
                 exec(compile(self.text, module.__file__, "exec"), module.__dict__)
             except BaseException as error:
                 forget_module(name)
-                if isinstance(error, MillpondError) or not isinstance(error, Exception | SystemExit):
+                line = _line_of(error, module.__file__)
+                where = None if line is None else f"{self.file_name}:{line}"
+                if isinstance(error, MillpondError):
+                    error.path = error.path or where
                     raise
+                if not isinstance(error, Exception | SystemExit):
+                    raise
+                what = error.msg if isinstance(error, SyntaxError) and error.filename == module.__file__ else error
                 raise DeclarationError(
-                    f"definition `{self.file_name}`: does not run: {type(error).__name__}: {error}"
+                    f"definition `{self.file_name}`: does not run: {type(error).__name__}: {what}", path=where
                 ) from error
             return module
+
+
+def _line_of(error: BaseException, file: str) -> int | None:
+    """Return the line of a file in which an error was raised, or from which what raised it was called."""
+    if isinstance(error, SyntaxError) and error.filename == file:
+        return error.lineno
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == file]
+    return lines[-1] if lines else None
 
 
 def forget_module(name: str) -> None:

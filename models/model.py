@@ -140,6 +140,20 @@ class LoadedModel:
         Raises `PredictionFailed` if the predictor fails (its exception goes to the log only), returns
         another number of results, or something that JSON has no word for, such as NaN; and what `read` raises.
         """
+        results, failed = self.predict_each(rows, keys, read, as_of_ms)
+        if failed:
+            raise results[failed[0]]
+        return results
+
+    def predict_each(
+        self,
+        rows: FeatureRows,
+        keys: Mapping[str, Sequence[Any]] | None = None,
+        read: Read | None = None,
+        as_of_ms: int | None = None,
+    ) -> tuple[list[Any], list[int]]:
+        """Return what `predict` does, and which rows have a `PredictionFailed` instead, since their own result is
+        something that JSON has no word for."""
         subject, n = self.model.subject, len(rows.matrix)
         features = Features(rows.matrix, self.plan.names, rows.texts, keys or {})
         reader = FeatureReader(self._reads, read, as_of_ms) if self.two_stage else None
@@ -172,11 +186,15 @@ class LoadedModel:
         if count != n:
             raise PredictionFailed(f"{subject}: predict returned {count} results for {n} rows")
         if set(map(type, results)) == _FLOATS and all(map(math.isfinite, results)):
-            return results  # type: ignore[no-any-return]
-        try:
-            return [_plain_json(result) for result in results]
-        except (ValueError, RecursionError) as error:
-            raise PredictionFailed(f"{subject}: predict returned {error}, which JSON cannot hold") from None
+            return results, []
+        plain, failed = [], []
+        for row, result in enumerate(results):
+            try:
+                plain.append(_plain_json(result))
+            except (ValueError, RecursionError) as error:
+                plain.append(PredictionFailed(f"{subject}: predict returned {error}, which JSON cannot hold"))
+                failed.append(row)
+        return plain, failed
 
 
 def _takes_a_reader(predict: Callable[..., Any]) -> bool:

@@ -123,6 +123,12 @@ class Returns:
         return self.what(features) if callable(self.what) else [self.what] * len(features.matrix)
 
 
+def mean_price(features: Features) -> Any:
+    """Spend by orders, of `user_spend`: NaN for whoever has none."""
+    with np.errstate(invalid="ignore"):
+        return features.matrix[:, 1] / features.matrix[:, 0]
+
+
 def model(name: str, features: Sequence[Any], predictor: Any = Total) -> Model:
     return Model(name, version="3", owner="retention", features=features, predictor=predictor)
 

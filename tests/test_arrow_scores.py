@@ -26,7 +26,7 @@ from millpond.deployments.served import Models, Served
 from millpond.feature_actors.errors import BadRequest, MillpondError, TooLarge
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.plan import KEY_BYTES_MAX, ReadPlan
-from millpond.models.model import LoadedModel
+from millpond.models.model import LoadedModel, PredictionFailed
 
 user_spend, book_sales, user_book, _ = VIEWS
 PLANS = {
@@ -211,16 +211,23 @@ def test_results_are_numbers_if_they_all_are_and_json_else(results: list[Any], f
 
 def test_an_answer_has_what_the_answer_in_json_has() -> None:
     table = opened([0.5, 1.5, 2.5], versions=["3", "4", "3"], as_of=[-1, 0, 1_700_000_000_123], unknown=[["a", "b"], [], ["b"]])  # fmt: skip
-    assert table.schema.names == ["id", "version", "result", "as_of", "unknown"]
+    assert table.schema.names == ["id", "version", "result", "as_of", "unknown", "error"]
     assert table.schema.field("version").type == pa.dictionary(pa.int32(), pa.string())
     assert table.schema.field("as_of").type == pa.timestamp("ms", "UTC")
     rows = table.to_pylist()
     assert [row.pop("as_of") and row for row in rows[1:]] == [
-        {"id": "i1", "version": "4", "result": 1.5, "unknown": []},
-        {"id": "i2", "version": "3", "result": 2.5, "unknown": ["b"]},
+        {"id": "i1", "version": "4", "result": 1.5, "unknown": [], "error": None},
+        {"id": "i2", "version": "3", "result": 2.5, "unknown": ["b"], "error": None},
     ]
     assert table.column("as_of").cast(pa.int64()).to_pylist() == [None, 0, 1_700_000_000_123]
     assert rows[0]["unknown"] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("results", "told"), [([1.5, None], [1.5, None]), (["a", None], ['"a"', "null"])], ids=["number", "json"])  # fmt: skip
+def test_a_result_that_is_none_is_null_and_says_why(results: list[Any], told: list[Any]) -> None:
+    table = opened([*results, PredictionFailed("no luck")])
+    assert table.column("result").to_pylist() == [*told, None]
+    assert table.column("error").to_pylist() == [None, None, "no luck"]
 
 
 def test_features_have_the_columns_of_their_kinds_and_null_for_empty() -> None:
@@ -257,6 +264,7 @@ def as_json(table: pa.Table) -> list[dict[str, Any]]:
     for row in table.to_pylist():
         row["as_of"] = None if row["as_of"] is None else row["as_of"].isoformat(timespec="milliseconds").replace("+00:00", "Z")  # fmt: skip
         row["result"] = row["result"] if number else json.loads(row["result"])
+        assert row.pop("error") is None
         answer = {field: row.pop(field) for field in ("version", "result", "as_of", "unknown")} | {"model": name}
         rows.append(answer | ({"features": {k: v for k, v in row.items() if k != "id"}} if len(row) > 1 else {}))
     return rows

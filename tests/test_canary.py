@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from apps import DEFINITION, NOW, make_world, purchase, taste, user_spend
+from apps import DEFINITION, NOW, Returns, make_world, purchase, taste, user_spend
 from hypothesis import given
 from hypothesis import strategies as st
 from lanes import (
@@ -312,6 +312,14 @@ def test_a_shadow_that_fails_or_is_busy_is_counted_and_nobody_notices(shards: An
         await turn()
         # The first was scored by itself; the others together, and so they fail together.
         assert (shadow.disagreement.compared, shadow.disagreement.failed) == (1, 2)
+
+        # Of an id that has no result, that one is not compared; nor is one that the champion has none of.
+        champions = lane_of(Returns(lambda f: [math.nan if u == 2 else 1.0 for u in f.keys["user_id"]]), client)
+        picky = lane_of(Returns(lambda f: [math.nan if u < 4 else 2.0 for u in f.keys["user_id"]]), client, version="2")
+        shadow = shadowed(champions, picky, client)
+        await score(champions, 1, 2, 3, 4, 5)
+        await until(lambda: shadow.disagreement.compared, "the shadow")
+        assert (shadow.disagreement.compared, shadow.disagreement.failed) == (2, 2)
 
         held = Held()
         slow = lane_of(Predicts(held), client, version="3", predict_s=0.01, limits=LaneLimits(requests_max=2))

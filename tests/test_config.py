@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 
 from millpond.cluster import cli
-from millpond.cluster.config import Config, ConfigError, load_config
+from millpond.cluster.config import SECTIONS, Config, ConfigError, load_config
+from millpond.feature_actors.tiles.memory import started_ticks
 
 FIELDS = [f.name for f in fields(Config)]
 
@@ -20,8 +22,6 @@ FIELDS = [f.name for f in fields(Config)]
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No millpond.toml and no MILLPOND_ variables but those of the test."""
-    import os
-
     monkeypatch.chdir(tmp_path)
     for name in [n for n in os.environ if n.startswith("MILLPOND_")]:
         monkeypatch.delenv(name)
@@ -187,17 +187,47 @@ def test_config_prints_each_setting_and_where_it_came_from(
     assert said["proxy"] == ("haproxy", "default")
 
 
-@pytest.mark.parametrize("command", ["up", "demo", "status", "down", "config", "bench"])
-def test_every_command_has_a_flag_for_each_setting_and_shows_it(
-    command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def help_of(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines that a terminal of 80 columns shows."""
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as caught:
-        cli.main([command, "--help"])
+        cli.main([*command.split(), "--help"])
     assert caught.value.code == 0
-    shown = " ".join(capsys.readouterr().out.split())
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("command", ["up", "demo", "config", "bench"])
+def test_a_command_that_starts_a_cluster_shows_each_setting_in_its_section(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = help_of(command, capsys, monkeypatch)
+    shown = " ".join(" ".join(lines).split())
+    at = [shown.index(f" {title}: ") for title in SECTIONS]
+    assert at == sorted(at)
+    assert sorted(sum(map(list, SECTIONS.values()), [])) == sorted(FIELDS)  # noqa: RUF017
     for field in fields(Config):
-        assert f"--{field.name.replace('_', '-')}" in shown
-        assert field.metadata["about"] in shown.replace("- ", "-") or field.metadata["about"] in shown
+        (section,) = (title for title, names in SECTIONS.items() if field.name in names)
+        assert shown.index(f" --{field.name.replace('_', '-')} ") > shown.index(f" {section}: ")
+        assert field.metadata["about"] in shown
+
+
+@pytest.mark.parametrize("command", ["status", "down", "deploy", "explain", "train-set"])
+def test_any_other_command_shows_how_a_cluster_is_found_and_takes_each_setting(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = "\n".join(help_of(command, capsys, monkeypatch))
+    assert {name for name in FIELDS if f"--{name.replace('_', '-')} " in shown} == {"name", "data_dir"}
+    options = cli._parser().parse_args(["status", *(f"--{name.replace('_', '-')}=1" for name in FIELDS)])
+    assert {getattr(options, name) for name in FIELDS} == {"1"}
+
+
+@pytest.mark.parametrize("command", ["", "up", "demo", "bench", "train-set", "verify", "explain", "replay", "check"])
+def test_help_fits_a_terminal_and_begins_with_what_is_its_own(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = help_of(command, capsys, monkeypatch)
+    assert max(map(len, lines)) <= 80
+    assert lines.index("") <= 8  # the usage
 
 
 @pytest.mark.parametrize(
@@ -216,6 +246,28 @@ def test_an_error_of_a_command_is_one_line_and_status_1(
 ) -> None:
     assert run(capsys, *arguments) == (1, "", message.format(here=tmp_path))
     assert not (tmp_path / ".millpond").exists()
+
+
+def test_where_another_cluster_runs_it_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the same data directory; one that was killed is not."""
+    pid = os.getpid()
+    for name, ticks in (("dev2", started_ticks(pid)), ("killed", 1)):
+        folder = tmp_path / ".millpond" / name
+        folder.mkdir(parents=True)
+        state = {"pid": pid, "started_ticks": ticks, "url": f"http://127.0.0.1:8001/{name}"}
+        (folder / "cluster.json").write_text(json.dumps(state))
+    here = f"{tmp_path}/.millpond"
+    others = "running here: `dev2` at http://127.0.0.1:8001/dev2; say which with `--name`, or"
+    runs_not = f"no cluster `dev` runs on {here}/dev; {others}"
+    for arguments, message in (
+        (["status"], f"{runs_not} start one with `millpond up`"),
+        (["down"], f"{runs_not} start one with `millpond up`"),
+        (["models"], f"no cluster `dev` has models in {here}/dev; {others} start one with `millpond up`"),
+        (["verify"], f"no cluster `dev` has data in {here}/dev; {others} start one with `millpond up`"),
+        (["forget", "--user-id", "1"], f"{runs_not} start it with `millpond up`: entities are forgotten by a running one"),
+        (["export", "-o", "pack"], f"export: {runs_not} name its definition files, or start it"),
+    ):  # fmt: skip
+        assert run(capsys, *arguments) == (1, "", f"millpond: {message}\n")
 
 
 def test_up_refuses_a_setting_that_is_none_in_the_environment(

@@ -234,6 +234,47 @@ def test_a_bad_json_value_refuses_the_batch_and_is_named(field: str, value: str,
         assert error.path == path
 
 
+NO_SECONDS = Decoder(PAYMENTS, refuse_seconds=True)
+#: At the edges of what reads as seconds, as epoch milliseconds.
+EDGES = [0, 10**9 - 1, 10**9, 1_700_000_000, 2**32 - 1, 2**32, 1_700_000_000_000, TIME_MAX_MS]
+
+
+@given(st.lists(st.tuples(st.sampled_from(EDGES), st.sampled_from(["number", "text"])), max_size=100))
+def test_epoch_seconds_are_refused_where_they_stand_and_the_same_time_in_words_is_taken(
+    times: list[tuple[int, str]],
+) -> None:
+    texts = [datetime.fromtimestamp(t / 1000, UTC).isoformat() for t, _ in times]
+    rows = [{**GOOD, "at": t if form == "number" else text} for (t, form), text in zip(times, texts, strict=True)]
+    numbers = [{**GOOD, "at": t} for t, _ in times]
+    seconds = [i for i, (t, form) in enumerate(times) if form == "number" and 10**9 <= t < 2**32]
+    for body, content_type in ((as_json(rows), None), (as_ndjson(rows), "application/x-ndjson")):
+        if not rows and content_type:
+            continue
+        if seconds:
+            error = refused(body, content_type, NO_SECONDS)
+            paths = [f"$[{i}].at" for i in seconds[:10]]
+            assert [path for _, path in error.problems] == paths
+        else:
+            assert NO_SECONDS.decode(body, content_type).equals(DECODER.decode(as_json(numbers), None))
+
+
+def test_epoch_seconds_are_told_as_what_they_are() -> None:
+    message = (
+        "event of `payments`: expected `timestamp[ms, UTC]`, got `1700000000`, which is 2023-11-14 in epoch seconds; "
+        "allowed are milliseconds: send 1700000000000, or if it happened in 1970 its time as ISO 8601"
+    )
+    body = as_json([{**GOOD, "at": 1_700_000_000}])
+    arrow = arrow_body(at=pa.array([1_700_000_000_000, 1_700_000_000, 5], pa.int64()))
+    for error, path in ((refused(body, None, NO_SECONDS), "$[0].at"), (refused(arrow, ARROW, NO_SECONDS), "$[1].at")):
+        assert (error.message, error.path, len(error.problems)) == (message, path, 1)
+    # Arrow's times say their unit; and where it is not asked for, numbers of 1970 are taken.
+    of_1970 = arrow_body(at=pa.array([1_700_000_000] * 3, TIME))
+    assert NO_SECONDS.decode(of_1970, ARROW).equals(DECODER.decode(of_1970, ARROW))
+    in_seconds = arrow_body(at=pa.array([1_700_000_000] * 3, pa.timestamp("s", "UTC")))
+    assert NO_SECONDS.decode(in_seconds, ARROW)["at"].cast(pa.int64()).to_pylist() == [1_700_000_000_000] * 3
+    assert DECODER.decode(body, None).num_rows == 1
+
+
 def test_the_error_reads_as_the_design_says() -> None:
     error = refused(as_json([GOOD, GOOD, GOOD, {**GOOD, "amount": "abc"}]))
     assert str(error) == 'event of `payments`: expected `float64`, got `"abc"` - at `$[3].amount`'

@@ -135,7 +135,7 @@ REFUSED: list[tuple[Any, dict[str, Any], type[MillpondError], str, str | None]] 
         defined(TWO_STAGES % ""), {}, DeclarationError,
         "model `m`: predict fails on {'user_id': 0}: DeclarationError: model `m`: predict reads `user_spend.spend_30d`, which is not among its `reads`; declared: none", None,
     ),
-    (defined("1 / 0\n"), {}, DeclarationError, "definition `mine.py`: does not run: ZeroDivisionError: division by zero", None),
+    (defined("1 / 0\n"), {}, DeclarationError, "definition `mine.py`: does not run: ZeroDivisionError: division by zero", "mine.py:22"),
 ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import datetime as dt
 import doctest
 import json
+import math
 import pickle
 import socket
 import subprocess
@@ -23,7 +24,20 @@ import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
-from apps import NOW, TOKEN, Returns, churn, logins, make_world, model, offer, purchase, purchases, user_spend
+from apps import (
+    NOW,
+    TOKEN,
+    Returns,
+    churn,
+    logins,
+    make_world,
+    mean_price,
+    model,
+    offer,
+    purchase,
+    purchases,
+    user_spend,
+)
 from http_server import Behind, listen, serve
 from hypothesis import given
 from hypothesis import strategies as st
@@ -114,14 +128,16 @@ def stage() -> Iterator[Stage]:
 
 
 def mixed(features: Any) -> list[Any]:
-    """Numbers, but for customers who spent more."""
-    return [row[1] if row[1] <= 10 else {"spent": row[1]} for row in features.matrix.tolist()]
+    """Numbers, but for customers who spent more, and none for who spent 99."""
+    spent = [math.nan if row[1] == 99 else row[1] for row in features.matrix.tolist()]
+    return [{"spent": one} if one > 10 else one for one in spent]
 
 
 @pytest.fixture
 def behind(stage: Stage) -> Behind:
     broken = model("broken", list(user_spend), lambda: Returns(RuntimeError("no")))
-    stage.behind = Behind(make_world([churn, offer, broken, model("mixed", list(user_spend), lambda: Returns(mixed))]))
+    more = [model(name, list(user_spend), lambda what=what: Returns(what)) for name, what in (("mixed", mixed), ("mean", mean_price))]  # fmt: skip
+    stage.behind = Behind(make_world([churn, offer, broken, *more]))
     return stage.behind
 
 
@@ -474,7 +490,7 @@ def test_a_table_of_ids_gives_a_table_of_the_same_answers(scene: Scene) -> None:
     batch = pa.RecordBatch.from_pydict({"user_id": pa.array([3], pa.int16())})
     assert scene.client.score("churn", batch).column("result").to_pylist() == [21.0]
     none = scene.client.score("churn", batch.slice(0, 0))
-    assert (none.num_rows, none.schema.names) == (0, ["id", "version", "result", "as_of", "unknown"])
+    assert (none.num_rows, none.schema.names) == (0, ["id", "version", "result", "as_of", "unknown", "error"])
     with pytest.raises(RequestRefused) as caught:
         scene.client.score("churn", pa.table({"user_id": [1, 2, 3, 4, None]}))
     assert (caught.value.code, caught.value.path) == ("bad_id", "$[4].user_id")
@@ -488,6 +504,33 @@ def test_results_of_a_table_are_all_of_one_form(scene: Scene) -> None:
     assert got.schema.metadata[b"result"] == b"json"
     only = scene.client.score("mixed", pa.table({"user_id": range(5)}))
     assert (only.column("result").to_pylist(), only.schema.metadata[b"result"]) == ([10.0] * 5, b"number")
+
+
+def test_an_id_without_a_result_fails_alone(scene: Scene) -> None:
+    """In whichever request of a call it is, and whatever the results of the others are."""
+    scene.client.send("purchases", [purchase(f"o{i}", i, 12.0) for i in range(6)])
+    ids = [{"user_id": i} for i in (0, 1, 2, 3, 9, 5)]
+    scores = scene.client.score("mean", ids)
+    failed = scores.pop(4)
+    assert isinstance(failed, RequestFailed)
+    assert (failed.code, failed.status, failed.path) == ("prediction_failed", 500, "$[4]")
+    assert [s.result for s in scores] == [12.0] * 5
+    table = scene.client.score("mean", pa.Table.from_pylist(ids))
+    assert table.column("result").to_pylist() == [12.0] * 4 + [None, 12.0]
+    assert table.column("error").to_pylist() == [None] * 4 + [failed.message, None]
+    several = scene.client.score_many(["mean", "churn"], ids)
+    assert (several[4]["mean"].path, several[4]["churn"].result) == ("$.ids[4]", 0.0)
+    with pytest.raises(RequestFailed):
+        scene.client.score("mean", ids[4])
+
+
+def test_results_keep_their_form_where_one_is_none(scene: Scene) -> None:
+    """The first request has numbers and one that is none, the next other results."""
+    scene.client.send("purchases", [purchase(f"o{i}", i, 9.0 if i != 1 else 99.0) for i in range(5)])
+    scene.client.send("purchases", purchase("o5", 5, 11.0))
+    got = scene.client.score("mixed", pa.table({"user_id": [0, 1, 2, 3, 5]}))
+    assert got.column("result").to_pylist() == ["9.0", None, "9.0", "9.0", '{"spent":11.0}']
+    assert got.column("error").is_valid().to_pylist() == [False, True, False, False, False]
 
 
 def test_several_models_are_asked_about_the_same_ids(scene: Scene) -> None:

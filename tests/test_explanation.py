@@ -220,7 +220,11 @@ def test_a_key_that_is_none_is_said_beside_a_canary_too(
         (["user"], "model `user`: key field `user` is missing; an id is `user`"),
         (
             ["user", "--user", "1", "--usr", "1"],
-            "unknown field `usr`; an id is `user` and nothing else",
+            "explain: `--usr` is no key field of model `user`; known: `--user`; did you mean `--user`?",
+        ),
+        (
+            ["both", "--users=1", "--shop-id=2", "--model-version=1"],
+            "explain: `--users` is no key field of model `both`; known: `--shop`, `--user`; did you mean `--user`?",
         ),
         (["user", "--user", "x"], "expected `user` as int64, got 'x'"),
         (["user", "--user"], "'--user' has no value; name a key field and its value, `--user-id 42`"),

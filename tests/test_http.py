@@ -33,6 +33,7 @@ from apps import (
     call,
     churn,
     make_world,
+    mean_price,
     model,
     offer,
     purchase,
@@ -41,13 +42,14 @@ from apps import (
     user_spend,
 )
 
+from millpond.deployments.deployment import Deployment
 from millpond.deployments.http import App, Request, Response, Route, json_response
 from millpond.deployments.score import ScoreLimits
 from millpond.feature_actors import Count, Derived, FeatureView, Last, LastN, Sessions, Source, Streak, SumBy
 from millpond.feature_actors.clock import EventClock
 from millpond.feature_actors.decode import BodyLimits
-from millpond.feature_actors.errors import Unavailable
-from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.errors import DeclarationError, Unavailable
+from millpond.feature_actors.layout import compile_layout, version_name
 from millpond.feature_actors.plan import ReadPlan
 
 ACK = {"accepted": 0, "duplicates": 0, "conflicts": 0, "late": 0, "too_late": 0, "unkeyed": 0, "forgotten": 0}
@@ -589,6 +591,20 @@ def test_a_predictor_that_fails_is_named(what: Any, message: str) -> None:
     assert world.post_score("churn", {"user_id": 1}).status == 200
 
 
+def test_of_several_ids_one_whose_result_is_none_fails_alone(caplog: pytest.LogCaptureFixture) -> None:
+    world = make_world([model("mean", list(user_spend), lambda: Returns(mean_price))])
+    world.post_events("purchases", [purchase("a", 1, 10.0), purchase("b", 3, 30.0)])
+    good, bad, other, worse = world.post_score("mean", [{"user_id": i} for i in (1, 2, 3, 4)]).json
+    message = "model `mean`: predict returned the number nan, which JSON cannot hold"
+    error = {"code": "prediction_failed", "message": message, "path": "$[1]", "status": 500}
+    assert (bad, worse) == ({"error": error}, {"error": error | {"path": "$[3]"}})
+    assert [good["result"], other["result"]] == [10.0, 30.0]
+    assert f"2 of 4 ids failed, the first: {message}" in caplog.messages
+    refused(world.post_score("mean", {"user_id": 2}), 500, "prediction_failed", message)
+    # What is no answer of an id at all is the request's.
+    assert world.post_score("mean", [{"user_id": 1}, {"user": 2}]).status == 400
+
+
 def test_the_exception_of_a_predictor_is_in_the_log_and_not_in_the_answer(caplog: pytest.LogCaptureFixture) -> None:
     error = FileNotFoundError(2, "No such file", "/secret/weights.npy")
     world = make_world([model("broken", list(user_spend), lambda: Returns(error))])
@@ -772,6 +788,7 @@ def test_the_status_shows_shards_and_models(world: World) -> None:
     ]  # fmt: skip
     assert [s["shard"] for s in status["shards"]] == [0, 1]
     assert sum(s["events"]["purchases[user_id]"] for s in status["shards"]) == 2
+    assert status["answering"] == {view.name: version_name(view) for view in VIEWS}
 
 
 def test_no_call_but_status_needs_or_leaks_the_token(world: World) -> None:
@@ -791,18 +808,27 @@ def openapi(world: World) -> dict[str, Any]:
     return document
 
 
+def test_epoch_seconds_are_refused_unless_time_is_what_events_say() -> None:
+    seconds = purchase("a", paid_at=NOW // 1_000)
+    reply = make_world().post_events("purchases", seconds)
+    refused(reply, 400, "invalid_events", "event of `purchases`: expected `timestamp[ms, UTC]`, got `1700000000`, "
+            "which is 2023-11-14 in epoch seconds; allowed are milliseconds: send 1700000000000, or if it happened in "
+            "1970 its time as ISO 8601", "$.paid_at")  # fmt: skip
+    assert make_world(clock=EventClock()).post_events("purchases", seconds).json["accepted"] == 1
+
+
 def test_openapi_describes_a_call_for_each_source_model_and_view(openapi: dict[str, Any]) -> None:
     assert openapi["openapi"] == "3.1.0"
     assert openapi["info"] == {"title": "Millpond: test", "version": "1"}
     assert {(path, *calls) for path, calls in openapi["paths"].items()} == {
         ("/v1/events/purchases", "post"), ("/v1/events/logins", "post"), ("/v1/score/churn", "post"), ("/v1/score/offer", "post"), ("/v1/score", "post"),
         *((f"/v1/features/{v.name}", "get") for v in VIEWS), ("/healthz", "get"), ("/readyz", "get"), ("/v1/status", "get"),
-        ("/v1/explain/churn", "get"), ("/v1/explain/offer", "get"),
+        ("/v1/explain/churn", "get"), ("/v1/explain/offer", "get"), ("/v1/forget", "post", "get"), ("/openapi.json", "get"), ("/docs", "get"),
     }  # fmt: skip
     for path, calls in openapi["paths"].items():
         for operation in calls.values():
             assert operation.get("security") == (
-                [{"admin_token": []}] if path.startswith(("/v1/status", "/v1/explain")) else None
+                [{"admin_token": []}] if path.startswith(("/v1/status", "/v1/explain", "/v1/forget")) else None
             )
     assert openapi["components"]["securitySchemes"] == {
         "admin_token": {
@@ -812,13 +838,27 @@ def test_openapi_describes_a_call_for_each_source_model_and_view(openapi: dict[s
     }  # fmt: skip
 
 
+def test_every_call_that_is_served_is_described_and_no_other(world: World, openapi: dict[str, Any]) -> None:
+    described = {(m.upper(), path) for path, calls in openapi["paths"].items() for m in calls}
+    routes = [tuple(path.split(" ")) for app in (world.events, world.score) for path in app._paths]
+    named = {route for route in routes if route[1].endswith("{name}")}
+    prefixes = {(method, path.removesuffix("{name}")) for method, path in named}
+    assert described >= set(routes) - named
+    of_names = described - set(routes)
+    assert {(method, path.rpartition("/")[0] + "/") for method, path in of_names} == prefixes
+    # And none of them can be taken by a deployment of a team's own.
+    for _, path in routes:
+        with pytest.raises(DeclarationError, match="would take calls of"):
+            Deployment("own", owner="shop", route_prefix=path.removesuffix("/{name}"), app=dict)
+
+
 def test_openapi_is_well_formed(openapi: dict[str, Any]) -> None:
     operations = [o for calls in openapi["paths"].values() for o in calls.values()]
     assert len({o["operationId"] for o in operations}) == len(operations)
     schemas: list[Any] = [*openapi["components"]["schemas"].values()]
     for operation in operations:
         assert operation.keys() <= {"summary", "operationId", "responses", "requestBody", "parameters", "security"}
-        assert operation["responses"].keys() == {"200", "4XX", "5XX"}
+        assert operation["responses"].keys() - {"200", "202"} == {"4XX", "5XX"}
         for response in operation["responses"].values():
             assert response["description"]
             schemas += [media["schema"] for media in response["content"].values()]
@@ -993,7 +1033,7 @@ def test_the_examples_of_the_page_work_as_they_stand() -> None:
     world = make_world(clock=EventClock())  # the example event is of 2024
     page = html.unescape(world.get("/docs").body.decode())
     lines = re.findall(r"<pre>(curl .*?)</pre>", page)
-    assert len(lines) == 2 + 2 + 4 + 3
+    assert len(lines) == 2 + 2 + 4 + 4
     for line in sorted(lines, key=lambda text: "events" not in text):
         _, _, url, *rest = shlex.split(line)
         target = url.removeprefix("http://127.0.0.1")
@@ -1002,6 +1042,9 @@ def test_the_examples_of_the_page_work_as_they_stand() -> None:
         name, _, value = (rest[rest.index("-H") + 1] if "-H" in rest else "").partition(": ")
         headers = {name: value.replace("$(cat admin_token)", TOKEN)} if name else {}
         reply = call(app, "POST" if body else "GET", target, body, headers=headers)
+        if "/forget" in target:  # which needs shards in processes of their own; the token was right
+            assert reply.error["message"] == "forget: this replica does not reach the shards"
+            continue
         assert reply.status == 200, (line, reply.body)
         assert reply.json.get("unknown") in (None, [], False)
 

@@ -107,6 +107,8 @@ def outcome(call: Callable[[], Any]) -> Any:
 
 
 def as_told(found: Any) -> dict[str, Any]:
+    if isinstance(found, PredictionFailed):
+        return {"error": {**found.as_json()["error"], "status": found.status}}
     answer = {k: v for k, v in vars(found).items() if k != "id" and not (k == "features" and v is None)}
     if "as_of" in answer:
         answer["as_of"] = answer["as_of"].strftime("%Y-%m-%dT%H:%M:%S.") + f"{found.as_of.microsecond // 1000:03}Z"

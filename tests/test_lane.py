@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
+import math
 import subprocess
 import sys
 import threading
@@ -246,6 +248,31 @@ def test_a_request_that_the_model_fails_on_fails_alone(shards: Any, predict_s: f
         assert [await results(a) for i, a in enumerate(answers) if i != 1] == [[result_of(u)] for u in (2, 5, 6)]
         assert counts(lane)["failed"] == 1
         assert await results(ask(lane, 7)) == [result_of(7)]
+
+    run(story)
+
+
+@pytest.mark.parametrize("predict_s", [0.0, SLOW_S], ids=["inline", "threads"])
+def test_an_id_without_a_result_fails_alone_and_nobody_is_asked_again(shards: Any, predict_s: float) -> None:
+    class Some(Predicts):
+        def predict(self, features: Any) -> Any:
+            return [math.nan if one[-1] > 20 else one for one in super().predict(features)]
+
+    async def story() -> None:
+        predictor = Some()
+        lane = lane_of(predictor, client_over(shards)[0], predict_s=predict_s)
+        await all_come_together(lane)
+        predictor.calls.clear()
+        asked = [(2,), (33, 4, 34), (5, 6), (35,)]
+        got = [await results(answer, len(ids)) for answer, ids in [(ask(lane, *ids), ids) for ids in asked]]
+        users = list(itertools.chain(*asked))
+        assert sorted(itertools.chain(*predictor.calls)) == sorted(users)
+        for result, user in zip(itertools.chain(*got), users, strict=True):
+            if user <= 20:
+                assert result == result_of(user)
+            else:
+                assert str(result) == "model `m`: predict returned the number nan, which JSON cannot hold"
+        assert (counts(lane)["failed"], lane.idle) == (2, True)
 
     run(story)
 

@@ -201,17 +201,29 @@ def test_a_definition_travels_between_processes(file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("def", "definition `defs.py`: does not run: SyntaxError: invalid syntax (<defs.py 2098aa16>, line 1)"),
+        ("def", "definition `defs.py`: does not run: SyntaxError: invalid syntax - at `defs.py:1`"),
         (
-            "import no_such_module",
-            "definition `defs.py`: does not run: ModuleNotFoundError: No module named 'no_such_module'",
+            "\n\nimport no_such_module",
+            "definition `defs.py`: does not run: ModuleNotFoundError: No module named 'no_such_module' - at `defs.py:3`",
         ),
-        ("1 / 0", "definition `defs.py`: does not run: ZeroDivisionError: division by zero"),
+        ("x = 1\nx / 0\n", "definition `defs.py`: does not run: ZeroDivisionError: division by zero - at `defs.py:2`"),
+        (
+            "def days(n):\n    return n * DAY\n\nd = days(1)\n",
+            "definition `defs.py`: does not run: NameError: name 'DAY' is not defined - at `defs.py:2`",
+        ),
+        (
+            "import json\njson.loads('')",
+            "definition `defs.py`: does not run: JSONDecodeError: Expecting value: line 1 column 1 (char 0) - at `defs.py:2`",
+        ),
+        (
+            "import json\n#\ncompile('(', 'other.py', 'exec')",
+            "definition `defs.py`: does not run: SyntaxError: '(' was never closed (other.py, line 1) - at `defs.py:3`",
+        ),
         (
             "from millpond.feature_actors import Source\nSource('s')",
-            'source `s`: no owner; say which team owns it with `owner="..."`',
+            'source `s`: no owner; say which team owns it with `owner="..."` - at `defs.py:2`',
         ),
-        ("raise SystemExit(3)", "definition `defs.py`: does not run: SystemExit: 3"),
+        ("raise SystemExit(3)", "definition `defs.py`: does not run: SystemExit: 3 - at `defs.py:1`"),
     ],
 )
 def test_a_file_that_does_not_run_is_refused_each_time(tmp_path: Path, text: str, message: str) -> None:

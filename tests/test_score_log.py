@@ -15,7 +15,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from apps import ARROW, LAYOUT, NOW, call, churn, make_world, model, offer, purchase, taste, user_spend
+from apps import (
+    ARROW,
+    LAYOUT,
+    NOW,
+    Returns,
+    call,
+    churn,
+    make_world,
+    mean_price,
+    model,
+    offer,
+    purchase,
+    taste,
+    user_spend,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lanes import SPEND, client_over, lane_of, run, shards_with_spend, turn, until
@@ -207,6 +221,21 @@ def test_each_form_of_a_score_is_logged_with_the_id_of_its_answer(tmp_path: Path
         "purchases[book_id]", "purchases[user_id]", "purchases[user_id, book_id]"
     ]  # fmt: skip
     assert json.loads(of_offer["key"]) == {"book_id": "b", "user_id": 6}
+
+
+def test_an_id_without_a_result_is_not_logged(tmp_path: Path) -> None:
+    world = make_world([model("mean", list(user_spend), lambda: Returns(mean_price))], score_log=logs_to(tmp_path))
+    world.post_events("purchases", [purchase(f"o{u}", u, float(u)) for u in (1, 3)])
+    world.post_score("mean", [{"user_id": u} for u in (1, 2, 3)])
+    world.post_score("mean", [{"user_id": u} for u in (2, 3)], headers={"accept": ARROW})
+    assert world.post_score("mean", {"user_id": 2}).status == 500
+    log = world.score._answers._score_log
+    assert log is not None
+    log.close()
+    assert log.counts == {"written": 3, "dropped": 0, "waiting": 0}
+    assert sorted((one["key"], one["result"]) for one in logged(tmp_path)) == [
+        ('{"user_id":1}', "1.0"), ('{"user_id":3}', "3.0"), ('{"user_id":3}', "3.0")
+    ]  # fmt: skip
 
 
 def test_who_is_forgotten_leaves_every_file_and_what_waits_and_is_not_logged_again(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from apps import NOW, World, call, churn, make_world, model, offer, purchase, user_spend
+from apps import NOW, Returns, World, call, churn, make_world, mean_price, model, offer, purchase, user_spend
 from lanes import client_over, definition, run, shards_with_spend, version_in
 
 from millpond.deployments.host import ModelHost
@@ -73,6 +73,15 @@ def test_a_broken_model_breaks_only_itself(world: World) -> None:
         )
     (alone,) = ask(world, ["poisoned"], [{"user_id": 1}]).json
     assert alone["poisoned"]["result"] == 1.0
+
+
+def test_an_id_that_a_model_has_no_result_for_breaks_only_itself() -> None:
+    world = make_world([churn, model("mean", list(user_spend), lambda: Returns(mean_price))])
+    world.post_events("purchases", [purchase("a", 1, 10.0)])
+    good, bad = ask(world, ["mean", "churn"], [{"user_id": 1}, {"user_id": 2}]).json
+    assert (good["mean"]["result"], bad["churn"]["result"]) == (10.0, 0.0)
+    error = bad["mean"]["error"]
+    assert (error["code"], error["path"], error["status"]) == ("prediction_failed", "$.ids[1]", 500)
 
 
 def test_a_model_that_does_not_load_breaks_only_itself(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from millpond.cluster.status import print_status
+from millpond.cluster.status import _views, print_status
+from millpond.models.registry import Registry
 
 _SHARD: dict[str, Any] = {
     "shard": 0, "state": "ready", "epoch": 1, "slots": 4, "events": {"first[user]": 5}, "entities": {"first[user]": 2},
@@ -16,11 +18,35 @@ _SHARD: dict[str, Any] = {
 }  # fmt: skip
 
 
-def printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *shards: dict[str, Any]) -> str:
+def printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *shards: dict[str, Any], views: Any = ()
+) -> str:
     monkeypatch.setenv("COLUMNS", "200")
-    status = {"name": "dev", "url": "http://x", "pid": 1, "logs": "/logs", "models": [], "score_log": None, "views": []}
-    print_status({**status, "shards": list(shards)})
+    status = {"name": "dev", "url": "http://x", "pid": 1, "logs": "/logs", "models": [], "score_log": None}
+    print_status({**status, "shards": list(shards), "views": views})
     return capsys.readouterr().out
+
+
+def test_of_several_versions_of_a_view_the_one_that_answers_is_marked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(tmp_path / "registry")
+    registry.views.add("spend.py", "", ["spend#b2", "spend#c3", "other#d4", "first#e5"])
+    for identity in ("spend#b2", "spend#c3", "other#d4"):
+        registry.views.settle(identity, "live")
+    # What a replica says: `first` is not live yet, and the versions of `other` and `spend` came one after the other.
+    views = _views(registry, {"spend": "c3", "other": "d4", "first": "a1", "alone": "f6"})
+    registry.close()
+    assert [(one["view"], one["version"], one["state"], one["answers"]) for one in views] == [
+        ("spend", "b2", "live", False), ("spend", "c3", "live", True), ("other", "d4", "live", True),
+        ("first", "e5", "backfilling", False), ("first", "a1", "live", True),
+    ]  # fmt: skip
+    rows = [line.split() for line in printed(capsys, monkeypatch, _SHARD, views=views).splitlines()]
+    marked = [[cell for cell in row if cell != "\u2502"] for row in rows if "answers" in row]
+    assert marked == [
+        ["spend", "c3", "live", "answers", "all", "events"], ["other", "d4", "live", "answers", "all", "events"],
+        ["first", "a1", "live", "answers", "came", "with", "the", "start"],
+    ]  # fmt: skip
 
 
 def test_the_horizon_that_is_held_is_shown_and_no_warning_while_it_is_the_configured_one(

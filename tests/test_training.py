@@ -22,7 +22,9 @@ from hypothesis import strategies as st
 from join_workers import Apart
 from worlds import DAY, HOUR, World, batch, source, worlds
 
+from millpond.cluster.train_set import summary
 from millpond.feature_actors import Count, FeatureView, Last, LastN, Sum, oracle
+from millpond.feature_actors.clock import ClockKind
 from millpond.feature_actors.errors import BadRequest, DeclarationError, NotFound
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.log.history import delete_expired
@@ -35,6 +37,7 @@ from millpond.models import training_set
 from millpond.models.training import Room, Threads, write_training_set
 from millpond.models.training import events as training_events
 from millpond.models.training.join import _newest
+from millpond.models.training.provenance import time_text
 from millpond.models.training.runs import Runs, bounds
 from millpond.models.training.workers import Workers
 
@@ -507,6 +510,31 @@ def test_a_file_of_labels_gets_the_features_of_the_same_rows_in_memory(tmp_path:
     assert (made["knowledge"], made["as_of"], made["model"]) == (knowledge, "as_of", None)
     assert made["sources"] == {"payments": {"version": 1, "events": 60, "since": None}}
     assert made["views"]["by_user"]["features"] == {"sum": BY_USER["sum"].id}
+
+
+@pytest.mark.parametrize(("clock", "late"), [("wall", []), ("event", [0, 2, 5, 6])])
+def test_labels_ahead_of_the_clock_are_counted_and_the_first_is_named(
+    tmp_path: Path, clock: ClockKind, late: list[int]
+) -> None:
+    """On an event clock time stands at the newest event."""
+    newest = 1_700_000_000_000
+    at = [newest + DAY, newest, newest + 1, newest - 1, 0, newest + DAY, newest + 2]
+    if clock == "wall":
+        at[3] = at[5] = 4_000_000_000_000
+        late = [3, 5]
+    events = pa.Table.from_pylist([{"id": "a", "at": newest, "user": 1, "shop": "s", "cents": 5}], PAYMENTS.schema)
+    pq.write_table(pa.table({"user": [1] * len(at), "as_of": pa.array(at, TIME)}), tmp_path / "labels")
+    for room in (None, TINY):
+        given: Any = (tmp_path / "labels", {"payments": events}, tmp_path / "out")
+        made = write_training_set([BY_USER["n"]], *given, clock=clock, room=room)
+        ahead = made["ahead"]
+        assert ahead["labels"] == len(late)
+        assert ahead["first"] == {"row": late[0], "as_of": time_text(at[late[0]])}
+        assert (ahead["now"] == time_text(newest)) == (clock == "event")
+        assert pq.read_table(tmp_path / "out")["by_user.n"].to_pylist() == [float(t >= newest) for t in at]
+        assert f"warning: {len(late)} of 7 labels lie ahead of {ahead['now']}" in summary({**made, "model": None})
+    pq.write_table(pa.table({"user": [1], "as_of": pa.array([newest], TIME)}), tmp_path / "labels")
+    assert write_training_set([BY_USER["n"]], *given, clock=clock)["ahead"] is None
 
 
 def test_the_digest_of_a_view_changes_with_what_it_computes_and_with_nothing_else(tmp_path: Path) -> None:

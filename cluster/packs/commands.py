@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from millpond.cluster.cluster import admin_token, running
+from millpond.cluster.cluster import admin_token, running, running_cluster
 from millpond.cluster.config import Config
 from millpond.cluster.model_commands import deploy_file, open_registry
 from millpond.cluster.packs.export import What, export_pack
@@ -40,15 +40,11 @@ def export_command(
 ) -> dict[str, Any]:
     """Export a pack of the cluster and return what is in it. files: its definitions, if it does not run."""
     directory = config.directory
-    state = running(directory)
     if files:
         definitions = [Definition.read(path) for path in files]
-    elif state is not None:
-        definitions = [Definition(name, text) for name, text in state["definitions"]]
     else:
-        raise BadRequest(
-            f"export: no cluster `{config.name}` runs on {directory}; name its definition files, or start it"
-        )
+        state = running_cluster(config, "export", "name its definition files, or start it")
+        definitions = [Definition(name, text) for name, text in state["definitions"]]
     if mask_key_file is not None:
         if mask_key_file.resolve().is_relative_to(folder.resolve()):
             raise BadRequest(f"--mask-key-file: `{mask_key_file}` lies in the pack; keep the key out of it")
@@ -80,11 +76,7 @@ def replay_command(
     pace, pack = Pace(speed_of(speed)), Pack(folder)
     state = running(config.directory)
     if to is None:
-        if state is None:
-            raise BadRequest(
-                f"replay: no cluster `{config.name}` runs on {config.directory}; start it, or say --to URL"
-            )
-        to = state["url"]
+        to = str(running_cluster(config, "replay", "start it, or say --to URL")["url"])
     is_here = state is not None and to.rstrip("/") == state["url"]
     token = _token_in(token_file) if token_file else admin_token(config.directory) if is_here else None
     deployed = _deployed(config, pack) if deploy and is_here else []

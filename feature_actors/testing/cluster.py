@@ -39,7 +39,7 @@ from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.source import Source
 from millpond.feature_actors.view import FeatureView
 from millpond.models.definition import Definition, load_model
-from millpond.models.model import LoadedModel, Model
+from millpond.models.model import LoadedModel, Model, PredictionFailed
 from millpond.models.version import version_of
 
 __all__ = ["Ack", "Event", "Events", "Score", "TestCluster", "Time", "ViewFeatures", "several", "time_ms"]
@@ -209,7 +209,7 @@ class TestCluster:
     @overload
     def score(
         self, model: Model | str, ids: Sequence[Id], /, *, features: bool = False, as_of: Time | None = None
-    ) -> list[Score]: ...
+    ) -> list[Score | PredictionFailed]: ...
     def score(
         self,
         model: Model | str,
@@ -219,12 +219,13 @@ class TestCluster:
         features: bool = False,
         as_of: Time | None = None,
         **key: Any,
-    ) -> Score | list[Score]:
+    ) -> Score | list[Score | PredictionFailed]:
         """Return a model's answer for an id, `score("churn", user_id=42)`, or for each of a list of ids.
 
         features: with those that were read, by full name. as_of: neither before `now` nor before the newest event of
         the entity, unless all features are exact. Raises what the cluster answers: `NotFound`, `BadRequest`,
         `AsOfInPast`, `PredictionFailed` (whose cause is what `predict` raised), `DeclarationError` if it does not load.
+        An id of a list whose result JSON has no word for has its `PredictionFailed` there instead of a `Score`.
         """
         loaded = self._model(model)
         plan, several = loaded.plan, ids is not None and not isinstance(ids, Mapping)
@@ -236,9 +237,11 @@ class TestCluster:
         # A predictor may write into its matrix: the answer has what was read.
         values = plan.named_values(rows) if features else None
         as_of_ms = None if as_of is None else time_ms(as_of, "as_of")
-        results = loaded.predict(rows, keys, self._read_ms, as_of_ms) if asked else []
+        results = loaded.predict_each(rows, keys, self._read_ms, as_of_ms)[0] if asked else []
         scores = [
-            Score(
+            PredictionFailed(result.message, path=f"$[{row}]")
+            if isinstance(result, PredictionFailed)
+            else Score(
                 self._next_id(),
                 loaded.model.name,
                 loaded.model.version,
@@ -249,7 +252,12 @@ class TestCluster:
             )
             for row, result in enumerate(results)
         ]
-        return scores if several else scores[0]
+        if several:
+            return scores
+        (score,) = scores
+        if isinstance(score, PredictionFailed):
+            raise PredictionFailed(score.message)
+        return score
 
     def _next_id(self) -> str:
         self._answers += 1

@@ -76,6 +76,8 @@ class EventsBySource:
         }
         #: By source, how many events there were; each counts once, however many tables it goes to.
         self.events = dict.fromkeys(layout.sources, 0)
+        #: The newest arrival stamp, or with knowledge by event time the newest event; None before the first.
+        self.newest_ms: int | None = None
 
     @property
     def runs(self) -> list[Runs]:
@@ -85,6 +87,9 @@ class EventsBySource:
         """Add events of a source; known int64 [n]: when by their arrival; arrivals, routes: as of `PastEvents`."""
         if self.knowledge == "event-time":
             known = arrivals = source.times_ms(batch)
+        if len(arrivals):
+            newest_ms = int(arrivals.max())
+            self.newest_ms = newest_ms if self.newest_ms is None else max(self.newest_ms, newest_ms)
         rows = np.flatnonzero((routes != 0) & (known <= self._until_ms))
         columns = [*batch.select(self._fields[source.name]).columns, *map(pa.array, (known, arrivals, routes))]
         runs = self._runs[source.name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +12,9 @@ import pyarrow.compute as pc
 
 from millpond.feature_actors.decode import TIME_MAX_MS
 from millpond.feature_actors.errors import BadRequest
-from millpond.models.training.runs import Room, Runs
+from millpond.models.training.runs import Room, Runs, bounds
 
-__all__ = ["AT", "ROW", "Labels"]
+__all__ = ["AT", "ROW", "Labels", "LaterLabels"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -23,6 +24,16 @@ AT, ROW = "_at", "_row"
 _EARLIEST_MS, _LATEST_MS = -TIME_MAX_MS, TIME_MAX_MS
 
 
+@dataclass(frozen=True)
+class LaterLabels:
+    """Labels later than a time: how many, and the first of them, its row and time."""
+
+    than_ms: int
+    labels: int
+    row: int
+    at_ms: int
+
+
 class Labels:
     """The ids and times of labels.
 
@@ -30,7 +41,7 @@ class Labels:
     """
 
     def __init__(self, key_fields: Mapping[str, str], as_of: str, room: Room) -> None:
-        self._key_fields, self._as_of = key_fields, as_of
+        self._key_fields, self._as_of, self._room = key_fields, as_of, room
         kinds = {name: pa.string() if kind == "string" else pa.int64() for name, kind in key_fields.items()}
         own = {AT: pa.int64(), ROW: pa.int64()}
         self.runs = Runs(pa.schema([*kinds.items(), *own.items()]), AT, room)
@@ -72,6 +83,20 @@ class Labels:
             self.oldest = int(times[oldest]), first + oldest
         newest = int(times.max())
         self.newest_ms = newest if self.newest_ms is None else max(self.newest_ms, newest)
+
+    def later_than(self, ms: int) -> LaterLabels | None:
+        """Return which labels are later than a time, None if there are none; after the last one was added."""
+        if self.newest_ms is None or self.newest_ms <= ms:
+            return None
+        n, first = 0, (self.runs.rows, ms)
+        for bound in bounds([self.runs], self._room):
+            batch = self.runs.take_until(bound)
+            times, rows = batch.column(AT).to_numpy(), batch.column(ROW).to_numpy()
+            later = np.flatnonzero(times > ms)
+            n += len(later)
+            first = min([first, *zip(rows[later].tolist(), times[later].tolist(), strict=True)])
+        self.runs.rewind()
+        return LaterLabels(ms, n, *first)
 
 
 def _plain(column: pa.Array) -> pa.Array:

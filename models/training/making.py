@@ -6,6 +6,7 @@ features beside (`write_training_set`), in bounded memory. Either way by the sha
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from millpond.models.model import Model
 from millpond.models.training.events import EventsBySource, Knowledge, read_past, read_tables
 from millpond.models.training.file import LabelFile, TrainingSetFile
 from millpond.models.training.join import join
-from millpond.models.training.labels import Labels
+from millpond.models.training.labels import Labels, LaterLabels
 from millpond.models.training.provenance import provenance, time_text
 from millpond.models.training.runs import Room
 from millpond.models.training.workers import Threads, Workers
@@ -161,6 +162,8 @@ class _Making:
         #: By source, when the arrival stamps begin that there are events of; None is the beginning.
         self.since: dict[str, int | None] = dict.fromkeys(self.layout.sources)
         self.events: EventsBySource | None = None
+        #: Labels of which nothing is true yet.
+        self.ahead: LaterLabels | None = None
 
     def features(self, events: EventsOf) -> Iterator[tuple[Ints, FeatureRows]]:
         """Yield the features of labels and their places, as of `join`."""
@@ -179,6 +182,8 @@ class _Making:
             self._check_since(events)  # retention goes on meanwhile
         else:
             read_tables(events, kept, told)
+        now_ms = kept.newest_ms if self.clock == "event" else time.time_ns() // 1_000_000
+        self.ahead = None if now_ms is None else self.labels.later_than(now_ms)
         total, done = self.labels.runs.rows + sum(runs.rows for runs in kept.runs), 0
 
         def joined(n: int) -> None:
@@ -190,7 +195,9 @@ class _Making:
 
     def provenance(self) -> dict[str, Any]:
         n = dict.fromkeys(self.layout.sources, 0) if self.events is None else self.events.events
-        return provenance(self.model, self.plan, self.knowledge, self.as_of, self.labels.runs.rows, n, self.since)
+        return provenance(
+            self.model, self.plan, self.knowledge, self.as_of, self.labels.runs.rows, n, self.since, self.ahead
+        )
 
     def _check_since(self, past: Past) -> None:
         """Refuse labels one of whose windows reaches back to what arrived before there are events of."""

@@ -12,6 +12,7 @@ from typing import Any
 from millpond.feature_actors.plan import ReadPlan
 from millpond.feature_actors.view import Feature, FeatureView
 from millpond.models.model import Model
+from millpond.models.training.labels import LaterLabels
 
 __all__ = ["provenance", "time_text"]
 
@@ -26,12 +27,14 @@ def provenance(
     labels: int,
     events: Mapping[str, int],
     since: Mapping[str, int | None],
+    ahead: LaterLabels | None = None,
 ) -> dict[str, Any]:
     """Return what is to be known of a training set, as JSON has it.
 
     views: each with its owner, a digest of all its features, and the identities of those that are read; what computes
         other values has another digest. events, since: by source, how many there were, and from which arrival stamp on
-        there are any (null: from the beginning).
+        there are any (null: from the beginning). ahead: labels that are later than the cluster's clock: events of
+        before them may come still.
     """
     features: dict[str, dict[str, str]] = {}
     for feature in plan.features:
@@ -43,6 +46,13 @@ def provenance(
         "knowledge": knowledge,
         "as_of": as_of,
         "labels": labels,
+        "ahead": None
+        if ahead is None
+        else {
+            "labels": ahead.labels,
+            "now": time_text(ahead.than_ms),
+            "first": {"row": ahead.row, "as_of": time_text(ahead.at_ms)},
+        },
         "views": {
             name: {"owner": view.owner, "digest": _digest(view), "features": features[name]}
             for name, view in plan.views.items()

@@ -306,7 +306,17 @@ def test_a_new_view_is_computed_from_what_was_before_while_events_and_scores_go_
         (one,) = served.score("of_later", [{"user_id": 107}])
         assert (one["version"], one["result"]) == ("2", [10, 13, 1.3])
         assert served.call("GET", "/v1/features/later?user_id=107")[2]["features"]["spent"] == 13
-        assert change_model(config, "rollback", "of_later") == "of_later: champion 1"
+        older, newer = (one.version for one in views(config))
+        again = run(folder, "deploy", str(with_view(folder, "later", "1", '"n": Count(), "mean": Mean("price")')))
+        assert again.stdout.startswith(
+            f"view later is kept as version {older} for models; `/v1/features/later` goes on answering with version "
+            f"{newer}, which came later\nof_later version 1 is live as champion"
+        ), again.stderr
+        assert served.call("GET", "/v1/features/later?user_id=107")[2]["features"]["spent"] == 13
+        told = json.loads(run(folder, "status", "--json").stdout)["views"]
+        assert [(one["version"], one["state"], one["answers"]) for one in told] == [
+            (older, "live", False), (newer, "live", True)
+        ]  # fmt: skip
         send("after", 107)
         (one,) = served.score("of_later", [{"user_id": 107}])
         assert (one["version"], one["result"]) == ("1", [13, 19 / 13])
@@ -341,7 +351,8 @@ def test_a_new_view_is_computed_from_what_was_before_while_events_and_scores_go_
     same = with_view(folder, "later", "1", '"n": Count(), "mean": Mean("price")')
     same.write_text(same.read_text().partition("class P")[0])
     done = run(folder, "deploy", str(same))
-    assert done.stdout == "nothing to deploy: the cluster keeps these views already\n"
+    assert done.stdout.startswith("view later is kept as version ")
+    assert done.stdout.endswith("\nnothing to deploy: the cluster keeps these views already\n")
 
 
 def shards(served: Served) -> list[int]:
