@@ -25,8 +25,10 @@ MEMORY_FREE_BYTES_MIN = 2 << 30
 
 
 def keep_files_in_memory() -> None:
-    """Have temporary files in memory, of child processes as well, unless TMPDIR is set. Half of the suite's time was that
-    of a disk. A process that is killed leaves the same on both; no test ends the machine.
+    """Have temporary files in memory, of child processes as well, unless TMPDIR is set.
+
+    Half of the suite's time was that of a disk. A process that is killed leaves the same on both; no test ends the
+    machine.
     """
     shared = Path("/dev/shm")
     if "TMPDIR" in os.environ or not shared.is_dir() or shutil.disk_usage(shared).free < MEMORY_FREE_BYTES_MIN:
@@ -38,6 +40,9 @@ def keep_files_in_memory() -> None:
 
 
 keep_files_in_memory()
+# Each process that a test starts would compile all of Millpond otherwise.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 #: Examples per property, as a multiple of what is moderate on two cores.
 EXAMPLES = float(os.environ.get("MILLPOND_EXAMPLES", "1"))
@@ -58,12 +63,24 @@ for name, base in (("millpond", 30), ("thorough", 400)):
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "millpond"))
 
 #: The tests of the session's cluster, in one process.
-SHARED = tuple(f"tests/cluster/test_{name}.py" for name in ("actor_ports", "packs", "score_log", "served", "train_set"))
+SHARED = tuple(
+    f"tests/cluster/test_{name}.py" for name in ("actor_ports", "forget", "packs", "score_log", "served", "train_set")
+)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what was imported out of every collection of garbage to come: that is most of what there is, for ever."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let the tests of the session's cluster come last: once started, it would be in the way of others."""
     items.sort(key=lambda item: item.nodeid.startswith(SHARED))
+    for item in items:
+        served = item._fixtureinfo.name2fixturedefs.get("served", ())  # type: ignore[attr-defined]
+        if any(fixture.scope == "session" for fixture in served[-1:]) and not item.nodeid.startswith(SHARED):
+            raise pytest.UsageError(f"{item.nodeid} has the session's cluster: its file belongs to `SHARED`")
 
 
 @pytest.fixture(autouse=True, scope="module")
