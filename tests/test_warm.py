@@ -10,10 +10,18 @@ from pathlib import Path
 from millpond.feature_actors.tiles.read import read_rows
 
 WARMS = """
+import functools
 from millpond.feature_actors import warm
-parts = {name: getattr(warm._Warmth, name) for name in ("write", "read", "join")}
-for name, part in parts.items():
-    setattr(warm._Warmth, name, lambda self, name=name, part=part: (print(name, flush=True), part(self)))
+
+def told(part):
+    @functools.wraps(part)
+    def telling(self):
+        print(part.__name__, flush=True)
+        return part(self)
+    return telling
+
+for name in ("write", "read", "join"):
+    setattr(warm._Warmth, name, told(getattr(warm._Warmth, name)))
 warm.warm_kernels()
 print("warm", flush=True)
 """
