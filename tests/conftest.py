@@ -67,6 +67,9 @@ SHARED = tuple(
     f"tests/cluster/test_{name}.py" for name in ("actor_ports", "forget", "packs", "score_log", "served", "train_set")
 )
 
+#: The first of the files that take about as long together.
+FOLLOWS_SHARED = "tests/test_s"
+
 
 def pytest_collection_finish() -> None:
     """Keep what was imported out of every collection of garbage to come: that is most of what there is, for ever."""
@@ -75,8 +78,16 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let the tests of the session's cluster come last: once started, it would be in the way of others."""
-    items.sort(key=lambda item: item.nodeid.startswith(SHARED))
+    """Let the tests of the session's cluster come last: once started, it would be in the way of others.
+
+    Of several processes the one that has it does nothing after it. What follows keeps the others at work meanwhile.
+    """
+    several = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1
+
+    def place(item: pytest.Item) -> int:
+        return 1 if item.nodeid.startswith(SHARED) else 2 if several and item.nodeid >= FOLLOWS_SHARED else 0
+
+    items.sort(key=place)
     for item in items:
         served = item._fixtureinfo.name2fixturedefs.get("served", ())  # type: ignore[attr-defined]
         if any(fixture.scope == "session" for fixture in served[-1:]) and not item.nodeid.startswith(SHARED):
@@ -105,6 +116,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             return "shared" if nodeid.startswith(SHARED) else nodeid.partition("::")[0]
+
+        def _reschedule(self, node: Any) -> None:
+            if "shared" not in self.assigned_work[node] or len(self.nodes) == 1:
+                super()._reschedule(node)
+            elif not node.shutting_down:
+                node.shutdown()  # when it has done what it has
 
     config.option.loadscopereorder = False
     return ByFile(config, log)
