@@ -33,6 +33,8 @@ __all__ = ["Sampled", "ScoreLog", "ScoreLogSettings"]
 logger = logging.getLogger("millpond.score_log")
 
 _UNSIGNED = 2**64 - 1
+#: Up to so many are looked at one by one: NumPy takes longer, to begin with.
+_FEW_ROWS = 16
 #: How often what is older than is kept is looked for.
 _DELETE_EVERY_S = 3_600.0
 
@@ -98,10 +100,12 @@ class ScoreLog:
             if trace.item(0) & _UNSIGNED >= self._below:
                 return None
             chosen = [0]
+        elif len(trace) <= _FEW_ROWS:
+            chosen = [row for row, hashed in enumerate(trace[:, 0].tolist()) if hashed & _UNSIGNED < self._below]
         else:
             chosen = np.flatnonzero(trace[:, 0].view(np.uint64) < self._below).tolist()
-            if not chosen:
-                return None
+        if not chosen:
+            return None
         taken = FeatureRows(
             rows.matrix[chosen],
             rows.as_of[chosen],

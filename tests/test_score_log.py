@@ -337,6 +337,18 @@ def test_nothing_is_taken_of_rows_that_nobody_has_traced(tmp_path: Path) -> None
     log.close()
 
 
+@pytest.mark.parametrize("n", [1, 2, 16, 17, 200])
+def test_who_is_taken_is_a_matter_of_the_id_alone_however_many_come_together(tmp_path: Path, n: int) -> None:
+    log = logs_to(tmp_path, share=0.3)(ShardMap.even(4, 1))
+    hashed = hash_keys([list(range(n))], n).view(np.int64)[:, 0]
+    rows = FeatureRows(np.arange(2.0 * n).reshape(n, 2), np.arange(n), [[]] * n, {}, np.stack([hashed, hashed], axis=1))
+    taken = log.take({"user_id": list(range(n))}, rows)
+    want = [row for row in range(n) if int(hashed[row]) % 2**64 < 0.3 * 2.0**64]
+    assert (list(taken.places) if taken else []) == want
+    assert taken is None or taken.rows.matrix[:, 0].tolist() == [2.0 * row for row in want]
+    log.close()
+
+
 def test_canary_and_shadow_are_logged_as_such(tmp_path: Path) -> None:
     shard_map, shards = shards_with_spend()
 
