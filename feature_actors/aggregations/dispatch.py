@@ -15,14 +15,17 @@ from millpond.feature_actors.aggregations.aggregation import AGGREGATIONS, PARTS
 
 __all__ = ["TAKES_INPUT", "finalize", "init", "merge", "update"]
 
+#: As `tiles.compiled.inner`: kernels call these, nobody else.
+_OPTIONS = {
+    "nogil": True, "error_model": "numpy", "_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True,
+}  # fmt: skip
+
 
 def _one_of(verb: str, arguments: str, kinds: Sequence[type[Part] | type[Aggregation]], otherwise: str = "None") -> Any:
     """Return a compiled `verb(kind, arguments)` that calls that verb of kinds[kind]."""
     # What is called by a function that is inlined would be so too, if it did not say otherwise.
     names: dict[str, Any] = {
-        f"{verb}_{i}": nb.njit(nogil=True, error_model="numpy", _nrt=False, forceinline=not kind.is_large)(
-            getattr(kind, verb)
-        )
+        f"{verb}_{i}": nb.njit(**_OPTIONS, forceinline=not kind.is_large)(getattr(kind, verb))
         for i, kind in enumerate(kinds)
     }
     lines = [f"def {verb}(kind, {arguments}):"]
@@ -30,7 +33,7 @@ def _one_of(verb: str, arguments: str, kinds: Sequence[type[Part] | type[Aggrega
         lines += [f"    if kind == {i}:", f"        return {name}({arguments})"]
     lines.append(f"    return {otherwise}")
     exec("\n".join(lines), names)  # of nothing but the names of our own functions
-    return nb.njit(nogil=True, error_model="numpy", _nrt=False, forceinline=True)(names[verb])
+    return nb.njit(**_OPTIONS, forceinline=True)(names[verb])
 
 
 init = _one_of("init", "p, f, at, n", PARTS)

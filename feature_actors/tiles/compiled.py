@@ -50,8 +50,11 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 #: Compiles a function that is called by kernels only. Inlined, because Numba passes an array as seven arguments: calls
 #: took more than half of the time of a read. Without Numba's memory management, because it counts how often an array is
 #: referred to, with two locked instructions for each array of each call: without it a read takes a tenth of the time.
-#: So it cannot make arrays, nor return any; those that it is given are the kernel's, which does count.
-inner = nb.njit(nogil=True, error_model="numpy", forceinline=True, _nrt=False)
+#: So it cannot make arrays, nor return any; those that it is given are the kernel's, which does count. Without the
+#: entry points of Python and C, which took a fifth of the time of compiling.
+inner = nb.njit(
+    nogil=True, error_model="numpy", forceinline=True, _nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True
+)
 
 
 def kernel(function: Any) -> Any:
