@@ -24,22 +24,29 @@ pytest.register_assert_rewrite("apps", "http_server", "port_contract", "served_c
 MEMORY_FREE_BYTES_MIN = 2 << 30
 
 
-def keep_files_in_memory() -> None:
-    """Have temporary files in memory, of child processes as well, unless TMPDIR is set.
+def keep_files_in_memory() -> Path | None:
+    """Have temporary files in memory, of child processes as well, unless TMPDIR is set; return the folder.
 
     Half of the suite's time was that of a disk. A process that is killed leaves the same on both; no test ends the
-    machine.
+    machine. The folder goes when the session ends: to look at what a test has left, set TMPDIR.
     """
     shared = Path("/dev/shm")
     if "TMPDIR" in os.environ or not shared.is_dir() or shutil.disk_usage(shared).free < MEMORY_FREE_BYTES_MIN:
-        return
-    folder = shared / f"mp-tests-{os.getuid()}"  # short: a socket's path is
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.lstat().st_uid == os.getuid() and not folder.is_symlink():
-        os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+        return None
+    folder = tempfile.mkdtemp(prefix="mp-", dir=shared)  # short: a socket's path is
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
+    return Path(folder)
 
 
-keep_files_in_memory()
+#: Of this process: those that it starts, xdist's among them, have it as their TMPDIR.
+IN_MEMORY = keep_files_in_memory()
+
+
+def pytest_unconfigure() -> None:
+    if IN_MEMORY is not None:
+        shutil.rmtree(IN_MEMORY, ignore_errors=True)
+
+
 # Each process that a test starts would compile all of Millpond otherwise.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
