@@ -75,7 +75,7 @@ SHARED = tuple(
 )
 
 #: The first of the files that take about as long together.
-FOLLOWS_SHARED = "tests/test_s"
+FOLLOWS_SHARED = "tests/test_sh"
 
 
 def pytest_collection_finish() -> None:
