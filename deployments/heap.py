@@ -19,6 +19,8 @@ __all__ = ["keep_what_is_there"]
 _PAGE = 4096
 #: A huge page takes the place of small ones if so many of them are there: it makes up for the others.
 _SHARE_MIN = 0.75
+#: So many objects more than before, and they are looked through; Python's default is 700, a few requests at once.
+_YOUNG_OBJECTS = 10_000
 _ANONYMOUS = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p 00000000 00:00 0 +(\[heap\])?$")
 
 _libc = ctypes.CDLL(None)
@@ -31,6 +33,7 @@ def keep_what_is_there() -> None:
     into huge pages, where the kernel has them."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(_YOUNG_OBJECTS)
     for begin in _filled():
         _libc.madvise(begin, HUGE_BYTES, MADV_COLLAPSE)
 

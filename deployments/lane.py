@@ -27,7 +27,7 @@ import msgspec
 import numpy as np
 
 from millpond.deployments.stopwatch import Stopwatch
-from millpond.deployments.turns import Turns
+from millpond.deployments.turns import NOBODY, Turns
 from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.errors import MillpondError, TooMany, Unavailable
 from millpond.feature_actors.plan import FeatureRows, ReadPlan
@@ -126,6 +126,8 @@ class Batch:
     keys: Mapping[str, Sequence[Any]]
     n: int
     rows: FeatureRows | None = None
+    #: Whether somebody asks for the features, too.
+    wants_values: bool = False
     values: list[dict[str, Any]] | None = None
     #: Who compares it, and by which rows.
     compared: tuple[Compare, FeatureRows] | None = None
@@ -302,7 +304,7 @@ class Lane:
     def _join(self) -> Batch | None:
         """Take the oldest request that waits, and what can be scored with it."""
         asks: list[_Ask] = []
-        n = 0
+        n, wants_values = 0, False
         while self._waiting:
             ask = self._waiting[0]
             if not ask.answer.done():  # else nobody waits for it any more
@@ -310,12 +312,13 @@ class Lane:
                     break
                 asks.append(ask)
                 n += ask.n
+                wants_values = wants_values or ask.values
             self._waiting.popleft()
             if ask.alone and asks:
                 break
         if not asks:
             return None
-        return Batch(asks, asks[0].keys, n, asks[0].rows)
+        return Batch(asks, asks[0].keys, n, asks[0].rows, wants_values)
 
     def _score(self, batch: Batch) -> None:
         """Read a batch, and predict it if that has not to be waited for."""
@@ -347,7 +350,7 @@ class Lane:
         self.take_turn()
 
     def _predict(self, batch: Batch, rows: FeatureRows) -> None:
-        if any(ask.values for ask in batch.asks):  # a predictor may write into its matrix: the answer has what was read
+        if batch.wants_values:  # a predictor may write into its matrix: the answer has what was read
             batch.values = self.loaded.plan.named_values(rows)
         if self.compare is not None and batch.asks[0].as_of_ms is None:
             copied = self.compare.before(batch.keys, rows)
@@ -364,13 +367,14 @@ class Lane:
     def _predict_inline(
         self, rows: FeatureRows, keys: Mapping[str, Sequence[Any]], n: int, as_of_ms: int | None
     ) -> tuple[list[Any], list[int]]:
-        watch = Stopwatch(precise=self._precise_calls > 0)
-        self._turns.begin(self, watch.begun_s)
+        watch = Stopwatch() if self._precise_calls else None
+        begun_s = time.perf_counter()
+        self._turns.predicting = self, begun_s
         try:
             return self.loaded.predict_each(rows, keys, self._read_here, as_of_ms)
         finally:
-            self._turns.end()
-            self._note_inline(watch, n)
+            self._turns.predicting = NOBODY
+            self._note_inline(time.perf_counter() - begun_s, watch, n)
 
     def _predict_in_thread(self, batch: Batch, rows: FeatureRows) -> None:
         loop = asyncio.get_running_loop()
@@ -380,7 +384,7 @@ class Lane:
             return asyncio.run_coroutine_threadsafe(self._client.read(plan, keys, n, as_of_ms), loop).result()
 
         def predict() -> tuple[tuple[list[Any], list[int]] | Exception, float]:
-            watch = Stopwatch(precise=True)
+            watch = Stopwatch()
             try:
                 return self.loaded.predict_each(rows, batch.keys, read, batch.asks[0].as_of_ms), watch.seconds
             except Exception as error:
@@ -481,14 +485,15 @@ class Lane:
             )
         )
 
-    def _note_inline(self, watch: Stopwatch, n: int) -> None:
+    def _note_inline(self, seconds: float, watch: Stopwatch | None, n: int) -> None:
         """Learn from a call on the event loop. One that took long may have waited for a processor: the next are timed
         precisely."""
-        seconds = watch.seconds
-        self._precise_calls -= self._precise_calls > 0
+        if watch is not None:
+            seconds = watch.seconds
+            self._precise_calls -= 1
         if seconds > INLINE_S_MAX and n <= _FEW_ROWS:
             self._precise_calls = _CALLS
-            if not watch.precise:
+            if watch is None:
                 seconds = INLINE_S_MAX
         self._note(seconds, n)
 

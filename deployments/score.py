@@ -109,11 +109,13 @@ class ScoreApp(App):
         if _is_arrow(request):
             return await self._score_arrow(request, served, as_of_ms, values)
         body = decode_json(await request.body(self._limits.body_bytes_max))
-        batch = isinstance(body, list)
-        ids = self._ids(body, plan, "$[%d]") if batch else [body]
-        if not (batch or isinstance(body, dict)):
-            self._ids(ids, plan, "$")
-        keys = plan.key_columns(ids, batch=batch)
+        batch, ids, keys = False, [body], plan.plain_key(body)
+        if keys is None:
+            batch = isinstance(body, list)
+            ids = self._ids(body, plan, "$[%d]") if batch else [body]
+            if not (batch or isinstance(body, dict)):
+                self._ids(ids, plan, "$")
+            keys = plan.key_columns(ids, batch=batch)
         # 2. Read the features, assemble a matrix, predict: together with the requests that wait with this one.
         if served.canary is None and not batch:
             if as_of_ms is None and not values and (at_once := served.champion.score_at_once(keys)) is not None:

@@ -15,12 +15,13 @@ from millpond.feature_actors.client import FeatureClient
 if TYPE_CHECKING:
     from millpond.deployments.lane import Lane
 
-__all__ = ["Turns"]
+__all__ = ["NOBODY", "Turns"]
 
 logger = logging.getLogger("millpond.turns")
 
 
-_NONE: tuple[None, float] = (None, 0.0)
+#: In place of a lane that predicts, and since when.
+NOBODY: tuple[None, float] = (None, 0.0)
 
 
 class Turns:
@@ -30,7 +31,7 @@ class Turns:
         #: The plans that can be read together.
         self.plans = client.plan_set([])
         #: Which lane predicts on the event loop just now, if one does, and since when (`time.perf_counter`).
-        self.predicting: tuple[Lane | None, float] = _NONE
+        self.predicting: tuple[Lane | None, float] = NOBODY
         self._client = client
         self._lanes: dict[Lane, None] = {}
         self._asked = 0
@@ -59,13 +60,6 @@ class Turns:
         self._comes, self._asked = True, 1
         asyncio.get_running_loop().call_soon(self._look_for_company)
         return True
-
-    def begin(self, lane: Lane, now_s: float) -> None:
-        """Say that a lane predicts on the event loop, for those that watch; `end` follows."""
-        self.predicting = (lane, now_s)
-
-    def end(self) -> None:
-        self.predicting = _NONE
 
     def _look_for_company(self) -> None:
         """End the turn of a request that went at once, unless another one came in it."""

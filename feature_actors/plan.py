@@ -203,6 +203,15 @@ class ReadPlan:
             )
         return columns
 
+    def plain_key(self, one: Any) -> dict[str, list[Any]] | None:
+        """Return what `key_columns` does of one id, if it is one int64 field and plainly right, as most are."""
+        if self._word is not None and type(one) is dict and len(one) == 1:
+            name = self._word[0]
+            value = one.get(name)
+            if type(value) is int and _INT64_MIN <= value <= _INT64_MAX:
+                return {name: [value]}
+        return None
+
     def _plain_columns(self, ids: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]] | None:
         """Return the key columns of ids that are plainly right, as nearly all are; None if one has to be looked at."""
         columns: dict[str, list[Any]] = {}
