@@ -264,14 +264,12 @@ class Lane:
             or self.loaded.two_stage or self.call_s > _LOOP_S_MAX or not self._turns.come_alone()
         ):  # fmt: skip
             return None
-        counts = self.counts
+        read = True
         try:
             rows = self._client.read_now(self.loaded.plan, keys, 1)
             if rows is None:
+                read = False  # but asked anew
                 return None
-            counts.requests += 1
-            counts.ids += 1
-            self.asked_s = asyncio.get_running_loop().time()
             sampled = None if self.score_log is None else self.score_log.take(keys, rows)
             results, failed = self._predict_inline(rows, keys, 1, None)
             if failed:
@@ -280,6 +278,11 @@ class Lane:
         except Exception as error:
             self._count_failure(error)
             raise
+        finally:
+            if read:
+                self.counts.requests += 1
+                self.counts.ids += 1
+                self.asked_s = asyncio.get_running_loop().time()
 
     # -- a turn: read and predict what waits
 

@@ -515,10 +515,12 @@ class _Column:
             return f"{said}; allowed is {low} to {high}"
         if pa.types.is_floating(self.type) and is_number:
             return said + ("; it does not fit without loss" if math.isfinite(value) else "; allowed are finite numbers")
-        if self.refuses_seconds and is_number and _any_seconds([value]):
+        seconds = int(value) if isinstance(value, float) and value.is_integer() else value
+        if self.refuses_seconds and is_number and _any_seconds([seconds]):
             moment = datetime.fromtimestamp(value, UTC)
             return (
-                f"{said}, which is {moment:%Y-%m-%d} in epoch seconds; allowed are milliseconds: send {value * 1_000}, "
+                f"{said}, which is {moment:%Y-%m-%d} in epoch seconds; allowed are milliseconds: send "
+                f"{int(value) * 1_000}, "
                 "or if it happened in 1970 its time as ISO 8601"
             )
         if pa.types.is_timestamp(self.type) and (is_number or isinstance(value, str | _Time)):

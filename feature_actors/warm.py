@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +36,8 @@ from millpond.feature_actors.view import FeatureView
 
 __all__ = ["warm_kernels"]
 
+logger = logging.getLogger("millpond.warm")
+
 
 def warm_kernels() -> None:
     """Run every kernel on a few events in this process. Processes that do so at the same time divide the compiling."""
@@ -51,13 +55,19 @@ def _alone(part: str, *, wait: bool) -> Iterator[bool]:
     """Hold the lock of a part, which lies beside the kernels; give whether it is held, which waiting makes sure of."""
     folder = Path(read_rows._cache.cache_path)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"warm-{part}.lock").open("a") as lock:
+    held = True
+    # To lock it nobody has to write it: somebody else may have made it.
+    lock = os.open(folder / f"warm-{part}.lock", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield False
-        else:
-            yield True
+            held = False
+        except OSError:  # a file system without locks: it saves work, no more
+            logger.debug("`%s` cannot be locked", folder, exc_info=True)
+        yield held
+    finally:
+        os.close(lock)
 
 
 class _Warmth:

@@ -53,7 +53,8 @@ class Churn:
     """Logistic regression over the logarithms of the features."""
 
     def __init__(self, weights: str) -> None:
-        self._logistic = Logistic.load(weights)
+        # What is missing is 0 by now: a NaN is the logarithm of what has none, and no result.
+        self._logistic = Logistic.load(weights, missing=np.nan)
 
     def predict(self, features: Features) -> npt.NDArray[np.float64]:
         return self._logistic.probabilities(_inputs(features.matrix))

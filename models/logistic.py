@@ -21,14 +21,13 @@ Floats = npt.NDArray[np.float64]
 
 
 @nb.njit(cache=True, nogil=True, error_model="numpy")
-def _probabilities(matrix: Any, weights: Any, intercept: Any) -> Any:
+def _probabilities(matrix: Any, weights: Any, intercept: Any, missing: Any) -> Any:
     out = np.empty(matrix.shape[0])
     for row in range(matrix.shape[0]):
         margin = intercept
         for column in range(weights.shape[0]):
             x = matrix[row, column]
-            if not np.isnan(x):
-                margin += x * weights[column]
+            margin += weights[column] * (missing if np.isnan(x) else x)
         out[row] = 1.0 / (1.0 + np.exp(-margin))
     return out
 
@@ -36,23 +35,25 @@ def _probabilities(matrix: Any, weights: Any, intercept: Any) -> Any:
 class Logistic:
     """A predictor: the probability of the positive class, float64 [n] for float64 [n, columns].
 
-    weights: float64 [columns]. A feature that is missing (NaN) counts as 0.
+    weights: float64 [columns]. missing: what a feature that is missing (NaN) counts as; NaN, so that the result is NaN,
+    where none can be.
     """
 
-    def __init__(self, weights: npt.ArrayLike, intercept: float = 0.0) -> None:
+    def __init__(self, weights: npt.ArrayLike, intercept: float = 0.0, missing: float = 0.0) -> None:
         self.weights: Floats = np.array(weights, np.float64)
-        self.intercept = float(intercept)
+        self.intercept, self.missing = float(intercept), float(missing)
         if self.weights.ndim != 1:
             raise ValueError(f"weights: got an array of the shape {self.weights.shape}; expected one per column")
         self.probabilities(np.zeros((1, len(self.weights))))  # compiled now, not by the first request
 
     @classmethod
-    def load(cls, weights: str) -> Logistic:
+    def load(cls, weights: str, missing: float = 0.0) -> Logistic:
         """Make it from the file at a path that `save` wrote: the predictor of a model with an artifact `weights`."""
         with np.load(weights, allow_pickle=False) as arrays:
-            return cls(arrays["weights"], float(arrays["intercept"]))
+            return cls(arrays["weights"], float(arrays["intercept"]), missing)
 
     def save(self, path: str) -> None:
+        """Write weights and intercept to an .npz file."""
         with open(path, "wb") as file:
             np.savez(file, weights=self.weights, intercept=self.intercept)
 
@@ -60,7 +61,7 @@ class Logistic:
         """Return the probability of each row. Raises `ValueError` if the matrix has another number of columns."""
         if matrix.shape[1] != len(self.weights):
             raise ValueError(f"features: got {matrix.shape[1]} columns; the model has {len(self.weights)} weights")
-        return _probabilities(np.ascontiguousarray(matrix), self.weights, self.intercept)  # type: ignore[no-any-return]
+        return _probabilities(np.ascontiguousarray(matrix), self.weights, self.intercept, self.missing)  # type: ignore[no-any-return]
 
     def predict(self, features: Features) -> Floats:
         return self.probabilities(features.matrix)

@@ -112,7 +112,7 @@ class Recommend(Popular):
     """Logistic regression: the chance that the user goes on to rate the film."""
 
     def __init__(self, weights: str) -> None:
-        self._logistic = Logistic.load(weights)
+        self._logistic = Logistic.load(weights, missing=np.nan)  # none can be, after `inputs`
 
     def scores(self, features: Features, rows: Ints, more: Features) -> Floats:
         return self._logistic.probabilities(inputs(features, rows, more))

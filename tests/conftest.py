@@ -4,6 +4,7 @@ tests run side by side: two files at a time, if all of them are to run. And wher
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import shutil
@@ -24,29 +25,27 @@ pytest.register_assert_rewrite("apps", "http_server", "port_contract", "served_c
 MEMORY_FREE_BYTES_MIN = 2 << 30
 
 
-def keep_files_in_memory() -> Path | None:
-    """Have temporary files in memory, of child processes as well, unless TMPDIR is set; return the folder.
+def keep_files_in_memory() -> None:
+    """Have temporary files in memory, of child processes as well, unless TMPDIR is set.
 
     Half of the suite's time was that of a disk. A process that is killed leaves the same on both; no test ends the
-    machine. The folder goes when the session ends: to look at what a test has left, set TMPDIR.
+    machine. The folder goes with this process, or if that is killed with the next one of the user: to look at what a
+    test has left, set TMPDIR.
     """
     shared = Path("/dev/shm")
     if "TMPDIR" in os.environ or not shared.is_dir() or shutil.disk_usage(shared).free < MEMORY_FREE_BYTES_MIN:
-        return None
-    folder = tempfile.mkdtemp(prefix="mp-", dir=shared)  # short: a socket's path is
+        return
+    for left in shared.glob("mp-*-*"):
+        pid = left.name.split("-")[1]
+        if pid.isdigit() and left.lstat().st_uid == os.getuid() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    mine = os.getpid()
+    folder = tempfile.mkdtemp(prefix=f"mp-{mine}-", dir=shared)  # short: a socket's path is
     os.environ["TMPDIR"] = tempfile.tempdir = folder
-    return Path(folder)
+    atexit.register(lambda: os.getpid() == mine and shutil.rmtree(folder, ignore_errors=True))
 
 
-#: Of this process: those that it starts, xdist's among them, have it as their TMPDIR.
-IN_MEMORY = keep_files_in_memory()
-
-
-def pytest_unconfigure() -> None:
-    if IN_MEMORY is not None:
-        shutil.rmtree(IN_MEMORY, ignore_errors=True)
-
-
+keep_files_in_memory()
 # Each process that a test starts would compile all of Millpond otherwise.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -257,6 +257,33 @@ def test_what_is_not_digits_is_not_an_int64(text: str) -> None:
     assert refuse({"user": text}, plan=ReadPlan(LAYOUT, list(by_user), "test")).code == "bad_id"
 
 
+@pytest.mark.parametrize(
+    ("one", "plain"),
+    [
+        ({"user": 7}, True),
+        ({"user": 2**63 - 1}, True),
+        ({"user": -(2**63)}, True),
+        ({"user": 2**63}, False),
+        ({"user": "7"}, False),
+        ({"user": True}, False),
+        ({"user": 7.0}, False),
+        ({"user": None}, False),
+        ({"user": 7, "book": "b"}, False),
+        ({"usr": 7}, False),
+        ({}, False),
+        ([], False),
+        ([{"user": 7}], False),
+        (7, False),
+        (None, False),
+    ],
+)
+def test_one_id_that_is_plainly_right_is_seen_at_once_and_nothing_else(one: Any, plain: bool) -> None:
+    plan = ReadPlan(LAYOUT, list(by_user), "test")
+    assert plan.plain_key(one) == (plan.key_columns([one], batch=False) if plain else None)
+    for other in ([*by_both], [*by_user, *by_both]):  # of several fields, one of them a string
+        assert ReadPlan(LAYOUT, other, "test").plain_key(one) is None
+
+
 def test_a_string_key_is_taken_as_it_is() -> None:
     books = ["", "1", "ü", "u\u0308", "x" * 1024, " b "]
     plan = ReadPlan(LAYOUT, list(by_both), "test")

@@ -13,6 +13,7 @@ from millpond.cluster.demo.cards import made_up_payments
 from millpond.feature_actors import FeatureView
 from millpond.feature_actors.testing import TestCluster, assert_parity
 from millpond.models import churn, flight_delay, fraud
+from millpond.models.model import PredictionFailed
 
 HOUR, DAY = 3_600_000, 86_400_000
 T = 1_700_000_000_000
@@ -72,6 +73,16 @@ def test_a_customer_without_orders_is_unknown_and_has_the_score_of_zeros(custome
     customers.send("purchases", ORDERS)
     score = customers.score("churn", customer_id=99)
     assert (score.unknown, score.result) == (["customer_orders"], pytest.approx(1 / (1 + np.e), rel=1e-12))
+
+
+def test_of_amounts_that_have_no_logarithm_there_is_no_score(customers: TestCluster) -> None:
+    customers.send("purchases", [order(0, 7, T, amount=-50.0), order(1, 8, T)])
+    with pytest.raises(PredictionFailed, match="nan"):
+        customers.score("churn", customer_id=7)
+    bad, good = customers.score("churn", [{"customer_id": 7}, {"customer_id": 8}])
+    assert isinstance(bad, PredictionFailed)
+    assert not isinstance(good, PredictionFailed)
+    assert 0 < good.result < 1
 
 
 def test_who_orders_again_is_less_likely_to_leave(customers: TestCluster) -> None:

@@ -111,6 +111,29 @@ def test_one_id_that_comes_alone_needs_no_future(shards: Any) -> None:
     run(story)
 
 
+def test_a_read_that_fails_at_once_is_counted_as_any_other(shards: Any) -> None:
+    async def story() -> None:
+        counted = []
+        for way in (at_once, lambda lane, user: ask(lane, user).result()):
+            client, port = client_over(shards)
+            lane = lane_of(Predicts(), client)
+
+            def fails(question: Any) -> Any:
+                raise Unavailable("away")
+
+            port.read_now = fails
+            for user in (1, 2):
+                with pytest.raises(Unavailable):
+                    way(lane, user)
+                await turn()
+            assert lane.asked_s > 0
+            counted.append(counts(lane))
+        assert counted[0] == counted[1]
+        assert counted[0]["requests"] == 2
+
+    run(story)
+
+
 def test_nothing_is_scored_at_once_that_something_is_in_the_way_of(shards: Any) -> None:
     class Compared:
         def before(self, *_: Any) -> None: ...

@@ -35,6 +35,15 @@ def test_a_missing_feature_counts_as_zero_and_a_row_is_alike_alone_and_among_oth
     assert model.probabilities(np.full((1, 5), np.nan))[0] == pytest.approx(1 / (1 + np.exp(0.5)))
 
 
+def test_where_none_can_be_missing_a_nan_is_no_result() -> None:
+    model = Logistic([0.5, -2.0], 0.25, missing=np.nan)
+    got = model.probabilities(np.array([[1.0, 2.0], [np.nan, 2.0], [1.0, np.nan]]))
+    assert np.isnan(got).tolist() == [False, True, True]
+    assert got[0] == pytest.approx(1 / (1 + np.exp(3.25)))
+    of_one = Logistic([0.5, -2.0], 0.25, missing=1.0).probabilities(np.array([[np.nan, 2.0]]))
+    assert of_one.tolist() == [got[0]]
+
+
 def test_margins_beyond_what_exp_can_tell_are_certain() -> None:
     assert Logistic([1.0]).probabilities(np.array([[1e6], [-1e6], [np.inf], [-np.inf]])).tolist() == [1, 0, 1, 0]
 

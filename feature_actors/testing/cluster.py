@@ -155,7 +155,7 @@ class TestCluster:
         source = self._source(source)
         if source.name not in self._decoders:
             keys = {name for table in self._layout.tables_of(source.name) for name in table.key}
-            self._decoders[source.name] = Decoder(source, _ANY_SIZE, keys)
+            self._decoders[source.name] = Decoder(source, _ANY_SIZE, keys, refuse_seconds=True)
         if isinstance(events, pa.Table | pa.RecordBatch):
             return self._decoders[source.name].decode(_stream(events), _ARROW)
         rows = [events] if isinstance(events, Mapping) else list(events)
