@@ -294,7 +294,7 @@ class ModelsWorkload:
             for model in sample:
                 path = self._live[model.name]
                 (declared,) = Definition.read(path).declared().models
-                predictor = declared.predictor(str(path.with_suffix(".npy")))
+                predictor = declared.predictor(str(path.with_suffix(".npz")))
                 keys = [{"user_id": u} for u in draw.integers(0, self._users, _SAMPLE_USERS).tolist()]
                 wrong += recomputed_scores(self._bed.url, declared, predictor, keys, lambda n: advance(n, ""))
                 answer = session.post(f"/v1/score/{model.name}", b'{"user_id":0}') or {}
