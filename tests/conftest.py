@@ -35,13 +35,17 @@ def keep_files_in_memory() -> None:
     shared = Path("/dev/shm")
     if "TMPDIR" in os.environ or not shared.is_dir() or shutil.disk_usage(shared).free < MEMORY_FREE_BYTES_MIN:
         return
-    for left in shared.glob("mp-*-*"):
-        pid = left.name.split("-")[1]
+    for left in shared.glob("mp-*"):
+        pid = left.name.removeprefix("mp-")
         if pid.isdigit() and left.lstat().st_uid == os.getuid() and not Path(f"/proc/{pid}").exists():
             shutil.rmtree(left, ignore_errors=True)
     mine = os.getpid()
-    folder = tempfile.mkdtemp(prefix=f"mp-{mine}-", dir=shared)  # short: a socket's path is
-    os.environ["TMPDIR"] = tempfile.tempdir = folder
+    folder = shared / f"mp-{mine}"  # no longer: below it are sockets, whose paths have 107 bytes at most
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:  # somebody else's
+        return
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
     atexit.register(lambda: os.getpid() == mine and shutil.rmtree(folder, ignore_errors=True))
 
 
