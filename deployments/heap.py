@@ -1,7 +1,7 @@
 """The memory of a replica's own objects, once all is loaded: looked through no more, and in huge pages.
 
 Between two requests of a quiet hour a processor forgets what a replica is made of, translations of addresses above all.
-With huge pages it has a few dozen to find again instead of thousands: a score at one connection is an eighth quicker.
+With huge pages it has a few dozen to find again instead of thousands.
 """
 
 from __future__ import annotations

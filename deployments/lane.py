@@ -264,11 +264,11 @@ class Lane:
             or self.loaded.two_stage or self.call_s > _LOOP_S_MAX or not self._turns.come_alone()
         ):  # fmt: skip
             return None
-        read = True
+        counts_here = True
         try:
             rows = self._client.read_now(self.loaded.plan, keys, 1)
             if rows is None:
-                read = False  # but asked anew
+                counts_here = False  # `ask` will count it
                 return None
             sampled = None if self.score_log is None else self.score_log.take(keys, rows)
             results, failed = self._predict_inline(rows, keys, 1, None)
@@ -279,7 +279,7 @@ class Lane:
             self._count_failure(error)
             raise
         finally:
-            if read:
+            if counts_here:
                 self.counts.requests += 1
                 self.counts.ids += 1
                 self.asked_s = asyncio.get_running_loop().time()

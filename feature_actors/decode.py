@@ -520,8 +520,7 @@ class _Column:
             moment = datetime.fromtimestamp(value, UTC)
             return (
                 f"{said}, which is {moment:%Y-%m-%d} in epoch seconds; allowed are milliseconds: send "
-                f"{int(value) * 1_000}, "
-                "or if it happened in 1970 its time as ISO 8601"
+                f"{int(value) * 1_000}, or if it happened in 1970 its time as ISO 8601"
             )
         if pa.types.is_timestamp(self.type) and (is_number or isinstance(value, str | _Time)):
             return said + ("; allowed is ISO 8601 with a zone, or epoch milliseconds, from 1970-01-01 to 2200-01-01")

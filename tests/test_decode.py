@@ -267,6 +267,8 @@ def test_epoch_seconds_are_told_as_what_they_are() -> None:
     arrow = arrow_body(at=pa.array([1_700_000_000_000, 1_700_000_000, 5], pa.int64()))
     for error, path in ((refused(body, None, NO_SECONDS), "$[0].at"), (refused(arrow, ARROW, NO_SECONDS), "$[1].at")):
         assert (error.message, error.path, len(error.problems)) == (message, path, 1)
+    as_float = refused(as_json([{**GOOD, "at": 1_700_000_000.0}]), None, NO_SECONDS)
+    assert as_float.message == message.replace("`1700000000`", "`1700000000.0`")
     # Arrow's times say their unit; and where it is not asked for, numbers of 1970 are taken.
     of_1970 = arrow_body(at=pa.array([1_700_000_000] * 3, TIME))
     assert NO_SECONDS.decode(of_1970, ARROW).equals(DECODER.decode(of_1970, ARROW))

@@ -72,7 +72,8 @@ PURCHASES = st.lists(
 )
 WRONG: list[Any] = [
     purchase("x", 1, float("nan")), purchase("x", 1.5), purchase("x", paid_at="2023-11-14"), {"order_id": "x"},
-    purchase("x", paid_at=NOW + 600_001), {**purchase("x"), "colour": "red"}, purchase("x", book_id=4), "x",
+    purchase("x", paid_at=NOW + 600_001), purchase("x", paid_at=NOW // 1_000), {**purchase("x"), "colour": "red"},
+    purchase("x", book_id=4), "x",
 ]  # fmt: skip
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+from millpond.feature_actors import warm
 from millpond.feature_actors.tiles.read import read_rows
 
 WARMS = """
@@ -42,3 +44,18 @@ def test_what_another_process_compiles_is_waited_for_at_last() -> None:
             fcntl.flock(lock, fcntl.LOCK_UN)
             assert process.stdout.read() == "read\njoin\nwarm\n"
     assert process.returncode == 0
+
+
+def test_to_lock_a_part_nobody_has_to_be_allowed_to_write_its_file() -> None:
+    """Somebody else may have made it: root, or another user of the same folder."""
+    path = Path(read_rows._cache.cache_path) / "warm-test.lock"
+    with warm._alone("test", wait=False) as alone:
+        assert alone
+        (mine,) = [
+            fd for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink() and fd.resolve() == path.resolve()
+        ]  # fmt: skip
+        flags = Path(f"/proc/self/fdinfo/{mine.name}").read_text().splitlines()[1]
+        assert int(flags.split()[1], 8) & os.O_ACCMODE == os.O_RDONLY
+        with warm._alone("test", wait=False) as again:
+            assert not again
+    path.unlink()
