@@ -71,7 +71,7 @@ class Past:
         """Yield what was new at its home in a shard, at the offsets of its log from one to before another.
 
         The log is not held open while they are looked at: it is read in pieces of bounded size. What is truncated
-        meanwhile comes from the history. Raises as `records`.
+        meanwhile comes from the history. Raises as `records`, and `Unavailable` if the log ends before `end`.
         """
         folder, at = shard_dir(self.directory, shard), from_offset
         while at < end:
@@ -88,10 +88,12 @@ class Past:
                     if self.history_uri and History(self.history_uri, shard, folder, 0).done_to >= log.first:
                         continue  # written and truncated since
                     raise self._missing(shard, log.first)
-                if at >= log.next:
-                    return
+                if log.next < end:  # else what is not there would count as read
+                    raise Unavailable(
+                        f"past: the log of shard {shard} ends at offset {log.next}, not at {end}, where its shard said"
+                    )
                 # Of offers that were made before nothing is new at its home.
-                piece, at = applied_piece(log, at, min(end, log.next), {})
+                piece, at = applied_piece(log, at, end, {})
             yield from (one for one in piece if (one[1].routes & np.uint32(1)).any())
 
     def _missing(self, shard: int, first: int) -> NoPast:

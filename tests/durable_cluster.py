@@ -91,6 +91,9 @@ class DurableCluster:
         #: Whether a snapshot begins, or goes on, when the next take has been prepared, and is not in the log yet.
         self.snapshot_at_take = False
         self._copies = itertools.count()
+        self._data = folder / "past"
+        (self._data / "shards").mkdir(parents=True, exist_ok=True)
+        Manifest("dev", "tests", n_slots, 5, log_shards=n_shards).write(self._data)
         self.shards: list[DurableShard] = [self._opened(n, folder / f"{n}") for n in range(n_shards)]
         self._connect()
 
@@ -112,6 +115,10 @@ class DurableCluster:
         durable.brought = brought_before(folder, durable.log, shard.layout.added_keys)  # type: ignore[attr-defined]
         note_brought(folder, durable.brought, durable.log.next)  # type: ignore[attr-defined]
         durable.recover()
+        # Whoever reads the past of this shard, now or since before it died, finds it where it always was.
+        link, new = self._data / "shards" / f"{number:03d}", self._data / f"{number:03d}"
+        new.symlink_to(folder)
+        new.replace(link)
         return durable
 
     def _connect(self) -> None:
@@ -370,13 +377,7 @@ class DurableCluster:
 
     def past(self) -> Past:
         """Return the past of the shards, from a directory such as clusters have."""
-        data = self.folder / f"data-{next(self._copies)}"
-        (data / "shards").mkdir(parents=True)
-        for number, durable in enumerate(self.shards):
-            (data / "shards" / f"{number:03d}").symlink_to(durable.folder)  # type: ignore[attr-defined]
-        manifest = Manifest("dev", "tests", self.shard_map.n_slots, 5, log_shards=len(self.shards))
-        manifest.write(data)
-        return Past(data, self._history)
+        return Past(self._data, self._history)
 
     def _note(self, number: int) -> None:
         """Note which events are in the log of their home: later it may have been truncated."""
