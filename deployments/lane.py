@@ -182,7 +182,7 @@ class Lane:
         #: What stands in each of its answers.
         self.label = _label(loaded.model.name, loaded.model.version)
         self.counts = LaneCounts()
-        #: When it was asked last, by the event loop's clock.
+        #: When it was asked last, by `time.monotonic`.
         self.asked_s = 0.0
         self.compare: Compare | None = None
         self._client = client
@@ -236,10 +236,9 @@ class Lane:
         counts = self.counts
         counts.requests += 1
         counts.ids += n
-        loop = asyncio.get_running_loop()
-        self.asked_s = loop.time()
+        self.asked_s = time.monotonic()
         alone = as_of_ms is not None or rows is not None
-        ask = _Ask(keys, n, as_of_ms, values, rows, loop.create_future(), alone)
+        ask = _Ask(keys, n, as_of_ms, values, rows, asyncio.get_running_loop().create_future(), alone)
         if self.in_threads or self._running is not None:
             if self.under_way >= self._limits.requests_max:
                 counts.refused += 1
@@ -282,7 +281,7 @@ class Lane:
             if counts_here:
                 self.counts.requests += 1
                 self.counts.ids += 1
-                self.asked_s = asyncio.get_running_loop().time()
+                self.asked_s = time.monotonic()
 
     # -- a turn: read and predict what waits
 

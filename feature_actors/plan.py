@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,20 @@ from millpond.feature_actors.layout import Layout, PlanProgram
 from millpond.feature_actors.tiles.read import NO_CLOCK
 from millpond.feature_actors.view import Feature, FeatureView
 
-__all__ = ["Answer", "FeatureFailed", "FeatureRows", "Question", "ReadPlan", "as_of_in_past", "key_value"]
+if TYPE_CHECKING:
+    from millpond.feature_actors.reader import Call
+
+__all__ = [
+    "RECURRING_MAX",
+    "Answer",
+    "FeatureFailed",
+    "FeatureRows",
+    "Question",
+    "ReadPlan",
+    "as_of_in_past",
+    "key_value",
+    "question_of_words",
+]
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -35,6 +48,8 @@ _INT64_TEXT = re.compile(r"0|-?[1-9][0-9]{0,18}")
 KEY_BYTES_MAX = 1_024
 _FEATURE_VALUES = "feature values"
 _PROBLEMS_MAX = 10
+#: Questions about so many ids at most are kept to be asked again.
+RECURRING_MAX = 32
 _NO_TRACE = np.empty((0, 1), np.int64)
 _NO_IDS = np.empty(0, np.int64)
 
@@ -63,6 +78,9 @@ class Question:
     as_of: Ints | None
     plans: Ints | None = None
     ids: Ints = field(default_factory=lambda: _NO_IDS)
+    #: Whether it is asked again and again, about other ids: then who reads from memory keeps what it calls with.
+    recurs: bool = False
+    call: Call | None = None
 
     @property
     def n(self) -> int:
@@ -78,6 +96,12 @@ class Question:
         """Return the question about some of its ids, with another clock for them all."""
         as_of = None if self.as_of is None else self.as_of[rows]
         return Question(self.program, np.ascontiguousarray(self.hashes[:, rows]), clock[rows], self.event_clock, as_of)
+
+
+def question_of_words(program: PlanProgram, n: int, plans: Ints | None = None) -> Question:
+    """Return a question about n ids of one int64 field, which are still to be put into `ids`, as of `clock`."""
+    hashes, (clock, ids) = np.empty((1, n, 2), np.int64), np.empty((2, n), np.int64)
+    return Question(program, hashes, clock, False, None, plans, ids)
 
 
 @dataclass(slots=True)
@@ -159,9 +183,11 @@ class ReadPlan:
         self._numbers = [f for f in features if not f.is_text]
         self._text_features = [f for f in features if f.is_text]
         self._one_key = self.program.keys[0] if len(self.program.keys) == 1 else None
-        self._word: tuple[str, Question] | None = None
-        if list(self.key_fields.values()) == ["int64"]:
-            self._word = next(iter(self.key_fields)), self._unhashed(1)
+        #: Whether an id is one int64 field: most are, and take a shorter way. And which.
+        self.is_of_words = list(self.key_fields.values()) == ["int64"]
+        self._word = next(iter(self.key_fields)) if self.is_of_words else ""
+        #: About so many ids of that field.
+        self._recurring: dict[int, Question] = {}
 
     # -- ids
 
@@ -205,8 +231,8 @@ class ReadPlan:
 
     def plain_key(self, one: Any) -> dict[str, list[Any]] | None:
         """Return what `key_columns` does of one id, if it is one int64 field and plainly right, as most are."""
-        if self._word is not None and type(one) is dict and len(one) == 1:
-            name = self._word[0]
+        if self.is_of_words and type(one) is dict and len(one) == 1:
+            name = self._word
             value = one.get(name)
             if type(value) is int and _INT64_MIN <= value <= _INT64_MAX:
                 return {name: [value]}
@@ -280,29 +306,23 @@ class ReadPlan:
         clock[:] = NO_CLOCK if clock_ms is None else clock_ms
         return Question(self.program, hashes.view(np.int64), clock, clock_ms is None, as_of)
 
-    def _unhashed(self, n: int) -> Question:
-        """Return a question about n ids of one int64 field, which are still to be put into `ids`, as of `clock`."""
-        hashes, (clock, ids) = np.empty((1, n, 2), np.int64), np.empty((2, n), np.int64)
-        return Question(self.program, hashes, clock, False, None, None, ids)
-
-    @property
-    def is_of_words(self) -> bool:
-        """Whether an id is one int64 field: most are, and take a shorter way."""
-        return self._word is not None
-
     def question_of_words(self, keys: Mapping[str, Sequence[Any]], n: int, clock_ms: int | None) -> Question:
         """Return the question about n ids of one int64 field as of now, for who reads from memory at once.
 
-        About one id it is the same object each time, so it is asked by one thread.
+        About a few ids it is the same object each time, so it is asked by one thread.
         """
-        assert self._word is not None
-        name, question = self._word
-        if n == 1:
-            question.ids[0] = keys[name][0]
+        question = self._recurring.get(n)
+        if question is None:
+            question = question_of_words(self.program, n)
+            if n <= RECURRING_MAX:
+                question.recurs = True
+                self._recurring[n] = question
+        if n == 1:  # one element is set faster than all
+            question.ids[0] = keys[self._word][0]
+            question.clock[0] = NO_CLOCK if clock_ms is None else clock_ms
         else:
-            question = self._unhashed(n)
-            question.ids[:] = keys[name]
-        question.clock[:] = NO_CLOCK if clock_ms is None else clock_ms
+            question.ids[:] = keys[self._word]
+            question.clock[:] = NO_CLOCK if clock_ms is None else clock_ms
         question.event_clock = clock_ms is None
         return question
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from millpond.feature_actors.layout import PlanProgram
-from millpond.feature_actors.plan import Answer, Ints, Question, ReadPlan
+from millpond.feature_actors.plan import RECURRING_MAX, Answer, Ints, Question, ReadPlan, question_of_words
 from millpond.feature_actors.tiles.program import F_SCAN, P_FEATURE, P_SCAN, P_VIEW, PackedProgram, ReadProgram
 from millpond.feature_actors.tiles.read import NO_CLOCK
 
@@ -75,18 +75,28 @@ class PlanSet:
             max(p.width for p in programs), (), (), (), (), 0, first.keys, (), views, (), first.layout_digest,
             first._parts, first._rest, of=programs,
         )  # fmt: skip
+        self._recurring: dict[int, Question] = {}
         self._program.packed(n_slots)  # made now, not by the first read
 
     def question(self, numbers: Sequence[int], keys: Sequence[int], clock_ms: int | None) -> Question:
-        """Return the question about n ids as of now, for who reads from memory.
+        """Return the question about n ids as of now, for who reads from memory. About a few ids it is the same object
+        each time, so it is asked by one thread.
 
         numbers: n numbers of plans; keys: n values, int64.
         """
         n = len(keys)
-        clock = np.full(n, NO_CLOCK if clock_ms is None else clock_ms, np.int64)
-        plans = self._plans[numbers] if n > 1 else self._plans[numbers[0] : numbers[0] + 1]
-        hashes, ids = np.empty((1, n, 2), np.int64), np.array(keys, np.int64)
-        return Question(self._program, hashes, clock, clock_ms is None, None, plans, ids)
+        question = self._recurring.get(n)
+        if question is None:
+            question = question_of_words(self._program, n, np.empty((n, 2), np.int64))
+            if n <= RECURRING_MAX:
+                question.recurs = True
+                self._recurring[n] = question
+        assert question.plans is not None
+        question.plans[:] = self._plans[numbers]
+        question.ids[:] = keys
+        question.clock[:] = NO_CLOCK if clock_ms is None else clock_ms
+        question.event_clock = clock_ms is None
+        return question
 
     def part(self, answer: Answer, plan: ReadPlan, start: int, end: int) -> Answer:
         """Return the answer of a plan's ids, which stand together from start to end."""

@@ -21,15 +21,13 @@ Floats = npt.NDArray[np.float64]
 
 
 @nb.njit(cache=True, nogil=True, error_model="numpy")
-def _probabilities(matrix: Any, weights: Any, intercept: Any, missing: Any) -> Any:
-    out = np.empty(matrix.shape[0])
+def _probabilities(matrix: Any, weights: Any, intercept: Any, missing: Any, out: Any) -> None:
     for row in range(matrix.shape[0]):
         margin = intercept
         for column in range(weights.shape[0]):
             x = matrix[row, column]
             margin += weights[column] * (missing if np.isnan(x) else x)
         out[row] = 1.0 / (1.0 + np.exp(-margin))
-    return out
 
 
 class Logistic:
@@ -61,7 +59,9 @@ class Logistic:
         """Return the probability of each row. Raises `ValueError` if the matrix has another number of columns."""
         if matrix.shape[1] != len(self.weights):
             raise ValueError(f"features: got {matrix.shape[1]} columns; the model has {len(self.weights)} weights")
-        return _probabilities(np.ascontiguousarray(matrix), self.weights, self.intercept, self.missing)  # type: ignore[no-any-return]
+        out = np.empty(len(matrix))  # made here: to make Python's array of its own costs a kernel as much as the rest
+        _probabilities(np.ascontiguousarray(matrix), self.weights, self.intercept, self.missing, out)
+        return out
 
     def predict(self, features: Features) -> Floats:
         return self.probabilities(features.matrix)

@@ -118,9 +118,9 @@ class LoadedModel:
     """A model version in memory: its plan over the cluster's layout, and its predictor."""
 
     def __init__(self, model: Model, layout: Layout, artifacts_dir: Path) -> None:
-        self.model = model
-        self.plan = ReadPlan(layout, model.features, model.subject)
-        self._reads = Reads(layout, model.reads, model.subject)
+        self.model, self._subject = model, model.subject
+        self.plan = ReadPlan(layout, model.features, self._subject)
+        self._reads = Reads(layout, model.reads, self._subject)
         self._predictor: Any = model.predictor(
             **{name: str(artifacts_dir / file) for name, file in model.artifacts.items()}
         )
@@ -154,7 +154,7 @@ class LoadedModel:
     ) -> tuple[list[Any], list[int]]:
         """Return what `predict` does, and which rows have a `PredictionFailed` instead, since their own result is
         something that JSON has no word for."""
-        subject, n = self.model.subject, len(rows.matrix)
+        n = len(rows.matrix)
         features = Features(rows.matrix, self.plan.names, rows.texts, keys or {})
         reader = FeatureReader(self._reads, read, as_of_ms) if self.two_stage else None
         try:
@@ -174,17 +174,19 @@ class LoadedModel:
                 raise
             # Its text may hold paths or values that are not the client's to see.
             name = type(error).__name__
-            logger.exception("%s: predict raised %s", subject, name)
+            logger.exception("%s: predict raised %s", self._subject, name)
             raise PredictionFailed(
-                f"{subject}: predict raised {name}; its text is in the log of the deployment"
+                f"{self._subject}: predict raised {name}; its text is in the log of the deployment"
             ) from error
         if single:
             raise PredictionFailed(
-                f"{subject}: predict returned a `{type(results).__name__}`; expected a list or an array of one result "
-                "per row"
+                f"{self._subject}: predict returned a `{type(results).__name__}`; expected a list or an array of one "
+                "result per row"
             )
         if count != n:
-            raise PredictionFailed(f"{subject}: predict returned {count} results for {n} rows")
+            raise PredictionFailed(f"{self._subject}: predict returned {count} results for {n} rows")
+        if n == 1 and type(results[0]) is float and math.isfinite(results[0]):
+            return results, []
         if set(map(type, results)) == _FLOATS and all(map(math.isfinite, results)):
             return results, []
         plain, failed = [], []
@@ -192,7 +194,7 @@ class LoadedModel:
             try:
                 plain.append(_plain_json(result))
             except (ValueError, RecursionError) as error:
-                plain.append(PredictionFailed(f"{subject}: predict returned {error}, which JSON cannot hold"))
+                plain.append(PredictionFailed(f"{self._subject}: predict returned {error}, which JSON cannot hold"))
                 failed.append(row)
         return plain, failed
 

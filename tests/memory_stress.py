@@ -257,7 +257,7 @@ class Reader:
 
     @property
     def _epoch(self) -> int:
-        return int(self._port._reader._shards[EPOCH, 0])
+        return int(self._port._reader.shards[EPOCH, 0])
 
     async def read(self, plan: ReadPlan, user: Ints, dead: bool) -> bool:
         """Read once and check the answer; return whether there was one."""

@@ -20,8 +20,10 @@ from numba.extending import intrinsic
 from millpond.feature_actors.tiles.program import ReadProgram
 
 __all__ = [
+    "bools_at",
     "fence_acquire",
     "fence_release",
+    "floats_at",
     "inner",
     "kernel",
     "load_acquire",
@@ -30,6 +32,7 @@ __all__ = [
     "store_release",
     "unpacked",
     "views_at",
+    "words_at",
 ]
 
 
@@ -169,3 +172,16 @@ def unpacked(address: Any) -> Any:
         words[14],
         words[15],
     )
+
+
+def _array_at(dtype: Any) -> Any:
+    # As `views_at`.
+    @nb.njit(nogil=True, error_model="numpy", forceinline=True)
+    def at(address: Any, shape: Any) -> Any:
+        return nb.carray(_pointer(address), shape, dtype)
+
+    return at
+
+
+#: The array of a shape at an address.
+words_at, floats_at, bools_at = _array_at(np.int64), _array_at(np.float64), _array_at(np.bool_)

@@ -15,7 +15,17 @@ from millpond.feature_actors.aggregations import dispatch
 from millpond.feature_actors.aggregations.aggregation import NEVER
 from millpond.feature_actors.keys import hash_word
 from millpond.feature_actors.tiles.apply import DONE, apply_one, has_room, init_columns, merge_columns
-from millpond.feature_actors.tiles.compiled import inner, kernel, load_acquire, prefetch, unpacked, views_at
+from millpond.feature_actors.tiles.compiled import (
+    bools_at,
+    floats_at,
+    inner,
+    kernel,
+    load_acquire,
+    prefetch,
+    unpacked,
+    views_at,
+    words_at,
+)
 from millpond.feature_actors.tiles.memory import (
     C_EPOCH,
     M_LAYOUT,
@@ -87,7 +97,13 @@ __all__ = [
 #: What `read_rows` returns when it did not come to the end: a slot is being written, or was left half-written; a
 #: shard has another epoch; as-of lies in the past; the memory is of another layout.
 BUSY, MOVED, PAST, FOREIGN = 1, 2, 3, 4
-#: Lines of what `read_rows` is told of shards.
+#: Words of a call of `read_rows`: addresses of arrays, their sizes, numbers; row and detail are written by it.
+(
+    A_SHARDS, A_SHARDS_N, A_OWNERS, A_SLOTS, A_LAYOUT, A_PROGRAM, A_PLANS, A_PLANS_N, A_IDS, A_IDS_N, A_HASHES, A_KEYS,
+    A_N, A_START, A_CLOCK, A_EVENT_CLOCK, A_ASKED, A_AS_OF, A_OUT, A_COLUMNS, A_KNOWN, A_VIEWS, A_TRACE, A_TRACED,
+    A_ROW, A_DETAIL,
+) = range(26)  # fmt: skip
+#: Lines of what it is told of shards.
 BASE, CONTROL, EPOCH = range(3)
 #: In place of a clock, where there is none.
 NO_CLOCK = np.iinfo(np.int64).min
@@ -382,38 +398,54 @@ def _look_ahead(
             break
 
 
+@inner
+def _stopped(call: Any, code: Any, row: Any, detail: Any) -> Any:
+    """Say in a call with which id what is wrong; return which code says what."""
+    words, _, _ = views_at(call)
+    words[A_ROW], words[A_DETAIL] = row, detail
+    return -np.int64(code)
+
+
 @kernel
-def read_rows(
-    shards: Any, owners: Any, layout: Any, packed: Any, plans: Any, ids: Any, hashes: Any, start: Any,
-    clock: Any, event_clock: Any, asked: Any, as_of: Any, out: Any, known: Any, trace: Any,
-) -> Any:  # fmt: skip
+def read_rows(call: Any) -> Any:
     """Read a plan's features of n ids: everything about one id as of one time.
 
-    shards int64 [3, shards]: where the shard's memory and control page lie (0: there is none), and the epoch of that
-    memory; owners int64 [slots]: the shard of each slot, -1 to leave it out; layout: digest that the
-    memories must bear. packed: the address of a `PackedProgram`. plans int64 [n, 2], or [1, 2] for all ids: from where
-    to where the parts of an id's plan stand. ids int64 [n] of one key field, for which `hashes` is to be filled, or [0]
-    if it is. hashes int64 [keys, n, 2]. start: the first id to read. clock int64
-    [n]: now in ms, or `NO_CLOCK`; event_clock: whether the shards have the newest arrival for time. asked: whether to
-    read as of `as_of` as given; else it is set to the latest of the clock, the shards' time, and the newest event of
-    the rows read. as_of int64 [n]; out float64 [n, columns]; known bool [n, views]. trace int64 [n, 1 + parts]: the
-    sum of the hashes of an id's keys (of their low halves), and for each part of its plan up to which event the row has
-    been brought that was read, by its sequence; -1 if there is none.
+    call: the address of the words `A_...`. They say where arrays are, and how large:
 
-    Returns `DONE` and how often a view did not know an id, or what is wrong with which id, and with which shard or
-    since which time.
+    shards int64 [3, shards]: where the shard's memory and control page lie (0: there is none), and the epoch of that
+    memory; owners int64 [slots]: the shard of each slot, -1 to leave it out; layout: digest that the memories must
+    bear. program: a `PackedProgram`. plans int64 [n, 2], or [1, 2] for all ids: from where to where the parts of an
+    id's plan stand. ids int64 [n] of one key field, for which `hashes` is to be filled, or [0] if it is. hashes int64
+    [keys, n, 2]. start: the first id to read. clock int64 [n]: now in ms, or `NO_CLOCK`; event_clock: whether the
+    shards have the newest arrival for time. asked: whether to read as of `as_of` as given; else it is set to the latest
+    of the clock, the shards' time, and the newest event of the rows read. as_of int64 [n]; out float64 [n, columns];
+    known bool [n, views]. trace int64 [n, traced]: the sum of the hashes of an id's keys (of their low halves), and for
+    each part of its plan up to which event the row has been brought that was read, by its sequence; -1 if there is
+    none.
+
+    Returns how often a view did not know an id; or below 0 what is wrong, `-BUSY` and so on: then `row` says with which
+    id, and `detail` with which shard, or since which time.
     """
-    program = unpacked(packed)
+    words, _, _ = views_at(call)
+    n, start, n_shards, n_slots = words[A_N], words[A_START], words[A_SHARDS_N], words[A_SLOTS]
+    layout, event_clock, asked = words[A_LAYOUT], words[A_EVENT_CLOCK] != 0, words[A_ASKED] != 0
+    program = unpacked(words[A_PROGRAM])
+    shards, owners = words_at(words[A_SHARDS], (3, n_shards)), words_at(words[A_OWNERS], n_slots)
+    plans, ids = words_at(words[A_PLANS], (words[A_PLANS_N], 2)), words_at(words[A_IDS], words[A_IDS_N])
+    hashes = words_at(words[A_HASHES], (words[A_KEYS], n, 2))
+    clock, as_of = words_at(words[A_CLOCK], n), words_at(words[A_AS_OF], n)
+    out, known = floats_at(words[A_OUT], (n, words[A_COLUMNS])), bools_at(words[A_KNOWN], (n, words[A_VIEWS]))
+    trace = words_at(words[A_TRACE], (n, words[A_TRACED]))
     for shard in range(shards.shape[1]):
         if shards[BASE, shard] == 0:
             continue
-        words, _, _ = views_at(shards[BASE, shard])
+        memory, _, _ = views_at(shards[BASE, shard])
         if shards[CONTROL, shard] != 0:
             control, _, _ = views_at(shards[CONTROL, shard])
             if load_acquire(control, C_EPOCH) != shards[EPOCH, shard]:
-                return MOVED, start, shard
-        if words[M_LAYOUT] != layout or words[M_SLOTS] != owners.shape[0]:
-            return FOREIGN, start, shard
+                return _stopped(call, MOVED, start, shard)
+        if memory[M_LAYOUT] != layout or memory[M_SLOTS] != n_slots:
+            return _stopped(call, FOREIGN, start, shard)
     scratch = np.empty(program.words, np.int64)
     scratch_floats = scratch.view(np.float64)
     rows = np.empty((program.parts_max, _AHEAD), np.int64)
@@ -445,7 +477,7 @@ def read_rows(
                 part = first
                 again += 1
                 if again > _TRIES:
-                    return BUSY, i, 0
+                    return _stopped(call, BUSY, i, 0)
             key = program.parts[part, P_KEY]
             lo, hi = hashes[key, i, 0], hashes[key, i, 1]
             shard = owners[np.int64(np.uint64(hi) % slots)]
@@ -458,7 +490,7 @@ def read_rows(
                 1 + part - first, i,
             )  # fmt: skip
             if not done:
-                return BUSY, i, shard
+                return _stopped(call, BUSY, i, shard)
             live = max(live, read_at)
             part += 1
             if not asked and read_at > at:
@@ -467,14 +499,14 @@ def read_rows(
                 if part > first + 1:
                     again += 1
                     if again > _TRIES:
-                        return BUSY, i, shard
+                        return _stopped(call, BUSY, i, shard)
                     part = first
         if asked and at + program.past_ms < live:  # not the other way round: there may be no clock
-            return PAST, i, live
+            return _stopped(call, PAST, i, live)
         as_of[i] = at
         for v in range(program.parts[last, P_VIEW] - program.parts[first, P_VIEW]):
             unknown += not known[i, v]
-    return DONE, unknown, 0
+    return unknown
 
 
 @kernel
