@@ -66,6 +66,7 @@ class Answers:
     def one(self, lane: Lane, scored: Scored, row: int) -> bytes:
         """Return the answer of a row that a lane has scored. Raises `PredictionFailed` if the model failed on it."""
         rows, unknown, number = scored.rows, scored.rows.unknown[row], next(self._numbers)
+        at_ms = int(rows.as_of[row])
         if scored.sampled is not None:
             self._log(lane, scored, row, number)
         return b'%b%010x%b%b,"as_of":%b,"unknown":%b%b}' % (
@@ -73,7 +74,7 @@ class Answers:
             number,
             lane.label,
             _encode(scored.results[row]),
-            self._time(int(rows.as_of[row])),
+            b'%b%03dZ"' % (self._begin, at_ms % 1_000) if at_ms // 1_000 == self._second else self._time(at_ms),
             _encode(unknown) if unknown else b"[]",
             b"" if scored.values is None else b',"features":' + _encode(scored.values[row]),
         )

@@ -48,10 +48,13 @@ class ClientGone(Exception):
 
 @dataclass(frozen=True)
 class Response:
+    """An answer. then: what is done when it has been sent, which the client does not wait for."""
+
     status: int
     body: bytes
     content_type: str = "application/json"
     headers: tuple[tuple[str, str], ...] = ()
+    then: Callable[[], None] | None = None
 
 
 def json_response(value: Any, status: int = 200) -> Response:
@@ -211,8 +214,12 @@ class App:
             (b"content-length", str(len(response.body)).encode()),
             *((k.encode(), v.encode()) for k, v in response.headers),
         ]
-        await send({"type": "http.response.start", "status": response.status, "headers": headers})
-        await send({"type": "http.response.body", "body": response.body})
+        try:
+            await send({"type": "http.response.start", "status": response.status, "headers": headers})
+            await send({"type": "http.response.body", "body": response.body})
+        finally:
+            if response.then is not None:
+                response.then()
         return None
 
     def _handler(self, request: Request) -> Callable[[Request], Awaitable[Response]]:

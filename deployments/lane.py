@@ -188,6 +188,8 @@ class Lane:
         self._client = client
         self._threads = threads
         self._limits = limits
+        #: What the call for a request that is scored at once took, see `_note_inline`, until that is answered.
+        self._took_s: tuple[float, float | None] | None = None
         #: So many calls on the event loop are still timed precisely.
         self._precise_calls = 0
         #: What the last calls with few rows took.
@@ -256,32 +258,44 @@ class Lane:
         """Score one id as of now, if nothing is in the way of that: no other request, nobody to compare, no thread, no
         slot that is being written. None if something is: `ask`.
 
-        Raises `PredictionFailed`, and what a read does.
+        When the answer has been sent, say so by `answered`: what need not be done before is done then. Raises
+        `PredictionFailed`, and what a read does; there is no more to say then.
         """
         if (
             self.in_threads or self._waiting or self._ready or self._running is not None or self.compare is not None
             or self.loaded.two_stage or self.call_s > _LOOP_S_MAX or not self._turns.come_alone()
         ):  # fmt: skip
             return None
-        counts_here = True
         try:
             rows = self._client.read_now(self.loaded.plan, keys, 1)
             if rows is None:
-                counts_here = False  # `ask` will count it
                 return None
             sampled = None if self.score_log is None else self.score_log.take(keys, rows)
-            results, failed = self._predict_inline(rows, keys, 1, None)
+            watch = Stopwatch() if self._precise_calls else None
+            begun_s = time.perf_counter()
+            self._turns.predicting = self, begun_s
+            try:
+                results, failed = self.loaded.predict_each(rows, keys)
+            finally:
+                self._turns.predicting = NOBODY
+                self._took_s = time.perf_counter() - begun_s, None if watch is None else watch.seconds
             if failed:
                 raise results[0]
             return Scored(rows, results, None, sampled)
         except Exception as error:
             self._count_failure(error)
+            self.answered()
             raise
-        finally:
-            if counts_here:
-                self.counts.requests += 1
-                self.counts.ids += 1
-                self.asked_s = time.monotonic()
+
+    def answered(self) -> None:
+        """Count a request that was scored at once, and learn from it."""
+        self.counts.requests += 1
+        self.counts.ids += 1
+        self.asked_s = time.monotonic()
+        self._turns.gone()
+        if self._took_s is not None:
+            self._note_inline(*self._took_s, 1)
+            self._took_s = None
 
     # -- a turn: read and predict what waits
 
@@ -300,8 +314,9 @@ class Lane:
         """Read and predict what waits, until nothing does, or a thread is busy with it."""
         while self._running is None and (self._ready or self._waiting):
             batch = self._ready.popleft() if self._ready else self._join()
-            if batch is not None and not all(ask.answer.done() for ask in batch.asks):
-                self._score(batch)
+            if batch is None or (batch.asks[0].answer.done() and all(ask.answer.done() for ask in batch.asks)):
+                continue  # nobody waits for it any more
+            self._score(batch)
 
     def _join(self) -> Batch | None:
         """Take the oldest request that waits, and what can be scored with it."""
@@ -376,7 +391,7 @@ class Lane:
             return self.loaded.predict_each(rows, keys, self._read_here, as_of_ms)
         finally:
             self._turns.predicting = NOBODY
-            self._note_inline(time.perf_counter() - begun_s, watch, n)
+            self._note_inline(time.perf_counter() - begun_s, None if watch is None else watch.seconds, n)
 
     def _predict_in_thread(self, batch: Batch, rows: FeatureRows) -> None:
         loop = asyncio.get_running_loop()
@@ -487,15 +502,15 @@ class Lane:
             )
         )
 
-    def _note_inline(self, seconds: float, watch: Stopwatch | None, n: int) -> None:
+    def _note_inline(self, seconds: float, precise_s: float | None, n: int) -> None:
         """Learn from a call on the event loop. One that took long may have waited for a processor: the next are timed
         precisely."""
-        if watch is not None:
-            seconds = watch.seconds
+        if precise_s is not None:
+            seconds = precise_s
             self._precise_calls -= 1
         if seconds > INLINE_S_MAX and n <= _FEW_ROWS:
             self._precise_calls = _CALLS
-            if watch is None:
+            if precise_s is None:
                 seconds = INLINE_S_MAX
         self._note(seconds, n)
 

@@ -118,10 +118,11 @@ class ScoreApp(App):
             keys = plan.key_columns(ids, batch=batch)
         # 2. Read the features, assemble a matrix, predict: together with the requests that wait with this one.
         if served.canary is None and not batch:
-            if as_of_ms is None and not values and (at_once := served.champion.score_at_once(keys)) is not None:
-                return Response(200, self._answers.one(served.champion, at_once, 0))
-            scored, row = await served.champion.ask(keys, 1, as_of_ms, values)
-            return Response(200, self._answers.one(served.champion, scored, row))
+            lane = served.champion
+            if as_of_ms is None and not values and (at_once := lane.score_at_once(keys)) is not None:
+                return Response(200, self._answers.one(lane, at_once, 0), then=lane.answered)
+            scored, row = await lane.ask(keys, 1, as_of_ms, values)
+            return Response(200, self._answers.one(lane, scored, row))
         answered = await served.ask(keys, len(ids), as_of_ms, values)
         # 3. Answer, one per id.
         if batch and wants_arrow(None, request.header(b"accept")):

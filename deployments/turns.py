@@ -42,6 +42,7 @@ class Turns:
         """Have a lane, for which something waits, take a turn: now, or when all of this turn of the loop have asked."""
         if self.come_alone():
             lane.take_turn()
+            self.gone()
             return
         self._asked += 1
         if not self._comes:
@@ -54,12 +55,14 @@ class Turns:
 
     def come_alone(self) -> bool:
         """Return whether a request may be answered at once: it is the first of this turn of the loop, and those of late
-        brought no other."""
+        brought no other. Then say when it has `gone`, in the same turn, or the next request comes as company."""
         if self._comes or not self._alone:
             return False
         self._comes, self._asked = True, 1
-        asyncio.get_running_loop().call_soon(self._look_for_company)
         return True
+
+    def gone(self) -> None:
+        asyncio.get_running_loop().call_soon(self._look_for_company)
 
     def _look_for_company(self) -> None:
         """End the turn of a request that went at once, unless another one came in it."""

@@ -339,8 +339,12 @@ class ReadPlan:
         values, known = answer.values, answer.known
         unknown: list[list[str]] = [[]] if len(values) == 1 else [[] for _ in range(len(values))]
         if not answer.all_known:
-            for row, view in zip(*np.nonzero(~known), strict=True):
-                unknown[row].append(self.program.view_names[view])
+            names = self.program.view_names
+            if len(values) == 1:
+                unknown[0] += [name for name, is_known in zip(names, known[0].tolist(), strict=True) if not is_known]
+            else:
+                for row, view in zip(*np.nonzero(~known), strict=True):
+                    unknown[row].append(names[view])
         if self._is_matrix:
             return FeatureRows(values, answer.as_of, unknown, {}, answer.trace)
         columns: dict[str, Floats] = {}

@@ -101,10 +101,9 @@ class PlanSet:
     def part(self, answer: Answer, plan: ReadPlan, start: int, end: int) -> Answer:
         """Return the answer of a plan's ids, which stand together from start to end."""
         program = plan.program
-        return Answer(
-            answer.as_of[start:end],
-            np.ascontiguousarray(answer.values[start:end, : program.width]),
-            answer.known[start:end, : len(program.view_names)],
-            answer.trace[start:end, : 1 + program.parts],
-            all_known=answer.all_known,
-        )
+        values = answer.values[start:end, : program.width]
+        if end - start > 1:
+            values = np.ascontiguousarray(values)
+        known = answer.known if answer.all_known else answer.known[start:end, : len(program.view_names)]
+        trace = answer.trace[start:end, : 1 + program.parts]
+        return Answer(answer.as_of[start:end], values, known, trace, {}, answer.all_known)

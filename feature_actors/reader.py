@@ -61,10 +61,11 @@ class Call:
     """What `read_rows` is told, in one piece of memory, at `address`: a kernel takes over a number faster than ten
     arrays, by more than it takes to read an entity.
 
-    start: the first id to read. Holds the arrays whose addresses it tells.
+    start: the first id to read. copy: of the answer, for a question that recurs. Holds the arrays whose addresses it
+    tells.
     """
 
-    __slots__ = ("_words", "address", "answer", "event_clock", "question", "reader")
+    __slots__ = ("_words", "address", "answer", "copy", "event_clock", "question", "reader")
 
     def __init__(self, reader: MemoryReader, question: Question, answer: Answer, start: int) -> None:
         self.reader, self.question, self.answer, self.event_clock = reader, question, answer, question.event_clock
@@ -82,6 +83,7 @@ class Call:
             np.int64,
         )  # fmt: skip
         self.address = _at(self._words)
+        self.copy = answer
 
     @property
     def stopped_at(self) -> tuple[int, int]:
@@ -118,7 +120,8 @@ class MemoryReader:
         self._strings[shard] = StringReader(memory)
 
     def read(self, question: Question) -> Answer:
-        """Answer a question; all of it, or nothing.
+        """Answer a question; all of it, or nothing. If it recurs the answer is the same object each time, with new
+        arrays.
 
         Raises `AsOfInPast`; `_Busy` and `_Moved` if it has to be tried again, where others write to the memories.
         """
@@ -129,13 +132,17 @@ class MemoryReader:
         call = question.call
         if call is None or call.reader is not self or call.event_clock != question.event_clock:
             call = question.call = Call(self, question, Answer.empty(question), 0)
+            call.copy = Answer.empty(question)
         unknown = read_rows(call.address)
         if unknown < 0:
             self._raise(call, unknown)
-        found = call.answer
-        known = found.known if unknown == 0 else found.known.copy()
-        answer = Answer(found.as_of.copy(), found.values.copy(), known, found.trace.copy(), {}, unknown == 0)
+        found, answer = call.answer, call.copy
+        answer.as_of, answer.values, answer.trace = found.as_of.copy(), found.values.copy(), found.trace.copy()
+        answer.all_known = unknown == 0
+        if unknown:
+            answer.known = found.known.copy()
         if question.program.texts:
+            answer.texts = {}
             self.read_texts(question, answer)
         return answer
 

@@ -21,13 +21,18 @@ Floats = npt.NDArray[np.float64]
 
 
 @nb.njit(cache=True, nogil=True, error_model="numpy")
+def _probability(matrix: Any, row: Any, weights: Any, intercept: Any, missing: Any) -> Any:
+    margin = intercept
+    for column in range(weights.shape[0]):
+        x = matrix[row, column]
+        margin += weights[column] * (missing if np.isnan(x) else x)
+    return 1.0 / (1.0 + np.exp(-margin))
+
+
+@nb.njit(cache=True, nogil=True, error_model="numpy")
 def _probabilities(matrix: Any, weights: Any, intercept: Any, missing: Any, out: Any) -> None:
     for row in range(matrix.shape[0]):
-        margin = intercept
-        for column in range(weights.shape[0]):
-            x = matrix[row, column]
-            margin += weights[column] * (missing if np.isnan(x) else x)
-        out[row] = 1.0 / (1.0 + np.exp(-margin))
+        out[row] = _probability(matrix, row, weights, intercept, missing)
 
 
 class Logistic:
@@ -42,7 +47,9 @@ class Logistic:
         self.intercept, self.missing = float(intercept), float(missing)
         if self.weights.ndim != 1:
             raise ValueError(f"weights: got an array of the shape {self.weights.shape}; expected one per column")
-        self.probabilities(np.zeros((1, len(self.weights))))  # compiled now, not by the first request
+        zeros = np.zeros((1, len(self.weights)))  # compiled now, not by the first request
+        self.probabilities(zeros)
+        _probability(zeros, 0, self.weights, self.intercept, self.missing)
 
     @classmethod
     def load(cls, weights: str, missing: float = 0.0) -> Logistic:
@@ -63,5 +70,8 @@ class Logistic:
         _probabilities(np.ascontiguousarray(matrix), self.weights, self.intercept, self.missing, out)
         return out
 
-    def predict(self, features: Features) -> Floats:
-        return self.probabilities(features.matrix)
+    def predict(self, features: Features) -> Floats | list[float]:
+        matrix = features.matrix
+        if len(matrix) == 1 and matrix.shape[1] == len(self.weights):  # one number takes no arrays
+            return [_probability(matrix, 0, self.weights, self.intercept, self.missing)]
+        return self.probabilities(matrix)

@@ -162,6 +162,8 @@ class LoadedModel:
             single = False
             if isinstance(results, np.ndarray):
                 results = results.tolist()
+            elif type(results) is list:
+                results = results.copy()  # it may be the model's to use again
             else:
                 # These have a length too, which is of something else.
                 single = isinstance(results, Mapping | Set | str | bytes | bytearray)

@@ -163,7 +163,8 @@ class ScoreFiles:
         self.folder = Folder(base_uri)
         self._writer, self._rows_max = writer, rows_max
         self._number, self._day = -1, -1
-        self._open = SCHEMA.empty_table()
+        # As it was written, a tenth of what its rows would take: it is there all the time, and grows all the time.
+        self._content, self._rows = b"", 0
 
     def write(self, scores: pa.Table) -> None:
         """Write scores, synced."""
@@ -174,11 +175,15 @@ class ScoreFiles:
                 self._write(day, of_day.slice(start, self._rows_max))
 
     def _write(self, day: int, scores: pa.Table) -> None:
-        begins = day != self._day or len(self._open) + len(scores) > self._rows_max
+        begins = day != self._day or self._rows + len(scores) > self._rows_max
         number = self._number + begins
-        grown = scores if begins else pa.concat_tables([self._open, scores])
-        _write_file(self.folder, self._path(day, number), grown)
-        self._number, self._day, self._open = number, day, grown
+        grown = scores if begins else pa.concat_tables([self._open(), scores])
+        content = _write_file(self.folder, self._path(day, number), grown)
+        self._number, self._day, self._content, self._rows = number, day, content, len(grown)
+
+    def _open(self) -> pa.Table:
+        """Return what is in the file that is being filled."""
+        return _decoded(self._content).cast(SCHEMA) if self._rows else SCHEMA.empty_table()
 
     def _path(self, day: int, number: int) -> str:
         return f"{_FOLDER}/date={day_text(day)}/{self._writer}-{number:08d}.parquet"
@@ -186,11 +191,12 @@ class ScoreFiles:
     def erase(self, forgotten: Sequence[ForgottenScores]) -> int:
         """Take scores out of the file that is being filled, and of this writer's memory; return how many there were.
         The other files are for whoever calls `erase_scores`."""
-        gone = forgotten_scores(self._open, forgotten)
+        scores = self._open()
+        gone = forgotten_scores(scores, forgotten)
         if gone.any():
-            kept = self._open.filter(pa.array(~gone))
-            _write_file(self.folder, self._path(self._day, self._number), kept)
-            self._open = kept
+            kept = scores.filter(pa.array(~gone))
+            self._content = _write_file(self.folder, self._path(self._day, self._number), kept)
+            self._rows = len(kept)
         return int(np.count_nonzero(gone))
 
     def delete_before(self, ms: int) -> list[str]:
@@ -202,11 +208,19 @@ class ScoreFiles:
         return old
 
 
-def _write_file(folder: Folder, path: str, scores: pa.Table) -> None:
+def _write_file(folder: Folder, path: str, scores: pa.Table) -> bytes:
+    """Write a file, and return what is in it."""
     content = io.BytesIO()
     pq.write_table(scores, content, compression="zstd", use_dictionary=_BY_DICTIONARY, write_page_checksum=True)
     content.seek(0)
     folder.write(path, content, "new")
+    return content.getvalue()
+
+
+def _decoded(content: bytes) -> pa.Table:
+    # In this thread alone: one of Arrow's that still holds an object of Python when a process ends aborts it.
+    with pq.ParquetFile(pa.BufferReader(content), pre_buffer=False, page_checksum_verification=True) as file:
+        return file.read(use_threads=False)
 
 
 def erase_scores(base_uri: str, forgotten: Sequence[ForgottenScores], writers: Collection[str]) -> int:
@@ -276,9 +290,7 @@ def _scores(folder: Folder, path: str) -> pa.Table | None:
             raise
         return None
     try:
-        # In this thread alone: one of Arrow's that still holds an object of Python when a process ends aborts it.
-        with pq.ParquetFile(pa.BufferReader(content), pre_buffer=False, page_checksum_verification=True) as file:
-            table = file.read(use_threads=False)
+        table = _decoded(content)
     except (OSError, pa.ArrowException) as error:
         text = str(error).partition("\n")[0][:300]
         raise HistoryDamaged(f"history: `{path}` cannot be read: {text}; restore it from a copy") from None

@@ -83,9 +83,12 @@ def test_a_request_that_is_alone_in_its_turn_is_scored_at_once(shards: Any) -> N
 
 
 def at_once(lane: Lane, user: int) -> Any:
-    """Return the result of one id if it can be had at once, else None."""
+    """Return the result of one id if it can be had at once, and answer it; else None."""
     scored = lane.score_at_once({"user_id": [user]})
-    return None if scored is None else scored.results[0]
+    if scored is None:
+        return None
+    lane.answered()
+    return scored.results[0]
 
 
 def test_one_id_that_comes_alone_needs_no_future(shards: Any) -> None:
@@ -107,6 +110,28 @@ def test_one_id_that_comes_alone_needs_no_future(shards: Any) -> None:
         assert predictor.calls == [[3], [4], [5], [6], [9], [7]]
         assert counts(lane) == {"requests": 6, "ids": 6, "calls": 6, "failed": 1, "timeouts": 0, "refused": 0}
         assert lane.idle
+
+    run(story)
+
+
+def test_a_request_that_comes_before_the_answer_of_one_alone_has_gone_waits_for_the_end_of_its_turn(
+    shards: Any,
+) -> None:
+    async def story() -> None:
+        lane = lane_of(Predicts(), client_over(shards)[0])
+        for others in (1, 2):
+            assert lane.score_at_once({"user_id": [3]}) is not None
+            await turn()  # its answer is held up
+            assert [at_once(lane, 4)] * others == [None] * others
+            answers = [ask(lane, 4) for _ in range(others)]
+            assert [await results(answer) for answer in answers] == [[result_of(4)]] * others
+            lane.answered()
+            await turn()
+            await results(ask(lane, 5))
+            await turn()
+            assert at_once(lane, 6) == result_of(6)
+            await turn()
+        assert counts(lane) == {"requests": 9, "ids": 9, "calls": 8, "failed": 0, "timeouts": 0, "refused": 0}
 
     run(story)
 
