@@ -51,6 +51,7 @@ _SAMPLE_PLACES = 4_096
 _WORTH = 16
 #: For one table to grow, so many others are looked at, and so many bytes of them.
 _COMPACT_TABLES_MAX, _COMPACT_BYTES_MAX = 64, 2 * _TABLE_BYTES_MAX
+_MUCH_TOO_LARGE = 4
 _RETRY_AFTER_MS_MIN, _RETRY_AFTER_MS_MAX = 1_000, 60_000
 
 logger = logging.getLogger("millpond.shard")
@@ -311,6 +312,15 @@ class IdMemory:
                 break
         self._rebuild(table, size)
 
+    def tidy(self, table: int) -> None:
+        """Rebuild a table that is much too large for what it has that is not too old: after a burst of ids, which grow
+        old where nothing makes their table grow."""
+        if table in self.tables:
+            n = _count(self.directory, table, self.oldest_ms)
+            size = self._allowed(table, n) if n else 0
+            if size is not None and size * _MUCH_TOO_LARGE <= self.directory[table, _ENTRIES]:
+                self._rebuild(table, size)
+
     def _allowed(self, table: int, n: int) -> int | None:
         """Return how large a table may be for n ids: the roomier, the more memory there is."""
         if self.bytes_max is None:
@@ -477,7 +487,8 @@ class IdFilter:
 
     def image(self) -> Iterator[tuple[int, Ints]]:
         """Yield what is remembered in steps of bounded size: a slot and some of its entries, int64 [k, 4] (two halves
-        of the id's hash, when it was received, hash of the content). The last step has none.
+        of the id's hash, when it was received, hash of the content). The last step has none. Tables that are much too
+        large by now become smaller on the way.
 
         Ids may be admitted between two steps. Those that were there before the first, and are not too old by the last,
         are in one of them; of those that come meanwhile some are. An id is not there that was forgotten before the
@@ -494,6 +505,7 @@ class IdFilter:
                 step += 1
                 if step < steps and (now := memory.tables.get(table)) is not entries:
                     entries, step = now, 0  # rebuilt meanwhile: the old one does not know what was forgotten since
+            memory.tidy(table)
         # So that whoever loads it hears of the newest request and of the cutoff by which entries were left out.
         yield 0, np.empty((0, _WORDS), np.int64)
 

@@ -183,6 +183,23 @@ def test_an_image_has_nothing_of_what_was_taken_back_or_is_too_old() -> None:
     assert (slot, sorted(image[:, 1].tolist()), len(last)) == (0, [2, 3], 0)
 
 
+def test_an_image_makes_tables_small_that_a_burst_has_made_large() -> None:
+    seen = filter_of(3)
+    many = list(range(30_000))
+    admit(seen, many, many, [0] * len(many), [n % 2 for n in many])
+    admit(seen, [1, 2], [7, 7], [HORIZON, HORIZON], [0, 2])
+    burst = seen.memory.allocated_bytes
+    assert burst > 30_000 * 32
+    list(seen.image())  # the burst is not too old yet
+    assert seen.memory.allocated_bytes == burst
+    assert admit(seen, [1, 3, 4], [7, 7, 7], [HORIZON + 1] * 3, [0, 2, 2]) == [DUPLICATE, NEW, NEW]
+    list(seen.image())
+    assert seen.memory.allocated_bytes <= 3 * 2 * 16 * 32
+    check(seen.memory)
+    ids, slots = [1, 2, 3, 4, 1, 9], [0, 2, 2, 2, 1, 1]
+    assert admit(seen, ids, [7] * 6, [HORIZON + 1] * 6, slots) == [DUPLICATE] * 4 + [NEW, NEW]
+
+
 # -- limited memory
 
 #: A table of 16 entries, the smallest.
