@@ -49,7 +49,7 @@ def recomputed_scores(
                     for name, value in features_of(http, view, {k: key[k] for k in view.key}, as_of_ms).items()
                 }
                 row = [np.nan if found[name] is None else found[name] for name in names]
-                expected = predictor.predict(Features(np.array([row]), names)).tolist()[0]
+                expected = float(predictor.predict(Features(np.array([row]), names))[0])
                 if not answer["result"] == in_batch["result"] == expected:
                     wrong.append(
                         f"the score of {key} by `{model.name}` is what its features give: expected {expected!r}, got "

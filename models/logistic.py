@@ -36,7 +36,7 @@ def _probabilities(matrix: Any, weights: Any, intercept: Any, missing: Any, out:
 
 
 class Logistic:
-    """A predictor: the probability of the positive class, float64 [n] for float64 [n, columns].
+    """A predictor: the probability of the positive class, n numbers for float64 [n, columns].
 
     weights: float64 [columns]. missing: what a feature that is missing (NaN) counts as; NaN, so that the result is NaN,
     where none can be.
@@ -70,8 +70,9 @@ class Logistic:
         _probabilities(np.ascontiguousarray(matrix), self.weights, self.intercept, self.missing, out)
         return out
 
-    def predict(self, features: Features) -> Floats | list[float]:
+    def predict(self, features: Features) -> list[float]:
+        """Return the probability of each row, as plain numbers: of one row it takes no array."""
         matrix = features.matrix
-        if len(matrix) == 1 and matrix.shape[1] == len(self.weights):  # one number takes no arrays
+        if len(matrix) == 1 and matrix.shape[1] == len(self.weights):
             return [_probability(matrix, 0, self.weights, self.intercept, self.missing)]
-        return self.probabilities(matrix)
+        return self.probabilities(matrix).tolist()  # type: ignore[no-any-return]

@@ -100,10 +100,10 @@ def test_model_scores_missing_features_as_zero_and_a_row_alike_alone_and_in_a_ba
     names = tuple(reference.user_activity.features)
     together = model.predict(Features(matrix, names))
     alone = [model.predict(Features(row[None, :], names))[0] for row in matrix]
-    assert together.tolist() == alone
-    assert ((together > 0) & (together < 1)).all()
+    assert together == alone
+    assert all(0 < one < 1 for one in together)
     zero = np.where(np.isnan(matrix), 0, matrix)
-    assert model.predict(Features(zero, names)).tolist() == together.tolist()
+    assert model.predict(Features(zero, names)) == together
 
 
 def test_reference_events_are_seeded_in_order_within_seven_days_and_of_every_user() -> None:

@@ -30,6 +30,8 @@ def test_a_missing_feature_counts_as_zero_and_a_row_is_alike_alone_and_among_oth
     model = Logistic(draw.normal(size=5), -0.5)
     together = model.probabilities(matrix)
     assert together.tolist() == [model.probabilities(row[np.newaxis])[0] for row in matrix]
+    assert together.tolist() == [one for row in matrix for one in model.predict(Features(row[np.newaxis], ()))]
+    assert together.tolist() == model.predict(Features(matrix, ()))
     assert together.tolist() == model.probabilities(np.asfortranarray(matrix)).tolist()
     assert together.tolist() == model.probabilities(np.where(np.isnan(matrix), 0.0, matrix)).tolist()
     assert model.probabilities(np.full((1, 5), np.nan))[0] == pytest.approx(1 / (1 + np.exp(0.5)))
@@ -53,6 +55,8 @@ def test_another_number_of_columns_is_an_error_not_another_result() -> None:
     for columns in (0, 1, 3):
         with pytest.raises(ValueError, match=f"got {columns} columns; the model has 2 weights"):
             model.probabilities(np.zeros((4, columns)))
+        with pytest.raises(ValueError, match=f"got {columns} columns; the model has 2 weights"):
+            model.predict(Features(np.zeros((1, columns)), ()))
     with pytest.raises(ValueError, match="expected one per column"):
         Logistic([[1.0], [2.0]])
     assert Logistic([1.0, 2.0]).probabilities(np.zeros((0, 2))).tolist() == []
