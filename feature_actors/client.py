@@ -286,7 +286,7 @@ class FeatureClient:
             return None
         rows, start = [], 0
         for plan, keys in asked:
-            rows.append(plan.rows(plans.part(answer, plan, start, start + len(keys))))
+            rows.append(plans.rows(answer, plan, start, start + len(keys)))
             start += len(keys)
         return rows
 

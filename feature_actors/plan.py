@@ -179,7 +179,7 @@ class ReadPlan:
         ends = np.cumsum([0, *(f.width for f in read.values())]).tolist()
         self._columns = {name: slice(a, b) for name, a, b in zip(read, ends, ends[1:], strict=False)}
         #: Whether what is read is the matrix, as it is.
-        self._is_matrix = len(read) == len(features) and not any(f.is_text or f.derived for f in features)
+        self.is_matrix = len(read) == len(features) and not any(f.is_text or f.derived for f in features)
         self._numbers = [f for f in features if not f.is_text]
         self._text_features = [f for f in features if f.is_text]
         self._one_key = self.program.keys[0] if len(self.program.keys) == 1 else None
@@ -345,7 +345,7 @@ class ReadPlan:
             else:
                 for row, view in zip(*np.nonzero(~known), strict=True):
                     unknown[row].append(names[view])
-        if self._is_matrix:
+        if self.is_matrix:
             return FeatureRows(values, answer.as_of, unknown, {}, answer.trace)
         columns: dict[str, Floats] = {}
         parts = [self._compute(feature, values, columns) for feature in self._numbers]

@@ -9,7 +9,15 @@ from functools import cached_property
 import numpy as np
 
 from millpond.feature_actors.layout import PlanProgram
-from millpond.feature_actors.plan import RECURRING_MAX, Answer, Ints, Question, ReadPlan, question_of_words
+from millpond.feature_actors.plan import (
+    RECURRING_MAX,
+    Answer,
+    FeatureRows,
+    Ints,
+    Question,
+    ReadPlan,
+    question_of_words,
+)
 from millpond.feature_actors.tiles.program import F_SCAN, P_FEATURE, P_SCAN, P_VIEW, PackedProgram, ReadProgram
 from millpond.feature_actors.tiles.read import NO_CLOCK
 
@@ -98,12 +106,14 @@ class PlanSet:
         question.event_clock = clock_ms is None
         return question
 
-    def part(self, answer: Answer, plan: ReadPlan, start: int, end: int) -> Answer:
-        """Return the answer of a plan's ids, which stand together from start to end."""
+    def rows(self, answer: Answer, plan: ReadPlan, start: int, end: int) -> FeatureRows:
+        """Return the features of a plan's ids, which stand together from start to end."""
         program = plan.program
         values = answer.values[start:end, : program.width]
         if end - start > 1:
             values = np.ascontiguousarray(values)
-        known = answer.known if answer.all_known else answer.known[start:end, : len(program.view_names)]
-        trace = answer.trace[start:end, : 1 + program.parts]
-        return Answer(answer.as_of[start:end], values, known, trace, {}, answer.all_known)
+        as_of, trace = answer.as_of[start:end], answer.trace[start:end, : 1 + program.parts]
+        if answer.all_known and plan.is_matrix:  # as they nearly always are
+            return FeatureRows(values, as_of, [[] for _ in range(start, end)], {}, trace)
+        known = answer.known[start:end, : len(program.view_names)]
+        return plan.rows(Answer(as_of, values, known, trace, {}, answer.all_known))
