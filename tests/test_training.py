@@ -616,6 +616,20 @@ def test_tables_and_files_say_when_events_arrived_and_an_error_names_the_row_of_
     assert str(caught.value) == "event of `payments`: expected `int64`, got `null` - at `$[180000].cents`"
 
 
+def test_numbers_of_a_table_that_read_as_epoch_seconds_are_refused_and_a_column_of_times_is_not() -> None:
+    labels = pa.table({"user": [1], "as_of": pa.array([1_700_000_000_000], TIME)})
+    n = [BY_USER["n"]]
+    typed = _payments([{"id": "1", "at": 1_700_000_000, "user": 1, "shop": "a", "cents": 5}])
+    assert training_set(n, labels, {"payments": typed}).matrix.tolist() == [[1.0]]
+    numbers = typed.set_column(typed.column_names.index("at"), "at", pa.array([1_700_000_000], pa.int64()))
+    with pytest.raises(
+        BadRequest, match=r"which is 2023-11-14 in epoch seconds; .* send 1700000000000, .* at `\$\[0\]\.at`$"
+    ):
+        training_set(n, labels, {"payments": numbers})
+    times = pa.array([1_700_000_000_000], pa.int64())
+    assert training_set(n, labels, {"payments": numbers.set_column(1, "at", times)}).matrix.tolist() == [[1.0]]
+
+
 # -- sorted runs
 
 

@@ -213,7 +213,8 @@ def read_tables(given: Mapping[str, pa.Table | Path], events: EventsBySource, to
     """Add events from tables, or Parquet files, in order of arrival.
 
     They are taken as the events app takes them: checked, defaults filled, of each event id the first one. By arrival
-    each is known from its `_arrival_ms` on. Raises `BadRequest` if a column is missing or a value does not fit.
+    each is known from its `_arrival_ms` on. Raises `BadRequest` if a column is missing or a value does not fit, such as
+    a number that reads as epoch seconds.
     """
     layout, read = events.layout, 0
     admit = Shard(layout, ShardMap.even(1, 1), 0)
@@ -221,7 +222,8 @@ def read_tables(given: Mapping[str, pa.Table | Path], events: EventsBySource, to
         if name not in given:
             raise BadRequest(f"training set: no events of source `{name}`; given are {sorted(given)}")
         tables = layout.tables_of(name)
-        decoder = Decoder(source, key_fields={f for table in tables for f in table.key})
+        # Whatever the clock is: of a column, who says that it is of 1970 can say so by its type.
+        decoder = Decoder(source, key_fields={f for table in tables for f in table.key}, refuse_seconds=True)
         for first, piece in _pieces(given[name], source, events.knowledge):
             batch, arrivals = _decoded(decoder, piece, first, events.knowledge)
             admitted = _admitted(admit, source, batch)
