@@ -48,7 +48,8 @@ class ClientGone(Exception):
 
 @dataclass(frozen=True)
 class Response:
-    """An answer. then: what is done when it has been sent, which the client does not wait for."""
+    """An answer. then: what is done when it has been sent, or could not be, which the client does not wait for; it must
+    not raise."""
 
     status: int
     body: bytes

@@ -97,12 +97,14 @@ class LaneCounts:
 @dataclass(slots=True)
 class Scored:
     """What requests that were scored together got: their rows, one result a row, or the `PredictionFailed` of this row
-    alone, and each row's features if asked. sampled: those rows that are to be logged when they are served."""
+    alone, and each row's features if asked. sampled: those rows that are to be logged when they are served. took_s: of
+    one that was scored at once, what its prediction took, see `Lane._note_inline`."""
 
     rows: FeatureRows
     results: list[Any]
     values: list[dict[str, Any]] | None
     sampled: Sampled | None = None
+    took_s: tuple[float, float | None] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -188,8 +190,6 @@ class Lane:
         self._client = client
         self._threads = threads
         self._limits = limits
-        #: What the call for a request that is scored at once took, see `_note_inline`, until that is answered.
-        self._took_s: tuple[float, float | None] | None = None
         #: So many calls on the event loop are still timed precisely.
         self._precise_calls = 0
         #: What the last calls with few rows took.
@@ -266,36 +266,39 @@ class Lane:
             or self.loaded.two_stage or self.call_s > _LOOP_S_MAX or not self._turns.come_alone()
         ):  # fmt: skip
             return None
+        scored = None
         try:
             rows = self._client.read_now(self.loaded.plan, keys, 1)
             if rows is None:
-                return None
+                return None  # `ask` comes next, and ends this turn
             sampled = None if self.score_log is None else self.score_log.take(keys, rows)
+            scored = Scored(rows, [], None, sampled)
             watch = Stopwatch() if self._precise_calls else None
             begun_s = time.perf_counter()
             self._turns.predicting = self, begun_s
             try:
-                results, failed = self.loaded.predict_each(rows, keys)
+                scored.results, failed = self.loaded.predict_each(rows, keys)
             finally:
                 self._turns.predicting = NOBODY
-                self._took_s = time.perf_counter() - begun_s, None if watch is None else watch.seconds
+                scored.took_s = time.perf_counter() - begun_s, None if watch is None else watch.seconds
             if failed:
-                raise results[0]
-            return Scored(rows, results, None, sampled)
-        except Exception as error:
-            self._count_failure(error)
-            self.answered()
+                raise scored.results[0]
+            return scored
+        except BaseException as error:
+            if isinstance(error, Exception):
+                self._count_failure(error)
+            self.answered(scored)
             raise
 
-    def answered(self) -> None:
-        """Count a request that was scored at once, and learn from it."""
+    def answered(self, scored: Scored | None) -> None:
+        """Count a request that was scored at once, learn from it, and let its turn end. scored: None if it could not be
+        read."""
         self.counts.requests += 1
         self.counts.ids += 1
         self.asked_s = time.monotonic()
         self._turns.gone()
-        if self._took_s is not None:
-            self._note_inline(*self._took_s, 1)
-            self._took_s = None
+        if scored is not None and scored.took_s is not None:
+            self._note_inline(*scored.took_s, 1)
 
     # -- a turn: read and predict what waits
 
@@ -510,7 +513,7 @@ class Lane:
         precisely."""
         if precise_s is not None:
             seconds = precise_s
-            self._precise_calls -= 1
+            self._precise_calls = max(0, self._precise_calls - 1)  # others may have been timed meanwhile
         if seconds > INLINE_S_MAX and n <= _FEW_ROWS:
             self._precise_calls = _CALLS
             if precise_s is None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -120,7 +121,12 @@ class ScoreApp(App):
         if served.canary is None and not batch:
             lane = served.champion
             if as_of_ms is None and not values and (at_once := lane.score_at_once(keys)) is not None:
-                return Response(200, self._answers.one(lane, at_once, 0), then=lane.answered)
+                then = partial(lane.answered, at_once)
+                try:
+                    return Response(200, self._answers.one(lane, at_once, 0), then=then)
+                except BaseException:
+                    then()
+                    raise
             scored, row = await lane.ask(keys, 1, as_of_ms, values)
             return Response(200, self._answers.one(lane, scored, row))
         answered = await served.ask(keys, len(ids), as_of_ms, values)

@@ -86,6 +86,8 @@ class ScoreLog:
         self._deleted_s = -_DELETE_EVERY_S
         #: What is not to be logged any more, by the names of the notices that say so.
         self._forgotten: dict[str, ForgottenScores] = {}
+        #: Those of which it has been said that nothing is left here; the others are tried again.
+        self._heeded: set[str] = set()
         #: What became of the scores that were taken.
         self.written = self.dropped = 0
         self._wake, self._closed = threading.Event(), False
@@ -173,10 +175,11 @@ class ScoreLog:
         """Take out what is to be forgotten, and say that it is; what comes of it later is not logged."""
         try:
             folder = self._opened().folder
-            for name in noticed(folder) - self._forgotten.keys():
+            for name in noticed(folder) - self._heeded:
                 if (forgotten := forgotten_by(folder, name)) is not None:
                     self._forgotten[name] = forgotten
                     heeded(folder, name, self._writer, self._opened().erase([forgotten]))
+                    self._heeded.add(name)
         except MillpondError as error:
             logger.warning("logged scores cannot be forgotten yet: %s", error)
 

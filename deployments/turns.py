@@ -41,8 +41,10 @@ class Turns:
     def ask(self, lane: Lane) -> None:
         """Have a lane, for which something waits, take a turn: now, or when all of this turn of the loop have asked."""
         if self.come_alone():
-            lane.take_turn()
-            self.gone()
+            try:
+                lane.take_turn()
+            finally:
+                self.gone()
             return
         self._asked += 1
         if not self._comes:
@@ -62,6 +64,7 @@ class Turns:
         return True
 
     def gone(self) -> None:
+        """Let the turn of a request end that has come alone."""
         asyncio.get_running_loop().call_soon(self._look_for_company)
 
     def _look_for_company(self) -> None:

@@ -51,6 +51,7 @@ _SAMPLE_PLACES = 4_096
 _WORTH = 16
 #: For one table to grow, so many others are looked at, and so many bytes of them.
 _COMPACT_TABLES_MAX, _COMPACT_BYTES_MAX = 64, 2 * _TABLE_BYTES_MAX
+#: A table that could be so many times smaller becomes so with the next image.
 _MUCH_TOO_LARGE = 4
 _RETRY_AFTER_MS_MIN, _RETRY_AFTER_MS_MAX = 1_000, 60_000
 
@@ -487,21 +488,24 @@ class IdFilter:
 
     def image(self) -> Iterator[tuple[int, Ints]]:
         """Yield what is remembered in steps of bounded size: a slot and some of its entries, int64 [k, 4] (two halves
-        of the id's hash, when it was received, hash of the content). The last step has none. Tables that are much too
-        large by now become smaller on the way.
+        of the id's hash, when it was received, hash of the content). The last step has none, and so have those that
+        found only what is too old. Tables that are much too large by now become smaller on the way.
 
         Ids may be admitted between two steps. Those that were there before the first, and are not too old by the last,
         are in one of them; of those that come meanwhile some are. An id is not there that was forgotten before the
         step.
         """
-        memory = self.memory
+        memory, looked = self.memory, 0
         for table in self._tables:
             entries, step = memory.tables.get(table), 0
             while entries is not None and step < (steps := -(-len(entries) // _IMAGE_ENTRIES_MAX)):
                 # Entries from everywhere, because those of one region would be too many for that of another table.
                 some = entries[step::steps]
-                if len(kept := some[some[:, _RECEIVED] >= memory.oldest_ms]):
+                looked += len(some)
+                kept = some[some[:, _RECEIVED] >= memory.oldest_ms]
+                if len(kept) or looked >= _IMAGE_ENTRIES_MAX:
                     yield (table - self._first) // memory.parts, kept
+                    looked = 0
                 step += 1
                 if step < steps and (now := memory.tables.get(table)) is not entries:
                     entries, step = now, 0  # rebuilt meanwhile: the old one does not know what was forgotten since

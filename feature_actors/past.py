@@ -90,7 +90,8 @@ class Past:
                     raise self._missing(shard, log.first)
                 if log.next < end:  # else what is not there would count as read
                     raise Unavailable(
-                        f"past: the log of shard {shard} ends at offset {log.next}, not at {end}, where its shard said"
+                        f"past: the log of shard {shard} ends at offset {log.next}, not at {end}, where its shard "
+                        "said; retry when it has started"
                     )
                 # Of offers that were made before nothing is new at its home.
                 piece, at = applied_piece(log, at, end, {})

@@ -26,15 +26,14 @@ if TYPE_CHECKING:
     from millpond.feature_actors.reader import Call
 
 __all__ = [
-    "RECURRING_MAX",
     "Answer",
     "FeatureFailed",
     "FeatureRows",
     "Question",
     "ReadPlan",
     "as_of_in_past",
+    "blank_question",
     "key_value",
-    "question_of_words",
 ]
 
 Ints = npt.NDArray[np.int64]
@@ -48,8 +47,8 @@ _INT64_TEXT = re.compile(r"0|-?[1-9][0-9]{0,18}")
 KEY_BYTES_MAX = 1_024
 _FEATURE_VALUES = "feature values"
 _PROBLEMS_MAX = 10
-#: Questions about so many ids at most are kept to be asked again.
-RECURRING_MAX = 32
+#: Questions about so many ids at most are kept to be asked again: by each plan, and there may be hundreds.
+_RECURRING_MAX = 8
 _NO_TRACE = np.empty((0, 1), np.int64)
 _NO_IDS = np.empty(0, np.int64)
 
@@ -98,10 +97,16 @@ class Question:
         return Question(self.program, np.ascontiguousarray(self.hashes[:, rows]), clock[rows], self.event_clock, as_of)
 
 
-def question_of_words(program: PlanProgram, n: int, plans: Ints | None = None) -> Question:
-    """Return a question about n ids of one int64 field, which are still to be put into `ids`, as of `clock`."""
+def blank_question(
+    program: PlanProgram, n: int, kept: dict[int, Question], n_max: int, plans: Ints | None = None
+) -> Question:
+    """Return a question about n ids of one int64 field, which are still to be put into `ids`, as of `clock`. kept: has
+    it from now on, to be asked again, if n is n_max at most."""
     hashes, (clock, ids) = np.empty((1, n, 2), np.int64), np.empty((2, n), np.int64)
-    return Question(program, hashes, clock, False, None, plans, ids)
+    question = Question(program, hashes, clock, False, None, plans, ids, recurs=n <= n_max)
+    if question.recurs:
+        kept[n] = question
+    return question
 
 
 @dataclass(slots=True)
@@ -311,12 +316,7 @@ class ReadPlan:
 
         About a few ids it is the same object each time, so it is asked by one thread.
         """
-        question = self._recurring.get(n)
-        if question is None:
-            question = question_of_words(self.program, n)
-            if n <= RECURRING_MAX:
-                question.recurs = True
-                self._recurring[n] = question
+        question = self._recurring.get(n) or blank_question(self.program, n, self._recurring, _RECURRING_MAX)
         if n == 1:  # one element is set faster than all
             question.ids[0] = keys[self._word][0]
             question.clock[0] = NO_CLOCK if clock_ms is None else clock_ms

@@ -10,18 +10,21 @@ import numpy as np
 
 from millpond.feature_actors.layout import PlanProgram
 from millpond.feature_actors.plan import (
-    RECURRING_MAX,
     Answer,
     FeatureRows,
     Ints,
     Question,
     ReadPlan,
-    question_of_words,
+    blank_question,
 )
 from millpond.feature_actors.tiles.program import F_SCAN, P_FEATURE, P_SCAN, P_VIEW, PackedProgram, ReadProgram
 from millpond.feature_actors.tiles.read import NO_CLOCK
 
 __all__ = ["PlanSet"]
+
+
+#: As of a plan; of sets a replica has one.
+_RECURRING_MAX = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,10 +98,8 @@ class PlanSet:
         n = len(keys)
         question = self._recurring.get(n)
         if question is None:
-            question = question_of_words(self._program, n, np.empty((n, 2), np.int64))
-            if n <= RECURRING_MAX:
-                question.recurs = True
-                self._recurring[n] = question
+            plans = np.empty((n, 2), np.int64)
+            question = blank_question(self._program, n, self._recurring, _RECURRING_MAX, plans)
         assert question.plans is not None
         question.plans[:] = self._plans[numbers]
         question.ids[:] = keys
@@ -107,7 +108,7 @@ class PlanSet:
         return question
 
     def rows(self, answer: Answer, plan: ReadPlan, start: int, end: int) -> FeatureRows:
-        """Return the features of a plan's ids, which stand together from start to end."""
+        """Return the features of a plan's ids, which stand together from start to end. Raises `FeatureFailed`."""
         program = plan.program
         values = answer.values[start:end, : program.width]
         if end - start > 1:

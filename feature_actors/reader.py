@@ -61,29 +61,30 @@ class Call:
     """What `read_rows` is told, in one piece of memory, at `address`: a kernel takes over a number faster than ten
     arrays, by more than it takes to read an entity.
 
-    start: the first id to read. copy: of the answer, for a question that recurs. Holds the arrays whose addresses it
-    tells.
+    start: the first id to read. The arrays whose addresses it tells are the question's, the answer's and the reader's,
+    which are to live as long. reader: stands for that, without keeping it. given: what is returned of a question that
+    recurs, each time with copies of the answer's arrays.
     """
 
-    __slots__ = ("_words", "address", "answer", "copy", "event_clock", "question", "reader")
+    __slots__ = ("_words", "address", "answer", "event_clock", "given", "reader")
 
     def __init__(self, reader: MemoryReader, question: Question, answer: Answer, start: int) -> None:
-        self.reader, self.question, self.answer, self.event_clock = reader, question, answer, question.event_clock
+        self.reader, self.answer, self.event_clock = reader.name, answer, question.event_clock
+        self.given = Answer(answer.as_of, answer.values, answer.known, answer.trace, {})
         program, (columns, views, traced) = question.program, question.program.widths
         shards, owners = reader.shards, reader.owners
         plans = program.plans if question.plans is None else question.plans
-        self._words = np.array(
-            [
-                _at(shards), shards.shape[1], _at(owners), len(owners), program.layout_digest,
-                program.packed(len(owners)).address, _at(plans), len(plans), _at(question.ids), len(question.ids),
-                _at(question.hashes), len(question.hashes), question.n, start, _at(question.clock),
-                question.event_clock, question.as_of is not None, _at(answer.as_of), _at(answer.values), columns,
-                _at(answer.known), views, _at(answer.trace), traced, 0, 0,
-            ],
-            np.int64,
-        )  # fmt: skip
+        # In the order of the words `A_...`.
+        words = [
+            _at(shards), shards.shape[1], _at(owners), len(owners), program.layout_digest,
+            program.packed(len(owners)).address, _at(plans), len(plans), _at(question.ids), len(question.ids),
+            _at(question.hashes), len(question.hashes), question.n, start, _at(question.clock),
+            question.event_clock, question.as_of is not None, _at(answer.as_of), _at(answer.values, np.float64),
+            columns, _at(answer.known, np.bool_), views, _at(answer.trace), traced, 0, 0,
+        ]  # fmt: skip
+        assert len(words) == A_DETAIL + 1
+        self._words = np.array(words, np.int64)
         self.address = _at(self._words)
-        self.copy = answer
 
     @property
     def stopped_at(self) -> tuple[int, int]:
@@ -91,8 +92,10 @@ class Call:
         return int(self._words[A_ROW]), int(self._words[A_DETAIL])
 
 
-def _at(array: npt.NDArray[Any]) -> int:
-    assert array.flags.c_contiguous
+def _at(array: npt.NDArray[Any], dtype: Any = np.int64) -> int:
+    """Return where an array lies; a kernel hears no more of it. Raises `TypeError` if it is not what that takes."""
+    if array.dtype != dtype or not array.flags.c_contiguous:
+        raise TypeError(f"kernel: expected a contiguous array of {np.dtype(dtype)}, got {array.dtype} {array.strides}")
     return array.__array_interface__["data"][0]  # type: ignore[no-any-return]  # quicker than `ctypes.data`
 
 
@@ -105,6 +108,8 @@ class MemoryReader:
     def __init__(self, shard_map: ShardMap, shards: list[int]) -> None:
         mine = set(shards)
         self._n_shards = shard_map.n_shards
+        #: By which it is known without being kept.
+        self.name = object()
         #: What `read_rows` is told of the shards.
         self.owners: Ints = np.array([owner if owner in mine else -1 for owner in shard_map.owners], np.int64)
         self.shards: Ints = np.zeros((3, self._n_shards), np.int64)
@@ -130,17 +135,15 @@ class MemoryReader:
             self.attempt(question, answer, 0)
             return answer
         call = question.call
-        if call is None or call.reader is not self or call.event_clock != question.event_clock:
+        if call is None or call.reader is not self.name or call.event_clock != question.event_clock:
             call = question.call = Call(self, question, Answer.empty(question), 0)
-            call.copy = Answer.empty(question)
         unknown = read_rows(call.address)
         if unknown < 0:
-            self._raise(call, unknown)
-        found, answer = call.answer, call.copy
-        answer.as_of, answer.values, answer.trace = found.as_of.copy(), found.values.copy(), found.trace.copy()
+            self._raise(question, call, unknown)
+        found, answer = call.answer, call.given
+        answer.as_of, answer.values = found.as_of.copy(), found.values.copy()
+        answer.known, answer.trace = found.known.copy(), found.trace.copy()
         answer.all_known = unknown == 0
-        if unknown:
-            answer.known = found.known.copy()
         if question.program.texts:
             answer.texts = {}
             self.read_texts(question, answer)
@@ -151,16 +154,16 @@ class MemoryReader:
         call = Call(self, question, answer, start)
         unknown = read_rows(call.address)
         if unknown < 0:
-            self._raise(call, unknown)
+            self._raise(question, call, unknown)
         answer.all_known = start == 0 and unknown == 0
         if question.program.texts:
             self.read_texts(question, answer)
 
-    def _raise(self, call: Call, code: int) -> None:
+    def _raise(self, question: Question, call: Call, code: int) -> None:
         row, detail, code = *call.stopped_at, -code
         if code == PAST:
-            assert call.question.as_of is not None
-            raise as_of_in_past(int(call.question.as_of[row]), detail, call.question.program.past_ms)
+            assert question.as_of is not None
+            raise as_of_in_past(int(question.as_of[row]), detail, question.program.past_ms)
         if code == MOVED:
             raise _Moved(detail)
         if code == FOREIGN:

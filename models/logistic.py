@@ -49,7 +49,8 @@ class Logistic:
             raise ValueError(f"weights: got an array of the shape {self.weights.shape}; expected one per column")
         zeros = np.zeros((1, len(self.weights)))  # compiled now, not by the first request
         self.probabilities(zeros)
-        _probability(zeros, 0, self.weights, self.intercept, self.missing)
+        for one in (zeros, np.zeros((1, 2 * len(self.weights)))[:, ::2]):  # of a wrapper that picks columns, too
+            _probability(one, 0, self.weights, self.intercept, self.missing)
 
     @classmethod
     def load(cls, weights: str, missing: float = 0.0) -> Logistic:

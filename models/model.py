@@ -223,7 +223,11 @@ def _plain_json(value: Any) -> Any:
         except UnicodeEncodeError:
             raise ValueError(f"the text {value[:60]!r}") from None
         return value
-    if value is None or kind is bool or kind is int:
+    if value is None or kind is bool:
+        return value
+    if kind is int:
+        if not -(2**63) <= value < 2**64:
+            raise ValueError("an integer of more than 64 bits")
         return value
     if isinstance(value, dict):
         for name in value:

@@ -200,6 +200,18 @@ def test_an_image_makes_tables_small_that_a_burst_has_made_large() -> None:
     assert admit(seen, ids, [7] * 6, [HORIZON + 1] * 6, slots) == [DUPLICATE] * 4 + [NEW, NEW]
 
 
+def test_what_is_too_old_is_passed_over_in_steps_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dedupe, "_IMAGE_ENTRIES_MAX", 64)
+    seen = filter_of(3)
+    many = list(range(2_000))
+    admit(seen, many, many, [0] * 2_000, [n % 3 for n in many])
+    admit(seen, [1], [7], [2 * HORIZON], [1])
+    entries = sum(map(len, seen.memory.tables.values()))
+    steps = list(seen.image())
+    assert len(steps) >= entries // (2 * 64)
+    assert [(slot, some[:, 1].tolist()) for slot, some in steps if len(some)] == [(1, [1])]
+
+
 # -- limited memory
 
 #: A table of 16 entries, the smallest.

@@ -569,6 +569,8 @@ def test_a_derived_feature_that_fails_is_named() -> None:
         (np.float32("inf"), "predict returned the number inf, which JSON cannot hold"),
         ({"rank": [np.array([1.0, np.nan])]}, "predict returned the number nan, which JSON cannot hold"),
         ({1, 2}, "predict returned a value of type `set`, which JSON cannot hold"),
+        (2**64, "predict returned an integer of more than 64 bits, which JSON cannot hold"),
+        ([-(2**63) - 1], "predict returned an integer of more than 64 bits, which JSON cannot hold"),
         (b"bytes", "predict returned a value of type `bytes`, which JSON cannot hold"),
         (1j, "predict returned a value of type `complex`, which JSON cannot hold"),
         (np.datetime64("2024-01-01", "ms"), "predict returned a value of type `datetime`, which JSON cannot hold"),

@@ -87,7 +87,7 @@ def at_once(lane: Lane, user: int) -> Any:
     scored = lane.score_at_once({"user_id": [user]})
     if scored is None:
         return None
-    lane.answered()
+    lane.answered(scored)
     return scored.results[0]
 
 
@@ -120,18 +120,36 @@ def test_a_request_that_comes_before_the_answer_of_one_alone_has_gone_waits_for_
     async def story() -> None:
         lane = lane_of(Predicts(), client_over(shards)[0])
         for others in (1, 2):
-            assert lane.score_at_once({"user_id": [3]}) is not None
+            scored = lane.score_at_once({"user_id": [3]})
+            assert scored is not None
             await turn()  # its answer is held up
             assert [at_once(lane, 4)] * others == [None] * others
             answers = [ask(lane, 4) for _ in range(others)]
             assert [await results(answer) for answer in answers] == [[result_of(4)]] * others
-            lane.answered()
+            lane.answered(scored)
             await turn()
             await results(ask(lane, 5))
             await turn()
             assert at_once(lane, 6) == result_of(6)
             await turn()
         assert counts(lane) == {"requests": 9, "ids": 9, "calls": 8, "failed": 0, "timeouts": 0, "refused": 0}
+
+    run(story)
+
+
+def test_of_several_whose_answers_are_held_up_each_call_is_learned_from(shards: Any) -> None:
+    async def story() -> None:
+        lane = lane_of(Predicts(), client_over(shards)[0])
+        held = [lane.score_at_once({"user_id": [1]})]
+        await turn()
+        for user in (2, 3):  # they end the turn, and are alone again
+            assert await results(ask(lane, user)) == [result_of(user)]
+            await turn()
+        held.append(lane.score_at_once({"user_id": [4]}))
+        for scored in held:
+            assert scored is not None
+            lane.answered(scored)
+        assert counts(lane) == {"requests": 4, "ids": 4, "calls": 4, "failed": 0, "timeouts": 0, "refused": 0}
 
     run(story)
 

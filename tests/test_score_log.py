@@ -278,6 +278,31 @@ def test_who_is_forgotten_leaves_every_file_and_what_waits_and_is_not_logged_aga
     assert list((tmp_path / "_scores" / "_forget").iterdir()) == []
 
 
+def test_a_writer_that_could_not_forget_tries_again(tmp_path: Path) -> None:
+    registry, pid = Registry(tmp_path / "registry"), os.getpid()
+    registry.report("tested", {"pid": pid, "started_ticks": started_ticks(pid)})
+    world = make_world([model("churn", list(user_spend))], score_log=logs_to(tmp_path, flush_s=0.02))
+    log = world.score._answers._score_log
+    assert log is not None
+    for user in (1, 2):
+        world.post_score("churn", {"user_id": user})
+    deadline = time.monotonic() + 60
+    while log.counts["written"] < 2:
+        assert time.monotonic() < deadline
+    low, high = hash_keys([[1]], 1).view(np.int64)[0].tolist()
+    eraser = ScoreEraser(str(tmp_path), str(tmp_path / "registry"), logged=True)
+    (date,) = (tmp_path / "_scores").glob("date=*")
+    date.rename(tmp_path / "away")
+    date.write_text("no folder")
+    with pytest.raises(Unavailable, match=r"^logged scores: `tested` may log scores still"):
+        dataclasses.replace(eraser, wait_s_max=0.5).forget("one", "user_id", (low, high), NOW)
+    date.unlink()
+    (tmp_path / "away").rename(date)
+    assert eraser.forget("one", "user_id", (low, high), NOW) == 1
+    log.close()
+    assert [one["key"] for one in logged(tmp_path)] == ['{"user_id":2}']
+
+
 def test_whose_scores_are_logged_is_a_matter_of_the_id_alone(tmp_path: Path) -> None:
     hashes = hash_keys([USERS], len(USERS))[:, 0]
     chosen = {user for user, h in zip(USERS, hashes.tolist(), strict=True) if h < 2**62}
