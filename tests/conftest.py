@@ -112,11 +112,11 @@ def nothing_left_open() -> Iterator[None]:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Run the whole suite in two processes, of however many cores: many tests wait, those of clusters above all.
+    """Run the whole suite in three processes, of however many cores: many tests wait, those of clusters above all.
 
     Chosen files run in this one: to start others takes longer than most files do, and a debugger wants the terminal.
     """
-    return 2 if [Path(a).resolve() for a in config.args] == [Path(__file__).parent] else 0
+    return 3 if [Path(a).resolve() for a in config.args] == [Path(__file__).parent] else 0
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
