@@ -38,6 +38,9 @@ __all__ = [
 
 Ints = npt.NDArray[np.int64]
 
+#: Each time a file is replaced it is read and written as a whole, for a few scores where there are few in all.
+_WRITES_MAX = 100
+
 _ROW = pa.struct([("table", pa.string()), ("shard", pa.int32()), ("offset", pa.int64()), ("row", pa.int32())])
 SCHEMA = pa.schema(
     [
@@ -155,7 +158,7 @@ class ScoreFiles:
     """The files of one writer, below the base of a history.
 
     writer: its name, no other's. rows_max: scores after which a file is full. A file grows by being replaced, so that
-    there are few of them however often something is written.
+    there are few of them however often something is written; but not more than `_WRITES_MAX` times.
     Methods raise `HistoryUnavailable`; what was to be written is not there then.
     """
 
@@ -165,6 +168,7 @@ class ScoreFiles:
         self._number, self._day = -1, -1
         # As it was written, a tenth of what its rows would take: it is there all the time, and grows all the time.
         self._content, self._rows = b"", 0
+        self._writes = 0
 
     def write(self, scores: pa.Table) -> None:
         """Write scores, synced."""
@@ -175,11 +179,12 @@ class ScoreFiles:
                 self._write(day, of_day.slice(start, self._rows_max))
 
     def _write(self, day: int, scores: pa.Table) -> None:
-        begins = day != self._day or self._rows + len(scores) > self._rows_max
+        begins = day != self._day or self._rows + len(scores) > self._rows_max or self._writes >= _WRITES_MAX
         number = self._number + begins
         grown = scores if begins else pa.concat_tables([self._open(), scores])
         content = _write_file(self.folder, self._path(day, number), grown)
         self._number, self._day, self._content, self._rows = number, day, content, len(grown)
+        self._writes = 1 if begins else self._writes + 1
 
     def _open(self) -> pa.Table:
         """Return what is in the file that is being filled."""

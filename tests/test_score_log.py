@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from apps import (
     ARROW,
@@ -151,6 +152,18 @@ def test_a_file_grows_until_it_is_full_and_a_day_has_files_of_its_own(tmp_path: 
     assert len(logged(tmp_path, until_ms=6)) == 12
     assert logged(tmp_path, until_ms=5) == logged(tmp_path, model="n") == logged(tmp_path, version="2") == []
     assert int(logged(tmp_path, newest_first=True)[-1]["id"]) < 11
+
+
+def test_a_file_is_not_replaced_for_ever_however_little_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("millpond.models.score_log._WRITES_MAX", 3)
+    files = ScoreFiles(str(tmp_path), "w", 1_000)
+    for number in range(7):
+        files.write(some_scores(1, 5, number))
+    sizes = [pq.read_metadata(path).num_rows for path in sorted(tmp_path.rglob("*.parquet"))]
+    assert sizes == [3, 3, 1]
+    assert sorted(int(one["id"]) for one in logged(tmp_path)) == list(range(7))
 
 
 def test_dates_older_than_is_kept_are_deleted(tmp_path: Path) -> None:
