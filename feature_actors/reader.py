@@ -7,6 +7,7 @@ those of the shard processes of this node (`MemoryRead`, the read port of model 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -247,13 +248,17 @@ class MemoryRead:
             return None
 
     async def read(self, question: Question) -> Answer:
-        """Answer a question; waits only while a slot of it is being written.
+        """Answer a question; waits only while a slot of it is being written. One that recurs is not to be asked again
+        meanwhile.
 
         Raises `SlotBusy` when that takes too long, at once if the process that writes has died.
         """
+        self._reader.populate()
+        if question.recurs:
+            with contextlib.suppress(_Moved, _Busy):
+                return self._reader.read(question)
         answer = Answer.empty(question)
         start, deadline = 0, 0.0
-        self._reader.populate()
         while True:
             try:
                 self._reader.attempt(question, answer, start)
