@@ -23,7 +23,7 @@ from millpond.feature_actors.tiles.read import NO_CLOCK
 from millpond.feature_actors.view import Feature, FeatureView
 
 if TYPE_CHECKING:
-    from millpond.feature_actors.reader import Call
+    from millpond.feature_actors.reader import KernelCall
 
 __all__ = [
     "Answer",
@@ -79,7 +79,7 @@ class Question:
     ids: Ints = field(default_factory=lambda: _NO_IDS)
     #: Whether it is asked again and again, about other ids: then who reads from memory keeps what it calls with.
     recurs: bool = False
-    call: Call | None = None
+    call: KernelCall | None = None
 
     @property
     def n(self) -> int:

@@ -33,7 +33,7 @@ from millpond.feature_actors.tiles.read import (
 )
 from millpond.feature_actors.tiles.strings import StringReader
 
-__all__ = ["Call", "MemoryRead", "MemoryReader", "SlotBusy"]
+__all__ = ["KernelCall", "MemoryRead", "MemoryReader", "SlotBusy"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -58,7 +58,7 @@ class _Moved(Exception):
         self.shard = shard
 
 
-class Call:
+class KernelCall:
     """What `read_rows` is told, in one piece of memory, at `address`: a kernel takes over a number faster than ten
     arrays, by more than it takes to read an entity.
 
@@ -137,7 +137,7 @@ class MemoryReader:
             return answer
         call = question.call
         if call is None or call.reader is not self.name or call.event_clock != question.event_clock:
-            call = question.call = Call(self, question, Answer.empty(question), 0)
+            call = question.call = KernelCall(self, question, Answer.empty(question), 0)
         unknown = read_rows(call.address)
         if unknown < 0:
             self._raise(question, call, unknown)
@@ -152,7 +152,7 @@ class MemoryReader:
 
     def attempt(self, question: Question, answer: Answer, start: int) -> None:
         """Read the ids from `start` on into an answer made for the question. Raises as `read`."""
-        call = Call(self, question, answer, start)
+        call = KernelCall(self, question, answer, start)
         unknown = read_rows(call.address)
         if unknown < 0:
             self._raise(question, call, unknown)
@@ -160,7 +160,7 @@ class MemoryReader:
         if question.program.texts:
             self.read_texts(question, answer)
 
-    def _raise(self, question: Question, call: Call, code: int) -> None:
+    def _raise(self, question: Question, call: KernelCall, code: int) -> None:
         row, detail, code = *call.stopped_at, -code
         if code == PAST:
             assert question.as_of is not None

@@ -68,6 +68,13 @@ def logged(folder: Path, **which: Any) -> list[dict[str, Any]]:
     return [one for table in read_scores(str(folder), **which) for one in table.to_pylist()]
 
 
+def wait_until_written(log: ScoreLog, n: int) -> None:
+    deadline = time.monotonic() + 60
+    while log.counts["written"] < n:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)  # the thread that writes wants the processor
+
+
 def some_scores(n: int, served_ms: int, first: int = 0) -> pa.Table:
     plan = ReadPlan(LAYOUT, list(user_spend), "the test")
     rows = FeatureRows(np.zeros((n, 4)), np.zeros(n, np.int64), [[]] * n, {}, np.zeros((n, 2), np.int64))
@@ -265,9 +272,7 @@ def test_who_is_forgotten_leaves_every_file_and_what_waits_and_is_not_logged_aga
     assert log is not None
     for user in (1, 2, 1):
         world.post_score("churn", {"user_id": user})
-    deadline = time.monotonic() + 60
-    while log.counts["written"] < 3:
-        assert time.monotonic() < deadline
+    wait_until_written(log, 3)
     low, high = hash_keys([[1]], 1).view(np.int64)[0].tolist()
     eraser = ScoreEraser(str(tmp_path), str(tmp_path / "registry"), logged=True)
     # One that does not hear of it is named, and it goes on from there when that has ended.
@@ -299,9 +304,7 @@ def test_a_writer_that_could_not_forget_tries_again(tmp_path: Path) -> None:
     assert log is not None
     for user in (1, 2):
         world.post_score("churn", {"user_id": user})
-    deadline = time.monotonic() + 60
-    while log.counts["written"] < 2:
-        assert time.monotonic() < deadline
+    wait_until_written(log, 2)
     low, high = hash_keys([[1]], 1).view(np.int64)[0].tolist()
     eraser = ScoreEraser(str(tmp_path), str(tmp_path / "registry"), logged=True)
     (date,) = (tmp_path / "_scores").glob("date=*")
