@@ -30,6 +30,17 @@ _ERROR_PAGES = {
     504: "the replica did not answer in time; events with an `event_id` are safe to send again",
 }
 
+#: How the processes of a cluster get memory, unless the environment says otherwise. Arrow's own pool keeps what a
+#: thread has freed for that thread: 50 to 70 MB of a shard that used none of it, in steps. The C library's takes what
+#: is large from the system and gives it back, and the rest when it is asked to (`feature_actors/allocators.py`). Left
+#: to itself it would keep ever larger pieces, and give small ones back at each step.
+_ALLOCATION = {
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 20),
+    "MALLOC_TOP_PAD_": str(1 << 20),
+}
+
 
 def serve_environment(
     shelter: Path,
@@ -77,6 +88,7 @@ def serve_environment(
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(shelter / "m"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(shelter),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(shelter / "server-state"),
+        **{name: os.environ.get(name, value) for name, value in _ALLOCATION.items()},
     }
 
 

@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 
 from millpond.deployments.erased_scores import forgotten_by, heeded, noticed
-from millpond.feature_actors.allocators import give_back_arrow
 from millpond.feature_actors.errors import MillpondError
 from millpond.feature_actors.plan import FeatureRows
 from millpond.feature_actors.shard_map import ShardMap
@@ -151,7 +150,6 @@ class ScoreLog:
             self._heed()
             self._flush()
             self._delete_old()
-            give_back_arrow()
         self._flush()
 
     def _flush(self) -> None:

@@ -7,13 +7,7 @@ import ctypes
 
 import pyarrow as pa
 
-__all__ = ["give_back", "give_back_arrow"]
-
-
-def give_back_arrow() -> None:
-    """Have Arrow's pool let go of what this thread has freed there, which takes a fifth of a ms: after work that comes
-    again and again, and would keep as much as it ever took."""
-    pa.default_memory_pool().release_unused()
+__all__ = ["give_back"]
 
 
 def give_back() -> None:
@@ -21,6 +15,6 @@ def give_back() -> None:
 
     It takes some ms, in which other threads may wait for memory; the interpreter goes on.
     """
-    give_back_arrow()
+    pa.default_memory_pool().release_unused()
     with contextlib.suppress(AttributeError):  # of another C library, which has no such call
         ctypes.CDLL(None).malloc_trim(0)

@@ -25,6 +25,8 @@ from millpond.feature_actors.workshop import Workshop
 __all__ = ["Housekeeper"]
 
 _HOUSE_S, _HOUSE_AGAIN_S = 0.25, 5.0
+#: How often memory that events have freed is given back, if there were some.
+_GIVE_BACK_S = 30.0
 #: How often it is looked what retention has to take, and by how much it may be late: history is deleted by whole days.
 _EXPIRE_S, _DAY_MS = 3_600.0, 86_400_000
 
@@ -39,11 +41,14 @@ class Housekeeper:
         #: What there is to say of it.
         self.last_snapshot: dict[str, Any] = {}
         self._expired_s = -_EXPIRE_S
+        #: When memory was given back, and what the next event's place in the log was then.
+        self._gave_back_s, self._gave_back_at = time.monotonic(), 0
 
     async def keep(self) -> None:
         """Do what is due, for ever. Apart: a history that cannot be reached, or hangs, keeps no snapshot from being
         taken."""
         await asyncio.gather(
+            self.keep_at(self._memory_is_due, self._give_back),
             self.keep_at(self._snapshot_is_due, self._take_snapshot),
             self.keep_at(self._history_is_due, self._write_history),
             self.keep_at(self._retention_is_due, self._expire),
@@ -65,6 +70,16 @@ class Housekeeper:
             except Exception:
                 logger.exception("shard %d cannot keep house", self._at.number)
                 await asyncio.sleep(_HOUSE_AGAIN_S)
+
+    # -- memory
+
+    def _memory_is_due(self) -> bool:
+        return self._at.shard.next_offset != self._gave_back_at and time.monotonic() - self._gave_back_s >= _GIVE_BACK_S
+
+    async def _give_back(self, durable: DurableShard) -> None:
+        """Large work gives back what it took when it is done; events take and free little, but all the time."""
+        self._gave_back_s, self._gave_back_at = time.monotonic(), self._at.shard.next_offset
+        await self._at.in_thread("house", give_back)
 
     # -- snapshots
 

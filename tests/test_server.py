@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import dataclasses
 import itertools
 import os
@@ -27,7 +28,7 @@ import pytest
 from port_contract import LAYOUT, N_SLOTS, NOW, Cluster, PortContract, Run, by_book, by_user, order, orders
 from worlds import batch
 
-from millpond.feature_actors import Count, FeatureView, Sum, manifest, view_follower
+from millpond.feature_actors import Count, FeatureView, Sum, housekeeper, manifest, view_follower
 from millpond.feature_actors import server as server_module
 from millpond.feature_actors.backfill import AddedView, ViewState
 from millpond.feature_actors.calls import CallIngest, CallRead
@@ -338,6 +339,33 @@ def test_snapshots_are_taken_and_the_log_is_truncated_while_events_go_on(servers
     assert cluster.read([by_user], *users).matrix[:, 0].tolist() == counts.tolist()
     shards = Path(servers.spec.data_dir) / "shards"
     assert {len(list((shard / "snapshots").iterdir())) for shard in shards.glob("0*")} == {2}
+
+
+def test_memory_that_is_free_is_given_back_while_events_go_on(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(housekeeper, "_GIVE_BACK_S", 0.05)
+    cluster = servers.cluster(1)
+    cluster.ingest(order())  # loads what a first event needs
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")  # noqa: E731
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    size = 64_000
+    blocks = [libc.malloc(size) for _ in range(1_000)]
+    for block in blocks:
+        ctypes.memset(block, 1, size)
+    used, last = resident(), max(blocks)  # what is free at the end of the memory is given back without being asked
+    for block in blocks:
+        if block != last:
+            libc.free(block)
+    users = itertools.count()
+
+    def given_back() -> bool:
+        cluster.ingest(order(user=next(users)))
+        return resident() < used - 40_000_000
+
+    until(given_back)
+    libc.free(last)
 
 
 @pytest.mark.parametrize("broken", ["damaged", "cut", "deleted"])

@@ -43,6 +43,15 @@ def test_a_shard_is_a_process(served: Served) -> None:
     assert len(shard_pids(shelter_of(served.directory))) == 3
 
 
+def test_shards_and_replicas_are_told_how_to_take_memory_before_arrow_is_there(served: Served) -> None:
+    """Arrow looks at it once, when a process first asks for some."""
+    processes = processes_of(shelter_of(served.directory))
+    ours = [pid for pid, line in processes.items() if line.startswith(("ray::FeatureActor", "ray::ServeReplica"))]
+    assert len(ours) >= 5
+    for pid in ours:
+        assert "ARROW_DEFAULT_MEMORY_POOL=system" in Path(f"/proc/{pid}/environ").read_text().split("\0")
+
+
 def test_what_the_cluster_writes_is_for_its_user_only(served: Served) -> None:
     shelter = shelter_of(served.directory)
     for path in (served.directory, served.directory / "run", shelter):
