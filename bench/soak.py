@@ -5,9 +5,10 @@
    Event ids are remembered for a minute instead of a day, snapshots and parts of the history are small, so that a run
    sees all of them come and go many times.
 2. Warm up under the very load that follows: longer than ids are remembered.
-3. So many minutes of scores in an open loop and of bodies of events at a rate, of the same users and items. Every few
-   seconds take the memory of the replicas and of the shards (PSS, without the pages of programs and libraries on disk:
-   how many processes of the machine share those comes and goes).
+3. So many minutes of scores in an open loop and of bodies of events at a rate, of the same users and items. Every
+   second take the memory of the replicas and of the shards (PSS, without the pages of programs and libraries on disk:
+   how many processes of the machine share those comes and goes). A part of the history takes some seconds and tens of
+   MB every few minutes: samples that are further apart would see one of these and miss the next.
 4. Check: no request failed; no process was restarted; the events of all users, and of all items, are those
    acknowledged; scores of a sample are what their features give.
 
@@ -96,7 +97,7 @@ class SoakWorkload:
         self._mixed = MixedLoad(Testbed(config, [Path(mixed_load.__file__)], **_CHANGES), options, users, items)
         self._rate = options.rate or _SCORES_PER_S
         groups = {"replicas": REPLICAS, "shards": SHARDS}
-        self._samples = MemorySamples(groups, 0.1 if options.quick else 5.0, "Pss_Anon|Pss_Shmem")
+        self._samples = MemorySamples(groups, 0.1 if options.quick else 1.0, "Pss_Anon|Pss_Shmem")
         self._events_per_s = 0.0
 
     def setup(self, steps: Steps) -> None:

@@ -36,7 +36,9 @@ _SYNCHRONOUS = {"sync": 2, "process": 0}  # SQLite's FULL and OFF
 #: Measured: of 4, 8, 16 and 32 KB the one that takes least processor time for records of 2 to 60 KB, and little more
 #: than the best for 600 KB.
 PAGE_BYTES = 8_192
-_CACHE_PAGES = 1_024
+#: What is appended is not read again soon: a MB of pages for each thread that works with the log is as quick as 8 MB,
+#: but for appends of many MB, which take a tenth longer.
+_CACHE_PAGES = 128
 #: What one step of a truncation deletes: some milliseconds.
 _TRUNCATE_RECORDS, _TRUNCATE_BYTES = 64, 1 << 20
 #: A checkpoint holds up the append that starts it: small ones, often.
