@@ -1,4 +1,4 @@
-"""Housekeeping of a shard that runs: snapshots, parts of the history and retention, each whenever it is due.
+"""Housekeeping of a shard that runs: snapshots, history, retention, memory that is free, each whenever it is due.
 
 Events go on meanwhile; what fails is tried again. The steps themselves are those of `durable`.
 """
