@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -184,3 +187,41 @@ def test_on_a_full_disk_nothing_is_written_and_all_is_as_before(tmp_path: Path) 
     log._cache._sql(f"PRAGMA max_page_count = {2**30}")
     assert log.append([events(20_000)]) == [1]
     assert [type(record) for _, (record, _) in log.read()] == [TakeRecord, EventsRecord]
+
+
+_FULL_DISK = """
+import sys
+from pathlib import Path
+from millpond.feature_actors.log.log import Log, LogFull
+from test_log import events, take
+
+log = Log(Path(sys.argv[1]))
+log.append([take(3)])
+try:
+    log.append([events(200_000)])
+except LogFull as full:
+    assert sys.argv[1] in full.message, full.message
+else:
+    raise AssertionError("there was room")
+assert log.next == 1
+assert log.append([take(2)]) == [1]
+log.close()
+assert [offset for offset, _ in Log(Path(sys.argv[1])).read()] == [0, 1]
+"""
+
+
+def test_a_transaction_that_outgrows_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
+    """Larger than SQLite's cache, it meets the full disk before its end, and SQLite takes it back itself."""
+    try:
+        subprocess.run(["unshare", "-m", "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("only root can mount a disk of 2 MB")
+    mount = 'mount -t tmpfs -o size=2m tmpfs "$2" && exec "$0" -c "$1" "$2"'
+    ran = subprocess.run(
+        ["unshare", "-m", "sh", "-c", mount, sys.executable, _FULL_DISK, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr

@@ -51,6 +51,18 @@ class LogFull(Unavailable):
     code = "log_full"
 
 
+def _is_full(error: BaseException | None) -> bool:
+    """Return whether a failure is, or comes of, a disk without room. Where the pages of a large transaction do not
+    fit before it ends, SQLite takes it back itself, and diskcache fails at taking it back once more."""
+    while error is not None:
+        if getattr(error, "sqlite_errorname", "") == "SQLITE_FULL":
+            return True
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__context__
+    return False
+
+
 class _LogDisk(RawDisk):
     key_type, subject, keys_are, damaged = int, "log", "offsets", LogDamaged
 
@@ -94,9 +106,9 @@ class Log:
             first = next(self._cache.iterkeys(), 0)
             last = next(self._cache.iterkeys(reverse=True), -1)
         except (sqlite3.DatabaseError, UnicodeDecodeError, diskcache.Timeout) as error:
-            if "full" in str(error):
+            if _is_full(error):
                 raise LogFull(
-                    f"log: no room on the disk to open it: {error}; free some", retry_after_ms=10_000
+                    f"log: no room on the disk of `{directory}` to open it; free some", retry_after_ms=10_000
                 ) from None
             raise LogDamaged(f"log: `{directory}` cannot be opened: {error}; restore it from a copy") from None
         #: Where the log begins, and where the next record goes.
@@ -130,13 +142,14 @@ class Log:
                 for at, content in zip(offsets, contents, strict=True):
                     self._cache.set(at, content)
         except (sqlite3.OperationalError, OSError) as error:
-            if "full" in str(error) or getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT):
-                raise LogFull(
-                    f"log: no room on the disk: {error}; free some, events are taken again then", retry_after_ms=10_000
-                ) from None
+            if _is_full(error):
+                raise self._full("; events are taken again then") from None
             raise
         self.next += len(records)
         return offsets
+
+    def _full(self, more: str = "") -> LogFull:
+        return LogFull(f"log: no room on the disk of `{self._directory}`; free some{more}", retry_after_ms=10_000)
 
     def _check_room(self) -> None:
         if self._free_bytes_min:
@@ -180,8 +193,8 @@ class Log:
                     schema = self._schemas.name_of(record.batch.schema)
                     self._cache.set(offset, encode(record, offset, settled, schema))
         except (sqlite3.OperationalError, OSError) as error:
-            if "full" in str(error) or getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT):
-                raise LogFull(f"log: no room on the disk: {error}; free some", retry_after_ms=10_000) from None
+            if _is_full(error):
+                raise self._full() from None
             raise
 
     def vacuum(self) -> None:
@@ -190,8 +203,8 @@ class Log:
         try:
             self._cache._sql("VACUUM")
         except sqlite3.OperationalError as error:
-            if "full" in str(error):
-                raise LogFull(f"log: no room on the disk: {error}; free some", retry_after_ms=10_000) from None
+            if _is_full(error):
+                raise self._full() from None
             raise
 
     def empty_write_ahead(self) -> bool:
