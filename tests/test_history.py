@@ -162,7 +162,7 @@ def write(base: Path | str, records: Records, shard: int = 0, ends: Sequence[int
 def test_after_crashes_at_any_step_all_is_read_back_as_it_was_written_once(log: Records, data: st.DataObject) -> None:
     with folder() as base, pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda fd: None)  # for the time it takes
-        patch.setattr(history, "_GATHERED_RECORDS", data.draw(st.integers(1, 4)))
+        patch.setattr(history, "_RECORD_BYTES", history._GATHERED_BYTES // data.draw(st.integers(1, 5)))
         patch.setattr(history, "_GROUP_ROWS", data.draw(st.integers(1, 30)))
         (base / "shard").mkdir()
         epoch, done_to = 0, 0
@@ -282,7 +282,7 @@ def test_the_layout_is_as_documented(tmp_path: Path) -> None:
 def test_small_records_come_together_in_row_groups_of_a_bounded_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(history, "_GATHERED_RECORDS", 2)
+    monkeypatch.setattr(history, "_RECORD_BYTES", history._GATHERED_BYTES // 3)  # two records are split at a time
     monkeypatch.setattr(history, "_GROUP_ROWS", 8)
     log: Records = [(offset, order(*[day(1, offset)] * (1 + offset % 3))) for offset in range(30)]
     write(tmp_path / "h", log)

@@ -62,8 +62,9 @@ HISTORY_PART_BYTES = 1 << 30
 
 #: A row group holds so much at most, or one chunk.
 _GROUP_ROWS, _GROUP_BYTES = 1 << 18, 32 << 20
-#: So much is gathered before it is split; a record costs some memory beside its bytes.
-_GATHERED_RECORDS, _GATHERED_BYTES = 4096, 16 << 20
+#: So much is gathered before it is split, which takes some four times as much; a record counts as some KB beside its
+#: bytes, for what each of its arrays costs.
+_GATHERED_BYTES, _RECORD_BYTES = 4 << 20, 2 << 10
 #: Bytes of a row in `OWN_COLUMNS` and its routes.
 _ROW_BYTES = 36
 
@@ -211,7 +212,7 @@ class _Split:
         self._spool = spool
         self._sources: dict[str, list[_Gathered]] = {}
         self._chunks: dict[tuple[str, int, Key, int], list[_Chunk]] = {}
-        self._records = self._bytes = 0
+        self._bytes = 0
         #: By source, from which offset on a record had which keys of tables.
         self.tables: dict[str, tuple[tuple[int, tuple[Key, ...]], ...]] = {}
 
@@ -222,6 +223,9 @@ class _Split:
             self.flush()
             self.tables[record.source] = (*of_tables, (offset, record.tables))
         schema, version = record.batch.schema, record.version
+        size = record.batch.nbytes + _ROW_BYTES * record.batch.num_rows + _RECORD_BYTES
+        if self._bytes and self._bytes + size > _GATHERED_BYTES:
+            self.flush()
         stream = next((s for s in streams if s.version == version and s.schema.equals(schema)), None)
         if stream is None:
             streams.append(stream := _Gathered(schema, version, len(streams)))
@@ -230,10 +234,7 @@ class _Split:
         stream.received.append(record.received_ms)
         stream.arrivals.append(record.arrivals)
         stream.routes.append(record.routes)
-        self._records += 1
-        self._bytes += record.batch.nbytes + _ROW_BYTES * record.batch.num_rows
-        if self._records >= _GATHERED_RECORDS or self._bytes >= _GATHERED_BYTES:
-            self.flush()
+        self._bytes += size
 
     def flush(self) -> None:
         """Split what is gathered."""
@@ -241,7 +242,7 @@ class _Split:
             for stream in streams:
                 if stream.batches:
                     self._flush(source, stream)
-        self._records = self._bytes = 0
+        self._bytes = 0
 
     def files(self) -> list[PartFile]:
         """Return the files to write, without their lengths and checksums."""
@@ -259,6 +260,7 @@ class _Split:
             for group in _groups(self._chunks[file.source, file.number, file.route, file.day]):
                 table = pa.concat_tables(map(self._read, group))
                 writer.write_table(table, row_group_size=table.num_rows)
+                del table  # else it would be there still while the next is read
 
     def _flush(self, source: str, stream: _Gathered) -> None:
         """Split what is gathered of a stream by route and arrival date."""
@@ -273,6 +275,7 @@ class _Split:
             np.full(n, stream.version, np.int32),
         ]
         fields = pa.Table.from_batches(stream.batches, stream.schema).combine_chunks().columns
+        stream.batches.clear()
         table = pa.Table.from_arrays([*fields, *map(pa.array, columns)], schema=_schema(stream.schema))
         for bit, route in enumerate((HOME, *self.tables[source][-1][1])):
             rows = np.flatnonzero(routes >> np.uint32(bit) & np.uint32(1))
@@ -286,12 +289,10 @@ class _Split:
             gathered.clear()
 
     def _write(self, table: pa.Table) -> _Chunk:
-        content = pa.BufferOutputStream()
-        with pa.ipc.new_stream(content, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
-            writer.write_table(table)
         at = self._spool.tell()
-        length = self._spool.write(content.getvalue())
-        return _Chunk(at, length, table.num_rows, table.nbytes)
+        with pa.ipc.new_stream(self._spool, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+            writer.write_table(table)
+        return _Chunk(at, self._spool.tell() - at, table.num_rows, table.nbytes)
 
     def _read(self, chunk: _Chunk) -> pa.Table:
         self._spool.seek(chunk.at)
