@@ -15,6 +15,8 @@ def give_back() -> None:
 
     It takes some ms, in which other threads may wait for memory; the interpreter goes on.
     """
-    pa.default_memory_pool().release_unused()
+    pool = pa.default_memory_pool()
+    if pool.backend_name != "system":  # else it is the C library's, which need not be asked twice
+        pool.release_unused()
     with contextlib.suppress(AttributeError):  # of another C library, which has no such call
         ctypes.CDLL(None).malloc_trim(0)

@@ -25,7 +25,7 @@ from millpond.feature_actors.workshop import Workshop
 __all__ = ["Housekeeper"]
 
 _HOUSE_S, _HOUSE_AGAIN_S = 0.25, 5.0
-#: How often memory that events have freed is given back, if there were some.
+#: How often memory that is free is given back.
 _GIVE_BACK_S = 30.0
 #: How often it is looked what retention has to take, and by how much it may be late: history is deleted by whole days.
 _EXPIRE_S, _DAY_MS = 3_600.0, 86_400_000
@@ -41,24 +41,24 @@ class Housekeeper:
         #: What there is to say of it.
         self.last_snapshot: dict[str, Any] = {}
         self._expired_s = -_EXPIRE_S
-        #: When memory was given back, and what the next event's place in the log was then.
-        self._gave_back_s, self._gave_back_at = time.monotonic(), 0
+        self._gave_back_s = time.monotonic()
 
     async def keep(self) -> None:
         """Do what is due, for ever. Apart: a history that cannot be reached, or hangs, keeps no snapshot from being
         taken."""
-        await asyncio.gather(
-            self.keep_at(self._memory_is_due, self._give_back),
-            self.keep_at(self._snapshot_is_due, self._take_snapshot),
-            self.keep_at(self._history_is_due, self._write_history),
-            self.keep_at(self._retention_is_due, self._expire),
-        )
+        assert self._at.durable is not None
+        work = [self.keep_at(self._memory_is_due, self._give_back)]
+        if isinstance(self._at.durable.log, Log):
+            work += [
+                self.keep_at(self._snapshot_is_due, self._take_snapshot),
+                self.keep_at(self._history_is_due, self._write_history),
+                self.keep_at(self._retention_is_due, self._expire),
+            ]
+        await asyncio.gather(*work)
 
     async def keep_at(self, is_due: Callable[[], bool], keep: Callable[[DurableShard], Awaitable[None]]) -> None:
         """Do something whenever it is due, for ever."""
         assert self._at.durable is not None
-        if not isinstance(self._at.durable.log, Log):
-            return
         while True:
             await asyncio.sleep(_HOUSE_S)
             try:
@@ -74,11 +74,12 @@ class Housekeeper:
     # -- memory
 
     def _memory_is_due(self) -> bool:
-        return self._at.shard.next_offset != self._gave_back_at and time.monotonic() - self._gave_back_s >= _GIVE_BACK_S
+        return time.monotonic() - self._gave_back_s >= _GIVE_BACK_S
 
     async def _give_back(self, durable: DurableShard) -> None:
-        """Large work gives back what it took when it is done; events take and free little, but all the time."""
-        self._gave_back_s, self._gave_back_at = time.monotonic(), self._at.shard.next_offset
+        """Snapshots and parts of the history give back what they took when they are done; events take and free little,
+        but all the time, and other large work, such as filling a view that was added, is rare."""
+        self._gave_back_s = time.monotonic()
         await self._at.in_thread("house", give_back)
 
     # -- snapshots
