@@ -24,13 +24,11 @@ from __future__ import annotations
 
 import queue
 import random
-import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -38,6 +36,7 @@ import pyarrow.compute as pc
 
 from millpond.bench.accounts import activity
 from millpond.bench.events import EventBodies, arrow_body, json_bodies
+from millpond.bench.home import make_home
 from millpond.bench.ledger import Floats, Ints, Ledger, differences, read_accounts
 from millpond.bench.load import quantile
 from millpond.bench.options import Options
@@ -255,10 +254,10 @@ class FaultsWorkload:
         self.seed = random.randrange(2**31) if seed is None else seed
         self._draw = random.Random(self.seed)
         self.schedule = schedule(kills, self._draw)
-        self._home = tempfile.TemporaryDirectory(prefix="millpond-bench-")
-        config = replace(config, name="faults", data_dir=self._home.name, port=0, clock="wall", shards=SHARDS)
+        self._home = make_home()
+        config = replace(config, name="faults", data_dir=str(self._home.path), port=0, clock="wall", shards=SHARDS)
         self._config, self._events = config, events
-        self._up = Up(config, Path(self._home.name))
+        self._up = Up(config, self._home.path)
         self._map = ShardMap.even(config.slots, SHARDS)
         made = EventBodies(self.seed, int(time.time() * 1000), users=USERS, items=ITEMS, span_ms=_SPAN_MS)
         self.ledger = Ledger(USERS + SHARDS, ITEMS + SHARDS)
@@ -486,7 +485,7 @@ class FaultsWorkload:
             self._traffic.stop()
             self._up.close()
         finally:
-            self._home.cleanup()
+            self._home.remove()
 
 
 def recovery_figures(recoveries: Mapping[str, list[float]]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Mapping
@@ -31,6 +30,7 @@ import pyarrow as pa
 
 from millpond.bench import reference
 from millpond.bench.events import EventBodies
+from millpond.bench.home import make_home
 from millpond.bench.load import quantile
 from millpond.bench.options import Options
 from millpond.bench.workload import Advance, Evidence, Steps
@@ -103,12 +103,12 @@ class RecoveryWorkload:
     meanings: Mapping[str, str] = MEANINGS
 
     def __init__(self, config: Config, seconds: float, *, quick: bool = False) -> None:
-        self._home = tempfile.TemporaryDirectory(prefix="millpond-bench-")
-        self._config = replace(config, name="bench", data_dir=self._home.name, shards=1)
+        self._home = make_home()
+        self._config = replace(config, name="bench", data_dir=str(self._home.path), shards=1)
         self._seconds = seconds
         self._entities, self._events = (2_000, (20_000, 20_000, 10_000)) if quick else (ENTITIES, EVENTS)
         self._name = "quick" if quick else "1m"
-        self._memory = MemoryFolder(uuid.uuid4().hex, Path(self._home.name), config.memory_dir)
+        self._memory = MemoryFolder(uuid.uuid4().hex, self._home.path, config.memory_dir)
         self._made = EventBodies(SEED, int(time.time() * 1000), users=self._entities)
         self._sent = np.zeros(self._entities, np.int64)
         self._last: pa.RecordBatch | None = None
@@ -283,7 +283,7 @@ class RecoveryWorkload:
             self._served.kill()
         self._runner.close()
         self._memory.remove()
-        self._home.cleanup()
+        self._home.remove()
 
 
 def make(config: Config, options: Options) -> RecoveryWorkload:

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 import time
 import uuid
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from millpond.bench.home import make_home
 from millpond.bench.options import Options
 from millpond.bench.programs import Worst, judged_programs
 from millpond.bench.store import quantile_us, turned
@@ -190,8 +190,8 @@ class SketchWorkload:
         self._sizes = QUICK if options.quick else FULL
         self._seconds = options.measured_seconds
         self._slots = config.slots
-        self._home = tempfile.TemporaryDirectory(prefix="millpond-bench-")
-        self._folder = MemoryFolder(uuid.uuid4().hex, Path(self._home.name), config.memory_dir)
+        self._home = make_home()
+        self._folder = MemoryFolder(uuid.uuid4().hex, self._home.path, config.memory_dir)
         self._stores: dict[str, _Store] = {}
         self._runs: dict[str, list[float]] = {}
         self._worst: dict[str, Worst] = {}
@@ -251,7 +251,7 @@ class SketchWorkload:
 
     def close(self) -> None:
         self._folder.remove()
-        self._home.cleanup()
+        self._home.remove()
 
 
 def make(config: Config, options: Options) -> SketchWorkload:

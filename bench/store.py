@@ -20,7 +20,6 @@ import asyncio
 import contextlib
 import multiprocessing
 import os
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +34,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from millpond.bench import reference
+from millpond.bench.home import make_home
 from millpond.bench.options import Options
 from millpond.bench.workload import Advance, Evidence, Steps, median_of, ratio
 from millpond.cluster.config import Config
@@ -445,8 +445,8 @@ class StoreWorkload:
         self.meanings: Mapping[str, str] = meanings(sizes)
         self._sizes, self._seconds, self._ray = sizes, seconds, ray
         self._slots = config.slots
-        self._home = tempfile.TemporaryDirectory(prefix="millpond-bench-")
-        self._folder = MemoryFolder(uuid.uuid4().hex, Path(self._home.name), config.memory_dir)
+        self._home = make_home()
+        self._folder = MemoryFolder(uuid.uuid4().hex, self._home.path, config.memory_dir)
         self._stores: dict[str, Store] = {}
         self._reader: ReadingProcess | None = None
         self._cluster: EmbeddedCluster | None = None
@@ -582,7 +582,7 @@ class StoreWorkload:
         """Start an actor that keeps an event of each entity of the store of middle size."""
         from millpond.feature_actors.actor import ActorCalls, start_actors, wait_for_actors
 
-        home, memory = Path(self._home.name), self._folder.path / "actor"
+        home, memory = self._home.path, self._folder.path / "actor"
         memory.mkdir(mode=0o700)
         settings = EmbeddedSettings(run_dir=home / "run", port=0, num_cpus=4, draining_period_s=0)
         self._cluster = EmbeddedCluster(settings).start()
@@ -680,7 +680,7 @@ class StoreWorkload:
                 self._reader.close()
         finally:
             self._folder.remove()
-            self._home.cleanup()
+            self._home.remove()
 
 
 def turned(kinds: list[Any], r: int) -> list[Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from millpond.bench.home import make_home
 from millpond.bench.load import Load, LoadFailed, Outcome, RunningLoad, run_load
 from millpond.bench.poster import post_tables
 from millpond.bench.processes import niceness
@@ -75,10 +75,10 @@ class Testbed:
     __test__ = False  # pytest, it is none
 
     def __init__(self, config: Config, definitions: Sequence[Path], **changes: Any) -> None:
-        self._home = tempfile.TemporaryDirectory(prefix="millpond-bench-")
-        self.folder = Path(self._home.name)
+        self._home = make_home()
+        self.folder = self._home.path
         self.config = replace(
-            config, **{"name": "bench", "data_dir": self._home.name, "port": 0, "clock": "wall", **changes}
+            config, **{"name": "bench", "data_dir": str(self._home.path), "port": 0, "clock": "wall", **changes}
         )
         self.definitions = [Definition.read(path) for path in definitions]
         self.cluster: Cluster | None = None
@@ -117,7 +117,7 @@ class Testbed:
         try:
             self.stop()
         finally:
-            self._home.cleanup()
+            self._home.remove()
 
     # -- events
 

@@ -15,7 +15,6 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from millpond.bench import all_flights, reference
+from millpond.bench.home import make_home
 from millpond.bench.logged_shard import LoggedShard
 from millpond.bench.options import Options
 from millpond.bench.workload import Advance, Evidence, Steps, median_of, ratio
@@ -74,8 +74,8 @@ class TrainsetWorkload:
     meanings: Mapping[str, str] = MEANINGS
 
     def __init__(self, config: Config, *, rounds: int, quick: bool = False) -> None:
-        self._home = tempfile.TemporaryDirectory(prefix="millpond-bench-")
-        self._folder = Path(self._home.name)
+        self._home = make_home()
+        self._folder = self._home.path
         self._slots, self._rounds, self._quick = config.slots, rounds, quick
         self._events = {size: n // 50 for size, n in EVENTS.items()} if quick else EVENTS
         self._users = 2_000 if quick else reference.USERS
@@ -220,7 +220,7 @@ class TrainsetWorkload:
         return Evidence()
 
     def close(self) -> None:
-        self._home.cleanup()
+        self._home.remove()
 
     # -- where it lies
 

@@ -40,6 +40,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TextIO
 
+from millpond.cluster.scratch import Scratch, remove_abandoned
 from millpond.cluster.serve_env import Proxy, serve_environment, write_launcher
 from millpond.feature_actors.errors import MillpondError, Unavailable
 
@@ -51,6 +52,7 @@ NAMESPACE = "millpond"
 #: Longest path of the shelter: the longest socket below it is HAProxy's,
 #: `<shelter>/<56 digits of a node id>/s`, and HAProxy allows 97 bytes of the 107 that the kernel does.
 _SHELTER_BYTES_MAX = 36
+_SHELTER_PREFIX = "mp-"
 
 #: Where blocks of ports start: below what the kernel hands out (32768 and up), as to Ray's workers.
 _PORTS = range(20_000, 32_600, 200)
@@ -97,6 +99,7 @@ class EmbeddedCluster:
         self.port = 0
         self.ports = range(0)
         self.shelter: Path | None = None
+        self._scratch: Scratch | None = None
         self._lock: TextIO | None = None
         self._claims: list[socket.socket] = []
         self._proxies: list[Any] = []
@@ -274,6 +277,10 @@ class EmbeddedCluster:
         return self.settings.run_dir / "embedded.json"
 
     def _clear_predecessor(self) -> None:
+        for root in _shelter_roots():
+            remove_abandoned(
+                root, _SHELTER_PREFIX, _may_be_started_again, functools.partial(_end_processes_of, patience_s=0.2)
+            )
         try:
             left = Path(json.loads(self._record.read_text())["shelter"])
         except (OSError, ValueError, KeyError, TypeError):
@@ -281,7 +288,7 @@ class EmbeddedCluster:
         # The lock is ours, so the process that wrote this is dead. Its shelter may have been deleted and
         # the name given to someone else since: only a directory of ours, made by us, is taken away.
         with contextlib.suppress(OSError):  # gone already
-            made_by_us = (left / "run_dir").readlink() == self.settings.run_dir.absolute()
+            made_by_us = (left / "run_dir").is_symlink() and (left / "run_dir").samefile(self.settings.run_dir)
             if made_by_us and left.stat().st_uid == os.getuid():
                 _LOG.warning("clearing away what a killed cluster left in %s", left)
                 # Two agents of Ray outlive a killed raylet, and wait for it in vain.
@@ -321,10 +328,10 @@ class EmbeddedCluster:
         return True
 
     def _make_shelter(self) -> Path:
-        # mkdtemp makes it with mode 0700 and a name that nobody can guess beforehand.
-        roots = [Path(tempfile.gettempdir()), Path("/tmp")]
+        roots = _shelter_roots()
         root = next((r for r in roots if len(os.fsencode(r)) + 12 <= _SHELTER_BYTES_MAX), roots[-1])
-        shelter = Path(tempfile.mkdtemp(prefix="mp-", dir=root)).resolve()
+        self._scratch = Scratch(_SHELTER_PREFIX, root)
+        shelter = self._scratch.path
         (shelter / "run_dir").symlink_to(self.settings.run_dir.absolute())
         beside = self._record.with_suffix(".tmp")
         beside.write_text(json.dumps({"pid": os.getpid(), "shelter": str(shelter), "http_url": self.http_url}))
@@ -408,12 +415,12 @@ class EmbeddedCluster:
 
     def _clear_away(self, broken: bool) -> None:
         """End what is left, and take the files away; those of a `broken` cluster stay for who asks why."""
-        if self.shelter is not None:
-            _end_processes_of(self.shelter, patience_s=0.2 if broken else 5)
+        if self._scratch is not None:
+            _end_processes_of(self._scratch.path, patience_s=0.2 if broken else 5)
             if not broken:
-                shutil.rmtree(self.shelter, ignore_errors=True)
+                self._scratch.remove()
                 self._record.unlink(missing_ok=True)
-            self.shelter = None
+            self._scratch = self.shelter = None
         for name, value in self._environment_before.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -471,6 +478,15 @@ def free_port(host: str, preferred: int = 0, *, reuse: bool = True) -> int:
                 continue
             return int(probe.getsockname()[1])
     raise Unavailable(f"no port of `{host}` can be listened on; is it an address of this machine?")
+
+
+def _shelter_roots() -> list[Path]:
+    return [Path(tempfile.gettempdir()), Path("/tmp")]
+
+
+def _may_be_started_again(shelter: Path) -> bool:
+    """Whether a shelter's cluster is clearing it away when it is started anew: its run directory is there."""
+    return (shelter / "run_dir").exists() or not (shelter / "run_dir").is_symlink()
 
 
 def _is_haproxy(pid: int) -> bool:

@@ -1,0 +1,67 @@
+"""Temporary folders that live as long as the process that made them. The kernel gives the lock of a killed one back: by
+that what it left is found, and taken away by whoever makes such a folder next."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from millpond.feature_actors.errors import Unavailable
+from millpond.feature_actors.lock import FileLock, LockHeld
+
+__all__ = ["Scratch", "remove_abandoned"]
+
+_LOG = logging.getLogger("millpond.cluster")
+_TRIES = 100
+
+
+class Scratch:
+    """Make a folder, of this user alone, whose name begins with `prefix`; hold it until `remove`, or the process ends.
+
+    root: where; the system's folder for temporaries if None.
+    """
+
+    def __init__(self, prefix: str, root: Path | None = None) -> None:
+        for _ in range(_TRIES):
+            # mkdtemp makes it with mode 0700 and a name that nobody can guess beforehand.
+            self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=root)).resolve()
+            try:
+                self._lock = FileLock(self.path / "lock")
+                return
+            except (LockHeld, FileNotFoundError):  # taken for one that was left, just now
+                continue
+        raise Unavailable(f"scratch: `{self.path.parent}` is cleared all the time; is another process stuck?")
+
+    def remove(self) -> None:
+        """Take the folder away. Harmless when it is gone."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.release()
+
+
+def remove_abandoned(
+    root: Path,
+    prefix: str,
+    is_wanted: Callable[[Path], bool] = lambda _: False,
+    before: Callable[[Path], None] = lambda _: None,
+) -> None:
+    """Take away what `Scratch` of processes that have ended has left in `root`.
+
+    is_wanted: whether one is to stay all the same. before: what is to be done with one first.
+    """
+    for folder in root.glob(f"{prefix}*"):
+        try:
+            if folder.is_symlink() or folder.lstat().st_uid != os.getuid() or not (folder / "lock").is_file():
+                continue
+            if is_wanted(folder):
+                continue
+            lock = FileLock(folder / "lock")
+        except (LockHeld, OSError):  # in use, or gone
+            continue
+        _LOG.warning("clearing away what a killed process left in %s", folder)
+        before(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
