@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
@@ -17,7 +18,7 @@ from typing import Any
 from millpond.cluster.backfills import BackfillKeeper, kept_layout
 from millpond.cluster.config import Config
 from millpond.cluster.deploy import check_models, client_of, nobody, publish, wait_until_live
-from millpond.cluster.embedded import NAMESPACE, EmbeddedCluster, EmbeddedSettings
+from millpond.cluster.embedded import NAMESPACE, EmbeddedCluster, EmbeddedSettings, signals_deferred
 from millpond.cluster.pools import PoolKeeper
 from millpond.deployments.deployment import Deployment
 from millpond.deployments.erased_scores import ScoreEraser
@@ -49,6 +50,7 @@ from millpond.feature_actors.manifest import (
     make_shards,
     wait_for_shards,
     write_json,
+    write_text,
 )
 from millpond.feature_actors.memory_folder import MemoryFolder
 from millpond.feature_actors.ports import all_of
@@ -68,6 +70,8 @@ logger = logging.getLogger("millpond.cluster")
 
 #: How far the clocks of the processes that stamp arrivals may be apart.
 _CLOCKS_APART_MS_MAX = 60_000
+#: How long a stop takes at most beside the last snapshots; and how often it is looked whether it is asked for again.
+_STOP_S, _POLL_S = 60.0, 0.05
 
 
 class Cluster:
@@ -332,6 +336,7 @@ class Cluster:
             "logs": str(self._embedded.logs_dir),
             "ray": {"address": self._embedded.address, "shelter": str(self._embedded.shelter)},
             "durability": self.config.durability,
+            "stop_s_max": self.config.drain_timeout_s + _STOP_S,
             "definitions": [[d.file_name, d.text] for d in self._definitions],
         }
 
@@ -367,21 +372,26 @@ class Cluster:
 
     def stop(self) -> None:
         """Drain: the shards finish what is under way and take a snapshot, so that a start after it replays nothing;
-        then everything ends."""
-        if self._pools is not None:
-            self._pools.stop()
-            self._pools = None
-        if self._backfills is not None:
-            self._backfills.stop()
-            self._backfills = None
-        self._drain_shards()
-        self._embedded.stop()
+        then everything ends, whatever fails of it. A second Ctrl-C or SIGTERM breaks off the snapshot, nothing else."""
+        with signals_deferred() as arrived, contextlib.ExitStack() as steps:  # the last of them first
+            steps.callback(self._let_go)
+            steps.callback(self._close_registry)
+            steps.callback(self._embedded.stop)
+            steps.callback(self._drain_shards, arrived)
+            for keeper in (self._backfills, self._pools):
+                if keeper is not None:
+                    steps.callback(keeper.stop)
+            self._backfills = self._pools = None
+
+    def _close_registry(self) -> None:
         if self.registry is not None:
             for replica in self.registry.reports():
                 self.registry.forget_report(replica)
             self.registry.views.forget_ingresses()
             self.registry.close()
             self.registry = None
+
+    def _let_go(self) -> None:
         if self._memory is not None:
             self._memory.remove()
             self._memory = None
@@ -392,16 +402,24 @@ class Cluster:
             self._lock.release()
             self._lock = None
 
-    def _drain_shards(self) -> None:
+    def _drain_shards(self, asked_again: Sequence[int]) -> None:
+        """asked_again: signals to end that have arrived since; with one, the shards are not waited for any longer."""
         if self.spec is None or self._memory is None:
             return
         calls = SocketCalls(self._memory.path, self.spec.shard_map.n_shards, timeout_s=self.config.drain_timeout_s)
 
         async def drain() -> None:
-            started = {shard: calls.call(shard, "drain") for shard in range(calls.n_shards)}
+            draining = asyncio.ensure_future(
+                all_of({shard: calls.call(shard, "drain") for shard in range(calls.n_shards)})
+            )
             try:
-                await all_of(started)
+                while not draining.done():
+                    if asked_again:
+                        raise Unavailable("asked to end a second time")
+                    await asyncio.wait([draining], timeout=_POLL_S)
+                draining.result()
             finally:
+                draining.cancel()
                 await calls.close()
 
         try:
@@ -422,10 +440,8 @@ class Cluster:
 def admin_token(directory: Path, *, make: bool = False) -> str:
     """Return the admin token of a cluster, 256 bits; `make` it (mode 0600) if there is none."""
     path = directory / "admin_token"
-    if make and not path.exists():
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(fd, "w") as file:
-            file.write(secrets.token_urlsafe(32))
+    if make and (not path.exists() or not path.read_text().strip()):
+        write_text(path, secrets.token_urlsafe(32))
     return path.read_text().strip()
 
 

@@ -44,7 +44,7 @@ from millpond.cluster.scratch import Scratch, remove_abandoned
 from millpond.cluster.serve_env import Proxy, serve_environment, write_launcher
 from millpond.feature_actors.errors import MillpondError, Unavailable
 
-__all__ = ["EmbeddedCluster", "EmbeddedSettings", "free_port", "log_of_ray"]
+__all__ = ["EmbeddedCluster", "EmbeddedSettings", "free_port", "log_of_ray", "signals_deferred"]
 
 #: Namespace of the driver's named actors. Serve's own actors live in Serve's.
 NAMESPACE = "millpond"
@@ -108,8 +108,8 @@ class EmbeddedCluster:
     @property
     def http_url(self) -> str:
         """Where requests go, `http://127.0.0.1:8000`."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.settings.host, self.settings.host)
-        return f"http://{host}:{self.port}"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.settings.host, self.settings.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     @property
     def address(self) -> str:
@@ -211,7 +211,7 @@ class EmbeddedCluster:
 
     def stop(self) -> None:
         """Drain and end the applications, then Ray, then whatever is left. Harmless when not started."""
-        with _signals_deferred():
+        with signals_deferred():
             broken = False
             try:
                 if "ray" in sys.modules and self.shelter is not None:
@@ -486,7 +486,7 @@ def _shelter_roots() -> list[Path]:
 
 def _may_be_started_again(shelter: Path) -> bool:
     """Whether a shelter's cluster is clearing it away when it is started anew: its run directory is there."""
-    return (shelter / "run_dir").exists() or not (shelter / "run_dir").is_symlink()
+    return (shelter / "run_dir").exists()
 
 
 def _is_haproxy(pid: int) -> bool:
@@ -551,19 +551,19 @@ def _exit_on_sigterm() -> None:
 
 
 @contextlib.contextmanager
-def _signals_deferred() -> Any:
-    """Let SIGINT and SIGTERM wait: a second Ctrl-C must not break off the clearing away."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def signals_deferred() -> Iterator[Sequence[int]]:
+    """Let SIGINT and SIGTERM wait: a second Ctrl-C must not break off the clearing away. Yields those that arrived."""
     arrived: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield arrived
+        return
 
     def note(number: int, frame: FrameType | None) -> None:
         arrived.append(number)
 
     before = {s: signal.signal(s, note) for s in _END_SIGNALS}
     try:
-        yield
+        yield arrived
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

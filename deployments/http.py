@@ -128,7 +128,8 @@ class Request:
         """Raise `Unauthorized` unless the request carries the admin token of this digest. what: it is needed for."""
         scheme, _, given = (self.header(b"authorization") or "").partition(" ")
         digest = hashlib.sha256(given.encode()).hexdigest()
-        if token_sha256 is None or not hmac.compare_digest(digest, token_sha256) or scheme != "Bearer":
+        is_it = bool(given) and token_sha256 is not None and hmac.compare_digest(digest, token_sha256)
+        if not is_it or scheme != "Bearer":
             raise Unauthorized(
                 f"{what} needs the admin token of the cluster: `Authorization: Bearer ...`; it is in the file "
                 "`admin_token` of the cluster's data directory"

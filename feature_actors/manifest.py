@@ -55,6 +55,7 @@ __all__ = [
     "wait_for_shards",
     "write_epoch",
     "write_json",
+    "write_text",
 ]
 
 FORMAT_VERSION = 1
@@ -415,11 +416,16 @@ def write_epoch(directory: Path, epoch: ShardEpoch) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any], mode: int = 0o600) -> None:
+    """Write a file whole or not at all, see `write_text`."""
+    write_text(path, json.dumps(content, indent=1), mode)
+
+
+def write_text(path: Path, text: str, mode: int = 0o600) -> None:
     """Write a file beside, sync it and rename it into place."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     with os.fdopen(fd, "w") as file:
-        json.dump(content, file, indent=1)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     beside.rename(path)

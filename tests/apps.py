@@ -192,6 +192,7 @@ def make_world(
     layout: Any = LAYOUT,
     status: Any = None,
     cluster_name: str = "test",
+    token: str = TOKEN,
     only_purchases: bool = False,
     score_log: Callable[[ShardMap], ScoreLog] | None = None,
 ) -> World:
@@ -210,7 +211,7 @@ def make_world(
 
     threads = ThreadPoolExecutor(4, "predict")
     served = {m.name: Served(m.name, Lane(LoadedModel(m, layout, Path()), client, threads)) for m in models}
-    digest = hashlib.sha256(TOKEN.encode()).hexdigest()
+    digest = hashlib.sha256(token.encode()).hexdigest()
     log = None if score_log is None else score_log(shard_map)
     for one in served.values():
         one.champion.score_log = log

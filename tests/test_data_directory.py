@@ -9,11 +9,15 @@ import gc
 import json
 import re
 import shutil
+import signal
+import socket
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,8 +30,10 @@ from millpond.cluster.config import Config
 from millpond.feature_actors import manifest
 from millpond.feature_actors.errors import MillpondError, Unavailable
 from millpond.feature_actors.manifest import shard_dir
+from millpond.feature_actors.memory_folder import MemoryFolder
 from millpond.feature_actors.server import ShardServer, ShardSpec
 from millpond.feature_actors.shard_map import ShardMap
+from millpond.feature_actors.socket_calls import socket_path
 from millpond.models.definition import Definition
 
 
@@ -214,3 +220,47 @@ def test_a_cluster_that_is_started_twice_goes_on(config: Config) -> None:
     cluster.stop()
     assert "lock" not in content(config.directory)
     started(config)
+
+
+def test_an_admin_token_that_was_never_written_is_made_anew_and_one_that_was_stays(config: Config) -> None:
+    path = config.directory / "admin_token"
+    before = path.read_text()
+    started(config)
+    assert path.read_text() == before
+    path.write_text("")  # by a loss of power, or on a full disk
+    started(config)
+    assert len(path.read_text()) == len(before)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_stop_that_fails_at_one_thing_does_the_others(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(self: Any) -> None:
+        raise RuntimeError("Ray does not end")
+
+    monkeypatch.setattr(module.EmbeddedCluster, "stop", stop)
+    cluster = Cluster(config, [Definition("apps.py", DEFINITION)])
+    with pytest.raises(RuntimeError, match="Ray does not end"):
+        cluster.start(models=False)
+    assert cluster.registry is None
+    monkeypatch.undo()
+    started(config)  # the lock is let go
+
+
+def test_a_stop_that_is_asked_for_again_waits_for_no_snapshot(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    cluster = Cluster(config, [Definition("apps.py", DEFINITION)])
+    asked: list[int] = []
+    with tempfile.TemporaryDirectory(prefix="mp-") as folder, socket.socket(socket.AF_UNIX) as shard:
+        memory = MemoryFolder(uuid.uuid4().hex, config.directory, folder)
+        shard.bind(str(socket_path(memory.path, 0)))  # one that never answers
+        shard.listen()
+        shard.settimeout(30)
+        cluster._memory, cluster.spec = memory, SimpleNamespace(shard_map=ShardMap.even(16, 1))  # type: ignore[assignment]
+        stopping = threading.Thread(target=cluster._drain_shards, args=(asked,))
+        stopping.start()
+        connection, _ = shard.accept()
+        asked.append(signal.SIGINT)
+        stopping.join(30)
+        assert not stopping.is_alive()
+        connection.close()
+        memory.remove()
+    assert "stopping without a snapshot: asked to end a second time" in caplog.text

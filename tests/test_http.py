@@ -782,6 +782,12 @@ def test_the_status_needs_the_admin_token(world: World, authorization: str | Non
     refused(reply, 401, "unauthorized", message)
 
 
+def test_a_cluster_without_a_token_lets_nobody_in() -> None:
+    world = make_world(token="")
+    for authorization in ("Bearer", "Bearer "):
+        assert world.get("/v1/status", headers={"authorization": authorization}).status == 401
+
+
 def test_the_status_shows_shards_and_models(world: World) -> None:
     world.post_events("purchases", TWO)
     status = world.get("/v1/status", headers={"authorization": f"Bearer {TOKEN}"}).json
