@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import signal
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +40,8 @@ SCENARIOS = {
     "recovery": "how long a killed shard takes to be back",
     "trainset": "training sets from the past of a cluster: rows a second, and memory",
 }
+#: Settings that each scenario chooses.
+_ITS_OWN = ("name", "port", "clock")
 ALIASES = {"scale-users": "users", "scale-models": "models"}
 
 
@@ -79,6 +84,13 @@ def run_bench(arguments: argparse.Namespace, config: Config, origins: dict[str, 
 
     if arguments.quick and arguments.record:
         raise BadRequest("bench: figures of a --quick run are not recorded; leave one of the two out")
+    if arguments.html is not None and not os.access(arguments.html.absolute().parent, os.W_OK):
+        raise BadRequest(f"bench: --html {arguments.html}: there is no folder for it that can be written to; make one")
+    for name in _ITS_OWN:
+        if origins[name].startswith("flag"):
+            raise BadRequest(f"bench: --{name} is each scenario's own; leave it out")
+    if origins["data_dir"] == "default":
+        config = replace(config, data_dir=tempfile.gettempdir())
     options = options_of(arguments)
     # Of a checkout: an installed package has no history.
     records = HISTORY.exists() and not arguments.quick if arguments.record is None else arguments.record

@@ -254,7 +254,7 @@ class FaultsWorkload:
         self.seed = random.randrange(2**31) if seed is None else seed
         self._draw = random.Random(self.seed)
         self.schedule = schedule(kills, self._draw)
-        self._home = make_home()
+        self._home = make_home(config.data_dir)
         config = replace(config, name="faults", data_dir=str(self._home.path), port=0, clock="wall", shards=SHARDS)
         self._config, self._events = config, events
         self._up = Up(config, self._home.path)

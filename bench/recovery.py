@@ -103,7 +103,7 @@ class RecoveryWorkload:
     meanings: Mapping[str, str] = MEANINGS
 
     def __init__(self, config: Config, seconds: float, *, quick: bool = False) -> None:
-        self._home = make_home()
+        self._home = make_home(config.data_dir)
         self._config = replace(config, name="bench", data_dir=str(self._home.path), shards=1)
         self._seconds = seconds
         self._entities, self._events = (2_000, (20_000, 20_000, 10_000)) if quick else (ENTITIES, EVENTS)

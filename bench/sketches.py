@@ -190,7 +190,7 @@ class SketchWorkload:
         self._sizes = QUICK if options.quick else FULL
         self._seconds = options.measured_seconds
         self._slots = config.slots
-        self._home = make_home()
+        self._home = make_home(config.data_dir)
         self._folder = MemoryFolder(uuid.uuid4().hex, self._home.path, config.memory_dir)
         self._stores: dict[str, _Store] = {}
         self._runs: dict[str, list[float]] = {}

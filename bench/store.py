@@ -445,7 +445,7 @@ class StoreWorkload:
         self.meanings: Mapping[str, str] = meanings(sizes)
         self._sizes, self._seconds, self._ray = sizes, seconds, ray
         self._slots = config.slots
-        self._home = make_home()
+        self._home = make_home(config.data_dir)
         self._folder = MemoryFolder(uuid.uuid4().hex, self._home.path, config.memory_dir)
         self._stores: dict[str, Store] = {}
         self._reader: ReadingProcess | None = None

@@ -75,7 +75,7 @@ class Testbed:
     __test__ = False  # pytest, it is none
 
     def __init__(self, config: Config, definitions: Sequence[Path], **changes: Any) -> None:
-        self._home = make_home()
+        self._home = make_home(config.data_dir)
         self.folder = self._home.path
         self.config = replace(
             config, **{"name": "bench", "data_dir": str(self._home.path), "port": 0, "clock": "wall", **changes}

@@ -74,7 +74,7 @@ class TrainsetWorkload:
     meanings: Mapping[str, str] = MEANINGS
 
     def __init__(self, config: Config, *, rounds: int, quick: bool = False) -> None:
-        self._home = make_home()
+        self._home = make_home(config.data_dir)
         self._folder = self._home.path
         self._slots, self._rounds, self._quick = config.slots, rounds, quick
         self._events = {size: n // 50 for size, n in EVENTS.items()} if quick else EVENTS

@@ -16,6 +16,8 @@ from millpond.feature_actors.lock import FileLock, LockHeld
 __all__ = ["Scratch", "remove_abandoned"]
 
 _LOG = logging.getLogger("millpond.cluster")
+#: A name that nobody else's folders have in them.
+_LOCK = ".millpond-lock"
 _TRIES = 100
 
 
@@ -30,7 +32,7 @@ class Scratch:
             # mkdtemp makes it with mode 0700 and a name that nobody can guess beforehand.
             self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=root)).resolve()
             try:
-                self._lock = FileLock(self.path / "lock")
+                self._lock = FileLock(self.path / _LOCK)
                 return
             except (LockHeld, FileNotFoundError):  # taken for one that was left, just now
                 continue
@@ -38,8 +40,7 @@ class Scratch:
 
     def remove(self) -> None:
         """Take the folder away. Harmless when it is gone."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        self._lock.release()
+        _remove(self.path, self._lock)
 
 
 def remove_abandoned(
@@ -54,14 +55,31 @@ def remove_abandoned(
     """
     for folder in root.glob(f"{prefix}*"):
         try:
-            if folder.is_symlink() or folder.lstat().st_uid != os.getuid() or not (folder / "lock").is_file():
+            if folder.is_symlink() or folder.lstat().st_uid != os.getuid() or not (folder / _LOCK).is_file():
                 continue
             if is_wanted(folder):
                 continue
-            lock = FileLock(folder / "lock")
+            lock = FileLock(folder / _LOCK)
         except (LockHeld, OSError):  # in use, or gone
             continue
         _LOG.warning("clearing away what a killed process left in %s", folder)
         before(folder)
-        shutil.rmtree(folder, ignore_errors=True)
-        lock.release()
+        _remove(folder, lock)
+
+
+def _remove(folder: Path, lock: FileLock) -> None:
+    """Remove a folder, its lock last: what is left when that is broken off, or fails, is found again by it."""
+    try:
+        for path in folder.iterdir():
+            if path.name == _LOCK:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        is_empty = [path.name for path in folder.iterdir()] == [_LOCK]
+    except OSError:
+        is_empty = False
+    lock.release(keep=not is_empty)
+    if is_empty:
+        folder.rmdir()

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FileLock", "LockHeld", "is_lock_text"]
+__all__ = ["FileLock", "LockHeld", "is_held", "is_lock_text"]
 
 _POLL_S = 0.02
 _BYTES_MAX = 4_096
@@ -79,13 +79,29 @@ class FileLock:
         os.pwrite(self._fd, text, 0)
         os.ftruncate(self._fd, len(text))
 
-    def release(self) -> None:
-        """Take the file away and let others have it. Harmless when it has been released."""
+    def release(self, *, keep: bool = False) -> None:
+        """Take the file away, or `keep` it, and let others have it. Harmless when it has been released."""
         if self._fd is not None:
-            with contextlib.suppress(OSError):  # it stays then, and says who had it
-                self.path.unlink()
+            if not keep:
+                with contextlib.suppress(OSError):  # it stays then, and says who had it
+                    self.path.unlink()
             os.close(self._fd)
             self._fd = None
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock file of this path, which is not made."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def is_lock_text(text: bytes) -> bool:

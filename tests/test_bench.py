@@ -467,7 +467,7 @@ def test_store_figures_bear_their_size_so_those_of_a_quick_run_are_others() -> N
 def test_store_bench_measures_every_figure_and_finds_every_value_right(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = Config(memory_dir=str(tmp_path / "memory"), slots=8)
+    config = Config(memory_dir=str(tmp_path / "memory"), data_dir=str(tmp_path / "data"), slots=8)
     bench = StoreWorkload(config, TINY, seconds=0.02, ray=False)
     assert run_workload(bench, as_json=True) == 0, capsys.readouterr().err
     figures = json.loads(capsys.readouterr().out)
@@ -482,7 +482,9 @@ def test_store_bench_measures_every_figure_and_finds_every_value_right(
 
 
 def test_store_bench_clears_its_memory_away_when_it_fails(tmp_path: Path) -> None:
-    bench = StoreWorkload(Config(memory_dir=str(tmp_path / "memory"), slots=8), TINY, seconds=0.01)
+    bench = StoreWorkload(
+        Config(memory_dir=str(tmp_path / "memory"), data_dir=str(tmp_path / "data"), slots=8), TINY, seconds=0.01
+    )
     bench._grow_two_tiles = lambda name, steps: 1 / 0  # type: ignore[method-assign]
     with pytest.raises(ZeroDivisionError):
         run_workload(bench, as_json=True)

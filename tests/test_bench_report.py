@@ -152,12 +152,13 @@ def _arguments(*given: str) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
-def test_every_scenario_has_a_workload_of_its_name_which_starts_nothing_when_it_is_made() -> None:
+def test_every_scenario_has_a_workload_of_its_name_which_starts_nothing_when_it_is_made(tmp_path: Path) -> None:
     for scenario in (*command.SCENARIOS, *command.ALIASES):
         options = command.options_of(_arguments(scenario, "--quick"))
-        workload = command.workload_of(scenario, Config(), options)
+        workload = command.workload_of(scenario, Config(data_dir=str(tmp_path)), options)
         assert workload.name == command.ALIASES.get(scenario, scenario)
         workload.close()
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_arguments_become_options() -> None:
@@ -174,6 +175,8 @@ def test_arguments_become_options() -> None:
         (["store", "--quick", "--record"], "figures of a --quick run are not recorded"),
         (["store", "--quick", "--against", "no-such-commit"], "no line of bench `store` is of such a commit"),
         (["store", "--seconds", "0"], "--seconds 0; it is more than 0"),
+        (["store", "--html", "no-such-folder/page.html"], "there is no folder for it that can be written to"),
+        (["store", "--port", "8000"], "--port is each scenario's own"),
     ],
 )
 def test_what_cannot_be_done_is_said_at_once(given: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from millpond.bench.faults import FaultsWorkload
 from millpond.bench.workload import Steps
 from millpond.cluster.config import Config
 
 
-def test_every_acknowledged_event_is_counted_once_while_processes_are_killed() -> None:
-    workload = FaultsWorkload(Config(draining_period_s=0), kills=5, events=20_000)
+def test_every_acknowledged_event_is_counted_once_while_processes_are_killed(tmp_path: Path) -> None:
+    workload = FaultsWorkload(Config(data_dir=str(tmp_path), draining_period_s=0), kills=5, events=20_000)
     print(f"seed {workload.seed}: {workload.schedule}")  # noqa: T201
     with Steps() as steps:
         try:

@@ -44,14 +44,14 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path, 
     elsewhere, of_others, linked = tmp_path / "x", tmp_path / "mp-others", tmp_path / "mp-linked"
     for folder in (elsewhere, of_others):
         folder.mkdir()
-    (elsewhere / "lock").touch()
+    (elsewhere / ".millpond-lock").touch()
     linked.symlink_to(elsewhere)
     told: list[Path] = []
     remove_abandoned(tmp_path, "mp-", lambda folder: folder == wanted, told.append)
     assert told == [left]
     assert sorted(tmp_path.iterdir()) == sorted([wanted, alive.path, elsewhere, of_others, linked])
-    assert (elsewhere / "lock").exists()
-    assert (wanted / "lock").exists()
+    assert (elsewhere / ".millpond-lock").exists()
+    assert (wanted / ".millpond-lock").exists()
     alive.remove()
     remove_abandoned(tmp_path, "mp-")
     assert sorted(tmp_path.iterdir()) == sorted([elsewhere, of_others, linked])
