@@ -5,7 +5,8 @@
    events and JSON arrays of 1,000, over 4 connections; single events over 32. Bodies are prepared before the clock
    starts, and each event id is sent once in the whole run.
 3. Pairs of a write and a score of what was written, each pair of a user and an item of its own.
-4. Check: no request failed; no score was stale; the events of all users, and of all items, are those acknowledged.
+4. Check: no request failed; no score was stale; the events of all users, and of all items, are in sum those
+   acknowledged.
 
 Beside them: how fast the same bodies are decoded in one process, and how fast the disk syncs. Client, proxy, replica
 and shards share the cores of one machine.

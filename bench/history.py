@@ -28,7 +28,7 @@ SETTINGS = (
     "measured_seconds", "rounds", "seed", "ids", "arrivals", "durability", "proxy", "shards", "replicas", "slots",
     "worker_niceness", "load_niceness", "load_generator",
 )  # fmt: skip
-_NOT_COMPARED = {*SETTINGS, "seconds", "minutes"}
+_NOT_COMPARED = {*SETTINGS, "seconds", "minutes", "samples"}
 _HIGHER_IS_BETTER, _LOWER_IS_BETTER = ("_per_s", "_per_s_"), ("_ms", "_us", "_s", "_mb", "_bytes", "_mb_per_h")
 
 

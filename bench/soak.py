@@ -8,8 +8,8 @@
 3. So many minutes of scores in an open loop and of bodies of events at a rate, of the same users and items. Every
    second take the memory of the replicas and of the shards (PSS, without the pages of programs and libraries on disk:
    how many processes of the machine share those comes and goes).
-4. Check: no request failed; no process was restarted; the events of all users, and of all items, are those
-   acknowledged; scores of a sample are what their features give.
+4. Check: no request failed; no process was restarted; the events of all users, and of all items, are in sum those
+   acknowledged; scores went on to the end; those of a sample are what their features give.
 
 Growth: the upper end of the 95 % interval of the slope of a straight line, see `growth`, through the median of each
 minute. A snapshot or a part of the history takes some MB for a few seconds every few minutes: by chance there are more
@@ -43,6 +43,8 @@ _FILLED = ((_MINUTE_MS, 2 * _HOUR_MS), (20 * _MINUTE_MS, 2 * _DAY_MS), (2 * _HOU
 _SCORES_PER_S = 400.0
 _POSTS_PER_S, _POST_EVENTS = 10.0, 100
 _ROWS = 20_000
+#: Arrivals are at random, and a short run has few of them.
+_ANSWERED_MIN = 0.8
 #: Into so many spans a run of fewer minutes is divided.
 _SPANS_MIN = 20
 _CHANGES = {
@@ -53,7 +55,7 @@ MEANINGS = {
     "minutes": "under load, after the warm-up",
     "replica_growth_mb_per_h": "of the replicas' memory at most: upper end of the 95 % interval of the slope",
     "replica_slope_mb_per_h": "the slope itself",
-    "replica_mb": "memory of the replicas: median of the last minute",
+    "replica_mb": "memory of the replicas: median of the last minute, or twentieth of the run",
     "replica_peak_mb": "at most in a second",
     "shard_growth_mb_per_h": "of the shards' memory at most",
     "shard_slope_mb_per_h": "",
@@ -161,6 +163,9 @@ class SoakWorkload:
             expected = config.shards if group == "shards" else 2 * config.replicas
             if len(pids) != expected:
                 wrong.append(f"no process is started anew: {expected} {group} are expected, {len(pids)} were seen")
+        (outcome,) = self._mixed.bed.outcomes["scores"]
+        if outcome.answers < (due := self._rate * self._minutes * 60) * _ANSWERED_MIN:
+            wrong.append(f"scores go on to the end: {due:,.0f} were due, {outcome.answers:,} were answered")
         return wrong
 
     def _minutes_of(self, group: str) -> tuple[list[float], list[float]]:

@@ -158,15 +158,15 @@ def run_workload(
         Console(soft_wrap=True).print_json(msgspec.json.encode(printed).decode(), indent=None)
     else:
         _print_table(workload, figures, comparison)
+    for broken in wrong:
+        steps.console.print(f"[red]invariant broken:[/red] {broken}", highlight=False, soft_wrap=True)
+    if record_to is not None and not wrong:
+        record(workload.name, figures, record_to)
     if html is not None:
         from millpond.bench.report import html_page
 
         html.write_text(html_page(workload, figures, wrong, comparison), encoding="utf-8")
         steps.console.print(f"report: {html}", highlight=False, soft_wrap=True)
-    for broken in wrong:
-        steps.console.print(f"[red]invariant broken:[/red] {broken}", highlight=False, soft_wrap=True)
-    if record_to is not None and not wrong:
-        record(workload.name, figures, record_to)
     return 1 if wrong else 0
 
 

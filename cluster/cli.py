@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -39,6 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
         return result
     except MillpondError as error:
         print(f"millpond: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # a file that may not be read, a disk that is full
+        if error.filename is None and error.errno is None:
+            raise
+        print(f"millpond: {os.strerror(error.errno or 0)}: {error.filename or 'no file is named'}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -369,10 +375,10 @@ def _check(options: argparse.Namespace, config: Config, origins: dict[str, str])
     from millpond.feature_actors.check import CannotCheck
     from millpond.models.definition import Definition
 
-    definitions = [Definition.read(path) for path in options.files]
     try:
+        definitions = [Definition.read(path) for path in options.files]
         report = check_directory(options.directory, config, definitions, fix=options.fix, copy=options.copy)
-    except CannotCheck as error:
+    except (CannotCheck, MillpondError, OSError) as error:
         if options.json:
             print(json.dumps({"directory": str(options.directory), "error": str(error), "status": 2}))
         print(f"millpond: {error}", file=sys.stderr)
@@ -486,11 +492,13 @@ def _down(options: argparse.Namespace, config: Config, origins: dict[str, str]) 
     from millpond.cluster.cluster import running, running_cluster
 
     state = running_cluster(config)
-    os.kill(state["pid"], signal.SIGTERM)
-    deadline = time.monotonic() + 60
+    with contextlib.suppress(ProcessLookupError):  # it has ended just now
+        os.kill(state["pid"], signal.SIGTERM)
+    patience_s = float(state.get("stop_s_max", 120))
+    deadline = time.monotonic() + patience_s
     while running(config.directory) is not None:
         if time.monotonic() > deadline:
-            raise Unavailable(f"cluster `{config.name}` (process {state['pid']}) did not stop within 60 s")
+            raise Unavailable(f"cluster `{config.name}` (process {state['pid']}) did not stop within {patience_s:g} s")
         time.sleep(0.1)
     print(f"cluster `{config.name}` has stopped")
     return 0

@@ -43,6 +43,7 @@ from millpond.models.version import Version
 __all__ = ["change_model", "deploy_file", "describe_models", "ids_of", "print_deployed", "print_model", "print_models"]
 
 #: Where there is no terminal, or a narrow one, a table is cut off less readily than it would be.
+_SECONDS_MAX = 86_400
 _WIDTH_MIN = 160
 _TEXTS = frozenset({"model", "version", "state", "owner", "where"})
 
@@ -109,6 +110,8 @@ def deploy_file(
     is what it was before.
     """
     begun = time.perf_counter()
+    if not 0 < seconds_max <= _SECONDS_MAX:
+        raise BadRequest(f"--seconds-max: got {seconds_max:g}; more than 0 and at most {_SECONDS_MAX:g} s")
     state = running_cluster(config)
 
     def try_out() -> bytes:

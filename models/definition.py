@@ -65,7 +65,13 @@ class Definition:
             raise DeclarationError(f"definition `{path}`: cannot be read: {error}") from None
         folder = artifacts_dir or path.parent
         files = {f for model in cls(path.name, text).declared().models for f in model.artifacts.values()}
-        return cls(path.name, text, {f: (folder / f).read_bytes() for f in sorted(files) if (folder / f).is_file()})
+        try:
+            contents = {f: (folder / f).read_bytes() for f in sorted(files) if (folder / f).is_file()}
+        except OSError as error:
+            raise DeclarationError(
+                f"definition `{path}`: its artifact `{error.filename}` cannot be read: {error.strerror}"
+            ) from None
+        return cls(path.name, text, contents)
 
     @classmethod
     def of_files(cls, file_name: str, files: Mapping[str, bytes]) -> Definition:

@@ -356,6 +356,15 @@ def refused(check: Run, path: Path, *arguments: str) -> str:
     return line.removeprefix("millpond: ")
 
 
+def test_what_keeps_it_from_checking_is_no_problem_that_it_found(
+    make: Callable[..., Stopped], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typo = tmp_path / "typo.py"
+    typo.write_text("nothing(")
+    assert cli.main(["check", str(make().path), str(typo)]) == 2
+    assert "`typo.py`" in capsys.readouterr().err
+
+
 def test_what_is_no_data_directory_or_of_a_later_format_is_refused(
     make: Callable[..., Stopped], check: Run, tmp_path: Path
 ) -> None:

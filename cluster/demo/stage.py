@@ -28,7 +28,7 @@ from millpond.cluster.cluster import Cluster
 from millpond.cluster.config import Config
 from millpond.cluster.demo.session import ARROW_STREAM, Session, arrow_stream
 from millpond.feature_actors.aggregations import Aggregation
-from millpond.feature_actors.errors import DeclarationError, Unavailable
+from millpond.feature_actors.errors import BadRequest, DeclarationError, Unavailable
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.manifest import begin_anew, lock_directory
 from millpond.feature_actors.oracle import agrees, known
@@ -48,6 +48,8 @@ class Stage:
     def __init__(self, config: Config, origins: Mapping[str, str], name: str) -> None:
         if origins["name"] == "default":
             config = replace(config, name=name)
+        if origins["clock"].startswith("flag"):
+            raise BadRequest("demo: time is the events' in each of them; leave --clock out")
         #: Time is the events': a replay of 2013 behaves as 2013 did.
         self.config = replace(config, clock="event")
         self.figures: dict[str, Any] = {}
