@@ -27,10 +27,10 @@ _ANSWER_S_MAX = 30.0
 
 def key_of(arguments: Sequence[str], given: str | None, command: str = "explain") -> dict[str, Any]:
     """Return the id that flags of a command say, `--user-id 42` for a field `user_id`, or one JSON object."""
-    key: dict[str, Any] = {}
+    key: Any = {}
     if given is not None:
         try:
-            key = json.loads(given)
+            key = json.loads(given, object_pairs_hook=lambda pairs: _once(command, pairs))
         except ValueError:
             key = {}
         if not isinstance(key, dict) or not key:
@@ -38,12 +38,23 @@ def key_of(arguments: Sequence[str], given: str | None, command: str = "explain"
                 f"--key: got {given!r:.80}; expected an id as a JSON object, such as '{{\"user_id\": 42}}'"
             )
     rest = [part for one in arguments for part in (one.split("=", 1) if one.startswith("--") else [one])]
+    flags = []
     for flag, value in zip(rest[::2], rest[1::2], strict=False):
         if not flag.startswith("--"):
             raise BadRequest(f"{command}: got {flag!r:.80}; expected a key field as a flag, such as `--user-id 42`")
-        key[flag.removeprefix("--").replace("-", "_")] = value
+        flags.append((flag.removeprefix("--").replace("-", "_"), value))
     if len(rest) % 2:
         raise BadRequest(f"{command}: {rest[-1]!r:.80} has no value; name a key field and its value, `--user-id 42`")
+    return _once(command, [*key.items(), *flags])
+
+
+def _once(command: str, fields: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an id of some fields. Refuse one that is there twice: whoever gives it means two entities."""
+    key: dict[str, Any] = {}
+    for name, value in fields:
+        if name in key:
+            raise BadRequest(f"{command}: `{_flag(name)[:80]}` is given twice; one entity at a time")
+        key[name] = value
     return key
 
 

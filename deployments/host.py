@@ -19,7 +19,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -30,7 +30,7 @@ from millpond.deployments.served import ModelEntry, Models, Served, Shadow
 from millpond.deployments.turns import Turns
 from millpond.deployments.watchdog import Watchdog
 from millpond.feature_actors.client import FeatureClient
-from millpond.feature_actors.errors import MillpondError, NotFound, Unavailable, did_you_mean
+from millpond.feature_actors.errors import MillpondError, Unavailable
 from millpond.feature_actors.layout import identity_of
 from millpond.feature_actors.tiles.memory import started_ticks
 from millpond.feature_actors.view import FeatureView
@@ -137,12 +137,16 @@ class ModelHost(Models):
 
     # -- what is asked
 
+    @property
+    def names(self) -> Collection[str]:
+        return self._rollouts.keys()
+
     async def find(self, name: str) -> Served:
         """Load a model that is live and not in memory. Raises `NotFound`; `Unavailable` if it does not load."""
         while (served := self.served.get(name)) is None:
-            rollout = self._rollouts.get(name)
-            if rollout is None or rollout.champion is None:
-                raise NotFound(f"no model `{name[:80]}`" + did_you_mean(name[:80], self._rollouts))
+            self.check(name)
+            rollout = self._rollouts[name]
+            assert rollout.champion is not None
             if (why := self._failed.get(_id(rollout.champion))) is not None:
                 raise Unavailable(f"{why}; deploy a version that does, or roll back", code="model_broken",
                                   retry_after_ms=10_000)  # fmt: skip

@@ -304,12 +304,13 @@ class Lane:
 
     def begin(self) -> Batch | None:
         """Return what a turn begins with, to be given its rows before `take_turn`; None if the lane reads by itself."""
-        if self._running is not None or self._ready or not self._waiting or self._waiting[0].alone:
+        if self._running is not None or self._ready or not self._waiting:
             return None
         batch = self._join()
         if batch is not None:
             self._ready.append(batch)
-            if batch.n <= _FEW_ROWS and batch.join_keys():
+            # The first that waited may have gone, and one that is as of a time of its own be the next.
+            if not batch.asks[0].alone and batch.n <= _FEW_ROWS and batch.join_keys():
                 return batch
         return None
 

@@ -153,6 +153,9 @@ class ScoreApp(App):
         names, ids = self._several(body)
         found: list[Served | MillpondError | None] = [self._models.served.get(name) for name in names]
         if None in found:
+            for name, one in zip(names, found, strict=True):
+                if one is None:
+                    self._models.check(name)  # before a task is made for each
             found = await asyncio.gather(*map(self._find, names))
         fields = {field for name, one in zip(names, found, strict=True) for field in self._key_fields(name, one)}
         # All are asked before one is waited for: what reads the same is read together.
@@ -209,7 +212,7 @@ class ScoreApp(App):
             raise BadRequest("body: a model is named twice", path="$.models")
         if not isinstance(ids, list):
             raise BadRequest(f"body: expected `ids` as a list of objects, got {type(ids).__name__}", path="$.ids")
-        if len(names) * len(ids) > self._limits.ids_max:
+        if len(names) * max(1, len(ids)) > self._limits.ids_max:
             raise TooLarge(
                 f"body: {len(ids)} ids for {len(names)} models; allowed are {self._limits.ids_max} scores in a request"
             )

@@ -11,7 +11,7 @@ import asyncio
 import heapq
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -218,9 +218,20 @@ class Models:
         #: Those in memory. Replaced, never written to: who reads it sees one state.
         self.served: Mapping[str, Served] = dict(served)
 
+    @property
+    def names(self) -> Collection[str]:
+        """Of every model that is answered, in memory or not."""
+        return self.served.keys()
+
+    def check(self, name: str) -> None:
+        """Raises `NotFound` if no model of that name is answered."""
+        if name not in self.names:
+            raise NotFound(f"no model `{name[:80]}`" + did_you_mean(name[:80], self.names))
+
     async def find(self, name: str) -> Served:
-        """Return a model that is not among `served`. Raises `NotFound`."""
-        raise NotFound(f"no model `{name[:80]}`" + did_you_mean(name[:80], self.served))
+        """Return a model, also if it is not among `served`. Raises `NotFound`."""
+        self.check(name)
+        return self.served[name]
 
     async def history_since(self, view: FeatureView) -> int | None:
         """Return since when a view has all events, in ms; None for ever. Raises `Unavailable` if it is not live yet."""

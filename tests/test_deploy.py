@@ -78,6 +78,17 @@ def array(n: int) -> bytes:
     return out.getvalue()
 
 
+def trees(columns: int) -> bytes:
+    """The file of one tree of one leaf that was trained with so many columns."""
+    out, one = io.BytesIO(), np.zeros((1, 1))
+    whole = {name: one.astype(np.int32) for name in ("left", "right")}
+    np.savez(
+        out, field=np.full((1, 1), -1, np.int32), threshold=one, **whole, null_left=one.astype(np.bool_), value=one,
+        base=np.float64(0.0), columns=np.int64(columns),
+    )  # fmt: skip
+    return out.getvalue()
+
+
 # -- what is refused
 
 ROWS = "return features.matrix[:, 0]"
@@ -86,6 +97,10 @@ OTHER_VIEW = (
     'other = FeatureView("other", owner="ml", source=purchases, key=["user_id"], features={"n": Count(window="7d")})\n'
 )
 OTHER_FEATURE = 'other = FeatureView("user_spend", owner="ml", source=purchases, key=["user_id"], features={"orders_30d": Count(window="7d")})\n'
+OF_TREES = (
+    "from millpond.models.trees import BoostedTrees\n"
+    'm = Model("m", owner="ml", features=list(user_spend), predictor=BoostedTrees, artifacts={"trees": "t.npz"})\n'
+)
 TWO_STAGES = (
     'class P:\n    def predict(self, features, reader):\n        return reader.read([user_spend["spend_30d"]], features.keys).matrix[:, 0]\n'
     'm = Model("m", owner="ml", features=[user_spend["orders_30d"]], predictor=P, reads=[%s])\n'
@@ -118,6 +133,10 @@ REFUSED: list[tuple[Any, dict[str, Any], type[MillpondError], str, str | None]] 
     ),
     (predicting("raise KeyError('age')"), {}, DeclarationError, "model `m`: predict fails on {'user_id': 0}: KeyError: 'age'", None),
     (predicting("raise SystemExit"), {}, DeclarationError, "model `m`: predict fails on {'user_id': 0}: SystemExit: ", None),
+    (
+        defined(OF_TREES, t_npz=trees(3)), {}, DeclarationError,
+        "model `m`: predict fails on {'user_id': 0}: ValueError: features: got 4 columns; the trees were trained with 3", None,
+    ),
     (predicting("return None"), {}, DeclarationError, "model `m`: predict fails on {'user_id': 0}: TypeError: 'NoneType' object is not iterable", None),
     (predicting("return features.matrix[:, 2]"), {}, MillpondError, "model `m`: predict returned the number nan, which JSON cannot hold", None),
     (predicting("return [1.0]"), {}, MillpondError, "model `m`: predict returned 1 results for 2 rows", None),
@@ -163,6 +182,10 @@ def test_a_feature_that_fails_is_named_and_not_the_model() -> None:
 
 
 # -- what is checked
+
+
+def test_trees_that_were_trained_with_the_features_of_the_model_are_not_refused() -> None:
+    assert [one.model for one in checked(defined(OF_TREES, t_npz=trees(4)))] == ["m"]
 
 
 def test_a_model_is_tried_on_the_ids_that_have_its_key() -> None:

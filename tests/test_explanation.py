@@ -232,6 +232,9 @@ def test_a_key_that_is_none_is_said_beside_a_canary_too(
         (["nobody", "--user", "1"], "no model `nobody`"),
         (["both", "--user", "1"], "model `both`: no version of it is live; name one with --model-version"),
         (["user", "--user", "1", "--events", "-1"], "--events: got -1; allowed is 0 or more"),
+        (["user", "--user", "1", "--user", "1"], "explain: `--user` is given twice; one entity at a time"),
+        (["both", "--key", '{"user": 1, "shop": "a"}', "--shop=b"], "explain: `--shop` is given twice; one entity"),
+        (["user", "--key", '{"user": 1, "user": 2}'], "explain: `--user` is given twice; one entity at a time"),
         (["user", "--key", "[]"], "--key: got '[]'; expected an id as a JSON object"),
         (["user", "--user", "1", "--at", "noon"], "--at: got 'noon'; a time is ISO 8601"),
         (["user", "--user", "1", "--history", "off"], "keeps no history (setting `history`)"),
@@ -243,6 +246,25 @@ def test_what_cannot_be_explained_is_said(
     world.registry.deploy([world.versions["user"]])
     status, _, err = command(world, capsys, *arguments)
     assert (status, message in err) == (1, True), err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--user-id", "42", "--user-id", "43"],
+        ["--user-id=42", "--user_id=43"],
+        ["--key", '{"user_id": 42}', "--user-id", "43"],
+        ["--key", '{"user_id": 42, "user_id": 43}'],
+    ],
+)
+def test_of_two_entities_none_is_forgotten(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str]
+) -> None:
+    status = cli.main(["forget", *arguments, "--data-dir", str(tmp_path)])
+    assert (status, capsys.readouterr().err) == (
+        1,
+        "millpond: forget: `--user-id` is given twice; one entity at a time\n",
+    )
 
 
 # -- the call

@@ -938,6 +938,31 @@ def test_what_a_turn_brings_to_many_lanes_is_read_in_one_go(shards: Any) -> None
     run(story)
 
 
+@pytest.mark.parametrize("values", [False, True])
+def test_a_request_as_of_a_time_is_not_read_with_others_if_who_waited_before_it_has_gone(
+    shards: Any, values: bool
+) -> None:
+    async def story() -> None:
+        client, _ = client_over(shards)
+        together = Turns(client)
+        lanes = [lane_of(Predicts(), client, name=f"m{i}", turns=together) for i in range(3)]
+        together.plans = client.plan_set([lane.loaded.plan for lane in lanes])
+        await asyncio.gather(*(ask(lane, 1) for lane in lanes))  # from now on they wait for the end of a turn
+        gone = ask(lanes[0], 2)
+        answers = [
+            ask(lanes[0], 3, as_of_ms=NOW + 500, values=values),
+            ask(lanes[0], 4),
+            *(ask(lane, 5) for lane in lanes[1:]),
+        ]
+        gone.cancel()
+        assert [await results(a) for a in answers] == [
+            [result_of(3, 500)], [result_of(4)], [result_of(5)], [result_of(5)]
+        ]  # fmt: skip
+        assert (await answers[0])[0].rows.as_of.tolist() == [NOW + 500]
+
+    run(story)
+
+
 @given(
     turns=st.lists(
         st.lists(st.tuples(st.integers(0, 3), st.lists(st.integers(1, 40), max_size=3), st.booleans()), max_size=8),

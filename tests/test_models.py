@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pytest
 from apps import DEFINITION, LAYOUT, NOW, VIEWS, Total, book_sales, purchase, purchases, taste, user_book, user_spend
@@ -38,7 +37,6 @@ from millpond.models.definition import Definition, load_models
 from millpond.models.model import LoadedModel
 from millpond.models.reader import Reads
 from millpond.models.training import Threads
-from millpond.models.trees import BoostedTrees, save_trees
 
 DAY = 86_400_000
 
@@ -320,69 +318,6 @@ def test_nothing_is_left_of_the_private_folder(tmp_path: Path, monkeypatch: pyte
     definition = Definition("defs.py", WITH_WEIGHTS, {"weights.npy": (tmp_path / "w.npy").read_bytes()})
     load_models([definition], layout_of(definition))
     assert [p.name for p in tmp_path.iterdir()] == ["w.npy"]
-
-
-# -- trees
-
-
-@pytest.fixture(scope="module")
-def forest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, BoostedTrees]:
-    from sklearn.ensemble import HistGradientBoostingClassifier
-    from threadpoolctl import threadpool_limits
-
-    rng = np.random.default_rng(1)
-    matrix = random_matrix(rng, 3_000)
-    label = (np.nansum(matrix[:, :3], axis=1) + rng.normal(size=3_000) > 0) ^ np.isnan(matrix[:, 4])
-    with threadpool_limits(1, user_api="openmp"):  # for matrices this small more threads only wait for each other
-        learner = HistGradientBoostingClassifier(max_iter=40, max_leaf_nodes=9, early_stopping=False).fit(matrix, label)
-    path = tmp_path_factory.mktemp("trees") / "trees.npz"
-    save_trees(learner, str(path))
-    return learner, BoostedTrees(str(path))
-
-
-def random_matrix(rng: np.random.Generator, n: int) -> npt.NDArray[np.float64]:
-    matrix = rng.normal(size=(n, 5)) * [1, 10, 0.1, 1e6, 1]
-    matrix[:, 1] = np.round(matrix[:, 1])
-    matrix[rng.random((n, 5)) < 0.15] = np.nan
-    return matrix
-
-
-def test_trees_predict_what_scikit_learn_does(forest: tuple[Any, BoostedTrees]) -> None:
-    learner, trees = forest
-    matrix = random_matrix(np.random.default_rng(2), 20_000)
-    matrix[:50] = np.nan
-    matrix[50:60] = np.finfo(float).max
-    want = learner.predict_proba(matrix)[:, 1]
-    np.testing.assert_allclose(trees.predict(Features(matrix, ())), want, rtol=0, atol=1e-12)
-    assert want.std() > 0.1
-
-
-def test_trees_go_the_same_way_on_the_thresholds_themselves(forest: tuple[Any, BoostedTrees]) -> None:
-    learner, trees = forest
-    rows = []
-    for (tree,) in learner._predictors:
-        for node in tree.nodes:
-            if not node["is_leaf"]:
-                for value in (
-                    node["num_threshold"],
-                    np.nextafter(node["num_threshold"], np.inf),
-                    np.nextafter(node["num_threshold"], -np.inf),
-                ):
-                    row = np.zeros(5)
-                    row[node["feature_idx"]] = value
-                    rows.append(row)
-    matrix = np.array(rows)
-    np.testing.assert_allclose(
-        trees.predict(Features(matrix, ())), learner.predict_proba(matrix)[:, 1], rtol=0, atol=1e-12
-    )
-
-
-def test_a_rows_score_does_not_depend_on_the_other_rows(forest: tuple[Any, BoostedTrees]) -> None:
-    _, trees = forest
-    matrix = random_matrix(np.random.default_rng(3), 257)
-    together = trees.predict(Features(matrix, ()))
-    alone = np.concatenate([trees.predict(Features(matrix[i : i + 1], ())) for i in range(len(matrix))])
-    assert together.tobytes() == alone.tobytes()
 
 
 # -- training sets

@@ -13,6 +13,7 @@ from lanes import client_over, definition, run, shards_with_spend, version_in
 
 from millpond.deployments.host import ModelHost
 from millpond.deployments.score import ScoreApp, ScoreLimits
+from millpond.deployments.served import Served
 from millpond.models.registry import Registry
 
 
@@ -128,11 +129,39 @@ def test_a_model_that_does_not_load_breaks_only_itself(tmp_path: Path) -> None:
         ({"models": ["churn"], "ids": [{"user_id": 1, "orders_30d": 3}]}, 400, "features_in_request", "$.ids[0].orders_30d"),
         ({"models": ["churn", "chrun"], "ids": [{"user_id": 1}]}, 404, "not_found", None),
         ({"models": ["churn", "broken"], "ids": [{"user_id": 1}] * 5}, 413, "too_large", None),
+        ({"models": [f"m{i}" for i in range(9)], "ids": []}, 413, "too_large", None),
     ],
 )  # fmt: skip
 def test_a_wrong_request_is_refused_whole(world: World, body: Any, status: int, code: str, path: str | None) -> None:
     reply = call(world.score, "POST", "/v1/score", body, "application/json")
     assert (reply.status, reply.error["code"], reply.error["path"]) == (status, code, path)
+
+
+def test_the_first_of_unknown_models_is_refused_and_none_is_looked_for(tmp_path: Path) -> None:
+    looked_for: list[str] = []
+
+    class Host(ModelHost):
+        async def find(self, name: str) -> Served:
+            looked_for.append(name)
+            return await super().find(name)
+
+    registry, client = Registry(tmp_path / "registry"), client_over(shards_with_spend())[0]
+    registry.deploy([version_in(registry, definition("well", "1"))])
+    host = Host(registry, client, "replica")
+    app = ScoreApp(client, host, make_world().score._status, ScoreLimits(ids_max=1_000), "", "test")
+    run(host.start)
+    body = {"models": ["well", *(f"wel{i}" for i in range(999))], "ids": []}
+    reply = call(app, "POST", "/v1/score", body, "application/json")
+    assert (reply.status, reply.error["message"]) == (
+        404, "no model `wel0`; known: `well`; did you mean `well`?"
+    )  # fmt: skip
+    assert looked_for == []
+    reply = call(app, "POST", "/v1/score", {**body, "models": ["well", *body["models"]]}, "application/json")
+    assert (reply.status, reply.error["path"]) == (400, "$.models")
+    host.served = {}  # what is known and not in memory is looked for
+    reply = call(app, "POST", "/v1/score", {"models": ["well"], "ids": [{"user_id": 1}]}, "application/json")
+    assert (reply.json[0]["well"]["result"], looked_for) == ("1", ["well"])
+    registry.close()
 
 
 def test_all_models_answer_as_of_the_time_that_is_asked_for(world: World) -> None:
