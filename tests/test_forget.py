@@ -73,6 +73,8 @@ KEYS: dict[str, list[tuple[Any, ...]]] = {
 def found(cluster: DurableCluster) -> dict[str, dict[tuple[Any, ...], list[float]]]:
     """Return count, sum and largest of every key."""
     answers = {}
+    for number in range(len(cluster.shards)):
+        cluster.commit_held(number)
     for view in cluster.layout.views.values():
         rows = read(cluster.client, plan_of(cluster.client, view), KEYS[view.name])
         answers[view.name] = dict(zip(KEYS[view.name], np.nan_to_num(rows.matrix[:, :3]).tolist(), strict=True))
@@ -160,6 +162,7 @@ def test_whatever_ends_at_any_step_the_entity_is_gone_and_everybody_else_stays(d
             if what == "erase":
                 cluster.erase_steps(shard, draw(st.integers(1, 12)))
             elif what == "send":
+                cluster.hold_takes = draw(st.booleans())
                 fail()
                 send(3)
                 cluster.fault = None
@@ -305,6 +308,34 @@ def test_who_is_to_be_forgotten_while_another_is_leaves_no_row_either(steps: int
     while not (cluster.erase_steps(0, 1_000) and not cluster.shards[0].shard.tombstones.waiting):
         pass
     assert found(cluster) == wanted(cluster, events, {e["id"] for e in events if e["user"] in (42, 7)})
+
+
+@pytest.mark.parametrize("steps", range(1, 5))
+@pytest.mark.parametrize("state", ["reading its past", "making rows of others anew"])
+def test_what_is_in_the_log_alone_while_rows_are_put_in_place_counts_once(
+    state: str, steps: int, tmp_path: Path
+) -> None:
+    """The log numbers the events of a take as the shard has them, a commit as they were sent."""
+    cluster = DurableCluster(compile_layout([], [BY_USER, BY_SHOP, BY_BOTH]), 2, tmp_path, history=True)
+    events = [
+        {"id": f"{n}", "at": 5, "user": USERS[n % 3], "shop": SHOPS[n % 2], "cents": 1, "email": None}
+        for n in range(60)
+    ]
+    cluster.send("payments", 9, events)
+    later = [{**event, "id": f"later {event['id']}", "at": 12} for event in events]
+    for shard in range(2):
+        cluster.forget(shard, tombstone_of(SECRET, "user", 42, 9))
+    for shard in range(2):
+        while cluster.erasing.get(shard) != state:
+            cluster.erase_steps(shard, 1)
+        cluster.erase_steps(shard, steps - 1)
+    cluster.hold_takes = True
+    cluster.send("payments", 12, [*events, *later])  # those that are known are left out
+    for shard in range(2):
+        while not cluster.erase_steps(shard, 1_000):
+            pass
+    assert found(cluster) == wanted(cluster, [*events, *later], {e["id"] for e in events if e["user"] == 42})
+    assert [durable.shard.check() for durable in cluster.shards] == [[], []]
 
 
 def test_where_old_events_are_gone_every_feature_that_looks_at_a_replaced_field_begins_anew(tmp_path: Path) -> None:
