@@ -126,7 +126,9 @@ class Eraser:
             for one in self._erasure.forgotten(record.source, record.batch, record.arrivals, later=True):
                 if not one.tombstone.done:
                     for table, applied in self._applied(record, one.tombstone, one.rows):
-                        self._later.append((table, record, offset, applied))
+                        # Of a row that is another's, too, what is forgotten of that one does not come back.
+                        if (left := applied & ~counted.get(table.number, np.False_)).any():
+                            self._later.append((table, record, offset, left))
 
     def _committed(self) -> Iterator[tuple[int, EventsRecord]]:
         """Yield what has been committed since the last time. What is in the log alone is to come after it: applied now,

@@ -292,6 +292,42 @@ def test_of_several_that_are_forgotten_together_each_says_what_was_removed_of_it
     assert sorted(cluster.shards[0].shard.status().events.values()) == [10, 20, 30]
 
 
+@pytest.mark.parametrize("first", ["user", "shop"])
+def test_of_two_that_are_forgotten_together_a_row_of_both_begins_with_what_is_later_than_both(
+    first: str, tmp_path: Path
+) -> None:
+    cluster = DurableCluster(compile_layout([], [BY_USER, BY_SHOP, BY_BOTH]), 1, tmp_path, history=True)
+    events = [
+        {"id": f"{at} {user} {shop}", "at": at, "user": user, "shop": shop, "cents": at, "email": None}
+        for at in (5, 15, 25) for user in USERS for shop in SHOPS
+    ]  # fmt: skip
+    for at in (5, 15, 25):
+        cluster.send("payments", at, [e for e in events if e["at"] == at])
+    until = {"user": 20, "shop": 20, first: 10}
+    for field, value in (("user", 42), ("shop", "a")):
+        cluster.forget(0, tombstone_of(SECRET, field, value, until[field]))
+    while not cluster.erase_steps(0, 1_000):
+        pass
+
+    def left(key: Sequence[str], event: dict[str, Any]) -> bool:
+        return all(
+            field not in key or event[field] != value or event["at"] > until[field]
+            for field, value in (("user", 42), ("shop", "a"))
+        )
+
+    want = {
+        name: wanted(cluster, [e for e in events if left(v.key, e)], set())[name]
+        for name, v in cluster.layout.views.items()
+    }
+    assert want["by_both"][42, "a"] == [1, 25, 25]
+    for _ in range(2):
+        assert found(cluster) == want
+        assert sorted(cluster.shards[0].shard.status().events.values()) == sorted(
+            sum(left(v.key, e) for e in events) for v in cluster.layout.views.values()
+        )
+        cluster.restart_all()
+
+
 @pytest.mark.parametrize("steps", range(1, 12))
 def test_who_is_to_be_forgotten_while_another_is_leaves_no_row_either(steps: int, tmp_path: Path) -> None:
     """Rows of several keys are found by events, which show a token when they have been rewritten."""
