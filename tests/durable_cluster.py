@@ -83,6 +83,8 @@ class DurableCluster:
         #: Whether takes are in the log alone when they are answered here, until something waits for them.
         self.hold_takes = False
         self._held: dict[int, list[tuple[Prepared, int | None]]] = {}
+        #: Whether a shard does all that its tombstones ask for when a take comes, after its offer.
+        self.erase_at_take = False
         #: Whether a backfill goes on when the next take comes, after its offer.
         self.backfill_at_take = 0
         self._history = str(folder / "history") if history else None
@@ -189,6 +191,8 @@ class DurableCluster:
         self.backfill_steps(shard, self.backfill_at_take)
         if self.entomb_at_take is not None:
             self.forget(shard, self.entomb_at_take)
+        if self.erase_at_take:
+            self.erase_all(shard)
         await self._write(shard, self.shards[shard].shard.prepare_take(request, accepted, homes))
 
     async def settle(self, shard: int, settled: Sequence[int], wait_before: int, left: Sequence[int] = ()) -> None:
@@ -373,6 +377,10 @@ class DurableCluster:
                 del self._erasures[number]
                 return True
         return False
+
+    def erase_all(self, number: int) -> None:
+        while not self.erase_steps(number, 1_000):
+            pass
 
     def _erase(self, number: int) -> Steps[None]:
         self.commit_held(number)  # what was prepared before is in the log

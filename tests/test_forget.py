@@ -374,6 +374,37 @@ def test_what_is_in_the_log_alone_while_rows_are_put_in_place_counts_once(
     assert [durable.shard.check() for durable in cluster.shards] == [[], []]
 
 
+@pytest.mark.parametrize("when", ["it is offered", "it is in the log alone"])
+def test_a_string_of_who_is_forgotten_stays_if_another_event_names_it_that_is_under_way(
+    when: str, tmp_path: Path
+) -> None:
+    cluster = DurableCluster(compile_layout([], [BY_USER, BY_SHOP]), 2, tmp_path, history=True)
+    event = {"at": 5, "shop": "a", "cents": 1, "email": "x@y"}
+    cluster.send("payments", 9, [{**event, "id": f"{shop}", "user": 42, "shop": shop} for shop in SHOPS])
+    for shard in range(2):
+        cluster.forget(shard, tombstone_of(SECRET, "user", 42, 9))
+    if when == "it is offered":
+        cluster.erase_at_take = True
+    else:
+        for shard in range(2):
+            while cluster.erasing.get(shard) != "making rows of others anew":
+                cluster.erase_steps(shard, 1)
+        cluster.hold_takes = True
+    cluster.send("payments", 9, [{**event, "id": f"{shop} 7", "user": 7, "shop": shop} for shop in SHOPS])
+    for shard in range(2):
+        cluster.erase_all(shard)
+        cluster.commit_held(shard)
+        cluster.snapshot_steps(shard, 1_000)
+        assert not cluster.shards[shard].shard._under_way
+    for _ in range(2):
+        rows = read(cluster.client, plan_of(cluster.client, BY_SHOP), KEYS["by_shop"])
+        pairs = [sorted(pair) for pair in rows.texts["by_shop.emails"]]
+        assert [email for email, _ in pairs] == ["x@y"] * 3
+        assert all(token.startswith("~forgotten") for _, token in pairs)
+        cluster.restart_all()
+    assert not [*tmp_path.rglob("*.damaged")]
+
+
 def test_where_old_events_are_gone_every_feature_that_looks_at_a_replaced_field_begins_anew(tmp_path: Path) -> None:
     """Also one that looks at it in its condition alone: it tells who had that value, too."""
     is_x = pc.field("email") == "x@y"
