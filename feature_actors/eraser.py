@@ -117,7 +117,7 @@ class Eraser:
         self._read_on()
 
     def _read_on(self) -> None:
-        for offset, record in self._past.read_on():
+        for offset, record in self._committed():
             counted: dict[int, Bools] = {}
             forgotten = self._erasure.forgotten(record.source, record.batch, record.arrivals)
             # First those whose events the shard does not count any more.
@@ -126,7 +126,15 @@ class Eraser:
             for one in self._erasure.forgotten(record.source, record.batch, record.arrivals, later=True):
                 if not one.tombstone.done:
                     for table, applied in self._applied(record, one.tombstone, one.rows):
-                        self._later.append((table, record, offset, applied))
+                        # Of a row that is another's, too, what is forgotten of that one does not come back.
+                        if (left := applied & ~counted.get(table.number, np.False_)).any():
+                            self._later.append((table, record, offset, left))
+
+    def _committed(self) -> Iterator[tuple[int, EventsRecord]]:
+        """Yield what has been committed since the last time. What is in the log alone is to come after it: applied now,
+        with rows numbered as the log has them, it would be applied once more by its commit, which numbers them as sent.
+        """
+        return self._past.read_on(self._shard.next_offset)
 
     def _applied(self, record: EventsRecord, tombstone: Tombstone, rows: Bools) -> Iterator[tuple[Table, Bools]]:
         """Yield the tables that have the forgotten field in their key, and which of some events were applied there."""
@@ -248,7 +256,7 @@ class Eraser:
 
     def _apply_beside(self) -> None:
         lows = {table: np.unique([lo for lo, _ in self._erasing.stale[table.name]]) for table in self._anew}
-        for offset, record in self._past.read_on():
+        for offset, record in self._committed():
             for table in lows:
                 if table.source.name == record.source and table.key in record.tables:
                     rows = np.isin(_hashes(table, record)[:, 0], lows[table])

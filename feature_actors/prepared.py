@@ -51,7 +51,7 @@ class Offer:
     offset: int = -1
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Prepared:
     """What a shard has judged and remembered of a request, and will apply when it is in the log.
 

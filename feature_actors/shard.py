@@ -158,6 +158,8 @@ class Shard:
         self._offers: dict[bytes, Offer] = {}
         #: Offsets of offers that are being taken: their take has been prepared, and is not in the log yet.
         self._taking: set[int] = set()
+        #: What has been prepared for tables and is not applied yet: offers, and what is about to be committed.
+        self._under_way: set[Prepared] = set()
         self._events = {t.name: 0 for t in layout.tables}
         #: Of entities that were forgotten: what happened before that is not taken any more.
         self.tombstones = Tombstones()
@@ -242,7 +244,7 @@ class Shard:
                 self._route_anew(prepared, rows)
             except BaseException:
                 # It is as if it had been dropped before. Its ids are in the log.
-                self._store.keep_promise(prepared.promised_words)
+                self._end(prepared)
                 raise
         else:
             prepared.routes = [(route, of[accepted[of]]) for route, of in prepared.routes]
@@ -333,13 +335,13 @@ class Shard:
             seen.forget(rows, slots, ids)
         for home in prepared.homes:
             self.deliveries.have_not(home)
-        self._store.keep_promise(prepared.promised_words)
+        self._end(prepared)
 
     def drop_offers(self, before_s: float) -> int:
         """Forget offers that were made before a time and not taken; return how many. Their homes deliver them."""
         old = [request for request, offer in self._offers.items() if offer.since_s < before_s]
         for request in old:
-            self._store.keep_promise(self._offers.pop(request).prepared.promised_words)
+            self._end(self._offers.pop(request).prepared)
         return len(old)
 
     @property
@@ -362,7 +364,7 @@ class Shard:
             record = offer.prepared.record
             assert isinstance(record, OfferRecord)
             if self.erasure.forgotten(record.source, record.batch, record.arrivals):
-                self._store.keep_promise(self._offers.pop(request).prepared.promised_words)
+                self._end(self._offers.pop(request).prepared)
 
     def remove(self, keys: Mapping[int, Ints], events: Mapping[int, int]) -> int:
         """Remove rows by the number of their table, int64 [n, 2] hashes of keys, and so many events from what is
@@ -412,13 +414,25 @@ class Shard:
         self._store.clear(self._layout.tables[number], keys, fields)
 
     def remove_texts(self, texts: Iterable[str]) -> None:
-        """Remove those strings that no row names any more."""
+        """Remove those strings that no row names any more, nor will by what is under way."""
         kept = sorted(
             (text for text in texts if text in self._strings), key=lambda t: self._strings.addresses_of([t])[0]
         )
         if kept:
-            used = self._store.texts_in_use(self._strings.addresses_of(kept))
+            addresses = self._strings.addresses_of(kept)
+            used = self._store.texts_in_use(addresses) | np.isin(addresses, self._addresses_under_way())
             self._strings.remove([text for text, is_used in zip(kept, used.tolist(), strict=True) if not is_used])
+
+    def _addresses_under_way(self) -> npt.NDArray[np.float64]:
+        """Return the addresses of strings that rows are to name by what has been prepared, float64 [n]."""
+        routes = [route for prepared in self._under_way for route, _ in prepared.routes if len(route.inputs)]
+        named = [
+            values
+            for route in routes
+            for one, values in zip(route.table.inputs, route.inputs, strict=True)
+            if _is_text(one, route.table.source.schema)
+        ]
+        return np.concatenate([np.empty(0), *named])
 
     def alike(self) -> Shard:
         """Return an empty shard of the same layout and slots, in memory of this process alone."""
@@ -667,6 +681,7 @@ class Shard:
             tables = [t for t in self._routed(events.source, events.keys_known) if t.key in events.keys]
         for route in self._routes(prepared, events.source, events.batch, events.arrivals, chosen, tables):
             prepared.routes.append((route, route.rows))
+        self._under_way.add(prepared)
 
     def _bits(self, prepared: Prepared, n: int, home: Ints) -> npt.NDArray[np.uint32]:
         """Return the routes of n events as a record has them; home: those that are new here."""
@@ -703,7 +718,12 @@ class Shard:
             one = Queued(route, rows, prepared.times, prepared.arrivals, base)
             if not self._behind.has_put_off(one):
                 self._apply_route(one)
+        self._end(prepared)
+
+    def _end(self, prepared: Prepared) -> None:
+        """Have done with what was prepared: it has been applied, or will not be."""
         self._store.keep_promise(prepared.promised_words)
+        self._under_way.discard(prepared)
 
     def _apply_route(self, one: Queued) -> None:
         route = one.route
@@ -766,7 +786,9 @@ class Shard:
         hashed = [of_keys[table.key] for table in tables]
         applied = [t for t, (*_, rows) in zip(tables, hashed, strict=True) if len(rows)]
         inputs = dict.fromkeys(one for t in applied for one in t.inputs)
-        of_strings = sum(self._strings.words_for(batch.column(one.field)) for one in inputs if _is_text(one, batch))
+        of_strings = sum(
+            self._strings.words_for(batch.column(one.field)) for one in inputs if _is_text(one, batch.schema)
+        )
         events = [(table, slots[rows]) for table, (_, slots, rows) in zip(tables, hashed, strict=True)]
         arrival_ms = int(arrivals.max()) if len(arrivals) else NO_CLOCK
         prepared.promised_words += self._store.promise_room(events, arrival_ms, of_strings)
@@ -790,7 +812,7 @@ class Shard:
         if of.condition is not None:
             return holds(of.condition, batch).astype(np.float64)
         column = batch.column(of.field)
-        if not _is_text(of, batch):
+        if not _is_text(of, batch.schema):
             return of.numbers(column)
         if len(rows) == len(column):
             return self._strings.addresses(column)
@@ -878,9 +900,9 @@ class Shard:
         return self._store.check()
 
 
-def _is_text(of: Input, batch: pa.RecordBatch) -> bool:
+def _is_text(of: Input, schema: pa.Schema) -> bool:
     """Whether an input is the address of a string."""
-    return of.kind == "value" and pa.types.is_string(batch.schema.field(of.field).type)
+    return of.kind == "value" and pa.types.is_string(schema.field(of.field).type)
 
 
 def _masks(table: Table, batch: pa.RecordBatch) -> npt.NDArray[np.bool_]:

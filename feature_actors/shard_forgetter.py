@@ -10,6 +10,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,26 +114,29 @@ class ShardForgetter:
     async def _erase_waiting(self, durable: DurableShard) -> None:
         """Do what tombstones ask for: the steps of `eraser`, each where it belongs. Broken off it begins anew."""
         begun = time.monotonic()
-        waiting, others = self._at.shard.tombstones.waiting, [n for n in range(self._at.of) if n != self._at.number]
-        # Whoever asked for it may have gone: every shard sees to it that all have it.
-        wires, peers = [msgspec.to_builtins(one) for one in waiting], self._peers()
-        await all_of({(n, i): peers.call(n, "entomb", w) for n in others for i, w in enumerate(wires)})
-        await self._at.written(Prepared(0))
-
-        def say(state: str) -> None:
-            self._forgetting = {one.name: state for one in waiting}
-
-        async with self._at.housekeeping:
-            eraser = Eraser(durable)
-            await self._at.take(eraser.steps(lambda: self._housekeeper.snapshot_steps(durable), say))
+        others, eraser = [n for n in range(self._at.of) if n != self._at.number], None
+        while eraser is None:
+            waiting = self._at.shard.tombstones.waiting
+            # Whoever asked for it may have gone: every shard sees to it that all have it.
+            wires, peers = [msgspec.to_builtins(one) for one in waiting], self._peers()
+            await all_of({(n, i): peers.call(n, "entomb", w) for n in others for i, w in enumerate(wires)})
+            await self._at.written(Prepared(0))
+            async with self._at.housekeeping:
+                if self._at.shard.tombstones.waiting == waiting:  # else the others have not heard of all that wait
+                    eraser = Eraser(durable)
+                    say = partial(self._say, waiting)
+                    await self._at.take(eraser.steps(lambda: self._housekeeper.snapshot_steps(durable), say))
         if self._at.number == 0 and self._at.spec.scores is not None:
-            say("removing logged scores")
+            self._say(waiting, "removing logged scores")
             await self._erase_scores(waiting, others, eraser, self._at.spec.scores)
         async with self._entombing:
             await self._at.in_thread("house", eraser.finish, self._at.now_ms())
         logger.info(
             "shard %d: %d entities forgotten in %.1f s", self._at.number, len(waiting), time.monotonic() - begun
         )
+
+    def _say(self, waiting: Sequence[Tombstone], state: str) -> None:
+        self._forgetting = {one.name: state for one in waiting}
 
     async def _erase_scores(
         self, waiting: Sequence[Tombstone], others: Sequence[int], eraser: Eraser, scores: ScoreEraser

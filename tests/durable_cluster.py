@@ -76,8 +76,15 @@ class DurableCluster:
         self.routed_views = self.keys_required = 0
         self._backfills: dict[int, Iterator[None]] = {}
         self._erasures: dict[int, Iterator[None]] = {}
+        #: What a shard says that it is at.
+        self.erasing: dict[int, str] = {}
         #: What a shard hears of when the next take comes, after its offer.
         self.entomb_at_take: Tombstone | None = None
+        #: Whether takes are in the log alone when they are answered here, until something waits for them.
+        self.hold_takes = False
+        self._held: dict[int, list[tuple[Prepared, int | None]]] = {}
+        #: Whether a shard does all that its tombstones ask for when a take comes, after its offer.
+        self.erase_at_take = False
         #: Whether a backfill goes on when the next take comes, after its offer.
         self.backfill_at_take = 0
         self._history = str(folder / "history") if history else None
@@ -139,6 +146,7 @@ class DurableCluster:
         self._snapshots.pop(number, None)
         self._backfills.pop(number, None)
         self._erasures.pop(number, None)
+        self._held.pop(number, None)
         self.shards[number] = self._opened(number, new)
         self._connect()
 
@@ -183,6 +191,8 @@ class DurableCluster:
         self.backfill_steps(shard, self.backfill_at_take)
         if self.entomb_at_take is not None:
             self.forget(shard, self.entomb_at_take)
+        if self.erase_at_take:
+            self.erase_all(shard)
         await self._write(shard, self.shards[shard].shard.prepare_take(request, accepted, homes))
 
     async def settle(self, shard: int, settled: Sequence[int], wait_before: int, left: Sequence[int] = ()) -> None:
@@ -217,9 +227,18 @@ class DurableCluster:
         if prepared.record is not None:
             self._step("torn append", number, wal_bytes)
         self._step("after append", number)
+        if self.hold_takes and isinstance(prepared.record, TakeRecord):
+            self._held.setdefault(number, []).append((prepared, offset))
+            return Receipt(prepared.verdicts, -1, 0, 0, False)
+        self.commit_held(number)
         receipt = durable.shard.commit(prepared, offset)
         self._step("after commit", number)
         return receipt
+
+    def commit_held(self, number: int) -> None:
+        """Commit what is in the log of a shard alone."""
+        for prepared, offset in self._held.pop(number, []):
+            self.shards[number].shard.commit(prepared, offset)
 
     # -- what a test does
 
@@ -321,6 +340,7 @@ class DurableCluster:
             if isinstance(step, In):
                 answer = step.do()
             elif isinstance(step, Write):
+                self.commit_held(number)
                 for prepared in step.prepared:
                     self._append(durable, prepared)
             elif isinstance(step, Cut):
@@ -358,9 +378,14 @@ class DurableCluster:
                 return True
         return False
 
+    def erase_all(self, number: int) -> None:
+        while not self.erase_steps(number, 1_000):
+            pass
+
     def _erase(self, number: int) -> Steps[None]:
+        self.commit_held(number)  # what was prepared before is in the log
         eraser = Eraser(self.shards[number])
-        yield from eraser.steps(lambda: self._snapshot(number), lambda state: None)
+        yield from eraser.steps(lambda: self._snapshot(number), lambda state: self.erasing.update({number: state}))
         eraser.finish(self.clock.ms)
 
     def _snapshot(self, number: int) -> Steps[Any]:
@@ -373,7 +398,9 @@ class DurableCluster:
 
     def write_history(self, number: int) -> None:
         shard = self.shards[number].shard
-        self.shards[number].write_history(shard.next_offset, shard.deliveries.state())
+        end, deliveries = shard.next_offset, shard.deliveries.state()
+        self.commit_held(number)
+        self.shards[number].write_history(end, deliveries)
 
     def past(self) -> Past:
         """Return the past of the shards, from a directory such as clusters have."""

@@ -73,6 +73,8 @@ KEYS: dict[str, list[tuple[Any, ...]]] = {
 def found(cluster: DurableCluster) -> dict[str, dict[tuple[Any, ...], list[float]]]:
     """Return count, sum and largest of every key."""
     answers = {}
+    for number in range(len(cluster.shards)):
+        cluster.commit_held(number)
     for view in cluster.layout.views.values():
         rows = read(cluster.client, plan_of(cluster.client, view), KEYS[view.name])
         answers[view.name] = dict(zip(KEYS[view.name], np.nan_to_num(rows.matrix[:, :3]).tolist(), strict=True))
@@ -160,6 +162,7 @@ def test_whatever_ends_at_any_step_the_entity_is_gone_and_everybody_else_stays(d
             if what == "erase":
                 cluster.erase_steps(shard, draw(st.integers(1, 12)))
             elif what == "send":
+                cluster.hold_takes = draw(st.booleans())
                 fail()
                 send(3)
                 cluster.fault = None
@@ -289,6 +292,42 @@ def test_of_several_that_are_forgotten_together_each_says_what_was_removed_of_it
     assert sorted(cluster.shards[0].shard.status().events.values()) == [10, 20, 30]
 
 
+@pytest.mark.parametrize("first", ["user", "shop"])
+def test_of_two_that_are_forgotten_together_a_row_of_both_begins_with_what_is_later_than_both(
+    first: str, tmp_path: Path
+) -> None:
+    cluster = DurableCluster(compile_layout([], [BY_USER, BY_SHOP, BY_BOTH]), 1, tmp_path, history=True)
+    events = [
+        {"id": f"{at} {user} {shop}", "at": at, "user": user, "shop": shop, "cents": at, "email": None}
+        for at in (5, 15, 25) for user in USERS for shop in SHOPS
+    ]  # fmt: skip
+    for at in (5, 15, 25):
+        cluster.send("payments", at, [e for e in events if e["at"] == at])
+    until = {"user": 20, "shop": 20, first: 10}
+    for field, value in (("user", 42), ("shop", "a")):
+        cluster.forget(0, tombstone_of(SECRET, field, value, until[field]))
+    while not cluster.erase_steps(0, 1_000):
+        pass
+
+    def left(key: Sequence[str], event: dict[str, Any]) -> bool:
+        return all(
+            field not in key or event[field] != value or event["at"] > until[field]
+            for field, value in (("user", 42), ("shop", "a"))
+        )
+
+    want = {
+        name: wanted(cluster, [e for e in events if left(v.key, e)], set())[name]
+        for name, v in cluster.layout.views.items()
+    }
+    assert want["by_both"][42, "a"] == [1, 25, 25]
+    for _ in range(2):
+        assert found(cluster) == want
+        assert sorted(cluster.shards[0].shard.status().events.values()) == sorted(
+            sum(left(v.key, e) for e in events) for v in cluster.layout.views.values()
+        )
+        cluster.restart_all()
+
+
 @pytest.mark.parametrize("steps", range(1, 12))
 def test_who_is_to_be_forgotten_while_another_is_leaves_no_row_either(steps: int, tmp_path: Path) -> None:
     """Rows of several keys are found by events, which show a token when they have been rewritten."""
@@ -305,6 +344,65 @@ def test_who_is_to_be_forgotten_while_another_is_leaves_no_row_either(steps: int
     while not (cluster.erase_steps(0, 1_000) and not cluster.shards[0].shard.tombstones.waiting):
         pass
     assert found(cluster) == wanted(cluster, events, {e["id"] for e in events if e["user"] in (42, 7)})
+
+
+@pytest.mark.parametrize("steps", range(1, 5))
+@pytest.mark.parametrize("state", ["reading its past", "making rows of others anew"])
+def test_what_is_in_the_log_alone_while_rows_are_put_in_place_counts_once(
+    state: str, steps: int, tmp_path: Path
+) -> None:
+    """The log numbers the events of a take as the shard has them, a commit as they were sent."""
+    cluster = DurableCluster(compile_layout([], [BY_USER, BY_SHOP, BY_BOTH]), 2, tmp_path, history=True)
+    events = [
+        {"id": f"{n}", "at": 5, "user": USERS[n % 3], "shop": SHOPS[n % 2], "cents": 1, "email": None}
+        for n in range(60)
+    ]
+    cluster.send("payments", 9, events)
+    later = [{**event, "id": f"later {event['id']}", "at": 12} for event in events]
+    for shard in range(2):
+        cluster.forget(shard, tombstone_of(SECRET, "user", 42, 9))
+    for shard in range(2):
+        while cluster.erasing.get(shard) != state:
+            cluster.erase_steps(shard, 1)
+        cluster.erase_steps(shard, steps - 1)
+    cluster.hold_takes = True
+    cluster.send("payments", 12, [*events, *later])  # those that are known are left out
+    for shard in range(2):
+        while not cluster.erase_steps(shard, 1_000):
+            pass
+    assert found(cluster) == wanted(cluster, [*events, *later], {e["id"] for e in events if e["user"] == 42})
+    assert [durable.shard.check() for durable in cluster.shards] == [[], []]
+
+
+@pytest.mark.parametrize("when", ["it is offered", "it is in the log alone"])
+def test_a_string_of_who_is_forgotten_stays_if_another_event_names_it_that_is_under_way(
+    when: str, tmp_path: Path
+) -> None:
+    cluster = DurableCluster(compile_layout([], [BY_USER, BY_SHOP]), 2, tmp_path, history=True)
+    event = {"at": 5, "shop": "a", "cents": 1, "email": "x@y"}
+    cluster.send("payments", 9, [{**event, "id": f"{shop}", "user": 42, "shop": shop} for shop in SHOPS])
+    for shard in range(2):
+        cluster.forget(shard, tombstone_of(SECRET, "user", 42, 9))
+    if when == "it is offered":
+        cluster.erase_at_take = True
+    else:
+        for shard in range(2):
+            while cluster.erasing.get(shard) != "making rows of others anew":
+                cluster.erase_steps(shard, 1)
+        cluster.hold_takes = True
+    cluster.send("payments", 9, [{**event, "id": f"{shop} 7", "user": 7, "shop": shop} for shop in SHOPS])
+    for shard in range(2):
+        cluster.erase_all(shard)
+        cluster.commit_held(shard)
+        cluster.snapshot_steps(shard, 1_000)
+        assert not cluster.shards[shard].shard._under_way
+    for _ in range(2):
+        rows = read(cluster.client, plan_of(cluster.client, BY_SHOP), KEYS["by_shop"])
+        pairs = [sorted(pair) for pair in rows.texts["by_shop.emails"]]
+        assert [email for email, _ in pairs] == ["x@y"] * 3
+        assert all(token.startswith("~forgotten") for _, token in pairs)
+        cluster.restart_all()
+    assert not [*tmp_path.rglob("*.damaged")]
 
 
 def test_where_old_events_are_gone_every_feature_that_looks_at_a_replaced_field_begins_anew(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import subprocess
@@ -239,6 +240,26 @@ def test_shards_that_end_meanwhile_go_on_with_it_by_themselves(servers: Servers,
     world.wait_until_forgotten()
     assert scan(world.home, tmp_path) == []
     assert world.everybody() == before
+
+
+def test_who_comes_while_another_is_about_to_be_forgotten_is_forgotten_everywhere(
+    servers: Servers, tmp_path: Path
+) -> None:
+    """Also if whoever asked for it has gone, and has told one shard alone."""
+    world = World(servers, tmp_path / "history")
+    planted(world)
+    shard = servers.servers[0]
+    lock = shard._at.housekeeping
+    asyncio.run_coroutine_threadsafe(lock.acquire(), shard._loop).result(30)
+    shard.called("forget", ["user", 1, NOW]).result(30)
+    world.until("the shard to wait for its turn", lambda: lock._waiters)
+    shard.called("forget", ["user", WHO, NOW]).result(30)
+    shard._loop.call_soon_threadsafe(lock.release)
+    world.until("it to be forgotten there", lambda: (world.forgotten()[0] or {})["state"] == "done")
+    assert [one and one["state"] for one in world.forgotten()] == ["done", "done"]
+    assert world.forgotten()[0]["removed"]["scores"] == 2
+    assert [one["key"] for table in read_scores(str(world.history)) for one in table.to_pylist()] == ['{"user": 2}']
+    assert scan(world.home, tmp_path) == []
 
 
 def test_what_is_no_entity_is_refused_and_says_why(servers: Servers, tmp_path: Path) -> None:

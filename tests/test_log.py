@@ -8,6 +8,8 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pyarrow as pa
 import pytest
 
 from millpond.feature_actors.log.log import Log, LogFull
+from millpond.feature_actors.log.reader import LogReader
 from millpond.feature_actors.log.record import (
     EventsRecord,
     HomeRecord,
@@ -225,3 +228,19 @@ def test_a_transaction_that_outgrows_a_full_disk_is_told_as_such(tmp_path: Path)
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
+
+
+def test_who_reads_is_not_waited_for_when_the_write_ahead_file_is_emptied(tmp_path: Path) -> None:
+    """Appends would have to wait as long; the reader is here until the call comes back."""
+    log = filled(tmp_path, [events(3)])
+    with closing(LogReader(tmp_path)) as reader, ThreadPoolExecutor(1) as thread:
+        log.append([events(3)])
+        emptied = thread.submit(log.empty_write_ahead)
+        try:
+            assert emptied.result(timeout=20) is False
+        finally:
+            reader.close()
+    assert log.empty_write_ahead()
+    assert (tmp_path / "cache.db-wal").stat().st_size == 0
+    assert log._cache._sql("PRAGMA busy_timeout").fetchall() == [(60_000,)]  # else a reader would fail an append
+    log.close()

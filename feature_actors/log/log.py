@@ -209,8 +209,13 @@ class Log:
 
     def empty_write_ahead(self) -> bool:
         """Bring all that was written ahead to its place, and leave nothing of it in that file. Returns False if another
-        process reads the log just now: call it again then."""
-        ((busy, _, _),) = self._cache._sql("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        process reads the log just now, which is not waited for: appends would have to wait, too. Call it again then."""
+        ((timeout_ms,),) = self._cache._sql("PRAGMA busy_timeout").fetchall()
+        self._cache._sql("PRAGMA busy_timeout = 0")
+        try:
+            ((busy, _, _),) = self._cache._sql("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        finally:
+            self._cache._sql(f"PRAGMA busy_timeout = {timeout_ms}")
         return not busy
 
     def truncate(self, before: int) -> bool:
