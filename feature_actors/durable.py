@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -446,25 +446,25 @@ class DurableShard:
         while (yield In("log", partial(self.log.truncate, before))):
             yield Rest(_BREATH_S)
 
-    def write_history(self, to_offset: int, deliveries: Mapping[str, Any]) -> None:
-        """Write the log up to an offset as a part of the history. Raises `HistoryUnavailable`: try again later.
+    def write_history(self, to_offset: int, deliveries: Mapping[str, Any], offers: Collection[int]) -> None:
+        """Write the log up to an offset to the history: as a part, after the one that was begun before, if any. Raises
+        `HistoryUnavailable`: try again later.
 
-        deliveries: their state as of that offset, or later; all of it is in the log. What this reads and writes is
-        settled, so it may run in a thread of its own.
+        deliveries: their state as of that offset, or later; all of it is in the log. offers: of the shard, as of that
+        offset; no other one from before it is taken after it. What this reads and writes is settled, so it may run in a
+        thread of its own.
         """
         assert self._folder is not None
         write_json(self._folder.path / "deliveries.json", dict(deliveries))
         assert self.history is not None
         assert isinstance(self.log, Log)
-        open_offers: dict[int, OfferRecord] = {}
-        first = min(self.history.done_to, self._history_keeps) if self._history_keeps else self.log.first
-        end, before = self.history.planned_to or to_offset, self.history.done_to
-        self.history.write_part(end, applied_records(self.log, first, end, open_offers))
-        if self.history.done_to == before:
-            return
-        newest_ms = max((offer.received_ms for offer in open_offers.values()), default=0)
-        recent = [at for at, offer in open_offers.items() if offer.received_ms > newest_ms - _OFFER_LASTS_MS]
-        self._history_keeps = min([self.history.done_to, *recent])
+        while self.history.done_to < to_offset:
+            open_offers: dict[int, OfferRecord] = {}
+            first = min(self.history.done_to, self._history_keeps) if self._history_keeps else self.log.first
+            end = self.history.planned_to or to_offset
+            self.history.write_part(end, applied_records(self.log, first, end, open_offers))
+            wanted = [at for at in open_offers if at in offers or end < to_offset]
+            self._history_keeps = min([self.history.done_to, *wanted])
 
     def oldest_ms(self, first: int) -> int:
         """Return the oldest arrival stamp of the first record with events from an offset of the log on, or `NEVER_MS`
@@ -491,10 +491,6 @@ class DurableShard:
             state = snapshot_state(path)
             needs += [begin_of(path), *state["offers"], *state["deliveries"]["owed"]]
         return min(*needs, *needed, log.next)
-
-
-#: An offer is taken sooner, or never: the server forgets it after a minute.
-_OFFER_LASTS_MS = 600_000
 
 
 def snapshot_state(path: Path) -> dict[str, Any]:

@@ -138,12 +138,12 @@ class Housekeeper:
         assert self._at.spec.history_uri is not None
         begun, end, undone = time.monotonic(), self._at.shard.next_offset, durable.undone
         size, self._at.bytes_since_history = self._at.bytes_since_history, 0
-        deliveries = self._at.shard.deliveries.state()
+        deliveries, offers = self._at.shard.deliveries.state(), set(self._at.shard.offers)
         try:
             await self._at.written(Prepared(0))  # as for a snapshot: what the deliveries have is to be in the log
             if durable.undone != undone:
                 raise Unavailable("a part of the history is begun again: something was not written to the log")
-            await self._at.in_thread("history", durable.write_history, end, deliveries)
+            await self._at.in_thread("history", durable.write_history, end, deliveries, offers)
             self._expired_s = -_EXPIRE_S  # there may be something that is older than it is kept
             await self._at.in_thread("history", give_back)
         except BaseException:

@@ -373,7 +373,7 @@ class DurableCluster:
 
     def write_history(self, number: int) -> None:
         shard = self.shards[number].shard
-        self.shards[number].write_history(shard.next_offset, shard.deliveries.state())
+        self.shards[number].write_history(shard.next_offset, shard.deliveries.state(), shard.offers)
 
     def past(self) -> Past:
         """Return the past of the shards, from a directory such as clusters have."""

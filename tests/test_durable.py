@@ -19,7 +19,12 @@ from worlds import World, worlds
 from millpond.feature_actors import Count, FeatureView, Field, Last, Max, Source, Sum
 from millpond.feature_actors.client import Ack, FeatureClient
 from millpond.feature_actors.layout import compile_layout
-from millpond.feature_actors.log.log import LogFull
+from millpond.feature_actors.log.applied import applied_records
+from millpond.feature_actors.log.folder import Folder, HistoryUnavailable
+from millpond.feature_actors.log.history_reader import read_history
+from millpond.feature_actors.log.log import Log, LogFull
+from millpond.feature_actors.log.part import parts_of
+from millpond.feature_actors.log.record import OfferRecord
 
 
 def everything(client: FeatureClient, world: World) -> list[Any]:
@@ -209,6 +214,55 @@ def test_a_snapshot_begun_while_a_take_is_on_its_way_to_the_log_is_one_to_recove
     before = totals(cluster)
     cluster.restart_all()
     assert totals(cluster) == before == totals_of(events)
+
+
+def test_an_offer_that_nobody_takes_any_more_does_not_keep_the_log_from_being_cut(tmp_path: Path) -> None:
+    cluster = DurableCluster(compile_layout([], [BY_USER, BY_SHOP]), 2, tmp_path, history=True)
+    cluster.fault = Fault("before append", "all", skip=2)  # both shards have offers, neither has a take
+    sent = [{"id": f"{n}", "at": 5, "user": n % 6, "shop": "ab"[n % 2], "cents": n} for n in range(20)]
+    with pytest.raises(Crash):
+        cluster.send("payments", 9, sent)
+    cluster.deliver_owed()
+    assert all(isinstance(d.log.get(0).record, OfferRecord) for d in cluster.shards)
+    for number in range(4):
+        events = [{"id": f"{number}-{n}", "at": 5, "user": n % 6, "shop": "b", "cents": n} for n in range(20)]
+        sent += events
+        cluster.send("payments", 9, events)
+        for shard in range(2):
+            cluster.write_history(shard)
+            cluster.snapshot_steps(shard, 1_000)
+    assert all(d.log.first > 0 for d in cluster.shards)  # type: ignore[attr-defined]
+    cluster.restart_all()
+    cluster.deliver_owed()
+    assert totals(cluster) == totals_of(sent)
+
+
+def test_a_part_that_was_begun_before_keeps_offers_that_are_taken_after_its_end(tmp_path: Path) -> None:
+    cluster = DurableCluster(compile_layout([], [BY_USER, BY_SHOP]), 2, tmp_path, history=True)
+    ends: list[int] = []
+    take = cluster.take
+
+    async def take_after_history(shard: int, *rest: Any) -> None:
+        ends.append(cluster.shards[shard].shard.next_offset)
+        (tmp_path / "history").write_text("in the way")
+        with pytest.raises(HistoryUnavailable):
+            cluster.write_history(shard)
+        (tmp_path / "history").unlink()
+        await take(shard, *rest)
+
+    cluster.take = take_after_history  # type: ignore[method-assign]
+    cluster.send(
+        "payments", 9, [{"id": f"{n}", "at": 5, "user": n % 6, "shop": "ab"[n % 2], "cents": n} for n in range(20)]
+    )
+    base = str(tmp_path / "history")
+    for shard in range(2):
+        cluster.write_history(shard)
+        log = cluster.shards[shard].log
+        assert isinstance(log, Log)
+        assert [part.to_offset for part in parts_of(Folder(base), shard)] == [ends[shard], log.next]
+        assert [(at, r.routes.tolist(), r.batch) for at, r in read_history(base, shard, 0, log.next)] == [
+            (at, r.routes.tolist(), r.batch) for at, r in applied_records(log, 0, log.next, {})
+        ]
 
 
 def test_ids_and_keys_are_known_though_a_feature_was_added_and_the_log_cut(tmp_path: Path) -> None:
