@@ -27,9 +27,9 @@ from millpond.feature_actors.layout import Layout, Table
 from millpond.feature_actors.log.applied import applied_records
 from millpond.feature_actors.log.folder import Folder
 from millpond.feature_actors.log.history import History
-from millpond.feature_actors.log.history_reader import read_history
+from millpond.feature_actors.log.history_reader import read_history, whole_from
 from millpond.feature_actors.log.log import Log
-from millpond.feature_actors.log.part import Expired, expired, parts_of
+from millpond.feature_actors.log.part import Expired, expired
 from millpond.feature_actors.log.record import (
     Decoded,
     EventsRecord,
@@ -205,8 +205,7 @@ class DurableShard:
         if (uri := self.shard_folder.history_uri) is None:
             return False
         folder = Folder(uri)
-        parts = parts_of(folder, self.shard.number)
-        return bool(parts) and parts[0].from_offset == 0 and expired(folder, source) == Expired()
+        return whole_from(folder, self.shard.number) == 0 and expired(folder, source) == Expired()
 
     def past(self, *, whole: bool = True) -> ShardPast:
         """Return the past of the shard, from its beginning on; whole: as of `ShardPast`."""
@@ -288,12 +287,16 @@ class DurableShard:
 
     @property
     def _complete_from(self) -> int | None:
-        """Where a replay of everything begins: 0, or None if what was before the log is nowhere."""
+        """Where a replay of everything begins: 0, or None if what was before the log is nowhere. Raises what reading
+        the history does."""
         assert isinstance(self.log, Log)
         if self.log.first == 0:
             return 0
-        has_history = self._folder is not None and self._folder.history_uri is not None
-        return 0 if has_history and self.history is not None and self.history.done_to >= self.log.first else None
+        uri = None if self._folder is None else self._folder.history_uri
+        if uri is None or self.history is None or self.history.done_to < self.log.first:
+            return None
+        # Where there is nothing at all the place is not the right one, which the replay says.
+        return None if whole_from(Folder(uri), self.shard.number) else 0
 
     def _replay_history(self, log: Log) -> int:
         """Replay what is in the history; return the offset from which the log goes on."""
@@ -458,6 +461,7 @@ class DurableShard:
         write_json(self._folder.path / "deliveries.json", dict(deliveries))
         assert self.history is not None
         assert isinstance(self.log, Log)
+        self.history.skip_to(self.log.first)
         while self.history.done_to < to_offset:
             open_offers: dict[int, OfferRecord] = {}
             first = min(self.history.done_to, self._history_keeps) if self._history_keeps else self.log.first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from worlds import World, worlds
 from millpond.feature_actors import Count, FeatureView, Field, Last, Max, Source, Sum
 from millpond.feature_actors.client import Ack, FeatureClient
 from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.log import history
 from millpond.feature_actors.log.applied import applied_records
 from millpond.feature_actors.log.folder import Folder, HistoryUnavailable
-from millpond.feature_actors.log.history_reader import read_history
+from millpond.feature_actors.log.history_reader import check_history, read_history
 from millpond.feature_actors.log.log import Log, LogFull
-from millpond.feature_actors.log.part import parts_of
-from millpond.feature_actors.log.record import OfferRecord
+from millpond.feature_actors.log.part import parts_of, read_part, write_part
+from millpond.feature_actors.log.record import LogDamaged, OfferRecord
 
 
 def everything(client: FeatureClient, world: World) -> list[Any]:
@@ -263,6 +265,104 @@ def test_a_part_that_was_begun_before_keeps_offers_that_are_taken_after_its_end(
         assert [(at, r.routes.tolist(), r.batch) for at, r in read_history(base, shard, 0, log.next)] == [
             (at, r.routes.tolist(), r.batch) for at, r in applied_records(log, 0, log.next, {})
         ]
+
+
+class Switched:
+    """One shard, whose history is switched on and off by starts of it. sent: by the number of the request."""
+
+    def __init__(self, path: Path) -> None:
+        self.base = str(path / "history")
+        self.cluster = DurableCluster(compile_layout([], [BY_USER]), 1, path)
+        self.sent: list[str] = []
+
+    def switch(self, *, on: bool) -> None:
+        self.cluster._history = self.base if on else None
+        self.cluster.restart(0)
+
+    def send(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.sent.append(f"e{len(self.sent)}")
+            self.cluster.send("payments", 9, [{"id": self.sent[-1], "at": 5, "user": 1, "shop": "a", "cents": 1}])
+            self.cluster.snapshot_steps(0, 1_000)
+
+    @property
+    def log(self) -> Log:
+        log = self.cluster.shards[0].log
+        assert isinstance(log, Log)
+        return log
+
+    def parts(self) -> list[tuple[int, int, bool]]:
+        folder = Folder(self.base)
+        return [(p.from_offset, p.to_offset, read_part(folder, p).lost) for p in parts_of(folder, 0)]
+
+    def in_history(self) -> list[str]:
+        assert check_history(self.base, 0, self.log.next) == []
+        return [i for _, r in read_history(self.base, 0, 0) for i in r.batch.column("id").to_pylist()]
+
+
+def test_a_history_that_is_begun_when_the_log_was_cut_does_not_pass_for_the_whole_past(tmp_path: Path) -> None:
+    one = Switched(tmp_path)
+    one.send(6)
+    cut = one.log.first
+    assert cut > 0
+    one.switch(on=True)
+    one.cluster.write_history(0)
+    assert one.parts() == [(0, cut, True), (cut, 6, False)]
+    assert one.in_history() == one.sent[cut:]
+    durable = one.cluster.shards[0]
+    assert not durable.has_whole_past("payments")
+    assert one.cluster.past().since_ms("payments") is not None
+    past = durable.past()
+    list(past.read_on())
+    past.note_expired(["payments"])
+    assert past.history_since == {"payments": one.cluster.past().since_ms("payments")}
+    # Nor is a feature that came since computed from it.
+    one.send(6)
+    one.cluster.write_history(0)
+    one.cluster.layout = compile_layout([], [replace(BY_USER, features={**SUMS, "last": Last("cents")})])
+    with pytest.raises(LogDamaged, match="take out the features that were added"):
+        one.cluster.restart(0)
+
+
+@pytest.mark.parametrize("begun", ["no part", "a part", "a whole part"])
+@pytest.mark.parametrize("requests", [0, 9])
+def test_what_left_the_log_while_the_history_was_off_is_said_to_be_lost(
+    begun: str, requests: int, tmp_path: Path
+) -> None:
+    one = Switched(tmp_path)
+    one.switch(on=True)
+    one.send(3)
+    one.cluster.write_history(0)
+    done_to, planned_to = 3, 3
+    if begun != "no part":
+        one.send(4)
+        planned_to = one.log.next
+        with pytest.MonkeyPatch.context() as patch:
+            if begun == "a part":
+                patch.setattr(history, "write_part", fail)
+            else:
+                patch.setattr(history, "write_part", lambda *args: (write_part(*args), fail()))
+            with pytest.raises(HistoryUnavailable):
+                one.cluster.write_history(0)
+        if begun == "a whole part":
+            done_to = planned_to
+    one.switch(on=False)
+    one.send(requests)
+    one.cluster.snapshot_steps(0, 1_000)
+    one.switch(on=True)
+    cut, end = one.log.first, one.log.next
+    assert (3 < cut < planned_to) == (requests == 0 and begun != "no part")
+    one.cluster.write_history(0)
+    lost = one.sent[done_to:cut]
+    assert one.in_history() == [i for i in one.sent if i not in lost]
+    assert one.parts()[0] == (0, 3, False)
+    assert ([p for p in one.parts() if p[2]] == [(done_to, cut, True)]) == bool(lost)
+    assert one.cluster.shards[0].has_whole_past("payments") == (not lost)
+    assert one.parts()[-1][1] == end
+
+
+def fail(*args: object) -> None:
+    raise HistoryUnavailable("history: it is away")
 
 
 def test_ids_and_keys_are_known_though_a_feature_was_added_and_the_log_cut(tmp_path: Path) -> None:

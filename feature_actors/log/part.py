@@ -89,7 +89,8 @@ class Part(msgspec.Struct, frozen=True):
     """Offsets [from_offset, to_offset) of a shard, as they were planned by its opening number `epoch`.
 
     files: all of them. tables: by source, from which offset on a record had which keys of tables. revision: how often
-    it was rewritten; of two revisions the later one is the part.
+    it was rewritten; of two revisions the later one is the part. lost: what these offsets had is not known any more: it
+    had left the log while there was no history.
     """
 
     shard: int
@@ -100,6 +101,7 @@ class Part(msgspec.Struct, frozen=True):
     tables: dict[str, tuple[tuple[int, tuple[Key, ...]], ...]] = {}
     format: int = FORMAT
     revision: int = 0
+    lost: bool = False
 
     @property
     def stem(self) -> str:
