@@ -12,21 +12,23 @@ import numpy as np
 import pytest
 from durable_cluster import STEPS, Crash, DurableCluster, Fault
 from folders import folder
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine_vs_oracle import keys_of, plan_of, read
 from worlds import World, worlds
 
 from millpond.feature_actors import Count, FeatureView, Field, Last, Max, Source, Sum
 from millpond.feature_actors.client import Ack, FeatureClient
-from millpond.feature_actors.layout import compile_layout
+from millpond.feature_actors.durable import SnapshotLacks
+from millpond.feature_actors.layout import Layout, compile_layout
 from millpond.feature_actors.log import history
 from millpond.feature_actors.log.applied import applied_records
 from millpond.feature_actors.log.folder import Folder, HistoryUnavailable
+from millpond.feature_actors.log.history import delete_expired
 from millpond.feature_actors.log.history_reader import check_history, read_history
 from millpond.feature_actors.log.log import Log, LogFull
-from millpond.feature_actors.log.part import parts_of, read_part, write_part
-from millpond.feature_actors.log.record import LogDamaged, OfferRecord
+from millpond.feature_actors.log.part import DAY_MS, parts_of, read_part, write_part
+from millpond.feature_actors.log.record import OfferRecord
 
 
 def everything(client: FeatureClient, world: World) -> list[Any]:
@@ -81,6 +83,44 @@ def test_one_shard_after_crashes_at_any_step_and_retries_is_as_if_nothing_had_ha
         one.reclaim()
         other.reclaim()  # how far reclaim has come is nobody's to see
         assert one.status().entities == other.status().entities
+
+
+@settings(max_examples=max(1, settings().max_examples // 2))
+@given(world=worlds(events_max=60), data=st.data())
+def test_features_that_came_with_a_start_are_as_if_they_had_always_been_there(
+    world: World, data: st.DataObject
+) -> None:
+    """Bit for bit; a snapshot has others of the same table, or tables beside it."""
+    draw = data.draw
+    with folder() as path:
+        calm = DurableCluster(world.layout, 1, path / "calm")
+        had = [
+            replace(view, features={name: view.features[name] for name in draw(st.sets(of, min_size=1).map(sorted))})
+            for view in world.views
+            for of in [st.sampled_from([f.name for f in view if f.derived is None])]
+        ]
+        stormy = DurableCluster(compile_layout([*world.layout.sources.values()], had), 1, path / "s", history=True)
+        at = draw(st.integers(0, len(world.batches)))
+        for number, (name, now_ms, events) in enumerate(world.batches):
+            if number == at:
+                stormy.layout = world.layout
+                stormy.restart_all()
+            calm.send(name, now_ms, events)
+            stormy.send(name, now_ms, events)
+            for what in draw(st.lists(st.sampled_from(["restart", "snapshot", "snapshot", "history"]), max_size=2)):
+                if what == "restart":
+                    stormy.restart_all()
+                elif what == "history":
+                    stormy.write_history(0)
+                else:
+                    stormy.snapshot_steps(0, draw(st.sampled_from([1, 3, 1_000])))
+        stormy.layout = world.layout
+        stormy.restart_all()
+        stormy.clock.ms = calm.clock.ms
+        assert everything(stormy.client, world) == everything(calm.client, world)
+        (one,), (other,) = ([d.shard for d in c.shards] for c in (stormy, calm))
+        assert one.check() == []
+        assert one.status().events == other.status().events
 
 
 PAYMENTS = Source(
@@ -320,7 +360,9 @@ def test_a_history_that_is_begun_when_the_log_was_cut_does_not_pass_for_the_whol
     one.send(6)
     one.cluster.write_history(0)
     one.cluster.layout = compile_layout([], [replace(BY_USER, features={**SUMS, "last": Last("cents")})])
-    with pytest.raises(LogDamaged, match="take out the features that were added"):
+    with pytest.raises(
+        SnapshotLacks, match=f"`by_user.last` came .*begins at offset {one.log.first}, and no history has"
+    ):
         one.cluster.restart(0)
 
 
@@ -387,6 +429,53 @@ def test_ids_and_keys_are_known_though_a_feature_was_added_and_the_log_cut(tmp_p
         assert cluster.send("visits", 9, events, key=f"{number}") == Ack(duplicates=20)
     rows = read(cluster.client, plan_of(cluster.client, view), [(u,) for u in range(4)])
     assert rows.matrix.tolist() == [[30, 0], [30, 1], [30, 2], [30, 3]]
+
+
+@pytest.mark.parametrize(("window", "refused"), [(None, True), ("5d", True), ("2d", False)])
+def test_a_start_computes_anew_only_what_got_features_and_not_from_a_past_that_retention_has_thinned(
+    window: str | None, refused: bool, tmp_path: Path
+) -> None:
+    kept = replace(PAYMENTS, retention="3d")
+
+    def layout(**more: Any) -> Layout:
+        of = {name: FeatureView(f"by_{name}", owner="tests", source=kept, key=[name], features=f | more.get(name, {}))
+              for name, f in (("user", {"n": Count(window=window)}), ("shop", {"n": Count()}))}  # fmt: skip
+        return compile_layout([], [*of.values()])
+
+    def counts(view: str, key: Any) -> list[float]:
+        of = cluster.client.layout.views[view]
+        return read(cluster.client, plan_of(cluster.client, of), [(key,)]).matrix[0].tolist()
+
+    cluster = DurableCluster(layout(), 1, tmp_path, history=True)
+    for day in range(10):
+        at = day * DAY_MS + 5
+        cluster.send("payments", at, [{"id": f"{day}", "at": at, "user": 1, "shop": "a", "cents": 7}])
+        cluster.write_history(0)
+        cluster.snapshot_steps(0, 1_000)
+        delete_expired(str(tmp_path / "history"), [kept], at)
+    assert cluster.shards[0].log.first > 0  # type: ignore[attr-defined]
+    before = counts("by_user", 1)
+    more = {"user": {"last": Sum("cents", window="1d")}}
+    cluster.layout = layout(**more)
+    if refused:
+        with pytest.raises(
+            SnapshotLacks,
+            match=r"`by_user.last` came .*, so all of payments\[user\] .*arrived before 1970-01-07, .*deploy",
+        ):
+            cluster.restart(0)
+        # As it says:
+        cluster.layout = layout()
+        cluster.restart(0)
+        cluster.add_view(replace(layout(**more).views["by_user"], name="again"))
+        assert cluster.backfill_steps(0, 1_000)
+        assert counts("again", 1)[1] == 14
+    else:
+        cluster.restart(0)
+        assert counts("by_user", 1) == [*before, 14]
+    assert counts("by_user", 1)[:1] == before == ([10] if window is None else [int(window[0]) + 1])
+    assert counts("by_shop", "a") == [10]
+    cluster.restart(0)
+    assert (counts("by_user", 1)[:1], counts("by_shop", "a")) == (before, [10])
 
 
 def test_without_any_snapshot_what_was_had_is_not_had_twice(tmp_path: Path) -> None:
