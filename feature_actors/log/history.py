@@ -351,7 +351,7 @@ def delete_expired(base_uri: str, sources: Iterable[Source], now_ms: int) -> lis
     """Delete the dates of sources that lie wholly before now less their retention; return the folders deleted.
 
     now_ms: with `clock = "event"` the newest arrival stamp. What is about to go is written down first, and no reader
-    reads it from then on: nothing is seen half-expired, and the next call goes on after a crash.
+    reads it from then on: nothing is seen half-expired, and the next call goes on after a crash. One caller at a time.
     Raises `HistoryUnavailable`, `HistoryDamaged`.
     """
     folder = Folder(base_uri)

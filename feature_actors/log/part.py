@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 import zlib
 from typing import TypeVar
@@ -208,7 +209,7 @@ def expired(folder: Folder, source: str) -> Expired:
 
 
 def write_expired(folder: Folder, source: str, what: Expired) -> None:
-    _write_checked(folder, f"{source_folder(source)}/_expired.json", msgspec.json.encode(what), "deleting")
+    _write_checked(folder, f"{source_folder(source)}/_expired.json", msgspec.json.encode(what), str(os.getpid()))
 
 
 # Small files are one line of JSON and a line with its CRC-32.
