@@ -44,7 +44,7 @@ class LoggedShard:
     def write_history(self) -> None:
         """Write everything so far as a part of the history."""
         shard = self._durable.shard
-        self._durable.write_history(shard.next_offset, shard.deliveries.state())
+        self._durable.write_history(shard.next_offset, shard.deliveries.state(), shard.offers)
 
     def close(self) -> None:
         self._log.close()

@@ -23,7 +23,7 @@ from millpond.feature_actors.errors import MillpondError
 from millpond.feature_actors.keys import KEY_HASH_VERSION
 from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.log.folder import Folder
-from millpond.feature_actors.log.history_reader import check_history
+from millpond.feature_actors.log.history_reader import check_history, whole_from
 from millpond.feature_actors.log.part import Part, parts_of
 from millpond.feature_actors.log.record import (
     MAGIC,
@@ -439,9 +439,13 @@ class DirectoryCheck:
             return True
         try:
             parts = self.parts(shard)
+            return (
+                bool(parts)
+                and parts[-1].to_offset >= shard.log.first
+                and whole_from(Folder(self.history_uri or ""), shard.number) == 0
+            )
         except MillpondError:
             return False
-        return bool(parts) and parts[-1].to_offset >= shard.log.first
 
     def _check_begin(self, shard: ShardCheck) -> None:
         if not shard.snapshots and not self.begins(shard):

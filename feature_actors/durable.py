@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,16 +20,16 @@ import numpy as np
 import numpy.typing as npt
 
 from millpond.feature_actors.allocators import give_back
-from millpond.feature_actors.errors import Unavailable
+from millpond.feature_actors.errors import MillpondError, Unavailable
 from millpond.feature_actors.events import Events
-from millpond.feature_actors.image import SnapshotLacks, load_ids, load_shard, shard_chunks
+from millpond.feature_actors.image import Loaded, load_shard, shard_chunks
 from millpond.feature_actors.layout import Layout, Table
 from millpond.feature_actors.log.applied import applied_records
 from millpond.feature_actors.log.folder import Folder
 from millpond.feature_actors.log.history import History
-from millpond.feature_actors.log.history_reader import read_history
+from millpond.feature_actors.log.history_reader import read_history, whole_from
 from millpond.feature_actors.log.log import Log
-from millpond.feature_actors.log.part import Expired, expired, parts_of
+from millpond.feature_actors.log.part import DAY_MS, Expired, day_text, expired
 from millpond.feature_actors.log.record import (
     Decoded,
     EventsRecord,
@@ -58,7 +58,7 @@ from millpond.feature_actors.spread import brought_keys
 from millpond.feature_actors.steps import In, Rest, Steps, Write
 from millpond.feature_actors.tombstones import Secret, Tombstones
 
-__all__ = ["DurableShard", "Erasing", "RecordLog", "ShardFolder", "VolatileLog", "applied_records"]
+__all__ = ["DurableShard", "Erasing", "RecordLog", "ShardFolder", "SnapshotLacks", "VolatileLog", "applied_records"]
 
 #: Called with the offset that was replayed and the one where the log ends.
 Progress = Callable[[int, int], None]
@@ -68,6 +68,7 @@ _PROGRESS_S = 0.1
 #: How long appends have the log to themselves between two steps of a truncation.
 _BREATH_S = 0.001
 NEVER_MS = 1 << 62
+_NAMED_MAX = 10
 
 logger = logging.getLogger("millpond.shard")
 
@@ -117,6 +118,12 @@ class ShardFolder:
         self.snapshots = path / "snapshots"
 
 
+class SnapshotLacks(MillpondError):
+    """The declarations have features that a snapshot knows nothing of, and log and history cannot give them."""
+
+    code, status = "snapshot_lacks", 500
+
+
 class Erasing(msgspec.Struct):
     """How far a shard is with what it erases, see `eraser`.
 
@@ -145,7 +152,9 @@ class DurableShard:
         self.erasing = Erasing()
         #: How often something that was prepared was undone: a snapshot that was begun before is not to be finished.
         self.undone = 0
+        #: Tables of which the snapshot has nothing, and those that have features it knows nothing of, with their names.
         self._lacks: list[Table] = []
+        self._incomplete: Mapping[Table, Sequence[str]] = {}
         #: The log from here on is needed to finish the part of the history after the last.
         self._history_keeps = 0
 
@@ -154,35 +163,59 @@ class DurableShard:
     def recover(self, progress: Progress = lambda at, end: None) -> None:
         """Bring the shard, which is empty, to where it was: by the newest usable snapshot, and the log after it.
 
-        A damaged snapshot is passed over for an older one, with a warning. Without any, or when features have been
-        added since, everything is replayed: the history, then the log. A table that was added while the cluster ran and
-        is not in the snapshot is filled from both, after the others. Raises `LogDamaged` if that is not possible, and
-        what the snapshots and the history raise; `MemoryFull`.
+        A damaged snapshot is passed over for an older one, with a warning. Without any everything is replayed: the
+        history, then the log. A table that was added while the cluster ran and is not in the snapshot, or one that has
+        features which were added since, is filled from both, after the others. Raises `LogDamaged`, or `SnapshotLacks`,
+        if that is not possible, and what the snapshots and the history raise; `MemoryFull`.
         """
         log = self.log
         assert isinstance(log, Log)
         offers: dict[int, OfferRecord] = {}
-        state, begin = self._load_snapshot(log)
-        if state is not None:
-            self.shard.deliveries.load(state["deliveries"])
-            if begin is not None:
-                self.erasing = msgspec.convert(state.get("erasing", {}), Erasing)
-        elif log.first > 0:
-            self.shard.deliveries.load(self._kept_deliveries())
-        if begin is None:
+        loaded = self._load_snapshot(log)
+        if loaded is None:
+            if log.first > 0:
+                self.shard.deliveries.load(self._kept_deliveries())
             self._replay_log(log, log.first, self._replay_history(log), offers, progress)
         else:
-            assert state is not None
-            for offset in state["offers"]:
+            self.shard.deliveries.load(loaded.state["deliveries"])
+            self.erasing = msgspec.convert(loaded.state.get("erasing", {}), Erasing)
+            for offset in loaded.state["offers"]:
                 record = log.get(offset).record
                 if isinstance(record, OfferRecord):  # else it was lost
                     offers[offset] = record
-            self._replay_log(log, begin, begin, offers, progress)
+            self._replay_log(log, loaded.begin, loaded.begin, offers, progress)
         deliveries = self.shard.deliveries
         # What was lost, or is of a source that is not declared any more, cannot be delivered.
         deliveries.settle([at for at in deliveries.owed if not self._deliverable(log, at)])
         self.shard.next_offset = log.next
-        self._catch_up(self._lacks)
+        for table, names in self._incomplete.items():
+            self._check_past(log, table, names)
+        self._catch_up([*self._lacks, *self._incomplete])
+
+    def _check_past(self, log: Log, table: Table, names: Sequence[str]) -> None:
+        """Raise `SnapshotLacks` if what is known of the past is too little for a table that is to be computed anew, for
+        the sake of features with these names."""
+        if log.first == 0:
+            return
+        named = ", ".join(names[:_NAMED_MAX]) + (f" and {len(names) - _NAMED_MAX} more" if names[_NAMED_MAX:] else "")
+        if self._complete_from is None:
+            why = f"the log begins at offset {log.first}, and no history has all that was before"
+        else:
+            uri = self.shard_folder.history_uri
+            assert uri is not None
+            before_day = expired(Folder(uri), table.source.name).before_day
+            if before_day == Expired().before_day:
+                return
+            kept_ms = (self.shard.status().newest_arrival_ms or 0) - before_day * DAY_MS
+            # A window has all of its length then, if not all of the tile that it may be longer by.
+            if all(not series.lifetime and series.keep_ms <= kept_ms for series in table.series):
+                return
+            why = f"retention has taken what arrived before {day_text(before_day)}, which its features go back behind"
+        raise SnapshotLacks(
+            f"shard {self.shard.number}: {named} came with this start, so all of {table.name} is to be computed anew, "
+            f"and {why}; start without what came, and deploy that while the cluster runs (`millpond deploy`): it is "
+            "computed beside what there is"
+        )
 
     def _catch_up(self, tables: Sequence[Table]) -> None:
         """Bring tables that are behind to the end of the log."""
@@ -205,8 +238,7 @@ class DurableShard:
         if (uri := self.shard_folder.history_uri) is None:
             return False
         folder = Folder(uri)
-        parts = parts_of(folder, self.shard.number)
-        return bool(parts) and parts[0].from_offset == 0 and expired(folder, source) == Expired()
+        return whole_from(folder, self.shard.number) == 0 and expired(folder, source) == Expired()
 
     def past(self, *, whole: bool = True) -> ShardPast:
         """Return the past of the shard, from its beginning on; whole: as of `ShardPast`."""
@@ -234,14 +266,11 @@ class DurableShard:
             ) from None
         return dict(state)
 
-    def _load_snapshot(self, log: Log) -> tuple[dict[str, Any] | None, int | None]:
-        """Load the newest usable snapshot; return its state and begin.
-
-        (state, None) if it lacks features, so that all has to be replayed; (None, None) if there is none.
-        """
+    def _load_snapshot(self, log: Log) -> Loaded | None:
+        """Load the newest usable snapshot, if there is one."""
         folder = self._folder
         if folder is None:
-            return None, None
+            return None
         paths = newest_snapshots(folder.snapshots)
         for path in paths:
             if not log.first <= begin_of(path) <= log.next:
@@ -267,7 +296,12 @@ class DurableShard:
                 for table in self._lacks:
                     logger.warning("shard %d: `%s` has nothing of %s", self.shard.number, path, table.name)
                     self.shard.fall_behind(table)
-                return loaded.state, loaded.begin
+                behind = self.shard.behind
+                self._incomplete = {table: names for table, names in loaded.incomplete.items() if table not in behind}
+                for table, names in self._incomplete.items():
+                    logger.warning("shard %d: `%s` lacks %s", self.shard.number, path, ", ".join(names))
+                    self.shard.fall_behind(table)
+                return loaded
             except SnapshotDamaged as error:
                 # Out of the way: of the snapshots that are kept, each is to be good.
                 path.rename(path.with_name(f"{path.name}.damaged"))
@@ -275,32 +309,32 @@ class DurableShard:
                 status = self.shard.status()
                 if status.ids or any(status.entities.values()):
                     raise Unavailable(f"{error.message}; the shard begins again without it") from None
-            except SnapshotLacks as error:
-                logger.warning("shard %d replays everything: %s", self.shard.number, error)
-                load_ids(self.shard, path)
-                return snapshot_state(path), None
         if paths and self._complete_from is None:
             raise LogDamaged(
                 f"log: it begins at offset {log.first}, and no snapshot in `{folder.snapshots}` can be read; run "
                 "`millpond check` on the stopped cluster's directory"
             )
-        return None, None
+        return None
 
     @property
     def _complete_from(self) -> int | None:
-        """Where a replay of everything begins: 0, or None if what was before the log is nowhere."""
+        """Where a replay of everything begins: 0, or None if what was before the log is nowhere. Raises what reading
+        the history does."""
         assert isinstance(self.log, Log)
         if self.log.first == 0:
             return 0
-        has_history = self._folder is not None and self._folder.history_uri is not None
-        return 0 if has_history and self.history is not None and self.history.done_to >= self.log.first else None
+        uri = None if self._folder is None else self._folder.history_uri
+        if uri is None or self.history is None or self.history.done_to < self.log.first:
+            return None
+        # Where there is nothing at all the place is not the right one, which the replay says.
+        return None if whole_from(Folder(uri), self.shard.number) else 0
 
     def _replay_history(self, log: Log) -> int:
         """Replay what is in the history; return the offset from which the log goes on."""
         if self._complete_from is None:
             raise LogDamaged(
                 f"log: it begins at offset {log.first}, and what was before it is in no snapshot that can be used, nor "
-                "in a history; take out the features that were added, or restore it from a copy"
+                "in a history; restore it from a copy"
             )
         if log.first == 0:
             return 0
@@ -446,25 +480,26 @@ class DurableShard:
         while (yield In("log", partial(self.log.truncate, before))):
             yield Rest(_BREATH_S)
 
-    def write_history(self, to_offset: int, deliveries: Mapping[str, Any]) -> None:
-        """Write the log up to an offset as a part of the history. Raises `HistoryUnavailable`: try again later.
+    def write_history(self, to_offset: int, deliveries: Mapping[str, Any], offers: Collection[int]) -> None:
+        """Write the log up to an offset to the history: as a part, after the one that was begun before, if any. Raises
+        `HistoryUnavailable`: try again later.
 
-        deliveries: their state as of that offset, or later; all of it is in the log. What this reads and writes is
-        settled, so it may run in a thread of its own.
+        deliveries: their state as of that offset, or later; all of it is in the log. offers: of the shard, as of that
+        offset; no other one from before it is taken after it. What this reads and writes is settled, so it may run in a
+        thread of its own.
         """
         assert self._folder is not None
         write_json(self._folder.path / "deliveries.json", dict(deliveries))
         assert self.history is not None
         assert isinstance(self.log, Log)
-        open_offers: dict[int, OfferRecord] = {}
-        first = min(self.history.done_to, self._history_keeps) if self._history_keeps else self.log.first
-        end, before = self.history.planned_to or to_offset, self.history.done_to
-        self.history.write_part(end, applied_records(self.log, first, end, open_offers))
-        if self.history.done_to == before:
-            return
-        newest_ms = max((offer.received_ms for offer in open_offers.values()), default=0)
-        recent = [at for at, offer in open_offers.items() if offer.received_ms > newest_ms - _OFFER_LASTS_MS]
-        self._history_keeps = min([self.history.done_to, *recent])
+        self.history.skip_to(self.log.first)
+        while self.history.done_to < to_offset:
+            open_offers: dict[int, OfferRecord] = {}
+            first = min(self.history.done_to, self._history_keeps) if self._history_keeps else self.log.first
+            end = self.history.planned_to or to_offset
+            self.history.write_part(end, applied_records(self.log, first, end, open_offers))
+            wanted = [at for at in open_offers if at in offers or end < to_offset]
+            self._history_keeps = min([self.history.done_to, *wanted])
 
     def oldest_ms(self, first: int) -> int:
         """Return the oldest arrival stamp of the first record with events from an offset of the log on, or `NEVER_MS`
@@ -491,10 +526,6 @@ class DurableShard:
             state = snapshot_state(path)
             needs += [begin_of(path), *state["offers"], *state["deliveries"]["owed"]]
         return min(*needs, *needed, log.next)
-
-
-#: An offer is taken sooner, or never: the server forgets it after a minute.
-_OFFER_LASTS_MS = 600_000
 
 
 def snapshot_state(path: Path) -> dict[str, Any]:

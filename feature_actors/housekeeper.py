@@ -29,6 +29,8 @@ _HOUSE_S, _HOUSE_AGAIN_S = 0.25, 5.0
 _GIVE_BACK_S = 30.0
 #: How often it is looked what retention has to take, and by how much it may be late: history is deleted by whole days.
 _EXPIRE_S, _DAY_MS = 3_600.0, 86_400_000
+#: The shard that deletes.
+_DELETES = 0
 
 logger = logging.getLogger("millpond.shard")
 
@@ -138,12 +140,12 @@ class Housekeeper:
         assert self._at.spec.history_uri is not None
         begun, end, undone = time.monotonic(), self._at.shard.next_offset, durable.undone
         size, self._at.bytes_since_history = self._at.bytes_since_history, 0
-        deliveries = self._at.shard.deliveries.state()
+        deliveries, offers = self._at.shard.deliveries.state(), set(self._at.shard.offers)
         try:
             await self._at.written(Prepared(0))  # as for a snapshot: what the deliveries have is to be in the log
             if durable.undone != undone:
                 raise Unavailable("a part of the history is begun again: something was not written to the log")
-            await self._at.in_thread("history", durable.write_history, end, deliveries)
+            await self._at.in_thread("history", durable.write_history, end, deliveries, offers)
             self._expired_s = -_EXPIRE_S  # there may be something that is older than it is kept
             await self._at.in_thread("history", give_back)
         except BaseException:
@@ -162,7 +164,10 @@ class Housekeeper:
 
     async def _expire(self, durable: DurableShard) -> None:
         """Delete of the history what is older than its source keeps it. What has been in the log for a day goes to the
-        history, and leaves the log with the next snapshots, that it can be deleted at all."""
+        history, and leaves the log with the next snapshots, that it can be deleted at all.
+
+        The history is that of all shards: one of them deletes, for what is about to go is written down by source.
+        """
         uri, sources, now_ms = self._at.spec.history_uri, self._at.spec.sources, self._at.now_ms()
         assert durable.history is not None
         assert uri is not None
@@ -170,5 +175,6 @@ class Housekeeper:
             await self._write_history(durable)
         if self._at.bytes_since_snapshot and await self._at.in_thread("log", durable.oldest_ms, 0) <= now_ms - _DAY_MS:
             self._at.snapshot_wanted = True
-        await self._at.in_thread("history", delete_expired, uri, sources, now_ms)
+        if self._at.number == _DELETES:
+            await self._at.in_thread("history", delete_expired, uri, sources, now_ms)
         self._expired_s = time.monotonic()

@@ -9,8 +9,8 @@ that is there already is not changed by coming again. Time, and what is counted,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +36,12 @@ from millpond.feature_actors.tiles.image import Texts
 from millpond.feature_actors.tiles.shape import Fit, fit_of, lacking, shape_of
 from millpond.feature_actors.tiles.structure import SEQUENCE_ROW_BITS
 
-__all__ = ["ForeignSnapshot", "Loaded", "SnapshotLacks", "load_shard", "shard_chunks"]
+__all__ = ["ForeignSnapshot", "Loaded", "load_shard", "shard_chunks"]
 
 Ints = npt.NDArray[np.int64]
 
 #: Words of an entry of a filter, see `IdFilter.image`.
 _ID_WORDS = 4
-_NAMED_MAX = 10
-
-
-class SnapshotLacks(MillpondError):
-    """The declarations have features that a snapshot knows nothing of: only the log and the history can give them."""
-
-    code, status = "snapshot_lacks", 500
 
 
 class ForeignSnapshot(MillpondError):
@@ -106,13 +99,15 @@ def shard_chunks(
 class Loaded:
     """What was loaded. begin: the offset from which the log is to be replayed. newest_offset: of the newest record that
     a row has anything of, -1 if there is none; a log that ends before it has lost what was acknowledged. lacks: tables
-    of which it has nothing, which are empty: of views that came since, or of keys."""
+    of which it has nothing, which are empty: of views that came since, or of keys. incomplete: tables without some of
+    their features, which are empty, too; with the names of these."""
 
     begin: int
     epoch: int
     newest_offset: int
     state: dict[str, Any]
     lacks: tuple[Table, ...] = ()
+    incomplete: Mapping[Table, Sequence[str]] = field(default_factory=dict)
 
 
 def load_shard(
@@ -120,9 +115,10 @@ def load_shard(
 ) -> Loaded:
     """Load a snapshot into a shard that is empty; tables and features that are not declared any more are passed over.
 
+    A table that has features which the snapshot knows nothing of stays empty, and is said to be incomplete.
     progress: called with bytes of the file loaded, and how many there are. Raises `SnapshotDamaged`, `SnapshotTooNew`,
-    `ForeignSnapshot`, `SnapshotLacks`, of which but the first nothing has been loaded; and `MemoryFull`. After those
-    two the shard is not to be used.
+    `ForeignSnapshot`, of which but the first nothing has been loaded; and `MemoryFull`. After those two the shard is
+    not to be used.
     """
     # The strings are the last in the file and needed first; on the way to them everything is checked.
     header: ShardHeader | None = None
@@ -130,7 +126,7 @@ def load_shard(
     for chunk in read_snapshot(path, (ShardHeader, StringsHeader)):
         if isinstance(chunk.header, ShardHeader):
             header = chunk.header
-            fits = _fits(shard, path, header, cluster_id)
+            fits, incomplete = _fits(shard, path, header, cluster_id)
         else:
             strings.append(chunk)
     assert header is not None, "a snapshot begins with its shard"
@@ -145,19 +141,12 @@ def load_shard(
     parts = shard.parts
     parts.store.hear_of(header.newest_arrival_ms, header.newest_received_ms)
     parts.strings.refused = header.strings_refused
-    parts.events.update({name: n for name, n in header.events.items() if name in parts.events})
+    counted = parts.events.keys() - {table.name for table in incomplete}
+    parts.events.update({name: n for name, n in header.events.items() if name in counted})
     shard.next_offset = header.begin
     has = {(shape.source, shape.key, shape.added) for shape in header.tables}
     lacks = tuple(table for table in parts.layout.tables if (table.source.name, table.key, table.added) not in has)
-    return Loaded(header.begin, header.epoch, newest >> SEQUENCE_ROW_BITS, header.state, lacks)
-
-
-def load_ids(shard: Shard, path: Path) -> None:
-    """Load only the ids that a snapshot says have been seen: they do not depend on what features there are."""
-    for chunk in read_snapshot(path, (Ids,)):
-        assert isinstance(chunk.header, Ids)
-        if chunk.header.slot < shard.shard_map.n_slots:
-            _load_ids(shard, chunk.header, chunk.words)
+    return Loaded(header.begin, header.epoch, newest >> SEQUENCE_ROW_BITS, header.state, lacks, incomplete)
 
 
 def _damaged(path: Path, what: str) -> SnapshotDamaged:
@@ -166,8 +155,11 @@ def _damaged(path: Path, what: str) -> SnapshotDamaged:
     )
 
 
-def _fits(shard: Shard, path: Path, header: ShardHeader, cluster_id: str) -> list[tuple[Table, Fit] | None]:
-    """Return for each table of a snapshot which of the shard's it is, and how its rows fit; None to pass over."""
+def _fits(
+    shard: Shard, path: Path, header: ShardHeader, cluster_id: str
+) -> tuple[list[tuple[Table, Fit] | None], dict[Table, list[str]]]:
+    """Return for each table of a snapshot which of the shard's it is, and how its rows fit, None to pass over; and what
+    is lacking of tables."""
     for what, its, ours in (
         ("cluster", header.cluster_id, cluster_id),
         ("shard", header.shard, shard.number),
@@ -183,15 +175,11 @@ def _fits(shard: Shard, path: Path, header: ShardHeader, cluster_id: str) -> lis
     shapes = {(shape.source, shape.key, shape.added): shape for shape in header.tables}
     if len(shapes) < len(header.tables):
         raise _damaged(path, "two tables have one source and key")
-    names = [n for of, table in tables.items() if of in shapes for n in lacking(shapes[of], table, layout)]
-    if names:
-        more = f" and {len(names) - _NAMED_MAX} more" if len(names) > _NAMED_MAX else ""
-        raise SnapshotLacks(
-            f"snapshot: `{path}` was taken without {', '.join(names[:_NAMED_MAX])}{more}; what is declared has to have "
-            "been there; replay the log from its beginning, or take them out again",
-            path=str(path),
-        )
-    return [(tables[of], fit_of(shape, tables[of])) if of in tables else None for of, shape in shapes.items()]
+    lacks = {table: lacking(shapes[of], table, layout) for of, table in tables.items() if of in shapes}
+    incomplete = {table: names for table, names in lacks.items() if names}
+    loaded = {of: table for of, table in tables.items() if table not in incomplete}
+    fits = [(loaded[of], fit_of(shape, loaded[of])) if of in loaded else None for of, shape in shapes.items()]
+    return fits, incomplete
 
 
 def _load_strings(shard: Shard, chunks: list[Chunk]) -> Texts:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,8 @@ from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.log.applied import applied_piece, applied_records
 from millpond.feature_actors.log.folder import Folder
 from millpond.feature_actors.log.history import History
-from millpond.feature_actors.log.history_reader import read_history
-from millpond.feature_actors.log.part import DAY_MS, Expired, expired, parts_of
+from millpond.feature_actors.log.history_reader import begun_late_ms, read_history
+from millpond.feature_actors.log.part import DAY_MS, Expired, expired
 from millpond.feature_actors.log.reader import LogReader
 from millpond.feature_actors.log.record import EventsRecord, OfferRecord
 from millpond.feature_actors.manifest import Manifest, shard_dir
@@ -55,10 +54,9 @@ class Past:
         if (before_day := expired(self._folder, source).before_day) > Expired().before_day:
             since.append(before_day * DAY_MS)
         for shard in range(self.shards):
-            parts = parts_of(self._folder, shard)
-            if parts and parts[0].from_offset:
-                assert self.history_uri is not None
-                since += [record.received_ms for _, record in islice(read_history(self.history_uri, shard), 1)]
+            assert self.history_uri is not None
+            if (late_ms := begun_late_ms(self.history_uri, shard)) is not None:
+                since.append(late_ms)
         return max(since, default=None)
 
     def tombstones(self) -> list[Tombstone]:

@@ -21,6 +21,7 @@ from millpond.feature_actors.errors import MillpondError
 from millpond.feature_actors.image import shard_chunks
 from millpond.feature_actors.layout import Layout, Table
 from millpond.feature_actors.log.folder import Folder
+from millpond.feature_actors.log.history_reader import whole_from
 from millpond.feature_actors.log.part import expired
 from millpond.feature_actors.log.snapshot import Ids
 from millpond.feature_actors.shard import Shard
@@ -118,10 +119,9 @@ def _other_way(check: DirectoryCheck, layout: Layout, shard: ShardCheck, older: 
 def _misses(check: DirectoryCheck, layout: Layout, shard: ShardCheck) -> bool:
     """Return whether something of the history is not there any more, or never was."""
     assert check.history_uri is not None
-    parts = check.parts(shard)
-    if not parts or parts[0].from_offset > 0 or any(str(p.what).startswith("history: ") for p in check.problems):
-        return True
     folder = Folder(check.history_uri)
+    if any(str(p.what).startswith("history: ") for p in check.problems) or whole_from(folder, shard.number) != 0:
+        return True
     return any(expired(folder, name).before_day > _NEVER for name in layout.sources)
 
 

@@ -14,7 +14,7 @@ from millpond.feature_actors.errors import Unavailable
 from millpond.feature_actors.log.applied import applied_piece
 from millpond.feature_actors.log.folder import Folder
 from millpond.feature_actors.log.history import History
-from millpond.feature_actors.log.history_reader import read_history
+from millpond.feature_actors.log.history_reader import begun_late_ms, read_history
 from millpond.feature_actors.log.part import DAY_MS, expired
 from millpond.feature_actors.log.reader import LogReader
 from millpond.feature_actors.log.record import EventsRecord, OfferRecord
@@ -39,7 +39,8 @@ class ShardPast:
         self._open_offers: dict[int, OfferRecord] = {}
         self._read_log_from: int | None = None
         self.next = self.end = 0
-        #: Since when the history has everything of a source, where retention has taken what was before, in ms.
+        #: Since when the history has everything of a source, where retention has taken what was before, or there was no
+        #: history then, in ms.
         self.history_since: dict[str, int] = {}
 
     def read_on(self, until: int | None = None) -> Iterator[tuple[int, EventsRecord]]:
@@ -90,7 +91,10 @@ class ShardPast:
         """Note since when the history has everything of some sources, see `history_since`."""
         if self._history_uri is None or self._read_log_from == 0:
             return
-        folder = Folder(self._history_uri)
+        folder, late_ms = Folder(self._history_uri), begun_late_ms(self._history_uri, self._shard)
         for source in sources:
+            since = [] if late_ms is None else [late_ms]
             if (before_day := expired(folder, source).before_day) > -(2**63):
-                self.history_since[source] = before_day * DAY_MS
+                since.append(before_day * DAY_MS)
+            if since:
+                self.history_since[source] = max(since)

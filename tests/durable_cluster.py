@@ -400,7 +400,7 @@ class DurableCluster:
         shard = self.shards[number].shard
         end, deliveries = shard.next_offset, shard.deliveries.state()
         self.commit_held(number)
-        self.shards[number].write_history(end, deliveries)
+        self.shards[number].write_history(end, deliveries, shard.offers)
 
     def past(self) -> Past:
         """Return the past of the shards, from a directory such as clusters have."""

@@ -129,6 +129,24 @@ class History:
         self._save(msgspec.structs.replace(plan, done_to=plan.to_offset))
         return part
 
+    def skip_to(self, offset: int) -> None:
+        """Have what is before an offset, and not in the history yet, as lost: it had left the log while there was no
+        history. A part that was begun and lacks some of it is given up. Raises `HistoryUnavailable`."""
+        if self._base_uri is None or offset <= self.done_to:
+            return
+        folder = self._folder = self._folder or Folder(self._base_uri)
+        if self.planned_to is not None:
+            plan = self._progress
+            begun = Part(self._shard, plan.epoch, plan.from_offset, plan.to_offset)
+            if folder.exists(begun.marker):
+                self._save(msgspec.structs.replace(plan, done_to=plan.to_offset))
+            else:
+                _sweep(folder, begun)
+        if (begin := self.done_to) < offset:
+            self._save(_Progress(self._epoch, begin, offset, begin))
+            write_part(folder, Part(self._shard, self._epoch, begin, offset, lost=True), str(self._epoch))
+            self._save(_Progress(self._epoch, begin, offset, offset))
+
     # -- steps
 
     def _write(self, part: Part, records: Iterable[tuple[int, Record]], again: bool) -> Part:
@@ -333,7 +351,7 @@ def delete_expired(base_uri: str, sources: Iterable[Source], now_ms: int) -> lis
     """Delete the dates of sources that lie wholly before now less their retention; return the folders deleted.
 
     now_ms: with `clock = "event"` the newest arrival stamp. What is about to go is written down first, and no reader
-    reads it from then on: nothing is seen half-expired, and the next call goes on after a crash.
+    reads it from then on: nothing is seen half-expired, and the next call goes on after a crash. One caller at a time.
     Raises `HistoryUnavailable`, `HistoryDamaged`.
     """
     folder = Folder(base_uri)

@@ -37,7 +37,16 @@ from millpond.feature_actors.log.part import (
 from millpond.feature_actors.log.record import EventsRecord
 from millpond.feature_actors.source import Source
 
-__all__ = ["check_history", "is_there", "opened_file", "read_history", "row_group", "scan_history"]
+__all__ = [
+    "begun_late_ms",
+    "check_history",
+    "is_there",
+    "opened_file",
+    "read_history",
+    "row_group",
+    "scan_history",
+    "whole_from",
+]
 
 Ints = npt.NDArray[np.int64]
 
@@ -67,6 +76,23 @@ def read_history(
                 if until_offset is not None and offset >= until_offset:
                     return
                 yield offset, record
+
+
+def whole_from(folder: Folder, shard: int) -> int | None:
+    """Return the offset from which on a history has all of a shard but for what has expired; None if it has nothing.
+    Raises `HistoryUnavailable`, `HistoryDamaged`."""
+    parts = parts_of(folder, shard)
+    if not parts:
+        return None
+    return max([parts[0].from_offset, *(part.to_offset for part in parts if read_part(folder, part).lost)])
+
+
+def begun_late_ms(base_uri: str, shard: int) -> int | None:
+    """Return when the first record was received from which on a history has all of a shard; None if that is its first.
+    Raises `HistoryUnavailable`, `HistoryDamaged`."""
+    if not (begin := whole_from(Folder(base_uri), shard)):
+        return None
+    return next((record.received_ms for _, record in read_history(base_uri, shard, begin)), None)
 
 
 def scan_history(

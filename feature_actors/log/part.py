@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 import zlib
 from typing import TypeVar
@@ -89,7 +90,8 @@ class Part(msgspec.Struct, frozen=True):
     """Offsets [from_offset, to_offset) of a shard, as they were planned by its opening number `epoch`.
 
     files: all of them. tables: by source, from which offset on a record had which keys of tables. revision: how often
-    it was rewritten; of two revisions the later one is the part.
+    it was rewritten; of two revisions the later one is the part. lost: what these offsets had is not known any more: it
+    had left the log while there was no history.
     """
 
     shard: int
@@ -100,6 +102,7 @@ class Part(msgspec.Struct, frozen=True):
     tables: dict[str, tuple[tuple[int, tuple[Key, ...]], ...]] = {}
     format: int = FORMAT
     revision: int = 0
+    lost: bool = False
 
     @property
     def stem(self) -> str:
@@ -206,7 +209,7 @@ def expired(folder: Folder, source: str) -> Expired:
 
 
 def write_expired(folder: Folder, source: str, what: Expired) -> None:
-    _write_checked(folder, f"{source_folder(source)}/_expired.json", msgspec.json.encode(what), "deleting")
+    _write_checked(folder, f"{source_folder(source)}/_expired.json", msgspec.json.encode(what), str(os.getpid()))
 
 
 # Small files are one line of JSON and a line with its CRC-32.
