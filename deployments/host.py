@@ -121,6 +121,8 @@ class ModelHost(Models):
         self._rollouts: dict[str, Rollout] = {}
         self._loaded: dict[Id, _Loaded] = {}
         self._failed: dict[Id, str] = {}
+        #: How many loads are under way of each module.
+        self._running: Counter[str] = Counter()
         #: Of those that failed, what the registry could not give; and when all was looked at last.
         self._unread: set[Id] = set()
         self._followed_s = 0.0
@@ -378,11 +380,17 @@ class ModelHost(Models):
         loaded: LoadedModel | BaseException
         try:
             definition = await loop.run_in_executor(self._loads, self._registry.definition, version)
+            name = definition.module_name
+            self._running[name] += 1
             loading = loop.run_in_executor(self._loads, self._load_now, definition, version)
             # Its thread is lost if it hangs, but not who follows the registry.
-            loaded = await asyncio.wait_for(asyncio.shield(loading), _LOAD_S_MAX)
-        except TimeoutError:
-            loaded = Unavailable(f"it takes longer than {_LOAD_S_MAX:g} s")
+            await asyncio.wait([loading], timeout=_LOAD_S_MAX)
+            if loading.done():
+                self._running[name] -= 1
+                loaded = loading.result()
+            else:
+                loading.add_done_callback(lambda _: self._returned(name))
+                loaded = Unavailable(f"it takes longer than {_LOAD_S_MAX:g} s")
         except Exception as error:
             loaded = error
         if isinstance(loaded, BaseException):
@@ -404,6 +412,11 @@ class ModelHost(Models):
             )  # fmt: skip
             lane.score_log = self._score_log
             self._loaded[_id(version)] = _Loaded(version, lane, definition.module_name)
+
+    def _returned(self, name: str) -> None:
+        """Let go of a module that ran for too long."""
+        self._running[name] -= 1
+        self._forget_module(name)
 
     def _load_now(self, definition: Definition, version: Version) -> LoadedModel | BaseException:
         try:
@@ -458,8 +471,9 @@ class ModelHost(Models):
         self._forget_module(one.module_name)
 
     def _forget_module(self, name: str) -> None:
-        """Let go of a module, unless a version in memory is of it."""
-        if all(one.module_name != name for one in self._loaded.values()):
+        """Let go of a module, unless a version in memory is of it, or it may be running."""
+        if self._running[name] == 0 and all(one.module_name != name for one in self._loaded.values()):
+            del self._running[name]
             forget_module(name)
 
     def watch(self, hang_s: float) -> None:

@@ -238,6 +238,57 @@ def test_a_version_that_does_not_load_leaves_all_as_it_was(
     run(story)
 
 
+def held_at_the_top(model: str) -> Definition:
+    """A definition whose text waits, as it is run, if there is something to wait for."""
+    made = definition(model, "1")
+    return Definition(made.file_name, f"{made.text}\nHOLDS.get({model!r}, lambda: None)()\n", made.artifacts)
+
+
+def test_while_a_text_runs_all_else_is_loaded_and_forgotten(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        registry.deploy([version_in(registry, definition(name, "1")) for name in ("churn", "old")])
+        slow = version_in(registry, held_at_the_top("slow"))
+        async with following(host_of(registry, shards)) as host:
+            HOLDS["slow"] = held = Held()
+            registry.deploy([slow])
+            await held.has_begun()
+            await live_but("slow", host, registry.deploy([version_in(registry, definition("churn", "2"))]))
+            broken = version_in(registry, definition("churn", "3", load="raise ValueError"))
+            await live_but("slow", host, registry.deploy([broken]))
+            await live_but("slow", host, registry.retire("old"))
+            assert definition("old", "1").module_name not in sys.modules
+            assert await score(host, "churn") == ("2", "2")
+            assert not held.go.is_set()
+            held.go.set()
+            assert await score(host, "slow") == ("1", "1")
+
+    run(story)
+
+
+def test_a_text_that_does_not_end_holds_up_nobody_but_its_model(
+    registry: Registry, shards: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        registry.deploy([version_in(registry, definition("churn", "1"))])
+        endless = held_at_the_top("endless")
+        version = version_in(registry, endless)
+        async with following(host_of(registry, shards)) as host:
+            HOLDS["endless"] = held = Held()
+            with monkeypatch.context() as patched:
+                patched.setattr(host_module, "_LOAD_S_MAX", 0.01)
+                await live(host, registry.deploy([version]))
+            assert host.report()["failed"].keys() == {"endless@1"}
+            with pytest.raises(Unavailable, match=r"^model `endless` version `1` does not load: it takes longer than "):
+                await score(host, "endless")
+            await live(host, registry.deploy([version_in(registry, definition("churn", "2"))]))
+            assert await score(host, "churn") == ("2", "2")
+            assert endless.module_name in sys.modules  # it still runs
+            held.go.set()
+            await until(lambda: endless.module_name not in sys.modules, "the text to end")
+
+    run(story)
+
+
 def test_a_retired_model_is_gone(registry: Registry, shards: Any) -> None:
     async def story() -> None:
         registry.deploy([version_in(registry, definition("churn", "1"))])
