@@ -239,6 +239,7 @@ class Cluster:
                 config.models_mb_max << 20,
                 LaneLimits(config.predict_timeout_s, config.model_requests_max),
                 config.predict_threads,
+                config.load_timeout_s,
             ),
             hang_timeout_s=config.hang_timeout_s,
             score_log=self._score_log_settings(),

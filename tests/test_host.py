@@ -265,20 +265,25 @@ def test_while_a_text_runs_all_else_is_loaded_and_forgotten(registry: Registry, 
     run(story)
 
 
-def test_a_text_that_does_not_end_holds_up_nobody_but_its_model(
-    registry: Registry, shards: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def impatient(host: ModelHost, load_s: float) -> None:
+    """From now on, a load may take so long."""
+    host._limits = dataclasses.replace(host._limits, load_s=load_s)
+
+
+def test_a_text_that_does_not_end_holds_up_nobody_but_its_model(registry: Registry, shards: Any) -> None:
     async def story() -> None:
         registry.deploy([version_in(registry, definition("churn", "1"))])
         endless = held_at_the_top("endless")
         version = version_in(registry, endless)
         async with following(host_of(registry, shards)) as host:
             HOLDS["endless"] = held = Held()
-            with monkeypatch.context() as patched:
-                patched.setattr(host_module, "_LOAD_S_MAX", 0.01)
-                await live(host, registry.deploy([version]))
+            impatient(host, 0.01)
+            await live(host, registry.deploy([version]))
+            impatient(host, PATIENCE_S)
             assert host.report()["failed"].keys() == {"endless@1"}
-            with pytest.raises(Unavailable, match=r"^model `endless` version `1` does not load: it takes longer than "):
+            with pytest.raises(
+                Unavailable, match=r"^model `endless` version `1` does not load: it takes longer than 0\.01 s"
+            ):
                 await score(host, "endless")
             await live(host, registry.deploy([version_in(registry, definition("churn", "2"))]))
             assert await score(host, "churn") == ("2", "2")
@@ -528,6 +533,97 @@ def test_a_former_champion_does_not_keep_the_shadow_that_it_had(registry: Regist
             gc.collect()
             assert shadow() is None
             assert await score(host, "churn") == ("3", "3")
+
+    run(story)
+
+
+# -- versions that do not load now
+
+#: Lines that fail as a version is loaded, as long as a test wants that.
+SHORT_OF_MEMORY = """if "no memory" in HOLDS:
+            raise MemoryError"""
+
+
+def test_a_version_that_did_not_load_is_tried_again_but_not_all_the_time(
+    registry: Registry, shards: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        for name in ("a", "b"):
+            made = definition(name, "1", load=SHORT_OF_MEMORY)
+            registry.deploy([version_in(registry, made, memory_bytes=4 * MB)])
+        host = host_of(registry, shards, budget=5 * MB)
+        await host.start()
+        (out,) = {"a", "b"} - set(host.served)
+        HOLDS["no memory"] = Held()
+        for _ in range(3):
+            with pytest.raises(Unavailable, match=r"does not load: MemoryError\(\); deploy a version that does"):
+                await score(host, out)
+        assert LOADS[f"{out}@1"] == 1
+        assert host.broken().keys() == {out}
+        HOLDS.clear()
+        monkeypatch.setattr(host_module, "_BROKEN_S", 0.001)
+        await asyncio.sleep(0.001)
+        assert await score(host, out) == ("1", "1")
+        assert (host.broken(), host.report()["failed"]) == ({}, {})
+
+    run(story)
+
+
+def test_a_load_has_its_time_from_when_it_begins(
+    registry: Registry, shards: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_module, "_LOADS_AT_ONCE", 1)
+
+    async def story() -> None:
+        registry.deploy([version_in(registry, definition(name, "1")) for name in ("a", "b")])
+        host = host_of(registry, shards)
+        impatient(host, 0.5)
+        held = Held()
+
+        def hold() -> None:
+            impatient(host, PATIENCE_S)  # whoever begins from now on
+            held()
+
+        HOLDS["a@1"] = HOLDS["b@1"] = hold  # type: ignore[assignment]
+        starting = asyncio.create_task(host.start())
+        await held.has_begun()
+        first = next(iter(LOADS))
+        HOLDS.clear()
+        await starting
+        # What hangs has a thread, but no place among those that are loaded at once.
+        assert host.report()["failed"].keys() == {first}
+        assert set(host.served) == {"a", "b"} - {first[0]}
+        assert not held.go.is_set()
+        held.go.set()
+
+    run(story)
+
+
+def test_a_load_that_hangs_is_not_begun_again_before_it_returns(
+    registry: Registry, shards: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_module, "_BROKEN_S", 0.05)
+
+    async def story() -> None:
+        registry.deploy([version_in(registry, definition("stuck", "1"))])
+        HOLDS["stuck@1"] = held = Held()
+        host = host_of(registry, shards)
+        impatient(host, 0.5)
+        await host.start()
+        impatient(host, PATIENCE_S)
+        await held.has_begun()
+        while (why := host.report()["failed"]["stuck@1"]) is not None and "an earlier load" not in why:
+            with pytest.raises(Unavailable, match="does not load"):
+                await score(host, "stuck")
+        assert LOADS["stuck@1"] == 1
+        held.go.set()
+        await until(lambda: not host._hanging, "the load to return")
+        while "stuck" not in host.served:
+            try:
+                assert await score(host, "stuck") == ("1", "1")
+            except Unavailable:
+                await asyncio.sleep(0.001)
+        assert LOADS["stuck@1"] == 2
 
     run(story)
 
