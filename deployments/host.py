@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from millpond.deployments.lane import Lane, LaneLimits
+from millpond.deployments.lane import Lane, LaneLimits, ModelBusy
 from millpond.deployments.score_log import ScoreLog
 from millpond.deployments.served import ModelEntry, Models, Served, Shadow
 from millpond.deployments.turns import Turns
@@ -155,6 +155,8 @@ class ModelHost(Models):
         self._one_suspect = asyncio.Lock()
         self._answering = asyncio.Event()
         self._finding: dict[str, asyncio.Task[None]] = {}
+        #: How many requests wait for each model.
+        self._waiting: Counter[str] = Counter()
         #: The changes that are under way, with the models that they are of.
         self._bringing: dict[asyncio.Task[None], list[str]] = {}
         self._reported_s = 0.0
@@ -162,7 +164,33 @@ class ModelHost(Models):
     # -- what is asked
 
     async def find(self, name: str) -> Served:
-        """Load a model that is live and not in memory. Raises `NotFound`; `Unavailable` if it does not load."""
+        """Load a model that is live and not in memory; wait as long as for a slow one, which the load may outlast.
+
+        Raises `NotFound`; `Unavailable` if it does not load, or not in that time; `ModelBusy`.
+        """
+        limits = self._limits.lanes
+        if self._waiting[name] >= limits.requests_max:
+            raise ModelBusy(
+                f"model `{name}`: {limits.requests_max} requests wait for it to be loaded; allowed are no more "
+                "(setting `model_requests_max`); retry",
+                retry_after_ms=1_000,
+            )
+        self._waiting[name] += 1
+        try:
+            async with asyncio.timeout(limits.predict_s):
+                return await self._find(name)
+        except TimeoutError:
+            raise Unavailable(
+                f"model `{name}`: it is being loaded still after {limits.predict_s:g} s (setting `predict_timeout_s`); "
+                "retry",
+                code="model_loading", retry_after_ms=1_000,
+            ) from None  # fmt: skip
+        finally:
+            self._waiting[name] -= 1
+            if self._waiting[name] == 0:
+                del self._waiting[name]
+
+    async def _find(self, name: str) -> Served:
         while (served := self.served.get(name)) is None:
             rollout = self._rollouts.get(name)
             if rollout is None or rollout.champion is None:

@@ -22,7 +22,7 @@ from lanes import HOLDS, LOADS, PATIENCE_S, Held, client_over, definition, run, 
 
 from millpond.deployments import host as host_module
 from millpond.deployments.host import HostLimits, ModelHost, is_alive
-from millpond.deployments.lane import LaneLimits
+from millpond.deployments.lane import LaneLimits, ModelBusy
 from millpond.deployments.score import ScoreApp, ScoreLimits
 from millpond.deployments.watchdog import HUNG_STATUS
 from millpond.feature_actors.errors import MillpondError, NotFound, Unavailable
@@ -428,6 +428,37 @@ def test_requests_that_come_while_a_model_is_loaded_load_it_once(registry: Regis
         held.go.set()
         assert set(await asyncio.gather(*asking[1:])) == {("1", "1")}
         assert LOADS[f"{out}@1"] == 1
+
+    run(story)
+
+
+def test_requests_wait_for_a_load_as_many_and_as_long_as_for_a_slow_model(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        fill(registry, "a", "b")
+        host = host_of(registry, shards, budget=5 * MB)
+        await host.start()
+        (out,) = {"a", "b"} - set(host.served)
+        HOLDS[f"{out}@1"] = held = Held()
+        patient = host._limits
+        host._limits = dataclasses.replace(patient, lanes=LaneLimits(predict_s=0.05, requests_max=3))
+        *waited, refused = await asyncio.gather(*(host.find(out) for _ in range(4)), return_exceptions=True)
+        assert isinstance(refused, ModelBusy)
+        assert refused.message == (
+            f"model `{out}`: 3 requests wait for it to be loaded; allowed are no more "
+            "(setting `model_requests_max`); retry"
+        )
+        for one in waited:
+            assert isinstance(one, Unavailable)
+            assert (one.code, one.retry_after_ms) == ("model_loading", 1_000)
+        assert len(host.served) == 1  # which answers beside
+        await asyncio.gather(*(score(host, next(iter(host.served))) for _ in range(4)))
+        with pytest.raises(Unavailable, match=r"being loaded still after 0\.05 s"):  # places are free again
+            await host.find(out)
+        host._limits = patient
+        held.go.set()
+        assert await score(host, out) == ("1", "1")
+        assert LOADS[f"{out}@1"] == 1
+        assert not host._waiting
 
     run(story)
 
@@ -920,6 +951,25 @@ def test_a_version_that_held_up_a_replica_is_called_in_a_thread_by_the_next(regi
         registry.deploy([version])  # which forgets that
         async with following(host_of(registry, shards)) as host:
             assert not host.served["one"].champion.in_threads
+
+    run(story)
+
+
+def test_a_change_of_something_else_does_not_bring_what_held_up_a_replica_back_to_the_loop(
+    registry: Registry, shards: Any
+) -> None:
+    async def story() -> None:
+        registry.deploy([version_in(registry, definition(name, "1")) for name in ("one", "two")])
+        registry.attempts.begin("former", [Attempt("one", "1", *dead(), hung=True)])
+        HOLDS["one@1"] = held = Held()
+        host = host_of(registry, shards)
+        starting = asyncio.create_task(host.start())
+        await held.has_begun()
+        registry.set_pool("two", Pool(1))
+        await host._follow_change()
+        held.go.set()
+        await starting
+        assert host.served["one"].champion.in_threads
 
     run(story)
 
