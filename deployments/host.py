@@ -358,7 +358,9 @@ class ModelHost(Models):
 
     async def _suspects(self, versions: Sequence[Version]) -> list[Version]:
         """Return which of some versions were being loaded when a process died; not to load those that did so twice."""
-        attempts = await self._ask(self._registry.attempts.all) if versions else []
+        if not versions:
+            return []
+        attempts = await self._ask(self._registry.attempts.all)
         died = Counter((a.model, a.version) for a in attempts if not a.hung and not is_alive(asdict(a)))
         self._hung = {(a.model, a.version) for a in attempts if a.hung}
         for version in versions:
