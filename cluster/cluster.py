@@ -10,6 +10,7 @@ import os
 import secrets
 import uuid
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,7 +39,7 @@ from millpond.deployments.serving import (
 from millpond.feature_actors.client import TimeLimits
 from millpond.feature_actors.declared_sources import DeclaredSources
 from millpond.feature_actors.decode import BodyLimits
-from millpond.feature_actors.errors import DeclarationError, NotFound, Unavailable
+from millpond.feature_actors.errors import DeclarationError, MillpondError, NotFound, Unavailable
 from millpond.feature_actors.ingest_queue import QueueLimits
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.lock import FileLock
@@ -57,6 +58,7 @@ from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.socket_calls import SocketCalls
 from millpond.feature_actors.tiles.memory import started_ticks
 from millpond.feature_actors.warm import warm_kernels
+from millpond.models.attempts import Attempt
 from millpond.models.definition import Definition
 from millpond.models.registry import Registry
 from millpond.models.registry_views import RegistryViews
@@ -376,8 +378,13 @@ class Cluster:
             self._backfills.stop()
             self._backfills = None
         self._drain_shards()
+        deaths = self._deaths()
         self._embedded.stop()
         if self.registry is not None:
+            # What was being loaded did not end its process: this did.
+            self.registry.attempts.take_back(
+                [a for a in self.registry.attempts.all() if not a.hung and a not in deaths]
+            )
             for replica in self.registry.reports():
                 self.registry.forget_report(replica)
             self.registry.views.forget_ingresses()
@@ -392,6 +399,14 @@ class Cluster:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+
+    def _deaths(self) -> list[Attempt]:
+        """Return the notes of loads that processes have died in."""
+        try:
+            attempts = [] if self.registry is None else self.registry.attempts.all()
+        except MillpondError:  # everything is to end all the same
+            return []
+        return [a for a in attempts if not a.hung and not is_alive(asdict(a))]
 
     def _drain_shards(self) -> None:
         if self.spec is None or self._memory is None:

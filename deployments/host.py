@@ -5,8 +5,8 @@ Promises:
   answers. Requests see the rollout before or after a change, nothing between.
 - A version that does not load leaves its model as it was, if that answered, and other models alone; the replica's
   report says why.
-- A version that has ended two processes that loaded it is loaded no more, until it is deployed again; one that does not
-  give the event loop back ends its process and is called in a thread by the next.
+- A version that has ended two processes that loaded it, one of them with nothing beside, is loaded no more, until it is
+  deployed again; one that does not give the event loop back ends its process and is called in a thread by the next.
 - Over the budget those asked longest ago leave the memory, when nothing of them is under way; they are loaded again
   when they are asked for.
 - The replica reports to the registry what it has, so that whoever deploys knows when every replica has it.
@@ -361,10 +361,12 @@ class ModelHost(Models):
         if not versions:
             return []
         attempts = await self._ask(self._registry.attempts.all)
-        died = Counter((a.model, a.version) for a in attempts if not a.hung and not is_alive(asdict(a)))
+        deaths = [a for a in attempts if not a.hung and not is_alive(asdict(a))]
+        died = Counter((a.model, a.version) for a in deaths)
+        died_alone = {(a.model, a.version) for a in deaths if a.alone}
         self._hung = {(a.model, a.version) for a in attempts if a.hung}
         for version in versions:
-            if died[_id(version)] >= _DEATHS_MAX:
+            if died[_id(version)] >= _DEATHS_MAX and _id(version) in died_alone:
                 self._barred.add(_id(version))
                 why = f"{died[_id(version)]} processes have died as they loaded it"
                 self._fail(version, f"{why}; deploy it again to have it tried again")
@@ -378,6 +380,18 @@ class ModelHost(Models):
                 if _id(version) not in self._loaded and self._broken(version) is None:
                     await self._load_all([version])
                     self._answer_with([r for r in rollouts if r.model == version.model])
+                    if _id(version) in self._loaded:
+                        await self._clear(version)
+
+    async def _clear(self, version: Version) -> None:
+        """Take back the notes of processes that died as they loaded a version, which this one has survived."""
+        attempts = self._registry.attempts
+        try:
+            of_version = [a for a in await self._ask(attempts.all) if (a.model, a.version) == _id(version)]
+            deaths = [a for a in of_version if not a.hung and not is_alive(asdict(a))]
+            await self._ask(lambda: attempts.take_back(deaths))
+        except MillpondError:
+            logger.exception("the registry takes no note of loads")
 
     def _start(self, bringing: Coroutine[Any, Any, None], models: list[str]) -> None:
         task = asyncio.create_task(bringing)

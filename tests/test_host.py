@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 from lanes import HOLDS, LOADS, PATIENCE_S, Held, client_over, definition, run, shards_with_spend, until, version_in
 
+from millpond.cluster.cluster import Cluster
+from millpond.cluster.config import Config
 from millpond.deployments import host as host_module
 from millpond.deployments.host import HostLimits, ModelHost, is_alive
 from millpond.deployments.lane import LaneLimits, ModelBusy
@@ -937,6 +939,53 @@ def test_what_two_processes_died_of_is_not_loaded_until_it_is_deployed_again(reg
             assert host.report()["failed"] == {}
 
     run(story)
+
+
+def test_what_a_process_died_of_that_another_has_loaded_since_was_not_the_reason(
+    registry: Registry, shards: Any
+) -> None:
+    async def story() -> None:
+        registry.deploy([version_in(registry, definition("one", "1"))])
+        for replica in ("in spring", "in autumn"):
+            died_loading(registry, replica, "one")
+            async with following(host_of(registry, shards)) as host:
+                await live(host, registry.generation())
+                assert await score(host, "one") == ("1", "1")
+            assert registry.attempts.all() == []
+
+    run(story)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_processes_that_died_of_something_else_as_they_loaded_many_versions_bar_none(
+    registry: Registry, shards: Any, at_once: bool
+) -> None:
+    async def story() -> None:
+        registry.deploy([version_in(registry, definition(name, "1")) for name in ("one", "two", "three")])
+        for replica in ("first", "second"):
+            for names in [("one", "two", "three")] if at_once else [("one",), ("two",), ("three",)]:
+                died_loading(registry, replica, *names)
+        async with following(host_of(registry, shards)) as host:
+            assert host.served == {}
+            await live(host, registry.generation())
+            assert set(host.served) == {"one", "two", "three"}
+            assert registry.attempts.all() == []
+            # Of those of one process only what is noted alone is told to be.
+            died_loading(registry, "third", "one")
+            assert [a.alone for a in registry.attempts.all()] == [True]
+            died_loading(registry, "third", "two")
+            assert [a.alone for a in registry.attempts.all()] == [False, False]
+
+    run(story)
+
+
+def test_the_stop_of_a_cluster_is_no_death_of_what_was_being_loaded(registry: Registry, tmp_path: Path) -> None:
+    died_loading(registry, "first", "one")
+    registry.attempts.begin("second", [Attempt("one", "1", os.getpid(), started_ticks(os.getpid()))])
+    cluster = Cluster(Config(data_dir=str(tmp_path)), [definition("one", "1")])
+    cluster.registry = Registry(registry._folder)
+    cluster.stop()
+    assert [(a.model, is_alive(dataclasses.asdict(a))) for a in registry.attempts.all()] == [("one", False)]
 
 
 def test_a_version_that_held_up_a_replica_is_called_in_a_thread_by_the_next(registry: Registry, shards: Any) -> None:
