@@ -11,6 +11,7 @@ import os
 import secrets
 import uuid
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,7 +40,7 @@ from millpond.deployments.serving import (
 from millpond.feature_actors.client import TimeLimits
 from millpond.feature_actors.declared_sources import DeclaredSources
 from millpond.feature_actors.decode import BodyLimits
-from millpond.feature_actors.errors import DeclarationError, NotFound, Unavailable
+from millpond.feature_actors.errors import DeclarationError, MillpondError, NotFound, Unavailable
 from millpond.feature_actors.ingest_queue import QueueLimits
 from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.lock import FileLock
@@ -59,6 +60,7 @@ from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.socket_calls import SocketCalls
 from millpond.feature_actors.tiles.memory import started_ticks
 from millpond.feature_actors.warm import warm_kernels
+from millpond.models.attempts import Attempt
 from millpond.models.definition import Definition
 from millpond.models.registry import Registry
 from millpond.models.registry_views import RegistryViews
@@ -243,6 +245,7 @@ class Cluster:
                 config.models_mb_max << 20,
                 LaneLimits(config.predict_timeout_s, config.model_requests_max),
                 config.predict_threads,
+                config.load_timeout_s,
             ),
             hang_timeout_s=config.hang_timeout_s,
             score_log=self._score_log_settings(),
@@ -373,18 +376,24 @@ class Cluster:
     def stop(self) -> None:
         """Drain: the shards finish what is under way and take a snapshot, so that a start after it replays nothing;
         then everything ends, whatever fails of it. A second Ctrl-C or SIGTERM breaks off the snapshot, nothing else."""
+        died: list[Attempt] = []
         with signals_deferred() as arrived, contextlib.ExitStack() as steps:  # the last of them first
             steps.callback(self._let_go)
-            steps.callback(self._close_registry)
+            steps.callback(self._close_registry, died)
             steps.callback(self._embedded.stop)
+            steps.callback(lambda: died.extend(self._deaths()))
             steps.callback(self._drain_shards, arrived)
             for keeper in (self._backfills, self._pools):
                 if keeper is not None:
                     steps.callback(keeper.stop)
             self._backfills = self._pools = None
 
-    def _close_registry(self) -> None:
+    def _close_registry(self, died: Sequence[Attempt]) -> None:
         if self.registry is not None:
+            # What was being loaded did not end its process: this did.
+            self.registry.attempts.take_back(
+                [a for a in self.registry.attempts.all() if not a.hung and a not in died]
+            )
             for replica in self.registry.reports():
                 self.registry.forget_report(replica)
             self.registry.views.forget_ingresses()
@@ -401,6 +410,14 @@ class Cluster:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+
+    def _deaths(self) -> list[Attempt]:
+        """Return the notes of loads that processes have died in."""
+        try:
+            attempts = [] if self.registry is None else self.registry.attempts.all()
+        except MillpondError:  # everything is to end all the same
+            return []
+        return [a for a in attempts if not a.hung and not is_alive(asdict(a))]
 
     def _drain_shards(self, asked_again: Sequence[int]) -> None:
         """asked_again: signals to end that have arrived since; with one, the shards are not waited for any longer."""

@@ -87,6 +87,7 @@ class Config:
     hang_timeout_s: float = _setting(10.0, "a model that holds up a replica so long ends it", 0.1, 3_600)
     model_requests_max: int = _setting(128, "may wait for a slow model; more are 429", 1, 10**6)
     predict_threads: int = _setting(64, "threads of a replica for its slow models", 1, 1_024)
+    load_timeout_s: float = _setting(60.0, "longest that a model may take to load", 0.001, 3_600)
     models_mb_max: int = _setting(4_096, "memory for models in a replica; the idlest go", 1, 10**6)
     shard_timeout_s: float = _setting(30.0, "longest wait for one call of a shard", 0.01, 3_600)
     explain_timeout_s: float = _setting(60.0, "longest wait for the explanation of a score", 0.1, 86_400)
@@ -132,7 +133,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "events": ("late_after", "ahead_max", "dedupe_horizon", "dedupe_horizon_min", "dedupe_mb_max",
                "event_body_bytes_max", "event_rows_max", "queue_mb_max", "queue_events_max"),
     "models and scores": ("score_ids_max", "score_body_bytes_max", "predict_timeout_s", "hang_timeout_s",
-                          "model_requests_max", "predict_threads", "models_mb_max"),
+                          "model_requests_max", "predict_threads", "load_timeout_s", "models_mb_max"),
     "log of scores": ("score_log_share", "score_log_retention", "score_log_flush_s", "score_log_flush_rows",
                       "score_log_waiting_max"),
     "disk and memory": ("disk_free_mb_min", "snapshot_mb", "history_part_mb", "memory_dir", "memory_mb_max",

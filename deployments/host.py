@@ -5,8 +5,8 @@ Promises:
   answers. Requests see the rollout before or after a change, nothing between.
 - A version that does not load leaves its model as it was, if that answered, and other models alone; the replica's
   report says why.
-- A version that has ended two processes that loaded it is loaded no more, until it is deployed again; one that does not
-  give the event loop back ends its process and is called in a thread by the next.
+- A version that has ended two processes that loaded it, one of them with nothing beside, is loaded no more, until it is
+  deployed again; one that does not give the event loop back ends its process and is called in a thread by the next.
 - Over the budget those asked longest ago leave the memory, when nothing of them is under way; they are loaded again
   when they are asked for.
 - The replica reports to the registry what it has, so that whoever deploys knows when every replica has it.
@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from millpond.deployments.lane import Lane, LaneLimits
+from millpond.deployments.lane import Lane, LaneLimits, ModelBusy
 from millpond.deployments.score_log import ScoreLog
 from millpond.deployments.served import ModelEntry, Models, Served, Shadow
 from millpond.deployments.turns import Turns
@@ -36,7 +36,7 @@ from millpond.feature_actors.tiles.memory import started_ticks
 from millpond.feature_actors.view import FeatureView
 from millpond.models.added_views import AddedViewRecord
 from millpond.models.attempts import Attempt
-from millpond.models.definition import Definition, forget_module
+from millpond.models.definition import forget_module, module_name_of
 from millpond.models.model import LoadedModel
 from millpond.models.registry import Registry
 from millpond.models.registry_views import extended_layout
@@ -54,9 +54,12 @@ _REPORT_S = 1.0
 #: How often a version is tried again that the registry could not give.
 _AGAIN_S = 5.0
 _LOADS_AT_ONCE = 8
+#: A load that hangs keeps its thread; the others go on in further ones.
+_LOAD_THREADS_MAX = 256
+#: For so long a version that did not load is not tried again, however often it is asked for.
+_BROKEN_S = 10.0
 #: One process may die of chance, or of another version that it loads.
 _DEATHS_MAX = 2
-_LOAD_S_MAX = 60.0
 #: So many changes that came together are followed each by itself.
 _TASKS_MAX = 32
 #: What a model takes besides what was measured: a plan, a lane.
@@ -68,11 +71,12 @@ Id = tuple[str, str]
 @dataclass(frozen=True)
 class HostLimits:
     """memory_bytes_max: of all models of a replica together, as each was measured when it was deployed. threads: in
-    which slow models are called."""
+    which slow models are called. load_s: how long a version may take to load, once it has begun to."""
 
     memory_bytes_max: int = 4 << 30
     lanes: LaneLimits = field(default_factory=LaneLimits)
     threads: int = 64
+    load_s: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,22 @@ class _Loaded:
     lane: Lane
     #: Of the definition's code.
     module_name: str
+
+
+@dataclass(frozen=True)
+class _NotLoaded:
+    """unread: the registry could not give it."""
+
+    error: BaseException
+    unread: bool
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a version does not load, and when that was seen last."""
+
+    why: str
+    at_s: float
 
 
 class ModelHost(Models):
@@ -110,7 +130,8 @@ class ModelHost(Models):
         self._replica = replica
         self._pool = pool
         self._limits = limits
-        self._loads = ThreadPoolExecutor(_LOADS_AT_ONCE, "load")
+        self._loads = ThreadPoolExecutor(_LOAD_THREADS_MAX, "load")
+        self._load_places = asyncio.Semaphore(_LOADS_AT_ONCE)
         self._predictions = ThreadPoolExecutor(limits.threads, "predict")
         # One thread asks the registry, which keeps a connection for each.
         self._asks = ThreadPoolExecutor(1, "registry")
@@ -120,7 +141,10 @@ class ModelHost(Models):
         self._generation = -1
         self._rollouts: dict[str, Rollout] = {}
         self._loaded: dict[Id, _Loaded] = {}
-        self._failed: dict[Id, str] = {}
+        self._failed: dict[Id, _Failure] = {}
+        #: How many loads are under way of each module; and the versions whose load has not returned in time.
+        self._running: Counter[str] = Counter()
+        self._hanging: set[Id] = set()
         #: Of those that failed, what the registry could not give; and when all was looked at last.
         self._unread: set[Id] = set()
         self._followed_s = 0.0
@@ -131,6 +155,8 @@ class ModelHost(Models):
         self._one_suspect = asyncio.Lock()
         self._answering = asyncio.Event()
         self._finding: dict[str, asyncio.Task[None]] = {}
+        #: How many requests wait for each model.
+        self._waiting: Counter[str] = Counter()
         #: The changes that are under way, with the models that they are of.
         self._bringing: dict[asyncio.Task[None], list[str]] = {}
         self._reported_s = 0.0
@@ -142,12 +168,38 @@ class ModelHost(Models):
         return self._rollouts.keys()
 
     async def find(self, name: str) -> Served:
-        """Load a model that is live and not in memory. Raises `NotFound`; `Unavailable` if it does not load."""
+        """Load a model that is live and not in memory; wait as long as for a slow one, which the load may outlast.
+
+        Raises `NotFound`; `Unavailable` if it does not load, or not in that time; `ModelBusy`.
+        """
+        limits = self._limits.lanes
+        if self._waiting[name] >= limits.requests_max:
+            raise ModelBusy(
+                f"model `{name}`: {limits.requests_max} requests wait for it to be loaded; allowed are no more "
+                "(setting `model_requests_max`); retry",
+                retry_after_ms=1_000,
+            )
+        self._waiting[name] += 1
+        try:
+            async with asyncio.timeout(limits.predict_s):
+                return await self._find(name)
+        except TimeoutError:
+            raise Unavailable(
+                f"model `{name}`: it is being loaded still after {limits.predict_s:g} s (setting `predict_timeout_s`); "
+                "retry",
+                code="model_loading", retry_after_ms=1_000,
+            ) from None  # fmt: skip
+        finally:
+            self._waiting[name] -= 1
+            if self._waiting[name] == 0:
+                del self._waiting[name]
+
+    async def _find(self, name: str) -> Served:
         while (served := self.served.get(name)) is None:
             self.check(name)
             rollout = self._rollouts[name]
             assert rollout.champion is not None
-            if (why := self._failed.get(_id(rollout.champion))) is not None:
+            if (why := self._broken(rollout.champion)) is not None:
                 raise Unavailable(f"{why}; deploy a version that does, or roll back", code="model_broken",
                                   retry_after_ms=10_000)  # fmt: skip
             if loading := [task for task, models in self._bringing.items() if name in models]:
@@ -173,7 +225,14 @@ class ModelHost(Models):
 
     def broken(self) -> dict[str, str]:
         champions = {name: _id(r.champion) for name, r in self._rollouts.items() if r.champion is not None}
-        return {n: self._failed[i] for n, i in champions.items() if i in self._failed and n not in self.served}
+        return {n: self._failed[i].why for n, i in champions.items() if i in self._failed and n not in self.served}
+
+    def _broken(self, version: Version) -> str | None:
+        """Return why a version does not load; None if it does, for all that is known, or is to be tried again."""
+        failure = self._failed.get(_id(version))
+        if failure is None or (_id(version) not in self._barred and time.monotonic() - failure.at_s >= _BROKEN_S):
+            return None
+        return failure.why
 
     def entries(self) -> list[ModelEntry]:
         versions = [r.champion for r in self._rollouts.values() if r.champion is not None]
@@ -219,7 +278,7 @@ class ModelHost(Models):
             r for name, r in rollouts.items() if before.get(name) != r or any(_id(v) in again for v in r.versions)
         ]
         live = {_id(version) for rollout in rollouts.values() for version in rollout.versions}
-        self._failed = {i: why for i, why in self._failed.items() if i in live}
+        self._failed = {i: failure for i, failure in self._failed.items() if i in live}
         again |= await self._given_another_chance()
         mine = [r for r in changed if r.model in self.served or self._is_mine(r)]
         mine.sort(key=lambda r: r.model not in self.served)
@@ -303,16 +362,18 @@ class ModelHost(Models):
 
     async def _suspects(self, versions: Sequence[Version]) -> list[Version]:
         """Return which of some versions were being loaded when a process died; not to load those that did so twice."""
-        attempts = await self._ask(self._registry.attempts.all) if versions else []
-        died = Counter((a.model, a.version) for a in attempts if not a.hung and not is_alive(asdict(a)))
+        if not versions:
+            return []
+        attempts = await self._ask(self._registry.attempts.all)
+        deaths = [a for a in attempts if not a.hung and not is_alive(asdict(a))]
+        died = Counter((a.model, a.version) for a in deaths)
+        died_alone = {(a.model, a.version) for a in deaths if a.alone}
         self._hung = {(a.model, a.version) for a in attempts if a.hung}
         for version in versions:
-            if died[_id(version)] >= _DEATHS_MAX:
+            if died[_id(version)] >= _DEATHS_MAX and _id(version) in died_alone:
                 self._barred.add(_id(version))
-                self._failed[_id(version)] = (
-                    f"{version.subject} does not load: {died[_id(version)]} processes have died as they loaded it; "
-                    "deploy it again to have it tried again"
-                )
+                why = f"{died[_id(version)]} processes have died as they loaded it"
+                self._fail(version, f"{why}; deploy it again to have it tried again")
         return [version for version in versions if died[_id(version)]]
 
     async def _bring_suspects(self, rollouts: Sequence[Rollout], suspects: Sequence[Version]) -> None:
@@ -320,9 +381,21 @@ class ModelHost(Models):
         await self._answering.wait()
         for version in suspects:
             async with self._one_suspect:
-                if _id(version) not in self._failed:
+                if _id(version) not in self._loaded and self._broken(version) is None:
                     await self._load_all([version])
                     self._answer_with([r for r in rollouts if r.model == version.model])
+                    if _id(version) in self._loaded:
+                        await self._clear(version)
+
+    async def _clear(self, version: Version) -> None:
+        """Take back the notes of processes that died as they loaded a version, which this one has survived."""
+        attempts = self._registry.attempts
+        try:
+            of_version = [a for a in await self._ask(attempts.all) if (a.model, a.version) == _id(version)]
+            deaths = [a for a in of_version if not a.hung and not is_alive(asdict(a))]
+            await self._ask(lambda: attempts.take_back(deaths))
+        except MillpondError:
+            logger.exception("the registry takes no note of loads")
 
     def _start(self, bringing: Coroutine[Any, Any, None], models: list[str]) -> None:
         task = asyncio.create_task(bringing)
@@ -377,28 +450,27 @@ class ModelHost(Models):
             logger.exception("the registry takes no note of loads")
 
     async def _load(self, version: Version) -> None:
-        loop = asyncio.get_running_loop()
-        definition = None
-        loaded: LoadedModel | BaseException
-        try:
-            definition = await loop.run_in_executor(self._loads, self._registry.definition, version)
-            loading = loop.run_in_executor(self._loads, self._load_now, definition, version)
-            # Its thread is lost if it hangs, but not who follows the registry.
-            loaded = await asyncio.wait_for(asyncio.shield(loading), _LOAD_S_MAX)
-        except TimeoutError:
-            loaded = Unavailable(f"it takes longer than {_LOAD_S_MAX:g} s")
-        except Exception as error:
-            loaded = error
-        if isinstance(loaded, BaseException):
-            why = f"{version.subject} does not load: {loaded if isinstance(loaded, MillpondError) else repr(loaded)}"
-            logger.warning("%s", why, exc_info=None if isinstance(loaded, MillpondError) else loaded)
-            self._failed[_id(version)] = why
-            if definition is None:
+        if _id(version) in self._hanging:
+            why = "an earlier load of it took too long (setting `load_timeout_s`) and has not ended yet"
+            return self._fail(version, why)
+        name = module_name_of(version.files)
+        self._running[name] += 1
+        async with self._load_places:
+            loading = asyncio.get_running_loop().run_in_executor(self._loads, self._load_now, version)
+            await asyncio.wait([loading], timeout=self._limits.load_s)
+        if not loading.done():  # its thread is lost if it hangs, but not who follows the registry
+            self._hanging.add(_id(version))
+            loading.add_done_callback(lambda _: self._returned(version))
+            return self._fail(version, f"it takes longer than {self._limits.load_s:g} s (setting `load_timeout_s`)")
+        self._running[name] -= 1
+        loaded = loading.result()
+        if isinstance(loaded, _NotLoaded):
+            error = loaded.error
+            self._fail(version, error if isinstance(error, MillpondError) else repr(error), error)
+            if loaded.unread:
                 self._unread.add(_id(version))
-            else:
-                self._forget_module(definition.module_name)
-            return
-        assert definition is not None
+            self._forget_module(name)
+            return None
         self._failed.pop(_id(version), None)
         if _id(version) not in self._loaded:
             predict_s = version.predict_us / 1e6
@@ -407,15 +479,30 @@ class ModelHost(Models):
                 in_threads=_id(version) in self._hung, digest=version.digest,
             )  # fmt: skip
             lane.score_log = self._score_log
-            self._loaded[_id(version)] = _Loaded(version, lane, definition.module_name)
+            self._loaded[_id(version)] = _Loaded(version, lane, name)
+        return None
 
-    def _load_now(self, definition: Definition, version: Version) -> LoadedModel | BaseException:
+    def _fail(self, version: Version, why: object, error: BaseException | None = None) -> None:
+        failure = _Failure(f"{version.subject} does not load: {why}", time.monotonic())
+        logger.warning("%s", failure.why, exc_info=None if isinstance(error, MillpondError) else error)
+        self._failed[_id(version)] = failure
+
+    def _returned(self, version: Version) -> None:
+        """Have a version tried again whose load has come to an end after all."""
+        self._hanging.discard(_id(version))
+        name = module_name_of(version.files)
+        self._running[name] -= 1
+        self._forget_module(name)
+
+    def _load_now(self, version: Version) -> LoadedModel | _NotLoaded:
+        definition = None
         try:
+            definition = self._registry.definition(version)
             (model,) = (m for m in definition.declared().models if m.name == version.model)
             named = replace(model, version=version.version)
             return LoadedModel(named, self._client.layout, self._registry.artifacts_dir(version))
         except BaseException as error:  # what is no `Exception` would end who follows the registry
-            return error
+            return _NotLoaded(error, unread=definition is None)
 
     @property
     def memory_bytes(self) -> int:
@@ -462,8 +549,9 @@ class ModelHost(Models):
         self._forget_module(one.module_name)
 
     def _forget_module(self, name: str) -> None:
-        """Let go of a module, unless a version in memory is of it."""
-        if all(one.module_name != name for one in self._loaded.values()):
+        """Let go of a module, unless a version in memory is of it, or it may be running."""
+        if self._running[name] == 0 and all(one.module_name != name for one in self._loaded.values()):
+            del self._running[name]
             forget_module(name)
 
     def watch(self, hang_s: float) -> None:
@@ -494,7 +582,7 @@ class ModelHost(Models):
             "at_ms": time.time_ns() // 1_000_000,
             "memory_bytes": self.memory_bytes,
             "score_log": None if self._score_log is None else self._score_log.counts,
-            "failed": {f"{model}@{version}": why for (model, version), why in self._failed.items()},
+            "failed": {f"{model}@{version}": failure.why for (model, version), failure in self._failed.items()},
             "versions": {
                 f"{model}@{version}": {
                     **one.lane.counts.as_json(),

@@ -168,11 +168,11 @@ class ScoreApp(App):
         return Response(200, b"[%b]" % b",".join(objects))
 
     async def _find(self, name: str) -> Served | MillpondError:
-        """Return a model, or why it does not load, which is no fault of the request."""
+        """Return a model, or why it is not there, which is no fault of the request."""
         try:
             return self._models.served.get(name) or await self._models.find(name)
         except MillpondError as error:
-            if error.status < 500:
+            if error.status < 500 and not isinstance(error, TooMany):
                 raise
             return error
 

@@ -16,10 +16,12 @@ import threading
 import traceback
 import types
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from millpond.feature_actors.errors import DeclarationError, MillpondError
 from millpond.feature_actors.layout import Layout
@@ -29,9 +31,13 @@ from millpond.models.model import LoadedModel, Model
 
 T = TypeVar("T")
 
-__all__ = ["ARTIFACTS_DIR", "Declared", "Definition", "digest_of", "load_model", "load_models"]
+__all__ = ["ARTIFACTS_DIR", "Declared", "Definition", "digest_of", "forget_module", "load_model", "load_models",
+           "module_name_of"]  # fmt: skip
 
-_RUNNING = threading.RLock()
+#: Held while the text of a module is run, a lock for each name as long as somebody has it: one that hangs holds up
+#: nobody but those who want the same.
+_LOCKS: WeakValueDictionary[str, Any] = WeakValueDictionary()
+_TAKING = threading.Lock()
 #: How the content lies in a folder, whatever the files were called where they came from.
 _TEXT, ARTIFACTS_DIR = "definition.py", "artifacts"
 
@@ -102,7 +108,7 @@ class Definition:
     @property
     def module_name(self) -> str:
         """What the module of the text is called in `sys.modules`; it stays there until `forget_module`."""
-        return f"millpond_definition_{hashlib.sha256(self.text.encode()).hexdigest()[:16]}"
+        return module_name_of({_TEXT: hashlib.sha256(self.text.encode()).hexdigest()})
 
     def declared(self) -> Declared:
         """Run the text (once a process) and return what it declares: by name, or in a list, tuple or dict of a name."""
@@ -121,7 +127,7 @@ class Definition:
 
     def _module(self) -> types.ModuleType:
         name = self.module_name
-        with _RUNNING:  # else another thread would take a module that has not been run to its end
+        with _lock_of(name):  # else another thread would take a module that has not been run to its end
             module = sys.modules.get(name)
             if module is not None:
                 return module
@@ -158,11 +164,23 @@ def _line_of(error: BaseException, file: str) -> int | None:
 
 
 def forget_module(name: str) -> None:
-    """Let go of the module of a definition: what still uses something of it goes on, `declared` runs the text again."""
-    with _RUNNING:
-        module = sys.modules.pop(name, None)
-        if module is not None:
-            linecache.cache.pop(str(module.__file__), None)
+    """Let go of the module of a definition: what still uses something of it goes on, `declared` runs the text again.
+
+    Waits for nobody, so an event loop may call it. Not while the text is run, which then misses its module.
+    """
+    module = sys.modules.pop(name, None)
+    if module is not None:
+        linecache.cache.pop(str(module.__file__), None)
+
+
+def _lock_of(name: str) -> AbstractContextManager[Any]:
+    with _TAKING:
+        return _LOCKS.setdefault(name, threading.RLock())  # type: ignore[no-any-return]
+
+
+def module_name_of(hashes: Mapping[str, str]) -> str:
+    """Return what the module of a definition is called, by the hashes of its files."""
+    return f"millpond_definition_{hashes[_TEXT][:16]}"
 
 
 def digest_of(hashes: Mapping[str, str]) -> str:

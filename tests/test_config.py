@@ -78,7 +78,7 @@ def test_every_number_has_bounds_that_its_default_keeps() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("shard = 2", "no setting `shard`; known: `ahead_max`, `body_timeout_s`, `clock`, `data_dir`, `dedupe_horizon`, `dedupe_horizon_min`, `dedupe_mb_max`, `disk_free_mb_min`, `drain_timeout_s`, `draining_period_s`, `durability`, `event_body_bytes_max`, `event_rows_max`, `explain_timeout_s`, `hang_timeout_s`, `history`, `history_part_mb`, `host`, `late_after`, `memory_dir`, ...; did you mean `shards`? - at `millpond.toml`"),
+        ("shard = 2", "no setting `shard`; known: `ahead_max`, `body_timeout_s`, `clock`, `data_dir`, `dedupe_horizon`, `dedupe_horizon_min`, `dedupe_mb_max`, `disk_free_mb_min`, `drain_timeout_s`, `draining_period_s`, `durability`, `event_body_bytes_max`, `event_rows_max`, `explain_timeout_s`, `hang_timeout_s`, `history`, `history_part_mb`, `host`, `late_after`, `load_timeout_s`, ...; did you mean `shards`? - at `millpond.toml`"),
         ("shards = 0", "setting `shards`: 0 is not between 1 and 1024 - at `millpond.toml`"),
         ("shards = 1025", "setting `shards`: 1025 is not between 1 and 1024 - at `millpond.toml`"),
         ('shards = "two"', "setting `shards`: expected int, got 'two' - at `millpond.toml`"),

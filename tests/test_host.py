@@ -20,9 +20,11 @@ from typing import Any
 import pytest
 from lanes import HOLDS, LOADS, PATIENCE_S, Held, client_over, definition, run, shards_with_spend, until, version_in
 
+from millpond.cluster.cluster import Cluster
+from millpond.cluster.config import Config
 from millpond.deployments import host as host_module
 from millpond.deployments.host import HostLimits, ModelHost, is_alive
-from millpond.deployments.lane import LaneLimits
+from millpond.deployments.lane import LaneLimits, ModelBusy
 from millpond.deployments.score import ScoreApp, ScoreLimits
 from millpond.deployments.watchdog import HUNG_STATUS
 from millpond.feature_actors.errors import MillpondError, NotFound, Unavailable
@@ -238,6 +240,62 @@ def test_a_version_that_does_not_load_leaves_all_as_it_was(
     run(story)
 
 
+def held_at_the_top(model: str) -> Definition:
+    """A definition whose text waits, as it is run, if there is something to wait for."""
+    made = definition(model, "1")
+    return Definition(made.file_name, f"{made.text}\nHOLDS.get({model!r}, lambda: None)()\n", made.artifacts)
+
+
+def test_while_a_text_runs_all_else_is_loaded_and_forgotten(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        registry.deploy([version_in(registry, definition(name, "1")) for name in ("churn", "old")])
+        slow = version_in(registry, held_at_the_top("slow"))
+        async with following(host_of(registry, shards)) as host:
+            HOLDS["slow"] = held = Held()
+            registry.deploy([slow])
+            await held.has_begun()
+            await live_but("slow", host, registry.deploy([version_in(registry, definition("churn", "2"))]))
+            broken = version_in(registry, definition("churn", "3", load="raise ValueError"))
+            await live_but("slow", host, registry.deploy([broken]))
+            await live_but("slow", host, registry.retire("old"))
+            assert definition("old", "1").module_name not in sys.modules
+            assert await score(host, "churn") == ("2", "2")
+            assert not held.go.is_set()
+            held.go.set()
+            assert await score(host, "slow") == ("1", "1")
+
+    run(story)
+
+
+def impatient(host: ModelHost, load_s: float) -> None:
+    """From now on, a load may take so long."""
+    host._limits = dataclasses.replace(host._limits, load_s=load_s)
+
+
+def test_a_text_that_does_not_end_holds_up_nobody_but_its_model(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        registry.deploy([version_in(registry, definition("churn", "1"))])
+        endless = held_at_the_top("endless")
+        version = version_in(registry, endless)
+        async with following(host_of(registry, shards)) as host:
+            HOLDS["endless"] = held = Held()
+            impatient(host, 0.01)
+            await live(host, registry.deploy([version]))
+            impatient(host, PATIENCE_S)
+            assert host.report()["failed"].keys() == {"endless@1"}
+            with pytest.raises(
+                Unavailable, match=r"^model `endless` version `1` does not load: it takes longer than 0\.01 s"
+            ):
+                await score(host, "endless")
+            await live(host, registry.deploy([version_in(registry, definition("churn", "2"))]))
+            assert await score(host, "churn") == ("2", "2")
+            assert endless.module_name in sys.modules  # it still runs
+            held.go.set()
+            await until(lambda: endless.module_name not in sys.modules, "the text to end")
+
+    run(story)
+
+
 def test_a_retired_model_is_gone(registry: Registry, shards: Any) -> None:
     async def story() -> None:
         registry.deploy([version_in(registry, definition("churn", "1"))])
@@ -376,6 +434,37 @@ def test_requests_that_come_while_a_model_is_loaded_load_it_once(registry: Regis
     run(story)
 
 
+def test_requests_wait_for_a_load_as_many_and_as_long_as_for_a_slow_model(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        fill(registry, "a", "b")
+        host = host_of(registry, shards, budget=5 * MB)
+        await host.start()
+        (out,) = {"a", "b"} - set(host.served)
+        HOLDS[f"{out}@1"] = held = Held()
+        patient = host._limits
+        host._limits = dataclasses.replace(patient, lanes=LaneLimits(predict_s=0.05, requests_max=3))
+        *waited, refused = await asyncio.gather(*(host.find(out) for _ in range(4)), return_exceptions=True)
+        assert isinstance(refused, ModelBusy)
+        assert refused.message == (
+            f"model `{out}`: 3 requests wait for it to be loaded; allowed are no more "
+            "(setting `model_requests_max`); retry"
+        )
+        for one in waited:
+            assert isinstance(one, Unavailable)
+            assert (one.code, one.retry_after_ms) == ("model_loading", 1_000)
+        assert len(host.served) == 1  # which answers beside
+        await asyncio.gather(*(score(host, next(iter(host.served))) for _ in range(4)))
+        with pytest.raises(Unavailable, match=r"being loaded still after 0\.05 s"):  # places are free again
+            await host.find(out)
+        host._limits = patient
+        held.go.set()
+        assert await score(host, out) == ("1", "1")
+        assert LOADS[f"{out}@1"] == 1
+        assert not host._waiting
+
+    run(story)
+
+
 def test_what_was_asked_for_before_a_change_does_not_undo_it(registry: Registry, shards: Any) -> None:
     async def story() -> None:
         fill(registry, "a", "b")
@@ -477,6 +566,97 @@ def test_a_former_champion_does_not_keep_the_shadow_that_it_had(registry: Regist
             gc.collect()
             assert shadow() is None
             assert await score(host, "churn") == ("3", "3")
+
+    run(story)
+
+
+# -- versions that do not load now
+
+#: Lines that fail as a version is loaded, as long as a test wants that.
+SHORT_OF_MEMORY = """if "no memory" in HOLDS:
+            raise MemoryError"""
+
+
+def test_a_version_that_did_not_load_is_tried_again_but_not_all_the_time(
+    registry: Registry, shards: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        for name in ("a", "b"):
+            made = definition(name, "1", load=SHORT_OF_MEMORY)
+            registry.deploy([version_in(registry, made, memory_bytes=4 * MB)])
+        host = host_of(registry, shards, budget=5 * MB)
+        await host.start()
+        (out,) = {"a", "b"} - set(host.served)
+        HOLDS["no memory"] = Held()
+        for _ in range(3):
+            with pytest.raises(Unavailable, match=r"does not load: MemoryError\(\); deploy a version that does"):
+                await score(host, out)
+        assert LOADS[f"{out}@1"] == 1
+        assert host.broken().keys() == {out}
+        HOLDS.clear()
+        monkeypatch.setattr(host_module, "_BROKEN_S", 0.001)
+        await asyncio.sleep(0.001)
+        assert await score(host, out) == ("1", "1")
+        assert (host.broken(), host.report()["failed"]) == ({}, {})
+
+    run(story)
+
+
+def test_a_load_has_its_time_from_when_it_begins(
+    registry: Registry, shards: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_module, "_LOADS_AT_ONCE", 1)
+
+    async def story() -> None:
+        registry.deploy([version_in(registry, definition(name, "1")) for name in ("a", "b")])
+        host = host_of(registry, shards)
+        impatient(host, 0.5)
+        held = Held()
+
+        def hold() -> None:
+            impatient(host, PATIENCE_S)  # whoever begins from now on
+            held()
+
+        HOLDS["a@1"] = HOLDS["b@1"] = hold  # type: ignore[assignment]
+        starting = asyncio.create_task(host.start())
+        await held.has_begun()
+        first = next(iter(LOADS))
+        HOLDS.clear()
+        await starting
+        # What hangs has a thread, but no place among those that are loaded at once.
+        assert host.report()["failed"].keys() == {first}
+        assert set(host.served) == {"a", "b"} - {first[0]}
+        assert not held.go.is_set()
+        held.go.set()
+
+    run(story)
+
+
+def test_a_load_that_hangs_is_not_begun_again_before_it_returns(
+    registry: Registry, shards: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_module, "_BROKEN_S", 0.05)
+
+    async def story() -> None:
+        registry.deploy([version_in(registry, definition("stuck", "1"))])
+        HOLDS["stuck@1"] = held = Held()
+        host = host_of(registry, shards)
+        impatient(host, 0.5)
+        await host.start()
+        impatient(host, PATIENCE_S)
+        await held.has_begun()
+        while (why := host.report()["failed"]["stuck@1"]) is not None and "an earlier load" not in why:
+            with pytest.raises(Unavailable, match="does not load"):
+                await score(host, "stuck")
+        assert LOADS["stuck@1"] == 1
+        held.go.set()
+        await until(lambda: not host._hanging, "the load to return")
+        while "stuck" not in host.served:
+            try:
+                assert await score(host, "stuck") == ("1", "1")
+            except Unavailable:
+                await asyncio.sleep(0.001)
+        assert LOADS["stuck@1"] == 2
 
     run(story)
 
@@ -761,6 +941,53 @@ def test_what_two_processes_died_of_is_not_loaded_until_it_is_deployed_again(reg
     run(story)
 
 
+def test_what_a_process_died_of_that_another_has_loaded_since_was_not_the_reason(
+    registry: Registry, shards: Any
+) -> None:
+    async def story() -> None:
+        registry.deploy([version_in(registry, definition("one", "1"))])
+        for replica in ("in spring", "in autumn"):
+            died_loading(registry, replica, "one")
+            async with following(host_of(registry, shards)) as host:
+                await live(host, registry.generation())
+                assert await score(host, "one") == ("1", "1")
+            assert registry.attempts.all() == []
+
+    run(story)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_processes_that_died_of_something_else_as_they_loaded_many_versions_bar_none(
+    registry: Registry, shards: Any, at_once: bool
+) -> None:
+    async def story() -> None:
+        registry.deploy([version_in(registry, definition(name, "1")) for name in ("one", "two", "three")])
+        for replica in ("first", "second"):
+            for names in [("one", "two", "three")] if at_once else [("one",), ("two",), ("three",)]:
+                died_loading(registry, replica, *names)
+        async with following(host_of(registry, shards)) as host:
+            assert host.served == {}
+            await live(host, registry.generation())
+            assert set(host.served) == {"one", "two", "three"}
+            assert registry.attempts.all() == []
+            # Of those of one process only what is noted alone is told to be.
+            died_loading(registry, "third", "one")
+            assert [a.alone for a in registry.attempts.all()] == [True]
+            died_loading(registry, "third", "two")
+            assert [a.alone for a in registry.attempts.all()] == [False, False]
+
+    run(story)
+
+
+def test_the_stop_of_a_cluster_is_no_death_of_what_was_being_loaded(registry: Registry, tmp_path: Path) -> None:
+    died_loading(registry, "first", "one")
+    registry.attempts.begin("second", [Attempt("one", "1", os.getpid(), started_ticks(os.getpid()))])
+    cluster = Cluster(Config(data_dir=str(tmp_path)), [definition("one", "1")])
+    cluster.registry = Registry(registry._folder)
+    cluster.stop()
+    assert [(a.model, is_alive(dataclasses.asdict(a))) for a in registry.attempts.all()] == [("one", False)]
+
+
 def test_a_version_that_held_up_a_replica_is_called_in_a_thread_by_the_next(registry: Registry, shards: Any) -> None:
     async def story() -> None:
         version = version_in(registry, definition("one", "1"))
@@ -773,6 +1000,25 @@ def test_a_version_that_held_up_a_replica_is_called_in_a_thread_by_the_next(regi
         registry.deploy([version])  # which forgets that
         async with following(host_of(registry, shards)) as host:
             assert not host.served["one"].champion.in_threads
+
+    run(story)
+
+
+def test_a_change_of_something_else_does_not_bring_what_held_up_a_replica_back_to_the_loop(
+    registry: Registry, shards: Any
+) -> None:
+    async def story() -> None:
+        registry.deploy([version_in(registry, definition(name, "1")) for name in ("one", "two")])
+        registry.attempts.begin("former", [Attempt("one", "1", *dead(), hung=True)])
+        HOLDS["one@1"] = held = Held()
+        host = host_of(registry, shards)
+        starting = asyncio.create_task(host.start())
+        await held.has_begun()
+        registry.set_pool("two", Pool(1))
+        await host._follow_change()
+        held.go.set()
+        await starting
+        assert host.served["one"].champion.in_threads
 
     run(story)
 

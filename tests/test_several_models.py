@@ -11,7 +11,8 @@ import pytest
 from apps import NOW, Returns, World, call, churn, make_world, mean_price, model, offer, purchase, user_spend
 from lanes import client_over, definition, run, shards_with_spend, version_in
 
-from millpond.deployments.host import ModelHost
+from millpond.deployments.host import HostLimits, ModelHost
+from millpond.deployments.lane import LaneLimits
 from millpond.deployments.score import ScoreApp, ScoreLimits
 from millpond.deployments.served import Served
 from millpond.models.registry import Registry
@@ -107,6 +108,28 @@ def test_a_model_that_does_not_load_breaks_only_itself(tmp_path: Path) -> None:
     assert only == [{"ill": answers[0]["ill"]}]
     wrong = call(app, "POST", "/v1/score", {**body, "ids": [{"user_id": 1, "book_id": "x"}]}, "application/json")
     assert wrong.error["path"] == "$.ids[0].book_id"
+    registry.close()
+
+
+def test_a_model_that_too_many_wait_for_fails_alone(tmp_path: Path) -> None:
+    registry, client = Registry(tmp_path / "registry"), client_over(shards_with_spend())[0]
+    for made in (definition("here", "1"), definition("there", "1")):
+        registry.deploy([version_in(registry, made, memory_bytes=4 << 20)])
+    host = ModelHost(registry, client, "replica", limits=HostLimits(5 << 20, LaneLimits(requests_max=0)))
+    app = ScoreApp(client, host, make_world().score._status, ScoreLimits(), "", "test")
+
+    async def start() -> None:
+        await host.start()
+
+    run(start)
+    ((here, served),) = host.served.items()
+    (there,) = {"here", "there"} - {here}
+    body = {"models": [there, here], "ids": [{"user_id": 1}]}
+    (answer,) = call(app, "POST", "/v1/score", body, "application/json").json
+    assert answer[here]["result"] == served.champion.loaded.model.version
+    assert (answer[there]["error"]["code"], answer[there]["error"]["status"]) == ("model_busy", 429)
+    alone = call(app, "POST", f"/v1/score/{there}", {"user_id": 1}, "application/json")
+    assert (alone.status, alone.error["code"]) == (429, "model_busy")
     registry.close()
 
 
