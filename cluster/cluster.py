@@ -391,9 +391,7 @@ class Cluster:
     def _close_registry(self, died: Sequence[Attempt]) -> None:
         if self.registry is not None:
             # What was being loaded did not end its process: this did.
-            self.registry.attempts.take_back(
-                [a for a in self.registry.attempts.all() if not a.hung and a not in died]
-            )
+            self.registry.attempts.take_back([a for a in self.registry.attempts.all() if not a.hung and a not in died])
             for replica in self.registry.reports():
                 self.registry.forget_report(replica)
             self.registry.views.forget_ingresses()
