@@ -254,11 +254,10 @@ class Cluster:
         return self.spec
 
     def _score_eraser(self) -> ScoreEraser | None:
-        """Return what removes logged scores, whether any are logged now or not."""
-        uri = self.config.history_uri
-        if uri is None or self.config.durability == "none":
+        """Return what removes what is kept of scores, whether any are logged or not."""
+        if self.config.durability == "none":
             return None
-        return ScoreEraser(uri, str(self.registry_dir), self._score_log_settings() is not None)
+        return ScoreEraser(self.config.history_uri, str(self.registry_dir))
 
     def _past_place(self) -> PastPlace | None:
         """Return where scores are explained from; None if the cluster has no past."""

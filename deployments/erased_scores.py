@@ -1,105 +1,87 @@
-"""Removing logged scores while others are being logged: a notice in the history, which every writer heeds.
+"""Removing what is kept of scores while others are being served: a notice in the registry, which every replica heeds.
 
-    1. a notice is written, `_scores/_forget/<name>.json`: whose scores are not to be there
-    2. every writer that lives takes them out of the file that it fills, and of what waits, and notes that it has
+    1. a notice is written: whose scores are not to be there
+    2. every replica that lives takes them out of the file that it fills, and of what waits, drops the examples of its
+       shadows, and reports without those that it has
     3. all files are rewritten that have some
-    4. the notice goes, and the notes
+    4. the notice goes, and the reports of replicas that have ended; the registry's index is scrubbed
 
-A writer goes on leaving them out until it ends. Who begins later has none: the features are gone by then.
+A replica goes on leaving them out until it ends. One that begins later has none: the features are gone by then.
 """
 
 from __future__ import annotations
 
-import io
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import msgspec
+from typing import TYPE_CHECKING, Any
 
 from millpond.feature_actors.errors import Unavailable
-from millpond.feature_actors.log.folder import Folder, HistoryUnavailable
 
 if TYPE_CHECKING:
-    from millpond.models.score_log import ForgottenScores
+    from millpond.models.registry import Registry
 
-__all__ = ["ScoreEraser", "forgotten_by", "heeded", "noticed"]
+__all__ = ["ScoreEraser"]
 
-_NOTICES = "_scores/_forget"
 _LOOK_S = 0.05
 
 
 @dataclass(frozen=True)
 class ScoreEraser:
-    """See `feature_actors.server.ScoreEraser`. registry_dir: where the writers, which are replicas, report that they
-    live. logged: whether any replica logs scores now. wait_s_max: how long a call waits for them."""
+    """See `feature_actors.server.ScoreEraser`. history_uri: where scores are logged, or were; None if there is no
+    history. registry_dir: where replicas report what they do. wait_s_max: how long a call waits for them."""
 
-    history_uri: str
+    history_uri: str | None
     registry_dir: str
-    logged: bool
     wait_s_max: float = 60.0
 
     def forget(self, name: str, field: str, hash: tuple[int, int], as_of_ms: int) -> int:
         # Imported here, for a shard's process needs none of it before.
-        from millpond.models.score_log import ForgottenScores, erase_scores
+        from millpond.models.erasures import ForgottenScores
+        from millpond.models.registry import Registry
+        from millpond.models.score_log import erase_scores
 
-        folder, until_s = Folder(self.history_uri), time.monotonic() + self.wait_s_max
         forgotten = ForgottenScores(field, hash, as_of_ms)
-        if name not in noticed(folder):
-            folder.write(f"{_NOTICES}/{name}.json", io.BytesIO(msgspec.json.encode(forgotten)), "new")
-        waited_for = self._writers()
-        while left := waited_for & self._writers() - _heeded_by(folder, name):
-            if time.monotonic() > until_s:
-                who = ", ".join(f"`{writer}`" for writer in sorted(left))
-                raise Unavailable(
-                    f"logged scores: {who} may log scores still of an entity that is to be forgotten: no note that it "
-                    f"does not came within {self.wait_s_max:g} s; see what it does, or end it"
-                )
-            time.sleep(_LOOK_S)
-        n = erase_scores(self.history_uri, [forgotten], waited_for)
-        n += sum(int(folder.read(f"{_NOTICES}/{name}.{writer}")) for writer in _heeded_by(folder, name))
-        for path in folder.files(_NOTICES):
-            folder.delete(path)
+        with closing(Registry(Path(self.registry_dir))) as registry:
+            registry.erasures.begin(name, forgotten)
+            asked = _alive(registry)
+
+            def left() -> str:
+                """Return who lives still and has not heeded the notice."""
+                names = [n for n, one in _alive(registry).items() if n in asked and name not in one.get("heeded", {})]
+                return ", ".join(f"`{one}`" for one in sorted(names))
+
+            self._wait(
+                left,
+                "logged scores: {} may log or show scores still of an entity that is to be forgotten: no report that "
+                "it does not came within {:g} s; see what it does, or end it",
+            )
+            n: int = sum(one.get("heeded", {}).get(name, 0) for one in registry.reports().values())
+            if self.history_uri is not None:
+                n += erase_scores(self.history_uri, [forgotten], asked)
+            registry.erasures.end(name)
+            for replica in registry.reports().keys() - _alive(registry).keys():
+                registry.forget_report(replica)
+            self._wait(
+                lambda: "" if registry.scrub() else f"`{self.registry_dir}`",
+                "registry: {} may have an entity still that is to be forgotten: its index has been read all the time "
+                "for {:g} s; see by whom, and end that",
+            )
         return n
 
-    def _writers(self) -> set[str]:
-        """Return the writers that live."""
-        from millpond.deployments.host import is_alive
-        from millpond.models.registry import Registry
-
-        if not self.logged:
-            return set()
-        with closing(Registry(Path(self.registry_dir))) as registry:
-            return {name for name, report in registry.reports().items() if is_alive(report)}
+    def _wait(self, left: Callable[[], str], otherwise: str) -> None:
+        """Wait until nothing is left. Raises `Unavailable`, with what is and for how long it was waited."""
+        until_s = time.monotonic() + self.wait_s_max
+        while what := left():
+            if time.monotonic() > until_s:
+                raise Unavailable(otherwise.format(what, self.wait_s_max))
+            time.sleep(_LOOK_S)
 
 
-# -- what a writer does
+def _alive(registry: Registry) -> dict[str, dict[str, Any]]:
+    """Return the reports of the replicas that live."""
+    from millpond.deployments.host import is_alive
 
-
-def noticed(folder: Folder) -> set[str]:
-    """Return the names of the notices that there are."""
-    return {path.rpartition("/")[2].removesuffix(".json") for path in folder.files(_NOTICES) if path.endswith(".json")}
-
-
-def forgotten_by(folder: Folder, name: str) -> ForgottenScores | None:
-    """Return what a notice says, None if it has gone."""
-    from millpond.models.score_log import ForgottenScores
-
-    try:
-        return msgspec.json.decode(folder.read(f"{_NOTICES}/{name}.json"), type=ForgottenScores)
-    except HistoryUnavailable:
-        if folder.exists(f"{_NOTICES}/{name}.json"):
-            raise
-        return None
-
-
-def heeded(folder: Folder, name: str, writer: str, scores: int) -> None:
-    """Note that a writer does what a notice says, and of how many scores it has rid its file."""
-    folder.write(f"{_NOTICES}/{name}.{writer}", io.BytesIO(str(scores).encode()), "new")
-
-
-def _heeded_by(folder: Folder, name: str) -> set[str]:
-    names = [path.rpartition("/")[2] for path in folder.files(_NOTICES)]
-    return {one.removeprefix(f"{name}.") for one in names if one.startswith(f"{name}.") and not one.endswith(".json")}
+    return {name: report for name, report in registry.reports().items() if is_alive(report)}

@@ -26,7 +26,7 @@ from typing import Any
 
 from millpond.deployments.lane import Lane, LaneLimits, ModelBusy
 from millpond.deployments.score_log import ScoreLog
-from millpond.deployments.served import ModelEntry, Models, Served, Shadow
+from millpond.deployments.served import Disagreement, ModelEntry, Models, Served, Shadow
 from millpond.deployments.turns import Turns
 from millpond.deployments.watchdog import Watchdog
 from millpond.feature_actors.client import FeatureClient
@@ -37,6 +37,7 @@ from millpond.feature_actors.view import FeatureView
 from millpond.models.added_views import AddedViewRecord
 from millpond.models.attempts import Attempt
 from millpond.models.definition import forget_module, module_name_of
+from millpond.models.erasures import ForgottenScores
 from millpond.models.model import LoadedModel
 from millpond.models.registry import Registry
 from millpond.models.registry_views import extended_layout
@@ -160,6 +161,10 @@ class ModelHost(Models):
         #: The changes that are under way, with the models that they are of.
         self._bringing: dict[asyncio.Task[None], list[str]] = {}
         self._reported_s = 0.0
+        #: Scores as of then or before were of an entity, perhaps, that has been forgotten.
+        self._forgotten_to_ms = Disagreement.examples_after_ms
+        #: By which notices nothing is here any more, and how many logged scores it was; as it was reported.
+        self._heeded: dict[str, int] = {}
 
     # -- what is asked
 
@@ -256,17 +261,20 @@ class ModelHost(Models):
             await asyncio.sleep(POLL_S)
             self._answering.set()
             try:
-                changed = await self._ask(self._registry.generation) != self._generation
-                if changed or (self._unread and time.monotonic() - self._followed_s >= _AGAIN_S):
+                generation, notices = await self._ask(self._news)
+                if generation != self._generation or (self._unread and time.monotonic() - self._followed_s >= _AGAIN_S):
                     await self._follow_change()
                     self._reported_s = 0.0
                 if not self._planned:
                     await self._plan_together()
-                if time.monotonic() - self._reported_s >= _REPORT_S:
-                    await self._report()
+                if time.monotonic() - self._reported_s >= _REPORT_S or notices.keys() != self._heeded.keys():
+                    await self._report(notices)
             except Exception:  # what is live goes on; the next turn tries again
                 logger.exception("the registry cannot be followed")
                 await asyncio.sleep(_REPORT_S)
+
+    def _news(self) -> tuple[int, dict[str, ForgottenScores]]:
+        return self._registry.generation(), self._registry.erasures.notices()
 
     async def _follow_change(self) -> None:
         generation = await self._ask(self._registry.generation)  # before the rollouts, which may be newer then
@@ -420,6 +428,7 @@ class ModelHost(Models):
                 compare = before.shadow  # type: ignore[union-attr]
             else:
                 compare = Shadow(champion.lane, shadow.lane, self._client)
+                compare.disagreement.forget_examples(self._forgotten_to_ms)
         roles: tuple[tuple[Role, _Loaded | None], ...] = (
             ("champion", champion), ("canary", canary), ("shadow", shadow),
         )  # fmt: skip
@@ -566,10 +575,21 @@ class ModelHost(Models):
 
     # -- reports
 
-    async def _report(self) -> None:
-        report = self.report()
+    async def _report(self, notices: Mapping[str, ForgottenScores] = {}) -> None:
+        self._heeded = self._heed(notices)
+        report = {**self.report(), "heeded": self._heeded}
         await self._ask(lambda: self._registry.report(self._replica, report))
         self._reported_s = time.monotonic()
+
+    def _heed(self, notices: Mapping[str, ForgottenScores]) -> dict[str, int]:
+        """Have nothing any more of entities that are to be forgotten, see `erased_scores`; return of which that is
+        so."""
+        if notices:
+            self._forgotten_to_ms = max(self._forgotten_to_ms, *(one.as_of_ms for one in notices.values()))
+            for served in self.served.values():
+                if served.shadow is not None:
+                    served.shadow.disagreement.forget_examples(self._forgotten_to_ms)
+        return dict.fromkeys(notices, 0) if self._score_log is None else self._score_log.heed(notices)
 
     def report(self) -> dict[str, Any]:
         """Return how this replica's models do: what `millpond models` adds up over the replicas."""

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from millpond.deployments.erased_scores import forgotten_by, heeded, noticed
 from millpond.feature_actors.errors import MillpondError
 from millpond.feature_actors.plan import FeatureRows
 from millpond.feature_actors.shard_map import ShardMap
-from millpond.models.score_log import ForgottenScores, ScoreFiles, Scorer, forgotten_scores, scores_table
+from millpond.models.erasures import ForgottenScores
+from millpond.models.score_log import ScoreFiles, Scorer, forgotten_scores, scores_table
 
 if TYPE_CHECKING:
     from millpond.deployments.lane import Lane, Scored
@@ -83,10 +83,12 @@ class ScoreLog:
         self._waiting: deque[_Waiting] = deque()
         self._files: ScoreFiles | None = None
         self._deleted_s = -_DELETE_EVERY_S
-        #: What is not to be logged any more, by the names of the notices that say so.
+        #: The notices that there are of what is to be forgotten, by name. Replaced, never written to.
+        self._notices: Mapping[str, ForgottenScores] = {}
+        #: What is not to be logged any more, by the names of the notices that said so.
         self._forgotten: dict[str, ForgottenScores] = {}
-        #: Those of which it has been said that nothing is left here; the others are tried again.
-        self._heeded: set[str] = set()
+        #: How many scores were taken out of the file here for each; those of which it failed are tried again.
+        self._heeded: dict[str, int] = {}
         #: What became of the scores that were taken.
         self.written = self.dropped = 0
         self._wake, self._closed = threading.Event(), False
@@ -131,6 +133,13 @@ class ScoreLog:
         if len(waiting) >= self.settings.flush_rows:
             self._wake.set()
 
+    def heed(self, notices: Mapping[str, ForgottenScores]) -> dict[str, int]:
+        """Have what notices say taken out; return of which of them that is done, and how many scores it were."""
+        before, self._notices = self._notices, notices
+        if notices.keys() - before.keys():  # those of which it failed wait for the next time that it writes
+            self._wake.set()
+        return {name: self._heeded[name] for name in notices if name in self._heeded}
+
     @property
     def counts(self) -> dict[str, int]:
         return {"written": self.written, "dropped": self.dropped, "waiting": len(self._waiting)}
@@ -170,14 +179,12 @@ class ScoreLog:
             logger.exception("%d scores are not logged", len(taken))
 
     def _heed(self) -> None:
-        """Take out what is to be forgotten, and say that it is; what comes of it later is not logged."""
+        """Take out what is to be forgotten; what comes of it later is not logged."""
         try:
-            folder = self._opened().folder
-            for name in noticed(folder) - self._heeded:
-                if (forgotten := forgotten_by(folder, name)) is not None:
+            for name, forgotten in self._notices.items():
+                if name not in self._heeded:
                     self._forgotten[name] = forgotten
-                    heeded(folder, name, self._writer, self._opened().erase([forgotten]))
-                    self._heeded.add(name)
+                    self._heeded[name] = self._opened().erase([forgotten])
         except MillpondError as error:
             logger.warning("logged scores cannot be forgotten yet: %s", error)
 

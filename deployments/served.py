@@ -30,6 +30,8 @@ __all__ = ["EXAMPLES_MAX", "Disagreement", "ModelEntry", "Models", "Served", "Sh
 
 EXAMPLES_MAX = 10
 _LARGEST = sys.float_info.max
+#: Before any time that rows can be as of.
+_NEVER_MS = -(2**63) - 1
 
 
 def is_canary(model: str, keys: Mapping[str, Sequence[Any]], n: int, share: float) -> npt.NDArray[np.bool_]:
@@ -44,7 +46,8 @@ class Disagreement:
 
     compared: results; different: those not equal; missed: not computed, because the shadow was busy; failed: of the
     shadow alone. numbers: how many of the compared were both numbers, with the sum and the largest of the absolute
-    differences. examples: of the largest differences, `{"id", "champion", "shadow"}`.
+    differences. examples: of the largest differences, `{"id", "champion", "shadow"}`, read later than
+    `examples_after_ms`.
     """
 
     compared: int = 0
@@ -54,10 +57,11 @@ class Disagreement:
     numbers: int = 0
     abs_sum: float = 0.0
     abs_max: float = 0.0
+    examples_after_ms: int = _NEVER_MS
     _worst: list[tuple[float, int, dict[str, Any]]] = field(default_factory=list)
     _order: Any = field(default_factory=itertools.count)
 
-    def add(self, key: Mapping[str, Any], champion: Any, shadow: Any) -> None:
+    def add(self, key: Mapping[str, Any], champion: Any, shadow: Any, as_of_ms: int) -> None:
         self.compared += 1
         difference = difference_of(champion, shadow)
         if _is_number(champion) and _is_number(shadow):
@@ -67,11 +71,20 @@ class Disagreement:
         if champion == shadow:
             return
         self.different += 1
+        if as_of_ms <= self.examples_after_ms:
+            return
         if len(self._worst) < EXAMPLES_MAX or difference > self._worst[0][0]:
             example = {"id": dict(key), "champion": champion, "shadow": shadow}
             heapq.heappush(self._worst, (difference, next(self._order), example))
             if len(self._worst) > EXAMPLES_MAX:
                 heapq.heappop(self._worst)
+
+    def forget_examples(self, as_of_ms: int) -> None:
+        """Begin afresh with examples of what is read later: an entity is forgotten that may be in the others, as their
+        id or in a result."""
+        if as_of_ms > self.examples_after_ms:
+            self.examples_after_ms = as_of_ms
+            self._worst.clear()
 
     def as_json(self) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in ("compared", "different", "missed", "failed", "numbers")}
@@ -144,14 +157,14 @@ class Shadow:
         if scored.sampled is not None and self.lane.score_log is not None:
             for row in scored.sampled.places:
                 self.lane.score_log.add(self.lane, scored, row, "")
-        ids = zip(*keys.values(), strict=True)
-        for one, champion, shadow in zip(ids, results, scored.results, strict=True):
+        ids, as_of = zip(*keys.values(), strict=True), scored.rows.as_of.tolist()
+        for one, champion, shadow, as_of_ms in zip(ids, results, scored.results, as_of, strict=True):
             if isinstance(champion, PredictionFailed):
                 continue
             if isinstance(shadow, PredictionFailed):
                 self.disagreement.failed += 1
             else:
-                self.disagreement.add(dict(zip(keys, one, strict=True)), champion, shadow)
+                self.disagreement.add(dict(zip(keys, one, strict=True)), champion, shadow, as_of_ms)
 
 
 @dataclass(frozen=True)

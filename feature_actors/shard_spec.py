@@ -15,7 +15,7 @@ __all__ = ["ScoreEraser", "ShardSpec"]
 
 
 class ScoreEraser(Protocol):
-    """What removes logged scores, from the history and from who writes them."""
+    """What removes logged scores, from the history and from who writes them, and what else is kept of scores."""
 
     def forget(self, name: str, field: str, hash: tuple[int, int], as_of_ms: int) -> int:
         """Remove the scores of the key whose field has a value of that hash; return how many there were in files.

@@ -23,6 +23,8 @@ __all__ = ["Change", "Index", "RegistryDamaged"]
 T = TypeVar("T")
 
 _FULL = 2  # `synchronous` of SQLite
+#: How long a scrub waits for who reads just now: nobody can write meanwhile.
+_READERS_MS = 100
 
 
 class RegistryDamaged(MillpondError):
@@ -43,7 +45,7 @@ class Index:
     """
 
     def __init__(self, folder: Path, wait_s: float = 60.0) -> None:
-        self._folder = folder
+        self._folder, self._wait_s = folder, wait_s
         folder.mkdir(mode=0o700, exist_ok=True)
         with self._told():
             self._cache = diskcache.Cache(
@@ -144,6 +146,18 @@ class Index:
         """Return every key. Raises `RegistryDamaged` if one is not ours."""
         with self._told():
             return list(self._cache.iterkeys())
+
+    def scrub(self) -> bool:
+        """Write the database anew, so that none of its files has what was deleted or replaced. Returns False if another
+        process reads it just now: call it again then."""
+        with self._told():
+            self._cache._sql("VACUUM")
+            self._cache._sql(f"PRAGMA busy_timeout = {_READERS_MS}")
+            try:
+                ((busy, _, _),) = self._cache._sql("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            finally:
+                self._cache._sql(f"PRAGMA busy_timeout = {int(self._wait_s * 1_000)}")
+        return not busy
 
     def close(self) -> None:
         self._cache.close()

@@ -27,6 +27,7 @@ from millpond.models.added_views import AddedViews
 from millpond.models.attempts import Attempts
 from millpond.models.contents import Contents, VersionDamaged
 from millpond.models.definition import Definition
+from millpond.models.erasures import Erasures
 from millpond.models.index import Change, Index, RegistryDamaged
 from millpond.models.pool import Pool
 from millpond.models.rollout import Course, Role, Roles, Rollout, RolloutRefused, check_share, deployed, promoted
@@ -84,6 +85,8 @@ class Registry:
             self.attempts = Attempts(self._index)
             #: That came while the cluster ran.
             self.views = AddedViews(self._index)
+            #: Whose scores replicas are to forget.
+            self.erasures = Erasures(self._index)
         except OSError as error:
             raise Unavailable(
                 f"registry: `{folder}` cannot be opened: {error.strerror}; make it writable", retry_after_ms=10_000
@@ -276,6 +279,11 @@ class Registry:
         """Forget what a replica said, if it did."""
         self._index.delete(f"report/{replica}")
 
+    def scrub(self) -> bool:
+        """Have no file any more that has what reports and erasures said before. Returns False if that could not be done
+        just now."""
+        return self._index.scrub()
+
     def check(self) -> list[str]:
         """Return what is wrong: files that are missing or damaged, rollouts of versions that cannot be."""
         wrong: list[str] = []
@@ -435,7 +443,9 @@ class Registry:
 
 
 #: The first part of every key.
-_KEYS = frozenset({"format", "generation", "version", "rollout", "report", "attempt", "view", "backfill", "ingress"})
+_KEYS = frozenset(
+    {"format", "generation", "version", "rollout", "report", "attempt", "view", "backfill", "ingress", "forget"}
+)
 
 
 def _key(version: Version) -> str:

@@ -24,10 +24,10 @@ from millpond.feature_actors.log.part import DAY_MS, HistoryDamaged, day_of, day
 from millpond.feature_actors.plan import FeatureRows, ReadPlan
 from millpond.feature_actors.shard_map import ShardMap
 from millpond.feature_actors.tiles.structure import SEQUENCE_ROW_BITS
+from millpond.models.erasures import ForgottenScores
 
 __all__ = [
     "SCHEMA",
-    "ForgottenScores",
     "ScoreFiles",
     "Scorer",
     "erase_scores",
@@ -78,14 +78,6 @@ class Scorer:
     version: str
     digest: str
     role: str
-
-
-class ForgottenScores(msgspec.Struct, frozen=True):
-    """Scores that are not to be there: of the key whose `field` has a value of that hash, read as of then or before."""
-
-    field: str
-    hash: tuple[int, int]
-    as_of_ms: int
 
 
 def forgotten_scores(scores: pa.Table, forgotten: Sequence[ForgottenScores]) -> npt.NDArray[np.bool_]:

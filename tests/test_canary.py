@@ -406,7 +406,7 @@ RESULTS = st.one_of(
 def test_a_disagreement_is_what_a_list_of_all_would_say(pairs: list[tuple[Any, Any]]) -> None:
     disagreement = Disagreement()
     for i, (champion, shadow) in enumerate(pairs):
-        disagreement.add({"user_id": i}, champion, shadow)
+        disagreement.add({"user_id": i}, champion, shadow, NOW)
     seen = disagreement.as_json()
 
     def number(value: Any) -> bool:
@@ -426,12 +426,27 @@ def test_a_disagreement_is_what_a_list_of_all_would_say(pairs: list[tuple[Any, A
     assert kept == sorted(different, reverse=True)[:10]
 
 
+def test_examples_begin_afresh_with_what_is_read_later_and_counts_go_on() -> None:
+    disagreement = Disagreement()
+    disagreement.add({"user_id": 1}, 1.0, 5.0, -(2**63))  # of a cluster that has had no event
+    disagreement.add({"user_id": 2}, 1.0, 2.0, NOW + 9)
+    assert len(disagreement.as_json()["examples"]) == 2
+    disagreement.forget_examples(NOW)
+    assert disagreement.as_json()["examples"] == []
+    for user, as_of_ms in ((3, NOW - 1), (4, NOW), (5, NOW + 1)):
+        disagreement.add({"user_id": user}, 1.0, 2.0, as_of_ms)
+        disagreement.forget_examples(NOW)  # once more is harmless
+    seen = disagreement.as_json()
+    assert [one["id"]["user_id"] for one in seen["examples"]] == [5]
+    assert (seen["compared"], seen["different"], seen["abs_max"]) == (5, 5, 4.0)
+
+
 def test_a_disagreement_of_any_size_can_be_reported() -> None:
     disagreement = Disagreement()
     rng = random.Random(3)
     for i in range(40):
         disagreement.add(
-            {"user_id": i}, rng.choice((1e308, -1e308, 10**400, 2**70)), rng.choice((-1e308, 0.5, -(10**400)))
+            {"user_id": i}, rng.choice((1e308, -1e308, 10**400, 2**70)), rng.choice((-1e308, 0.5, -(10**400))), NOW
         )
     seen = msgspec.json.decode(msgspec.json.encode(disagreement.as_json()))
     assert seen["compared"] == 40

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from millpond.feature_actors.clock import ManualClock
 from millpond.feature_actors.errors import BadRequest, NotFound, Unavailable
 from millpond.feature_actors.keys import hash_values
 from millpond.feature_actors.layout import compile_layout
+from millpond.models.registry import Registry
 from millpond.models.score_log import SCHEMA, ScoreFiles, read_scores
 
 NOW = 1_700_000_000_000
@@ -92,7 +94,7 @@ class World:
         self.servers, self.history = servers, history
         servers.start(
             LAYOUT, n_shards, history_uri=str(history), history_part_bytes=20_000,
-            scores=ScoreEraser(str(history), str(history.parent / "registry"), logged=False),
+            scores=ScoreEraser(str(history), str(history.parent / "registry")),
         )  # fmt: skip
         servers.ready()
         self.clock = ManualClock(NOW)
@@ -173,12 +175,22 @@ def planted(world: World) -> list[dict[str, Any]]:
         for i, user in enumerate([WHO, 1, WHO, 2])
     ]  # fmt: skip
     ScoreFiles(str(world.history), "one", 100).write(pa.Table.from_pylist(scores, SCHEMA))
+    # An example of a shadow, in what a replica reported that has ended.
+    example = {"id": {"user": WHO}, "champion": 1.0, "shadow": 2.0}
+    with closing(Registry(world.history.parent / "registry")) as registry:
+        registry.report("ended", {"pid": 1, "started_ticks": -1, "shadows": {"m": {"examples": [example]}}})
     return [*everything, *own]
 
 
 def kinds(found: Sequence[tuple[str, str]]) -> set[str]:
     """Return of what kind the files are in which something was found."""
-    names = {"cache.db-wal": "wal", "cache.db": "log", ".snapshot": "snapshot", ".tiles": "memory"}
+    names = {
+        "registry/index/cache.db": "registry",
+        "cache.db-wal": "wal",
+        "cache.db": "log",
+        ".snapshot": "snapshot",
+        ".tiles": "memory",
+    }
     kinds = set()
     for file, _ in found:
         kind = next((kind for end, kind in names.items() if file.endswith(end)), None)
@@ -191,7 +203,7 @@ def test_nothing_of_who_is_forgotten_is_in_any_file_and_others_notice_nothing(se
     sent = planted(world)
     before = world.everybody()
     found = scan(world.home, tmp_path)
-    assert kinds(found) == {"wal", "log", "snapshot", "memory", "history", "scores"}
+    assert kinds(found) == {"wal", "log", "snapshot", "memory", "history", "scores", "registry"}
     what = {what.partition(" ")[0] for _, what in found}
     assert what == {"word", "digits", "text"}, found  # the key, its hash; in keys of scores; the email
     world.forget()

@@ -17,7 +17,8 @@ from millpond.feature_actors.layout import compile_layout
 from millpond.feature_actors.replays import ReplayOptions, check_replays
 from millpond.feature_actors.tombstones import tombstone_of
 from millpond.models.definition import Definition
-from millpond.models.score_log import ForgottenScores, erase_scores
+from millpond.models.erasures import ForgottenScores
+from millpond.models.score_log import erase_scores
 from millpond.models.verification import Counts
 
 NOW = 1_700_000_000_000

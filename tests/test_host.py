@@ -17,17 +17,21 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from apps import NOW
 from lanes import HOLDS, LOADS, PATIENCE_S, Held, client_over, definition, run, shards_with_spend, until, version_in
 
 from millpond.cluster.cluster import Cluster
 from millpond.cluster.config import Config
 from millpond.deployments import host as host_module
+from millpond.deployments.erased_scores import ScoreEraser
 from millpond.deployments.host import HostLimits, ModelHost, is_alive
 from millpond.deployments.lane import LaneLimits, ModelBusy
 from millpond.deployments.score import ScoreApp, ScoreLimits
 from millpond.deployments.watchdog import HUNG_STATUS
 from millpond.feature_actors.errors import MillpondError, NotFound, Unavailable
+from millpond.feature_actors.keys import hash_values
 from millpond.feature_actors.tiles.memory import started_ticks
 from millpond.models import Pool
 from millpond.models import registry as registry_module
@@ -793,6 +797,70 @@ def test_a_report_can_be_read_by_others(registry: Registry, shards: Any) -> None
             assert MB <= report["memory_bytes"] < 2 * MB
 
     run(story)
+
+
+def digits_in(folder: Path, number: int) -> list[str]:
+    """Return the names of the files below a folder that have the digits of a number."""
+    return [p.name for p in folder.rglob("*") if p.is_file() and str(number).encode() in p.read_bytes()]
+
+
+def test_who_is_forgotten_is_no_example_of_a_shadow_any_more(registry: Registry, shards: Any) -> None:
+    """Where no scores are logged, too. Nobody knows the id: it is in the files because somebody asked with it."""
+    who = 4_242_424_242_424_242
+    eraser, key = ScoreEraser(None, str(registry._folder)), hash_values([[who]], 1).view(np.int64)[0].tolist()
+
+    async def story() -> None:
+        registry.deploy([version_in(registry, definition("churn", "1"))])
+        example = {"id": {"user_id": who}, "champion": "1", "shadow": "2"}
+        dead = {"pid": os.getpid(), "started_ticks": -1, "shadows": {"churn": {"examples": [example]}}}
+        registry.report("dead", dead)
+        async with following(host_of(registry, shards)) as host:
+
+            def examples() -> list[Any]:
+                seen = registry.reports()[host._replica]["shadows"].get("churn", {"examples": []})
+                return [one["id"]["user_id"] for one in seen["examples"]]
+
+            async def compared(user: int) -> list[Any]:
+                """Return the examples when one more has been compared."""
+                shadow = host.served["churn"].shadow
+                assert shadow is not None
+                before = shadow.disagreement.compared
+                await score(host, "churn", user)
+                await until(lambda: shadow.disagreement.compared == before + 1, "the shadow")
+                return [one["id"]["user_id"] for one in shadow.disagreement.as_json()["examples"]]
+
+            await live(host, registry.deploy([version_in(registry, definition("churn", "2"))], "shadow"))
+            assert sorted([await compared(user) for user in (who, 3)][-1]) == [3, who]
+            await until(lambda: sorted(examples()) == [3, who], "a report")
+            assert digits_in(registry._folder, who)
+            assert await asyncio.to_thread(eraser.forget, "one", "user_id", tuple(key), NOW) == 0
+            assert digits_in(registry._folder, who) == []
+            assert (registry.reports().keys(), registry.erasures.notices()) == ({host._replica}, {})
+            # What was read before is no example that is compared now, nor of the next shadow; what is read later is.
+            assert await compared(who) == []
+            await live(host, registry.deploy([version_in(registry, definition("churn", "3"))], "shadow"))
+            assert await compared(who) == []
+            host._client._clock.ms = NOW + 1  # type: ignore[attr-defined]
+            assert await compared(3) == [3]
+            await until(lambda: examples() == [3], "a report")
+            assert digits_in(registry._folder, who) == []
+
+    run(story)
+    assert registry.check() == []
+
+
+def test_who_keeps_a_registry_from_being_scrubbed_is_waited_for_and_said(registry: Registry) -> None:
+    eraser = ScoreEraser(None, str(registry._folder), wait_s_max=0.2)
+    reader = Registry(registry._folder)
+    with reader._index.moment():
+        assert reader.reports() == {}  # from here on it sees what was there then
+        registry.report("ended", {"pid": os.getpid(), "started_ticks": -1, "seen": "4242424242"})
+        with pytest.raises(Unavailable, match=r"^registry: .* its index has been read all the time for 0\.2 s"):
+            eraser.forget("one", "user_id", (1, 2), NOW)
+        assert digits_in(registry._folder, 4_242_424_242)
+    assert eraser.forget("one", "user_id", (1, 2), NOW) == 0
+    assert digits_in(registry._folder, 4_242_424_242) == []
+    reader.close()
 
 
 # -- any changes

@@ -497,6 +497,31 @@ def test_reports_are_kept_by_replica_and_are_no_change(registry: Registry) -> No
     assert (registry.reports().keys(), registry.generation()) == ({"a/1"}, 0)
 
 
+def test_what_a_report_said_before_is_in_no_file_when_it_was_scrubbed(registry: Registry) -> None:
+    """Whether SQLite overwrites what it deletes is a matter of how it was built: here it is told not to."""
+    registry._index._cache._sql("PRAGMA secure_delete = 0")
+    names = [f"replica {n}" for n in range(20)]
+    for size in (10, 20_000):  # in a page with others, and in pages of its own
+        for name in names:
+            registry.report(name, {"said": ["what nobody is to know"] * (size // 20)})
+    for name in names[1:]:
+        registry.forget_report(name)
+    registry.report(names[0], {"said": "nothing"})
+
+    def who_has_it() -> list[str]:
+        files = [p for p in registry._folder.rglob("*") if p.is_file()]
+        return [p.name for p in files if b"nobody is to know" in p.read_bytes()]
+
+    registry._index._cache._sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert who_has_it() == ["cache.db"]
+    registry.report(names[1], {"said": "what nobody is to know"})
+    registry.forget_report(names[1])
+    assert sorted(who_has_it()) == ["cache.db", "cache.db-wal"]
+    assert registry.scrub()
+    assert who_has_it() == []
+    assert (registry.reports(), registry.check()) == ({names[0]: {"said": "nothing"}}, [])
+
+
 # -- damage
 
 

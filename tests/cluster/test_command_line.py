@@ -328,7 +328,7 @@ class TestUpAgain:
         shelter = shelter_of(directory)
         # Ctrl-C goes to every process of the terminal's foreground group.
         os.killpg(up_again.process.pid, signal.SIGINT)
-        until(lambda: "stopping" in (folder / "stderr.txt").read_text())
+        until(lambda: "stopping" in (folder / "stderr.txt").read_text(), "the stop to begin")
         os.killpg(up_again.process.pid, signal.SIGINT)  # impatience breaks nothing off that is to be cleared away
         assert up_again.wait() == 0
         assert (processes_of(shelter), shelter.exists()) == ({}, False)
