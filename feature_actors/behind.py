@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from millpond.feature_actors.layout import Table
 from millpond.feature_actors.prepared import Queued
+from millpond.feature_actors.tiles.image import keys_of
 from millpond.feature_actors.tiles.read import NO_CLOCK
 from millpond.feature_actors.tiles.store import TileStore
 
@@ -97,14 +98,5 @@ class Behind:
 
     def _emptied(self, table: Table) -> Iterator[None]:
         for _, _, image in self._store.image(table):
-            self._store.remove(table, _keys_of(image))
+            self._store.remove(table, keys_of(image))
             yield
-
-
-def _keys_of(image: Ints) -> Ints:
-    """Return the hashes of the keys of the rows of an image, int64 [n, 2], see `tiles.image`."""
-    keys, at = [], 0
-    while at < len(image):
-        keys.append(image[at + 1 : at + 3])
-        at += int(image[at])
-    return np.array(keys, np.int64).reshape(-1, 2)

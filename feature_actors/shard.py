@@ -56,7 +56,7 @@ from millpond.feature_actors.prepared import Route as _Route
 from millpond.feature_actors.reader import MemoryReader
 from millpond.feature_actors.routes import key_validity
 from millpond.feature_actors.shard_map import ShardMap
-from millpond.feature_actors.tiles.image import Texts
+from millpond.feature_actors.tiles.image import Texts, keys_of
 from millpond.feature_actors.tiles.memory import Memory
 from millpond.feature_actors.tiles.read import NO_CLOCK
 from millpond.feature_actors.tiles.shape import fit_of, shape_of
@@ -394,7 +394,8 @@ class Shard:
 
     def transplant(self, other: Shard, keys: Mapping[int, Ints]) -> None:
         """Put rows of another shard of the same layout in place of those here, by the number of their table: all that
-        it has there, and nothing for keys that it has not. Raises `MemoryFull`."""
+        it has there, and nothing for keys that it has not. Readers find each as it was, or as it is then. Raises
+        `MemoryFull`."""
         before, now = [np.empty(0)], [np.empty(0)]
         for addresses, texts in other._strings.image():
             before.append(addresses)
@@ -403,11 +404,12 @@ class Shard:
         order = np.argsort(of_all, kind="stable")
         moved = Texts(of_all[order], np.concatenate(now)[order])
         for number, hashes in keys.items():
-            table = self._layout.tables[number]
-            self._store.remove(table, hashes)
+            table, gone = self._layout.tables[number], set(map(tuple, hashes.tolist()))
             fit = fit_of(shape_of(table), table)
             for slot, rows, image in other._store.image(table):
-                self._store.load(table, fit, slot, rows, image, moved)
+                self._store.load(table, fit, slot, rows, image, moved, replaces=True)
+                gone -= set(map(tuple, keys_of(image).tolist()))
+            self._store.remove(table, np.array(sorted(gone), np.int64).reshape(-1, 2))
 
     def clear(self, number: int, keys: Ints, fields: Collection[str]) -> None:
         """Begin anew with the features of some fields, for rows of the table of a number; keys int64 [n, 2]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -403,6 +404,37 @@ def test_a_string_of_who_is_forgotten_stays_if_another_event_names_it_that_is_un
         assert all(token.startswith("~forgotten") for _, token in pairs)
         cluster.restart_all()
     assert not [*tmp_path.rglob("*.damaged")]
+
+
+def test_readers_find_rows_of_others_all_the_while_that_these_are_put_in_place(tmp_path: Path) -> None:
+    """Looked at in between any two calls of what puts them there."""
+    cluster = DurableCluster(compile_layout([], [BY_USER, BY_SHOP]), 1, tmp_path, history=True)
+    events = [
+        {"id": f"{n}", "at": 5, "user": USERS[n % 3], "shop": SHOPS[n // 3 % 3], "cents": 1, "email": None}
+        for n in range(90)
+    ]
+    cluster.send("payments", 9, events)
+    plan = plan_of(cluster.client, BY_SHOP)
+    seen: set[tuple[float, ...]] = set()
+
+    def look(*_: Any) -> None:
+        seen.add(tuple(read(cluster.client, plan, KEYS["by_shop"]).matrix[:, 0].tolist()))
+
+    for user in (8, 42):  # the kernels are there when it is looked
+        cluster.forget(0, tombstone_of(SECRET, "user", user, 9))
+        while cluster.erasing.get(0) != "making rows of others anew":
+            cluster.erase_steps(0, 1)
+        cluster.erase_steps(0, 1)
+        assert cluster.shards[0].erasing.stale
+        sys.setprofile(look if user == 42 else None)
+        try:
+            cluster.erase_steps(0, 1)
+        finally:
+            sys.setprofile(None)
+        assert not cluster.shards[0].erasing.stale
+        cluster.erase_all(0)
+        cluster.erasing.clear()
+    assert seen == {(30.0, 30.0, 30.0)}
 
 
 def test_where_old_events_are_gone_every_feature_that_looks_at_a_replaced_field_begins_anew(tmp_path: Path) -> None:

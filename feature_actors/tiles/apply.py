@@ -73,6 +73,7 @@ __all__ = [
     "mark_texts",
     "new_row",
     "reclaim_rows",
+    "remove_row",
     "remove_rows",
 ]
 
@@ -624,6 +625,28 @@ def clear_columns(words: Any, floats: Any, halves: Any, program: Any, hashes: An
         end_write(words, slot)
 
 
+@inner
+def remove_row(words: Any, halves: Any, table: Any, series: Any, slot: Any, row: Any, mark: Any) -> None:
+    """Remove a row, and overwrite what it had; between the two steps of a write."""
+    for s in range(series.shape[0]):
+        if series[s, S_LIFETIME]:
+            continue
+        head_half = 2 * row + series[s, S_ROW_AT]
+        if series[s, S_EXACT]:
+            head = np.int64(halves[head_half])
+            tile = head
+            while head != 0:
+                _wipe_ring(words, halves, slot + series[s, S_FINE_POOL], 2 * (tile + 1), _fine_words(series, s))
+                tile = next_of(halves, tile)
+                if tile == head:
+                    break
+        _wipe_ring(words, halves, slot + series[s, S_POOL], head_half, series[s, S_TILE_WORDS])
+    take_out(words, slot, _place_of_row(words, slot, row, mark))
+    words[slot + H_ROWS] -= 1
+    words[row : row + table[T_ROW_WORDS]] = 0
+    give(words, halves, slot + H_POOLS, row)
+
+
 @kernel
 def remove_rows(words: Any, halves: Any, program: Any, hashes: Any) -> Any:
     """Remove the rows of some keys, int64 [n, 2], those that are there, and overwrite what they had; return how many
@@ -639,23 +662,7 @@ def remove_rows(words: Any, halves: Any, program: Any, hashes: Any) -> Any:
         if row == 0:
             continue
         begin_write(words, slot)
-        for s in range(series.shape[0]):
-            if series[s, S_LIFETIME]:
-                continue
-            head_half = 2 * row + series[s, S_ROW_AT]
-            if series[s, S_EXACT]:
-                head = np.int64(halves[head_half])
-                tile = head
-                while head != 0:
-                    _wipe_ring(words, halves, slot + series[s, S_FINE_POOL], 2 * (tile + 1), _fine_words(series, s))
-                    tile = next_of(halves, tile)
-                    if tile == head:
-                        break
-            _wipe_ring(words, halves, slot + series[s, S_POOL], head_half, series[s, S_TILE_WORDS])
-        take_out(words, slot, _place_of_row(words, slot, row, mark))
-        words[slot + H_ROWS] -= 1
-        words[row : row + table[T_ROW_WORDS]] = 0
-        give(words, halves, slot + H_POOLS, row)
+        remove_row(words, halves, table, series, slot, row, mark)
         end_write(words, slot)
         removed += 1
     return removed

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from millpond.feature_actors.tiles.apply import new_row
+from millpond.feature_actors.tiles.apply import new_row, remove_row
 from millpond.feature_actors.tiles.compiled import inner, kernel, prefetch
 from millpond.feature_actors.tiles.memory import M_SLOTS
 from millpond.feature_actors.tiles.program import (
@@ -78,9 +78,20 @@ from millpond.feature_actors.tiles.structure import (
     take,
 )
 
-__all__ = ["ALL_MARKS", "LOADED", "NO_ROOM", "ImageDamaged", "Texts", "export_rows", "import_rows", "make_places"]
+__all__ = [
+    "ALL_MARKS",
+    "LOADED",
+    "NO_ROOM",
+    "ImageDamaged",
+    "Texts",
+    "export_rows",
+    "import_rows",
+    "keys_of",
+    "make_places",
+]
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 #: Marks are below that.
 ALL_MARKS = 1 << 32
@@ -392,10 +403,12 @@ def _load_row(
 
 @kernel
 def import_rows(
-    words: Any, floats: Any, halves: Any, program: Any, fit: Any, slot_number: Any, image: Any, start: Any, texts: Any
-) -> Any:
+    words: Any, floats: Any, halves: Any, program: Any, fit: Any, slot_number: Any, image: Any, start: Any, texts: Any,
+    replaces: Any,
+) -> Any:  # fmt: skip
     """Load the rows of a slot from an image, int64, from word `start` on.
 
+    replaces: whether one that is there already gives way, in one write, so that readers find the one or the other.
     Returns where it ended: `LOADED`; `NO_ROOM`, when that row is not begun, so that the caller lets the memory grow and
     goes on from there; or one of `_WRONG`, when the store is not to be used. And the newest sequence loaded.
     """
@@ -412,13 +425,16 @@ def import_rows(
         if np.int64(np.uint64(hi) % np.uint64(words[M_SLOTS])) != slot_number:
             return at, _SLOT, newest
         mark = mark_of(words, lo)
-        if find(words, slot, lo, hi, mark, np.int64(ALL_MARKS), table[T_ROW_WORDS]) != 0:
+        old = find(words, slot, lo, hi, mark, np.int64(ALL_MARKS), table[T_ROW_WORDS])
+        if old != 0 and not replaces:
             return at, _TWICE, newest
         if room(words) < row_room(words, table, slot, length):
             return at, NO_ROOM, newest
         if index_is_full(words, slot):
             grow_index(words, slot, index_words_wanted(words, slot))
         begin_write(words, slot)
+        if old != 0:
+            remove_row(words, halves, table, series, slot, old, mark)
         row = new_row(words, floats, halves, slot, table, series, columns, lo, hi, mark)
         words[row + ROW_SEQUENCE] = sequence
         wrong = _load_row(words, floats, halves, table, series, slot, fit, row, image, at, at + length, texts)
@@ -451,3 +467,12 @@ def make_places(words: Any, program: Any, slot_number: Any, places: Any) -> None
     slot = table[T_SLOTS_AT] + slot_number * table[T_SLOT_WORDS]
     if words[slot + H_PLACES] < places:
         grow_index(words, slot, places)
+
+
+def keys_of(image: Ints) -> Ints:
+    """Return the hashes of the keys of the rows of an image, int64 [n, 2]."""
+    keys, at = [], 0
+    while at < len(image):
+        keys.append(image[at + 1 : at + 3])
+        at += int(image[at])
+    return np.array(keys, np.int64).reshape(-1, 2)

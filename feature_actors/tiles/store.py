@@ -320,10 +320,13 @@ class TileStore:
                 elif mark == before:
                     out = np.empty(2 * len(out), np.int64)
 
-    def load(self, table: Table, fit: Fit, slot: int, rows: int, image: Ints, texts: Texts) -> int:
+    def load(
+        self, table: Table, fit: Fit, slot: int, rows: int, image: Ints, texts: Texts, *, replaces: bool = False
+    ) -> int:
         """Load an image of some rows of a slot, which are not there yet; return the newest sequence among them.
 
-        rows: how many the slot is going to have. Raises `MemoryFull`, `ImageDamaged`: the store is not to be used then.
+        rows: how many the slot is going to have. replaces: whether those that are there give way instead. Raises
+        `MemoryFull`, `ImageDamaged`: the store is not to be used then.
         """
         program = table.program(self._n_slots)
         # As full as one that grows is in the middle between two sizes.
@@ -335,8 +338,9 @@ class TileStore:
         at, newest = 0, -1
         while True:
             at, outcome, of_these = import_rows(
-                self.memory.words, self.memory.floats, self.memory.halves, program, fit, slot, image, at, texts
-            )
+                self.memory.words, self.memory.floats, self.memory.halves, program, fit, slot, image, at, texts,
+                replaces,
+            )  # fmt: skip
             newest = max(newest, int(of_these))
             if outcome == LOADED:
                 return newest
