@@ -478,6 +478,27 @@ def test_without_a_whole_copy_nothing_is_mended(make: Callable[..., Stopped], ch
     assert stopped.hashes() == before
 
 
+@pytest.mark.parametrize(
+    ("kind", "left_out"),
+    [({"snapshots": (3, 6)}, 2), ({"snapshots": (2, 4, 6), "history": True, "crashed": True}, 0)],
+    ids=str,
+)
+def test_definitions_with_a_feature_more_are_no_problem_and_nothing_is_changed(
+    kind: dict[str, Any], left_out: int, make: Callable[..., Stopped], check: Run, tmp_path: Path
+) -> None:
+    stopped = make(**kind)
+    for shard in range(2):
+        (stopped.shard(shard) / "log" / "cache.db-shm").unlink(missing_ok=True)
+    (tmp_path / "views.py").write_text(
+        DEFINITION.replace('"n": Count(), "sum"', '"n": Count(), "l": Last("id"), "sum"')
+    )
+    before = stopped.hashes()
+    status, lines = check(stopped, views=True)
+    assert (status, lines[-1]) == (0, "all is well")
+    assert len([line for line in lines if "`by_user.l` came with this start" in line]) == left_out
+    assert stopped.hashes() == before
+
+
 def files(stopped: Stopped, where: Path | None = None) -> dict[str, str]:
     """Return the content of every file of a directory, or of another in its place."""
     path, stopped.path = stopped.path, where or stopped.path
