@@ -19,7 +19,7 @@ from millpond.cluster.config import Config
 from millpond.feature_actors.check import CannotCheck, DirectoryCheck, Problem
 from millpond.feature_actors.layout import Layout, compile_layout
 from millpond.feature_actors.lock import FileLock, LockHeld
-from millpond.feature_actors.mend import Mended, mend, mend_schemas
+from millpond.feature_actors.mend import Mended, finish_logs, mend, mend_schemas
 from millpond.feature_actors.replays import ReplayOptions, check_replays
 from millpond.models.definition import Definition
 from millpond.models.registry import check_registry
@@ -115,8 +115,9 @@ def check_directory(
             return report
         assert copy is not None
         _make_copy(directory, copy.absolute())
+        done = finish_logs(directory)
         with _directory_check(directory, config, layout) as check:
-            done = mend_schemas(check, layout)
+            done += mend_schemas(check, layout)
         with _directory_check(directory, config, layout) as check:
             mended = mend(check, layout)
         mended.done[:0] = done

@@ -24,6 +24,7 @@ from millpond.feature_actors.keys import KEY_HASH_VERSION
 from millpond.feature_actors.layout import Layout
 from millpond.feature_actors.log.folder import Folder
 from millpond.feature_actors.log.history_reader import check_history, whole_from
+from millpond.feature_actors.log.log import mended_log
 from millpond.feature_actors.log.part import Part, parts_of
 from millpond.feature_actors.log.record import (
     MAGIC,
@@ -281,6 +282,8 @@ class DirectoryCheck:
             shard.log_damaged = True
             self.found("is missing", _RESTORE, path, number)
             return
+        if (mended := mended_log(path / "log") / "cache.db").exists():
+            self.found("was written anew by a --fix that was broken off", "run that again", mended, number)
         self._check_schemas(shard)
         self._check_database(shard)
         self._check_records(shard)

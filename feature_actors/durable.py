@@ -221,7 +221,8 @@ class DurableShard:
         """Bring tables that are behind to the end of the log."""
         if not tables:
             return
-        for offset, record in self.past().read_on():
+        assert isinstance(self.log, Log)
+        for offset, record in self.past(log=self.log).read_on():
             for table in tables:
                 self.shard.catch_up(table, record, offset)
         for table in tables:
@@ -240,10 +241,10 @@ class DurableShard:
         folder = Folder(uri)
         return whole_from(folder, self.shard.number) == 0 and expired(folder, source) == Expired()
 
-    def past(self, *, whole: bool = True) -> ShardPast:
-        """Return the past of the shard, from its beginning on; whole: as of `ShardPast`."""
+    def past(self, *, whole: bool = True, log: Log | None = None) -> ShardPast:
+        """Return the past of the shard, from its beginning on; whole, log: as of `ShardPast`."""
         assert self._folder is not None
-        return ShardPast(self._folder.path, self._folder.history_uri, self.shard.number, whole=whole)
+        return ShardPast(self._folder.path, self._folder.history_uri, self.shard.number, whole=whole, log=log)
 
     @property
     def shard_folder(self) -> ShardFolder:

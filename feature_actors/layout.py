@@ -51,9 +51,23 @@ from millpond.feature_actors.tiles.structure import (
 from millpond.feature_actors.view import Feature, FeatureView, fields_in, fields_of
 from millpond.feature_actors.windows import exact_past_ms, tile_width_ms
 
-__all__ = ["Layout", "PlanProgram", "Series", "Table", "compile_layout", "identity_of", "same_view", "version_name"]
+__all__ = [
+    "KEYS_MAX",
+    "Layout",
+    "PlanProgram",
+    "Series",
+    "Table",
+    "compile_layout",
+    "identity_of",
+    "same_view",
+    "version_name",
+]
 
 Words = npt.NDArray[np.int64]
+
+#: How many keys the views of a source may have together: a record says in 32 bits of an event whether it was new at its
+#: home, and by which keys it was applied.
+KEYS_MAX = 31
 
 #: What makes a series: where, whether lifetime, tile width (or ttl), whether exact.
 Spot = tuple[int, bool, int, bool]
@@ -233,6 +247,7 @@ class Layout:
         for view in views:
             grouped.setdefault((view.source.name, tuple(view.key)), []).append(view)
         for (source, key), its_views in sorted(grouped.items(), key=lambda item: item[0]):
+            self._check_route(source, its_views[0])
             self._table_numbers[source, key] = len(self.tables)
             self.tables.append(_compile_table(len(self.tables), self.sources[source], key, its_views, self.slot_words))
         self._join_programs()
@@ -268,8 +283,8 @@ class Layout:
 
         Where nothing was kept by its key, events are brought to that from now on, see `added_keys`.
 
-        Raises `DeclarationError` for a view that cannot be added: it is kept already, its source is another here, or a
-        field of its key has another type in another key.
+        Raises `DeclarationError` for a view that cannot be added: it is kept already, its source is another here or has
+        too many keys, or a field of its key has another type in another key.
         """
         other = copy.copy(self)
         other.views, other.tables, other.kept_views = dict(self.views), list(self.tables), dict(self.kept_views)
@@ -279,7 +294,7 @@ class Layout:
             self._check_addable(view, identity, other.kept_views)
             other._added_numbers[identity] = number = len(other.tables)
             source, key = self.sources[view.source.name], tuple(view.key)
-            routed, key_number = other._route_of(source.name, key)
+            routed, key_number = other._route_of(source.name, key, view)
             table = _compile_table(number, source, key, [view], other.slot_words, added=identity)
             other.tables.append(replace(table, routed=routed, key_number=key_number))
             if identity not in failed:
@@ -331,14 +346,23 @@ class Layout:
             if kind and kind != _key_kind(view, name):
                 raise _two_kinds(name, view, one)
 
-    def _route_of(self, source: str, key: tuple[str, ...]) -> tuple[bool, int]:
+    def _route_of(self, source: str, key: tuple[str, ...], view: FeatureView) -> tuple[bool, int]:
         """Return whether a table brings a new route for its key, which is taken down, and the key's number."""
         if (source, key) in self._table_numbers:
             return False, 0
         if (source, key) in self.added_keys:
             return False, 1 + self.added_keys.index((source, key))
+        self._check_route(source, view)
         self.added_keys += ((source, key),)
         return True, len(self.added_keys)
+
+    def _check_route(self, source: str, view: FeatureView) -> None:
+        """Raise `DeclarationError` about a view whose key would be one too many for its source."""
+        if sum(of == source for of, _ in (*self._table_numbers, *self.added_keys)) >= KEYS_MAX:
+            raise DeclarationError(
+                f"view `{view.name}`: with {', '.join(view.key)} source `{source}` has more than {KEYS_MAX} keys, "
+                "which is as many as its views may have together; give it one of theirs, or another source"
+            )
 
     @cached_property
     def digest(self) -> int:
@@ -670,7 +694,8 @@ def same_view(one: FeatureView, other: FeatureView) -> bool:
 def compile_layout(sources: Iterable[Source], views: Iterable[FeatureView]) -> Layout:
     """Compile sources and views (and the sources of the views) to a layout.
 
-    Raises `DeclarationError` if two share a name, or a key field has two types in the cluster.
+    Raises `DeclarationError` if two share a name, a source has more than `KEYS_MAX` keys, or a key field has two types
+    in the cluster.
     """
     by_name: dict[str, Source] = {}
     all_views = list(views)

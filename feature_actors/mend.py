@@ -11,6 +11,7 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,8 +21,9 @@ from millpond.feature_actors.check import DirectoryCheck, ShardCheck, homes_of, 
 from millpond.feature_actors.errors import MillpondError
 from millpond.feature_actors.keys import hash_columns
 from millpond.feature_actors.layout import Layout
+from millpond.feature_actors.log.folder import sync_folder
 from millpond.feature_actors.log.history_reader import read_history
-from millpond.feature_actors.log.log import write_log
+from millpond.feature_actors.log.log import mended_log, write_log
 from millpond.feature_actors.log.record import (
     MAGIC,
     EventsRecord,
@@ -36,7 +38,7 @@ from millpond.feature_actors.log.schemas import Schemas, write_synced
 from millpond.feature_actors.manifest import write_json
 from millpond.feature_actors.shard_map import ShardMap
 
-__all__ = ["Lost", "Mended", "mend", "mend_schemas"]
+__all__ = ["Lost", "Mended", "finish_logs", "mend", "mend_schemas"]
 
 
 #: Each lost record stands in the log.
@@ -204,18 +206,48 @@ def _mend_log(check: DirectoryCheck, shard: ShardCheck, layout: Layout | None, m
         write_log(beside, contents())
     _learn(check, shard, lost, layout)
     log.close()
-    # The database goes where the old one was last: until then the new one can be made again.
-    for name in ("cache.db-wal", "cache.db-shm"):
-        (folder / name).unlink(missing_ok=True)
     if end > 0:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        (beside / "cache.db").replace(folder / "cache.db")
-    shutil.rmtree(beside, ignore_errors=True)
+        # Until it has this name the old one is as it was, and the new one can be made again; then that is the log.
+        sync_folder(beside)
+        beside.rename(mended_log(folder))
+        sync_folder(shard.path)
+        _put_in_place(folder)
+    else:
+        _remove_write_ahead(folder)
     mended.lost += lost
     mended.done.append(
         f"`{check.name(folder / 'cache.db')}` is written anew: {end - first - len(lost)} records as they were, "
         f"{len(lost)} lost"
     )
+
+
+def finish_logs(directory: Path) -> list[str]:
+    """Put logs in place that were written anew before, when `mend` was broken off. Returns what was done; check, and
+    mend what there is, after it."""
+    done = []
+    for waiting in sorted(directory.glob(f"shards/*/{mended_log(Path('log'))}")):
+        folder = waiting.with_name("log")
+        if (waiting / "cache.db").exists():
+            _put_in_place(folder)
+            done.append(f"`{folder.relative_to(directory) / 'cache.db'}` is the one that an earlier --fix has written")
+        shutil.rmtree(waiting, ignore_errors=True)
+    return done
+
+
+def _put_in_place(folder: Path) -> None:
+    """Put the log that waits for it in the place of that in a folder; may be done again after any of its steps."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    _remove_write_ahead(folder)  # what is in it would be taken for that of the new one
+    (mended_log(folder) / "cache.db").replace(folder / "cache.db")
+    sync_folder(folder)
+    shutil.rmtree(mended_log(folder), ignore_errors=True)
+
+
+def _remove_write_ahead(folder: Path) -> None:
+    for name in ("cache.db-wal", "cache.db-shm"):
+        (folder / name).unlink(missing_ok=True)
+    if folder.is_dir():
+        sync_folder(folder)
 
 
 def _named_by_snapshots(shard: ShardCheck) -> list[int]:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from millpond.feature_actors.check import DirectoryCheck, ShardCheck, Snapshot, never_had
-from millpond.feature_actors.durable import DurableShard, ShardFolder
+from millpond.feature_actors.durable import DurableShard, ShardFolder, SnapshotLacks
 from millpond.feature_actors.errors import MillpondError
 from millpond.feature_actors.image import shard_chunks
 from millpond.feature_actors.layout import Layout, Table
@@ -69,6 +69,9 @@ def check_replays(check: DirectoryCheck, layout: Layout, options: ReplayOptions)
         try:
             one = _recovered(check, layout, options, shard, [newest.path])
             two = _recovered(check, layout, options, shard, other)
+        except SnapshotLacks as error:
+            check.left_out.append(f"shard {shard.number}: snapshots against a replay: {error.message}")
+            continue
         except MillpondError as error:
             check.found(f"cannot be recovered: {error.message}", "restore it from a copy", shard=shard.number)
             continue

@@ -7,7 +7,7 @@ meanwhile comes later. The log's file is open only while a piece of bounded size
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 
 from millpond.feature_actors.errors import Unavailable
@@ -15,6 +15,7 @@ from millpond.feature_actors.log.applied import applied_piece
 from millpond.feature_actors.log.folder import Folder
 from millpond.feature_actors.log.history import History
 from millpond.feature_actors.log.history_reader import begun_late_ms, read_history
+from millpond.feature_actors.log.log import Log
 from millpond.feature_actors.log.part import DAY_MS, expired
 from millpond.feature_actors.log.reader import LogReader
 from millpond.feature_actors.log.record import EventsRecord, OfferRecord
@@ -28,14 +29,17 @@ class NoPast(Unavailable):
 
 class ShardPast:
     """Of the shard in a folder, from its beginning on. history_uri: where its history lies, None if it has none.
-    whole: whether what was before the log has to be there.
+    whole: whether what was before the log has to be there. log: its log, where nobody writes to it meanwhile; else it
+    is opened whenever it is read.
 
     next: the offset up to which it has been read; end: where the log ended when it was looked at last. The log must not
     be truncated meanwhile.
     """
 
-    def __init__(self, folder: Path, history_uri: str | None, shard: int, *, whole: bool = True) -> None:
-        self._folder, self._history_uri, self._shard, self._whole = folder, history_uri, shard, whole
+    def __init__(
+        self, folder: Path, history_uri: str | None, shard: int, *, whole: bool = True, log: Log | None = None
+    ) -> None:
+        self._folder, self._history_uri, self._shard, self._whole, self._log = folder, history_uri, shard, whole, log
         self._open_offers: dict[int, OfferRecord] = {}
         self._read_log_from: int | None = None
         self.next = self.end = 0
@@ -53,7 +57,7 @@ class ShardPast:
         if self._read_log_from is None:
             yield from self._read_history()
         while True:
-            with closing(LogReader(self._folder / "log")) as log:
+            with self._opened() as log:
                 self.end = log.next if until is None else min(log.next, until)
                 if self.next >= self.end:
                     return
@@ -69,7 +73,7 @@ class ShardPast:
 
     def _read_history(self) -> Iterator[tuple[int, EventsRecord]]:
         """Yield what is not in the log any more: what is there is read from there."""
-        with closing(LogReader(self._folder / "log")) as log:
+        with self._opened() as log:
             self._read_log_from, self.end = log.first, log.next
         if log.first == 0:
             return
@@ -86,6 +90,9 @@ class ShardPast:
             yield offset, record
             self.next = offset + 1
         self.next = done_to
+
+    def _opened(self) -> AbstractContextManager[Log | LogReader]:
+        return closing(LogReader(self._folder / "log")) if self._log is None else nullcontext(self._log)
 
     def note_expired(self, sources: Iterable[str]) -> None:
         """Note since when the history has everything of some sources, see `history_since`."""

@@ -11,7 +11,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from lanes import definition, version_in
 from test_engine_vs_oracle import plan_of, read
 
 from millpond.cluster import cli
+from millpond.feature_actors.log.record import LogDamaged
 from millpond.feature_actors.log.snapshot import Chunk, Rows, read_snapshot, write_snapshot
 from millpond.models.registry import Registry
 
@@ -486,6 +487,27 @@ def test_without_a_whole_copy_nothing_is_mended(make: Callable[..., Stopped], ch
     assert stopped.hashes() == before
 
 
+@pytest.mark.parametrize(
+    ("kind", "left_out"),
+    [({"snapshots": (3, 6)}, 2), ({"snapshots": (2, 4, 6), "history": True, "crashed": True}, 0)],
+    ids=str,
+)
+def test_definitions_with_a_feature_more_are_no_problem_and_nothing_is_changed(
+    kind: dict[str, Any], left_out: int, make: Callable[..., Stopped], check: Run, tmp_path: Path
+) -> None:
+    stopped = make(**kind)
+    for shard in range(2):
+        (stopped.shard(shard) / "log" / "cache.db-shm").unlink(missing_ok=True)
+    (tmp_path / "views.py").write_text(
+        DEFINITION.replace('"n": Count(), "sum"', '"n": Count(), "l": Last("id"), "sum"')
+    )
+    before = stopped.hashes()
+    status, lines = check(stopped, views=True)
+    assert (status, lines[-1]) == (0, "all is well")
+    assert len([line for line in lines if "`by_user.l` came with this start" in line]) == left_out
+    assert stopped.hashes() == before
+
+
 def files(stopped: Stopped, where: Path | None = None) -> dict[str, str]:
     """Return the content of every file of a directory, or of another in its place."""
     path, stopped.path = stopped.path, where or stopped.path
@@ -633,6 +655,72 @@ def test_a_database_that_sqlite_cannot_read_is_written_anew_of_its_pages(
     assert (status, lines[0]) == (0, "done: `shards/000/log/cache.db` is written anew: 20 records as they were, 0 lost")
     assert records(stopped) == old
     assert counted(stopped.recovered()) == stopped.n_events
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@contextmanager
+def killed(owner: Any, step: str, name: str) -> Iterator[None]:
+    """End the process before it renames, or unlinks, something of that name."""
+    do = getattr(owner, step)
+
+    def done_or_killed(path: Any, *args: Any, **options: Any) -> Any:
+        if Path(path).name == name:
+            raise Killed
+        return do(path, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, step, done_or_killed)
+        with pytest.raises(Killed):
+            yield
+
+
+@pytest.mark.parametrize(
+    ("owner", "step", "name", "written"),
+    [
+        (Path, "rename", "log.new", "written anew"),
+        (Path, "unlink", "cache.db-wal", "the one that an earlier --fix has written"),
+        (Path, "replace", "cache.db", "the one that an earlier --fix has written"),
+        (shutil, "rmtree", "log.mended", None),
+    ],
+)
+def test_a_fix_that_is_killed_between_two_steps_loses_nothing_that_could_be_read(
+    owner: Any, step: str, name: str, written: str | None, make: Callable[..., Stopped], check: Run, tmp_path: Path
+) -> None:
+    stopped = make(crashed=True)
+    damage_ahead(stopped.shard(0) / "log")
+    with killed(owner, step, name):
+        check(stopped, "--fix", "--copy", str(tmp_path / "copy"), views=True)
+    if written is not None:
+        if written != "written anew":
+            with pytest.raises(LogDamaged, match="`millpond check --fix` was broken off"):
+                stopped.recovered()
+            mended = (
+                "problem: shard 0, `shards/000/log.mended/cache.db`: was written anew by a --fix that was broken off"
+            )
+            assert f"{mended}; run that again" in check(stopped)[1]
+        status, lines = check(stopped, "--fix", "--copy", str(tmp_path / "again"), views=True)
+        assert lines[0].startswith(f"done: `shards/000/log/cache.db` is {written}")
+        assert status == 0
+    assert check(stopped, views=True)[1][-1] == "all is well"
+    cluster = stopped.recovered()
+    cluster.deliver_owed()
+    assert 0 < stopped.n_events - counted(cluster) < 6
+    kept = [record for (shard, _), record in records(stopped).items() if shard == 0]
+    assert sum(b"lost" not in record[:200] for record in kept) == 18
+
+
+def damage_ahead(folder: Path) -> None:
+    """Change a byte of the fifth record, and leave that in the write-ahead file."""
+    with closing(sqlite3.connect(folder / "cache.db")) as database:
+        ((value,),) = database.execute("SELECT value FROM Cache WHERE key = 4")
+        with database:
+            database.execute("UPDATE Cache SET value = ? WHERE key = 4", (value[:-9] + bytes(9),))
+        kept = {name: (folder / name).read_bytes() for name in ("cache.db", "cache.db-wal")}
+    for name, content in kept.items():
+        (folder / name).write_bytes(content)
 
 
 @pytest.mark.parametrize("what", ["history.json", "epoch.json"])

@@ -20,7 +20,8 @@ from worlds import World, worlds
 from millpond.feature_actors import Count, FeatureView, Field, Last, Max, Source, Sum
 from millpond.feature_actors.client import Ack, FeatureClient
 from millpond.feature_actors.durable import SnapshotLacks
-from millpond.feature_actors.layout import Layout, compile_layout
+from millpond.feature_actors.errors import DeclarationError
+from millpond.feature_actors.layout import KEYS_MAX, Layout, compile_layout
 from millpond.feature_actors.log import history
 from millpond.feature_actors.log.applied import applied_records
 from millpond.feature_actors.log.folder import Folder, HistoryUnavailable
@@ -476,6 +477,35 @@ def test_a_start_computes_anew_only_what_got_features_and_not_from_a_past_that_r
     assert counts("by_shop", "a") == [10]
     cluster.restart(0)
     assert (counts("by_user", 1)[:1], counts("by_shop", "a")) == (before, [10])
+
+
+def test_a_source_has_at_most_31_keys_and_the_last_is_as_good_as_the_first(tmp_path: Path) -> None:
+    fields = {f"f{n:02d}": "int64" for n in range(KEYS_MAX + 1)}
+    of = Source("wide", owner="tests", fields={"at": "timestamp[ms, UTC]", **fields}, event_time="at")
+    views = [FeatureView(f"v{n}", owner="t", source=of, key=[f], features={"n": Count()}) for n, f in enumerate(fields)]
+    again = replace(views[0], name="again", features={"s": Sum("f01")})
+    cluster = DurableCluster(compile_layout([], views[: KEYS_MAX - 1]), 2, tmp_path)
+    cluster.add_view(views[KEYS_MAX - 1])
+    cluster.add_view(again)
+    while not all(cluster.backfill_steps(shard, 1_000) for shard in range(2)):
+        pass
+    cluster.send("wide", 9, [{"at": 5, **{name: 10 * n for n, name in enumerate(fields)}}])
+    refused = (
+        "view `v31`: with f31 source `wide` has more than 31 keys, which is as many as its views may have together; "
+    )
+    for add in (
+        lambda: compile_layout([], views),
+        lambda: cluster.client.layout.extended([views[KEYS_MAX]]),
+        lambda: compile_layout([], views[:KEYS_MAX]).extended([again, views[KEYS_MAX]]),
+    ):
+        with pytest.raises(DeclarationError) as caught:
+            add()
+        assert caught.value.message.startswith(refused)
+    for _ in range(2):
+        for n, view in enumerate([*views[:KEYS_MAX], again]):
+            rows = read(cluster.client, plan_of(cluster.client, view), [(10 * n % 310,)])
+            assert rows.matrix.tolist() == [[10 if view is again else 1]]
+        cluster.define_views()
 
 
 def test_without_any_snapshot_what_was_had_is_not_had_twice(tmp_path: Path) -> None:

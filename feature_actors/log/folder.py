@@ -20,7 +20,7 @@ from pyarrow import fs
 
 from millpond.feature_actors.errors import Unavailable
 
-__all__ = ["Folder", "HistoryUnavailable", "public_uri"]
+__all__ = ["Folder", "HistoryUnavailable", "public_uri", "sync_folder"]
 
 _BLOCK_BYTES = 4 << 20
 _RETRY_AFTER_MS = 60_000
@@ -82,7 +82,7 @@ class Folder:
                     os.fsync(file.fileno())
             self._fs.move(self._at(beside), self._at(path))
             if self._local:
-                _sync(Path(self._root, folder))
+                sync_folder(Path(self._root, folder))
         return size, crc
 
     def open(self, path: str) -> pa.NativeFile:
@@ -173,10 +173,11 @@ def _make(folder: Path) -> None:
         return
     _make(folder.parent)
     folder.mkdir(mode=0o700, exist_ok=True)
-    _sync(folder.parent)
+    sync_folder(folder.parent)
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Sync the names in a local folder."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -27,7 +27,7 @@ from millpond.feature_actors.log.record import (
 from millpond.feature_actors.log.schemas import Schemas
 from millpond.feature_actors.raw_disk import NEVER_A_FILE, RawDisk
 
-__all__ = ["Durability", "Log", "LogFull", "write_log"]
+__all__ = ["Durability", "Log", "LogFull", "mended_log", "write_log"]
 
 #: What an acknowledged event survives: "sync" the loss of power, "process" the end of any process, "none" nothing.
 Durability = Literal["sync", "process", "none"]
@@ -79,7 +79,7 @@ class Log:
     """Open the log in `directory`, or make it. One process writes to a log, one append or truncation at a time.
 
     free_bytes_min: with less left on the disk nothing is appended.
-    Raises `LogDamaged` if what is there is no log, or its offsets have gaps.
+    Raises `LogDamaged` if what is there is no log, or its offsets have gaps, or it is to be replaced by a mended one.
     """
 
     def __init__(
@@ -87,6 +87,10 @@ class Log:
     ) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._directory, self._free_bytes_min = directory, free_bytes_min
+        if (mended_log(directory) / "cache.db").exists():
+            raise LogDamaged(
+                f"log: `millpond check --fix` was broken off when it had written `{directory}` anew; run it again"
+            )
         try:
             _make_pages(directory / "cache.db")
             self._cache = diskcache.Cache(
@@ -234,6 +238,11 @@ class Log:
 
     def close(self) -> None:
         self._cache.close()
+
+
+def mended_log(directory: Path) -> Path:
+    """Return the folder where a log that was written anew, and is whole, waits to be put in the place of another."""
+    return directory.with_name(f"{directory.name}.mended")
 
 
 def write_log(directory: Path, contents: Iterable[tuple[int, bytes]]) -> None:
