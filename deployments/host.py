@@ -491,14 +491,18 @@ class ModelHost(Models):
         self._forget_module(name)
 
     def _load_now(self, version: Version) -> LoadedModel | _NotLoaded:
-        definition = None
+        reading = True
         try:
-            definition = self._registry.definition(version)
+            definition = self._registry.text(version)
+            reading = False
             (model,) = (m for m in definition.declared().models if m.name == version.model)
             named = replace(model, version=version.version)
-            return LoadedModel(named, self._client.layout, self._registry.artifacts_dir(version))
+            reading = True
+            with self._registry.artifacts(version, model.artifacts.values()) as folder:
+                reading = False
+                return LoadedModel(named, self._client.layout, folder)
         except BaseException as error:  # what is no `Exception` would end who follows the registry
-            return _NotLoaded(error, unread=definition is None)
+            return _NotLoaded(error, unread=reading)
 
     @property
     def memory_bytes(self) -> int:

@@ -11,6 +11,7 @@ import os
 import random
 import subprocess
 import sys
+import tracemalloc
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -32,8 +33,9 @@ from millpond.feature_actors.tiles.memory import started_ticks
 from millpond.models import Pool
 from millpond.models import registry as registry_module
 from millpond.models.attempts import Attempt
-from millpond.models.definition import Definition
+from millpond.models.definition import Definition, forget_module
 from millpond.models.registry import Registry
+from millpond.models.version import Version, version_of
 
 MB = 1 << 20
 
@@ -657,6 +659,79 @@ def test_a_load_that_hangs_is_not_begun_again_before_it_returns(
             except Unavailable:
                 await asyncio.sleep(0.001)
         assert LOADS["stuck@1"] == 2
+
+    run(story)
+
+
+# -- artifacts
+
+
+def of_one_file(registry: Registry, artifacts: dict[str, bytes]) -> list[Version]:
+    """Make the models of one definition live, one for each artifact, which is named as the model is."""
+    text = definition("first", "1").text.rpartition("first = ")[0]
+    for name in artifacts:
+        text += (
+            f'{name} = Model("{name}", version="1", owner="tests", predictor=Predictor, '
+            f'features=[user_spend["orders_30d"]], artifacts={{"weights": "{name}"}})\n'
+        )
+    made = Definition("all.py", text, artifacts)
+    versions = [version_of(made, model, {"user_id": "int64"}) for model in made.declared().models]
+    registry.publish(made, versions)
+    forget_module(made.module_name)
+    return versions
+
+
+def test_a_load_holds_no_artifact_in_memory_and_none_of_the_other_models(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        names = [f"m{i}" for i in range(8)]
+        of_one_file(registry, {name: os.urandom(4 * MB) for name in names})
+        host = host_of(registry, shards)
+        tracemalloc.start()
+        try:
+            await host.start()
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert set(host.served) == set(names)
+        assert peak < 4 * MB * len(names)  # which each of the loads would take
+
+    run(story)
+
+
+def test_a_damaged_artifact_is_of_its_model_alone(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        versions = of_one_file(registry, {"good": b"1", "bad": b"2"})
+        file = registry.artifacts_dir(versions[0]) / "bad"
+        file.chmod(0o600)
+        file.write_bytes(b"3")
+        host = host_of(registry, shards)
+        await host.start()
+        assert set(host.served) == {"good"}
+        with pytest.raises(Unavailable, match=r"`.*/artifacts/bad` is damaged"):
+            await score(host, "bad")
+        file.write_bytes(b"2")
+        await host._follow_change()
+        await asyncio.gather(*host._bringing)
+        assert set(host.served) == {"good", "bad"}
+
+    run(story)
+
+
+def test_what_a_predictor_opens_is_what_was_compared_with_its_hash(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        load = "assert open(weights, 'rb').read() == b'true'"
+        version = version_in(registry, definition("churn", "1", load=load, artifact=b"true"))
+        registry.deploy([version])
+        HOLDS["churn@1"] = held = Held()
+        host = host_of(registry, shards)
+        starting = asyncio.create_task(host.start())
+        await held.has_begun()
+        file = registry.artifacts_dir(version) / "weights.npy"
+        file.chmod(0o600)
+        file.write_bytes(b"false")
+        held.go.set()
+        await starting
+        assert await score(host, "churn") == ("1", "1")
 
     run(story)
 
