@@ -29,6 +29,7 @@ from millpond.deployments.lane import LaneLimits, ModelBusy
 from millpond.deployments.score import ScoreApp, ScoreLimits
 from millpond.deployments.watchdog import HUNG_STATUS
 from millpond.feature_actors.errors import MillpondError, NotFound, Unavailable
+from millpond.feature_actors.layout import identity_of
 from millpond.feature_actors.tiles.memory import started_ticks
 from millpond.models import Pool
 from millpond.models import registry as registry_module
@@ -825,6 +826,59 @@ def test_a_version_whose_files_are_away_for_a_while_goes_live_when_they_are_back
             await until(lambda: not registry.reports()["replica-None"]["failed"], "the versions to be loaded")
             assert await score(host, "churn") == ("2", "2")
             assert await score(host, "other") == ("1", "1")
+
+    run(story)
+
+
+# -- views that came
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["fails", "hangs"])
+def test_a_view_whose_text_does_not_run_here_holds_up_no_rollout(
+    registry: Registry, shards: Any, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    monkeypatch.setattr(host_module, "_AGAIN_S", 0.05)
+    text = f"""
+from apps import purchases
+from lanes import HOLDS
+from millpond.feature_actors import Count, FeatureView
+
+if "here" in HOLDS:
+    HOLDS["here"]()
+    assert {not ends}
+late = FeatureView("late", owner="tests", source=purchases, key=["user_id"], features={{"orders": Count()}})
+"""
+    made = Definition("late.py", text)
+    (view,) = made.declared().views
+    forget_module(made.module_name)
+
+    async def story() -> None:
+        registry.deploy([version_in(registry, definition("churn", "1"))])
+        two, three = (version_in(registry, definition("churn", version)) for version in "23")
+        held = Held()
+        if ends:
+            held.go.set()
+        HOLDS["here"] = held
+        async with following(host_of(registry, shards)) as host:
+            impatient(host, PATIENCE_S if ends else 0.01)
+            registry.views.add("late.py", text, [identity_of(view)])
+            await held.has_begun()
+            await until(lambda: host.report()["failed"], "the failure")
+            assert host.report()["failed"].keys() == {"definition `late.py`"}
+            impatient(host, PATIENCE_S)
+            await live(host, registry.deploy([two]))
+            assert await score(host, "churn") == ("2", "2")
+            assert "late" not in host._client.layout.views
+            other = host_of(registry, shards)  # which starts now
+            if ends:
+                await other.start()
+                assert await score(other, "churn") == ("2", "2")
+            HOLDS.clear()
+            held.go.set()
+            await until(lambda: "late" in host._client.layout.views, "the view")
+            await live(host, registry.deploy([three]))
+            assert await score(host, "churn") == ("3", "3")
+            assert host.report()["failed"] == {}
 
     run(story)
 
