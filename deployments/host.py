@@ -8,7 +8,7 @@ Promises:
 - A version that has ended two processes that loaded it, one of them with nothing beside, is loaded no more, until it is
   deployed again; one that does not give the event loop back ends its process and is called in a thread by the next.
 - Over the budget those asked longest ago leave the memory, when nothing of them is under way; they are loaded again
-  when they are asked for.
+  when they are asked for. What is new is loaded once, whatever has to leave for it.
 - The replica reports to the registry what it has, so that whoever deploys knows when every replica has it.
 """
 
@@ -158,6 +158,8 @@ class ModelHost(Models):
         #: Suspects are loaded one at a time, when the others answer.
         self._one_suspect = asyncio.Lock()
         self._answering = asyncio.Event()
+        #: So is what does not fit.
+        self._one_over = asyncio.Lock()
         self._finding: dict[str, asyncio.Task[None]] = {}
         #: How many requests wait for each model.
         self._waiting: Counter[str] = Counter()
@@ -288,9 +290,14 @@ class ModelHost(Models):
         self.served = {name: served for name, served in self.served.items() if name in rollouts}
         self._forget_unused()
         # What has to be loaded holds up nothing else: each model by itself, unless they are many.
-        loads = self._fitting(r for r in mine if r not in at_once)
+        rest = [r for r in mine if r not in at_once]
+        loads = self._fitting(rest)
         for group in [[r] for r in loads] if len(loads) <= _TASKS_MAX else [loads]:
             self._start(self._bring(group), [r.model for r in group])
+        # What came while this replica runs is loaded once all the same: who deploys it hears whether that can be done.
+        for rollout in rest if self._generation >= 0 else ():
+            if rollout not in loads and _brings_a_version(rollout, before.get(rollout.model)):
+                self._start(self._bring_over(rollout), [rollout.model])
         self._generation, self._followed_s = generation, time.monotonic()
 
     async def _follow_views(self) -> None:
@@ -355,6 +362,11 @@ class ModelHost(Models):
         if suspects:
             self._start(self._bring_suspects(rollouts, suspects), [v.model for v in suspects])
         self._answer_with(rollouts, asked=asked)
+
+    async def _bring_over(self, rollout: Rollout) -> None:
+        """Bring what does not fit besides what is in memory; one by one, so that it is no more than that too much."""
+        async with self._one_over:
+            await self._bring([rollout], asked=True)
 
     def _answer_with(self, rollouts: Sequence[Rollout], *, asked: bool = False) -> None:
         """Have rollouts answer from now on, as far as they are loaded."""
@@ -655,6 +667,10 @@ def is_alive(report: Mapping[str, Any]) -> bool:
 
 def _id(version: Version) -> Id:
     return version.model, version.version
+
+
+def _brings_a_version(rollout: Rollout, before: Rollout | None) -> bool:
+    return before is None or any(version not in before.versions for version in rollout.versions)
 
 
 def _bytes(version: Version) -> int:

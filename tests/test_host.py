@@ -23,6 +23,7 @@ from lanes import HOLDS, LOADS, PATIENCE_S, Held, client_over, definition, run, 
 
 from millpond.cluster.cluster import Cluster
 from millpond.cluster.config import Config
+from millpond.cluster.deploy import wait_until_live
 from millpond.deployments import host as host_module
 from millpond.deployments.host import HostLimits, ModelHost, is_alive
 from millpond.deployments.lane import LaneLimits, ModelBusy
@@ -521,6 +522,31 @@ def test_a_model_that_is_asked_much_does_not_go_because_it_was_deployed_anew(reg
             assert set(host.served) == {"hot"}
             assert await score(host, "hot") == ("2", "2")
             assert LOADS["hot@2"] == 1
+
+    run(story)
+
+
+def test_what_is_new_is_loaded_once_over_the_budget_and_those_asked_longest_ago_go(
+    registry: Registry, shards: Any
+) -> None:
+    async def story() -> None:
+        fill(registry, "a", "b")
+        async with following(host_of(registry, shards, budget=9 * MB)) as host:
+            await score(host, "b")
+            await score(host, "a")
+            new = definition("new", "1")
+            await live(host, registry.publish(new, [version_in(registry, new, memory_bytes=4 * MB)]))
+            assert set(host.served) == {"a", "new"}
+            # Who deploys what does not load hears of it.
+            ill = version_in(registry, definition("ill", "1", load="raise ValueError"), memory_bytes=4 * MB)
+            await live(host, registry.deploy([ill]))
+            with pytest.raises(Unavailable, match=r"^model `ill` version `1` does not load: ValueError\(\)$"):
+                wait_until_live(registry, registry.generation(), [ill])
+            fill(registry, *(names := [f"n{i}" for i in range(4)]))
+            await live(host, registry.generation())
+            assert [LOADS[f"{name}@1"] for name in names] == [1] * 4
+            assert host.memory_bytes <= 9 * MB
+            assert "b" not in host.served
 
     run(story)
 
