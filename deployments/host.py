@@ -4,11 +4,11 @@ Promises:
 - A change of the registry is live within `POLL_S` and the time of a load; until all of it is loaded, what was live
   answers. Requests see the rollout before or after a change, nothing between.
 - A version that does not load leaves its model as it was, if that answered, and other models alone; the replica's
-  report says why.
+  report says why. So does a view that came and whose text does not run here: the others stay as they were.
 - A version that has ended two processes that loaded it, one of them with nothing beside, is loaded no more, until it is
   deployed again; one that does not give the event loop back ends its process and is called in a thread by the next.
 - Over the budget those asked longest ago leave the memory, when nothing of them is under way; they are loaded again
-  when they are asked for.
+  when they are asked for. What is new is loaded once, whatever has to leave for it.
 - The replica reports to the registry what it has, so that whoever deploys knows when every replica has it.
 """
 
@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from millpond.deployments.lane import Lane, LaneLimits, ModelBusy
@@ -31,7 +32,7 @@ from millpond.deployments.turns import Turns
 from millpond.deployments.watchdog import Watchdog
 from millpond.feature_actors.client import FeatureClient
 from millpond.feature_actors.errors import MillpondError, Unavailable
-from millpond.feature_actors.layout import identity_of
+from millpond.feature_actors.layout import Layout, identity_of
 from millpond.feature_actors.tiles.memory import started_ticks
 from millpond.feature_actors.view import FeatureView
 from millpond.models.added_views import AddedViewRecord
@@ -40,7 +41,7 @@ from millpond.models.definition import forget_module, module_name_of
 from millpond.models.erasures import ForgottenScores
 from millpond.models.model import LoadedModel
 from millpond.models.registry import Registry
-from millpond.models.registry_views import extended_layout
+from millpond.models.registry_views import declared_view, extended_layout
 from millpond.models.rollout import Role, Rollout
 from millpond.models.version import Version
 
@@ -128,6 +129,9 @@ class ModelHost(Models):
         self._layout_at_start = client.layout
         #: That came while the cluster runs; by identity.
         self._views: dict[str, AddedViewRecord] = {}
+        #: What makes the layout with them; and why it does not, by definition.
+        self._extending: asyncio.Future[Layout | dict[str, str]] | None = None
+        self._failed_views: dict[str, str] = {}
         self._replica = replica
         self._pool = pool
         self._limits = limits
@@ -155,6 +159,8 @@ class ModelHost(Models):
         #: Suspects are loaded one at a time, when the others answer.
         self._one_suspect = asyncio.Lock()
         self._answering = asyncio.Event()
+        #: So is what does not fit.
+        self._one_over = asyncio.Lock()
         self._finding: dict[str, asyncio.Task[None]] = {}
         #: How many requests wait for each model.
         self._waiting: Counter[str] = Counter()
@@ -262,7 +268,8 @@ class ModelHost(Models):
             self._answering.set()
             try:
                 generation, notices = await self._ask(self._news)
-                if generation != self._generation or (self._unread and time.monotonic() - self._followed_s >= _AGAIN_S):
+                again = (self._unread or self._failed_views) and time.monotonic() - self._followed_s >= _AGAIN_S
+                if generation != self._generation or again:
                     await self._follow_change()
                     self._reported_s = 0.0
                 if not self._planned:
@@ -295,17 +302,35 @@ class ModelHost(Models):
         self.served = {name: served for name, served in self.served.items() if name in rollouts}
         self._forget_unused()
         # What has to be loaded holds up nothing else: each model by itself, unless they are many.
-        loads = self._fitting(r for r in mine if r not in at_once)
+        rest = [r for r in mine if r not in at_once]
+        loads = self._fitting(rest)
         for group in [[r] for r in loads] if len(loads) <= _TASKS_MAX else [loads]:
             self._start(self._bring(group), [r.model for r in group])
+        # What came while this replica runs is loaded once all the same: who deploys it hears whether that can be done.
+        for rollout in rest if self._generation >= 0 else ():
+            if rollout not in loads and _brings_a_version(rollout, before.get(rollout.model)):
+                self._start(self._bring_over(rollout), [rollout.model])
         self._generation, self._followed_s = generation, time.monotonic()
 
     async def _follow_views(self) -> None:
-        """Have the layout by which plans are made from now on as it is with the views that came."""
+        """Have the layout by which plans are made from now on as it is with the views that came, if their texts run."""
         views = {one.identity: one for one in await self._ask(self._registry.views.all)}
-        if views != self._views:
-            layout = await self._ask(lambda: extended_layout(self._layout_at_start, list(views.values())))
-            self._client.layout, self._views = layout, views
+        if views == self._views:
+            self._failed_views = {}
+        elif self._extending is None or self._extending.done():
+            # A text that does not run here, or does not end, is no reason not to follow the rollouts.
+            work = partial(_extended, self._layout_at_start, list(views.values()))
+            self._extending = asyncio.get_running_loop().run_in_executor(self._loads, work)
+            await asyncio.wait([self._extending], timeout=self._limits.load_s)
+            if not self._extending.done():
+                why = f"it takes longer than {self._limits.load_s:g} s (setting `load_timeout_s`)"
+                self._failed_views = {_of_file(one): why for i, one in views.items() if i not in self._views}
+            elif isinstance(layout := self._extending.result(), Layout):
+                self._client.layout, self._views, self._failed_views = layout, views, {}
+            else:
+                self._failed_views = layout
+            if self._failed_views:
+                logger.warning("the views stay as they were: %s", self._failed_views)
 
     def _brought(self, task: asyncio.Task[None]) -> None:
         del self._bringing[task]
@@ -349,6 +374,11 @@ class ModelHost(Models):
         if suspects:
             self._start(self._bring_suspects(rollouts, suspects), [v.model for v in suspects])
         self._answer_with(rollouts, asked=asked)
+
+    async def _bring_over(self, rollout: Rollout) -> None:
+        """Bring what does not fit besides what is in memory; one by one, so that it is no more than that too much."""
+        async with self._one_over:
+            await self._bring([rollout], asked=True)
 
     def _answer_with(self, rollouts: Sequence[Rollout], *, asked: bool = False) -> None:
         """Have rollouts answer from now on, as far as they are loaded."""
@@ -504,14 +534,18 @@ class ModelHost(Models):
         self._forget_module(name)
 
     def _load_now(self, version: Version) -> LoadedModel | _NotLoaded:
-        definition = None
+        reading = True
         try:
-            definition = self._registry.definition(version)
+            definition = self._registry.text(version)
+            reading = False
             (model,) = (m for m in definition.declared().models if m.name == version.model)
             named = replace(model, version=version.version)
-            return LoadedModel(named, self._client.layout, self._registry.artifacts_dir(version))
+            reading = True
+            with self._registry.artifacts(version, model.artifacts.values()) as folder:
+                reading = False
+                return LoadedModel(named, self._client.layout, folder)
         except BaseException as error:  # what is no `Exception` would end who follows the registry
-            return _NotLoaded(error, unread=definition is None)
+            return _NotLoaded(error, unread=reading)
 
     @property
     def memory_bytes(self) -> int:
@@ -602,7 +636,10 @@ class ModelHost(Models):
             "at_ms": time.time_ns() // 1_000_000,
             "memory_bytes": self.memory_bytes,
             "score_log": None if self._score_log is None else self._score_log.counts,
-            "failed": {f"{model}@{version}": failure.why for (model, version), failure in self._failed.items()},
+            "failed": {
+                **{f"{model}@{version}": failure.why for (model, version), failure in self._failed.items()},
+                **self._failed_views,
+            },
             "versions": {
                 f"{model}@{version}": {
                     **one.lane.counts.as_json(),
@@ -626,6 +663,24 @@ class ModelHost(Models):
         return await asyncio.get_running_loop().run_in_executor(self._asks, question)
 
 
+def _extended(layout: Layout, views: Sequence[AddedViewRecord]) -> Layout | dict[str, str]:
+    """Return a layout with added views, or which of their definitions are the reason that there is none, and why."""
+    failed: dict[str, str] = {}
+    for one in views:
+        try:
+            declared_view(one)
+        except BaseException as error:  # what is no `Exception` would end who follows the registry
+            failed[_of_file(one)] = str(error) if isinstance(error, MillpondError) else repr(error)
+    try:
+        return failed or extended_layout(layout, views)
+    except MillpondError as error:
+        return {_of_file(views[-1]): str(error)}
+
+
+def _of_file(view: AddedViewRecord) -> str:
+    return f"definition `{view.file_name}`"
+
+
 def is_alive(report: Mapping[str, Any]) -> bool:
     """Return whether the replica that reported still runs."""
     try:
@@ -636,6 +691,10 @@ def is_alive(report: Mapping[str, Any]) -> bool:
 
 def _id(version: Version) -> Id:
     return version.model, version.version
+
+
+def _brings_a_version(rollout: Rollout, before: Rollout | None) -> bool:
+    return before is None or any(version not in before.versions for version in rollout.versions)
 
 
 def _bytes(version: Version) -> int:

@@ -14,13 +14,15 @@ from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 
 from millpond.feature_actors.errors import DeclarationError, MillpondError, Unavailable
-from millpond.models.definition import ARTIFACTS_DIR, Definition, digest_of
+from millpond.models.definition import ARTIFACTS_DIR, TEXT_FILE, Definition, digest_of
 from millpond.models.version import Version
 
 __all__ = ["Contents", "VersionDamaged"]
 
 #: Contents, and what is on its way to become one.
 _OURS = re.compile(r"(\.new-)?[0-9a-f]{64}")
+#: So much of an artifact is in memory as it is copied.
+_PIECE_BYTES = 1 << 20
 
 
 class VersionDamaged(MillpondError):
@@ -69,23 +71,53 @@ class Contents:
 
     def read(self, version: Version) -> Definition:
         """Return the content of a version, each file compared with its hash. Raises `VersionDamaged`."""
-        place = self._folder / version.digest
+        return self._definition(version, version.files)
+
+    def text(self, version: Version) -> Definition:
+        """Return the content of a version without its artifacts, compared with its hash. Raises `VersionDamaged`."""
+        return self._definition(version, [TEXT_FILE])
+
+    def copy(self, version: Version, artifact: str, to: Path) -> None:
+        """Copy an artifact of a version into a file that is not there yet, compared with its hash as it is copied: a
+        piece at a time, however large it is. Raises `VersionDamaged`, or `OSError` if it cannot be written."""
+        path, hashed = f"{ARTIFACTS_DIR}/{artifact}", hashlib.sha256()
+        try:
+            source = (self._place(version) / path).open("rb")
+        except OSError:
+            self._check(version, path, None)
+            raise
+        descriptor = os.open(to, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with source, os.fdopen(descriptor, "wb") as file:
+            while piece := source.read(_PIECE_BYTES):
+                hashed.update(piece)
+                file.write(piece)
+        self._check(version, path, hashed.hexdigest())
+
+    def _definition(self, version: Version, paths: Iterable[str]) -> Definition:
+        place, files = self._place(version), {}
+        for path in paths:
+            content = _content(place / path)
+            self._check(version, path, None if content is None else hashlib.sha256(content).hexdigest())
+            assert content is not None
+            files[path] = content
+        return Definition.of_files(version.file_name, files)
+
+    def _place(self, version: Version) -> Path:
         if digest_of(version.files) != version.digest:
             raise VersionDamaged(
                 f"{version.subject}: its list of files has the digest {digest_of(version.files)}, expected "
                 f"{version.digest}; restore the registry from a copy"
             )
-        files: dict[str, bytes] = {}
-        for path, expected in version.files.items():
-            content = _content(place / path)
-            found = "no such file" if content is None else hashlib.sha256(content).hexdigest()
-            if content is None or found != expected:
-                raise VersionDamaged(
-                    f"{version.subject}: the file `{place / path}` is damaged: expected the SHA-256 {expected}, found "
-                    f"{found}; deploy the same content again, or restore the file from a copy"
-                )
-            files[path] = content
-        return Definition.of_files(version.file_name, files)
+        return self._folder / version.digest
+
+    def _check(self, version: Version, path: str, found: str | None) -> None:
+        """Compare the hash of a file, None if it cannot be read, with that of a version."""
+        if found != (expected := version.files[path]):
+            raise VersionDamaged(
+                f"{version.subject}: the file `{self._folder / version.digest / path}` is damaged: expected the "
+                f"SHA-256 {expected}, found {found or 'no such file'}; deploy the same content again, or restore the "
+                "file from a copy"
+            )
 
     def sweep(self, digests: Set[str]) -> None:
         """Remove the contents that are not of these digests, and what was left half made."""

@@ -31,15 +31,25 @@ from millpond.models.model import LoadedModel, Model
 
 T = TypeVar("T")
 
-__all__ = ["ARTIFACTS_DIR", "Declared", "Definition", "digest_of", "forget_module", "load_model", "load_models",
-           "module_name_of"]  # fmt: skip
+__all__ = [
+    "ARTIFACTS_DIR",
+    "TEXT_FILE",
+    "Declared",
+    "Definition",
+    "artifacts_of",
+    "digest_of",
+    "forget_module",
+    "load_model",
+    "load_models",
+    "module_name_of",
+]
 
 #: Held while the text of a module is run, a lock for each name as long as somebody has it: one that hangs holds up
 #: nobody but those who want the same.
 _LOCKS: WeakValueDictionary[str, Any] = WeakValueDictionary()
 _TAKING = threading.Lock()
 #: How the content lies in a folder, whatever the files were called where they came from.
-_TEXT, ARTIFACTS_DIR = "definition.py", "artifacts"
+TEXT_FILE, ARTIFACTS_DIR = "definition.py", "artifacts"
 
 
 @dataclass(frozen=True)
@@ -82,16 +92,14 @@ class Definition:
     @classmethod
     def of_files(cls, file_name: str, files: Mapping[str, bytes]) -> Definition:
         """Make a definition of its `files`."""
-        artifacts = {
-            path.removeprefix(f"{ARTIFACTS_DIR}/"): content for path, content in files.items() if path != _TEXT
-        }
-        return cls(file_name, files[_TEXT].decode(), artifacts)
+        artifacts = {name: files[f"{ARTIFACTS_DIR}/{name}"] for name in artifacts_of(files)}
+        return cls(file_name, files[TEXT_FILE].decode(), artifacts)
 
     @property
     def files(self) -> dict[str, bytes]:
         """The content as the files of a folder: `definition.py`, and `artifacts/NAME` for each artifact."""
         return {
-            _TEXT: self.text.encode(),
+            TEXT_FILE: self.text.encode(),
             **{f"{ARTIFACTS_DIR}/{n}": self.artifacts[n] for n in sorted(self.artifacts)},
         }
 
@@ -108,7 +116,7 @@ class Definition:
     @property
     def module_name(self) -> str:
         """What the module of the text is called in `sys.modules`; it stays there until `forget_module`."""
-        return module_name_of({_TEXT: hashlib.sha256(self.text.encode()).hexdigest()})
+        return module_name_of({TEXT_FILE: hashlib.sha256(self.text.encode()).hexdigest()})
 
     def declared(self) -> Declared:
         """Run the text (once a process) and return what it declares: by name, or in a list, tuple or dict of a name."""
@@ -180,7 +188,12 @@ def _lock_of(name: str) -> AbstractContextManager[Any]:
 
 def module_name_of(hashes: Mapping[str, str]) -> str:
     """Return what the module of a definition is called, by the hashes of its files."""
-    return f"millpond_definition_{hashes[_TEXT][:16]}"
+    return f"millpond_definition_{hashes[TEXT_FILE][:16]}"
+
+
+def artifacts_of(files: Iterable[str]) -> set[str]:
+    """Return the names of the artifacts among the files of a definition."""
+    return {path.removeprefix(f"{ARTIFACTS_DIR}/") for path in files if path != TEXT_FILE}
 
 
 def digest_of(hashes: Mapping[str, str]) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -26,7 +26,7 @@ from millpond.feature_actors.lock import FileLock, LockHeld
 from millpond.models.added_views import AddedViews
 from millpond.models.attempts import Attempts
 from millpond.models.contents import Contents, VersionDamaged
-from millpond.models.definition import Definition
+from millpond.models.definition import Definition, artifacts_of
 from millpond.models.erasures import Erasures
 from millpond.models.index import Change, Index, RegistryDamaged
 from millpond.models.pool import Pool
@@ -145,15 +145,46 @@ class Registry:
 
         Raises `NotFound`, `VersionRetired`, or `VersionDamaged` that names the file.
         """
-        record = self._usable(version.model, version.version)
+        with self._reading(version):
+            return self._contents.read(self._usable(version.model, version.version).version)
+
+    def text(self, version: Version) -> Definition:
+        """Return the definition that a version was made of without its artifacts. Raises what `definition` does."""
+        with self._reading(version):
+            return self._contents.text(self._usable(version.model, version.version).version)
+
+    @contextmanager
+    def artifacts(self, version: Version, names: Iterable[str]) -> Iterator[Path]:
+        """Copy some artifacts of a version, as far as it has them, into a private folder, which lives as long as this
+        context: whoever opens them there has what was compared with its hash.
+
+        Raises what `definition` does, or `Unavailable` if they cannot be written.
+        """
+        with tempfile.TemporaryDirectory(prefix="millpond-", ignore_cleanup_errors=True) as folder:
+            with self._reading(version):
+                for name in sorted({*names} & artifacts_of(version.files)):
+                    try:
+                        self._contents.copy(version, name, Path(folder) / name)
+                    except OSError as error:
+                        raise Unavailable(
+                            f"{version.subject}: its artifact `{name}` cannot be copied into `{folder}`: "
+                            f"{error.strerror}; mend that",
+                            retry_after_ms=10_000,
+                        ) from None
+            yield Path(folder)
+
+    @contextmanager
+    def _reading(self, version: Version) -> Iterator[None]:
+        """Raise of files that are away because of it that their version has been retired as they were read."""
         try:
-            return self._contents.read(record.version)
+            yield
         except VersionDamaged:
-            self._usable(version.model, version.version)  # it may have been retired as it was read
+            self._usable(version.model, version.version)
             raise
 
     def artifacts_dir(self, version: Version) -> Path:
-        """Return where the artifacts of a version lie by name. Only `definition` compares them with their hashes."""
+        """Return where the artifacts of a version lie by name. Only `definition` and `artifacts` compare them with
+        their hashes."""
         return self._contents.artifacts_dir(version.digest)
 
     # -- changes

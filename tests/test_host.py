@@ -11,6 +11,7 @@ import os
 import random
 import subprocess
 import sys
+import tracemalloc
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -24,6 +25,7 @@ from lanes import HOLDS, LOADS, PATIENCE_S, Held, client_over, definition, run, 
 
 from millpond.cluster.cluster import Cluster
 from millpond.cluster.config import Config
+from millpond.cluster.deploy import wait_until_live
 from millpond.deployments import host as host_module
 from millpond.deployments.erased_scores import ScoreEraser
 from millpond.deployments.host import HostLimits, ModelHost, is_alive
@@ -32,12 +34,14 @@ from millpond.deployments.score import ScoreApp, ScoreLimits
 from millpond.deployments.watchdog import HUNG_STATUS
 from millpond.feature_actors.errors import MillpondError, NotFound, Unavailable
 from millpond.feature_actors.keys import hash_values
+from millpond.feature_actors.layout import identity_of
 from millpond.feature_actors.tiles.memory import started_ticks
 from millpond.models import Pool
 from millpond.models import registry as registry_module
 from millpond.models.attempts import Attempt
-from millpond.models.definition import Definition
+from millpond.models.definition import Definition, forget_module
 from millpond.models.registry import Registry
+from millpond.models.version import Version, version_of
 
 MB = 1 << 20
 
@@ -526,6 +530,31 @@ def test_a_model_that_is_asked_much_does_not_go_because_it_was_deployed_anew(reg
     run(story)
 
 
+def test_what_is_new_is_loaded_once_over_the_budget_and_those_asked_longest_ago_go(
+    registry: Registry, shards: Any
+) -> None:
+    async def story() -> None:
+        fill(registry, "a", "b")
+        async with following(host_of(registry, shards, budget=9 * MB)) as host:
+            await score(host, "b")
+            await score(host, "a")
+            new = definition("new", "1")
+            await live(host, registry.publish(new, [version_in(registry, new, memory_bytes=4 * MB)]))
+            assert set(host.served) == {"a", "new"}
+            # Who deploys what does not load hears of it.
+            ill = version_in(registry, definition("ill", "1", load="raise ValueError"), memory_bytes=4 * MB)
+            await live(host, registry.deploy([ill]))
+            with pytest.raises(Unavailable, match=r"^model `ill` version `1` does not load: ValueError\(\)$"):
+                wait_until_live(registry, registry.generation(), [ill])
+            fill(registry, *(names := [f"n{i}" for i in range(4)]))
+            await live(host, registry.generation())
+            assert [LOADS[f"{name}@1"] for name in names] == [1] * 4
+            assert host.memory_bytes <= 9 * MB
+            assert "b" not in host.served
+
+    run(story)
+
+
 def test_what_is_only_kept_to_roll_back_to_goes_before_what_is_live(registry: Registry, shards: Any) -> None:
     async def story() -> None:
         fill(registry, "a", "b")
@@ -665,6 +694,79 @@ def test_a_load_that_hangs_is_not_begun_again_before_it_returns(
     run(story)
 
 
+# -- artifacts
+
+
+def of_one_file(registry: Registry, artifacts: dict[str, bytes]) -> list[Version]:
+    """Make the models of one definition live, one for each artifact, which is named as the model is."""
+    text = definition("first", "1").text.rpartition("first = ")[0]
+    for name in artifacts:
+        text += (
+            f'{name} = Model("{name}", version="1", owner="tests", predictor=Predictor, '
+            f'features=[user_spend["orders_30d"]], artifacts={{"weights": "{name}"}})\n'
+        )
+    made = Definition("all.py", text, artifacts)
+    versions = [version_of(made, model, {"user_id": "int64"}) for model in made.declared().models]
+    registry.publish(made, versions)
+    forget_module(made.module_name)
+    return versions
+
+
+def test_a_load_holds_no_artifact_in_memory_and_none_of_the_other_models(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        names = [f"m{i}" for i in range(8)]
+        of_one_file(registry, {name: os.urandom(4 * MB) for name in names})
+        host = host_of(registry, shards)
+        tracemalloc.start()
+        try:
+            await host.start()
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert set(host.served) == set(names)
+        assert peak < 4 * MB * len(names)  # which each of the loads would take
+
+    run(story)
+
+
+def test_a_damaged_artifact_is_of_its_model_alone(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        versions = of_one_file(registry, {"good": b"1", "bad": b"2"})
+        file = registry.artifacts_dir(versions[0]) / "bad"
+        file.chmod(0o600)
+        file.write_bytes(b"3")
+        host = host_of(registry, shards)
+        await host.start()
+        assert set(host.served) == {"good"}
+        with pytest.raises(Unavailable, match=r"`.*/artifacts/bad` is damaged"):
+            await score(host, "bad")
+        file.write_bytes(b"2")
+        await host._follow_change()
+        await asyncio.gather(*host._bringing)
+        assert set(host.served) == {"good", "bad"}
+
+    run(story)
+
+
+def test_what_a_predictor_opens_is_what_was_compared_with_its_hash(registry: Registry, shards: Any) -> None:
+    async def story() -> None:
+        load = "assert open(weights, 'rb').read() == b'true'"
+        version = version_in(registry, definition("churn", "1", load=load, artifact=b"true"))
+        registry.deploy([version])
+        HOLDS["churn@1"] = held = Held()
+        host = host_of(registry, shards)
+        starting = asyncio.create_task(host.start())
+        await held.has_begun()
+        file = registry.artifacts_dir(version) / "weights.npy"
+        file.chmod(0o600)
+        file.write_bytes(b"false")
+        held.go.set()
+        await starting
+        assert await score(host, "churn") == ("1", "1")
+
+    run(story)
+
+
 # -- modules
 
 
@@ -754,6 +856,59 @@ def test_a_version_whose_files_are_away_for_a_while_goes_live_when_they_are_back
             await until(lambda: not registry.reports()["replica-None"]["failed"], "the versions to be loaded")
             assert await score(host, "churn") == ("2", "2")
             assert await score(host, "other") == ("1", "1")
+
+    run(story)
+
+
+# -- views that came
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["fails", "hangs"])
+def test_a_view_whose_text_does_not_run_here_holds_up_no_rollout(
+    registry: Registry, shards: Any, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    monkeypatch.setattr(host_module, "_AGAIN_S", 0.05)
+    text = f"""
+from apps import purchases
+from lanes import HOLDS
+from millpond.feature_actors import Count, FeatureView
+
+if "here" in HOLDS:
+    HOLDS["here"]()
+    assert {not ends}
+late = FeatureView("late", owner="tests", source=purchases, key=["user_id"], features={{"orders": Count()}})
+"""
+    made = Definition("late.py", text)
+    (view,) = made.declared().views
+    forget_module(made.module_name)
+
+    async def story() -> None:
+        registry.deploy([version_in(registry, definition("churn", "1"))])
+        two, three = (version_in(registry, definition("churn", version)) for version in "23")
+        held = Held()
+        if ends:
+            held.go.set()
+        HOLDS["here"] = held
+        async with following(host_of(registry, shards)) as host:
+            impatient(host, PATIENCE_S if ends else 0.01)
+            registry.views.add("late.py", text, [identity_of(view)])
+            await held.has_begun()
+            await until(lambda: host.report()["failed"], "the failure")
+            assert host.report()["failed"].keys() == {"definition `late.py`"}
+            impatient(host, PATIENCE_S)
+            await live(host, registry.deploy([two]))
+            assert await score(host, "churn") == ("2", "2")
+            assert "late" not in host._client.layout.views
+            other = host_of(registry, shards)  # which starts now
+            if ends:
+                await other.start()
+                assert await score(other, "churn") == ("2", "2")
+            HOLDS.clear()
+            held.go.set()
+            await until(lambda: "late" in host._client.layout.views, "the view")
+            await live(host, registry.deploy([three]))
+            assert await score(host, "churn") == ("3", "3")
+            assert host.report()["failed"] == {}
 
     run(story)
 
