@@ -61,7 +61,7 @@ class ScoreEraser:
             n: int = sum(one.get("heeded", {}).get(name, 0) for one in registry.reports().values())
             if self.history_uri is not None:
                 n += erase_scores(self.history_uri, [forgotten], asked)
-            registry.erasures.end(name)
+            registry.erasures.end()
             for replica in registry.reports().keys() - _alive(registry).keys():
                 registry.forget_report(replica)
             self._wait(

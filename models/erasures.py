@@ -33,6 +33,8 @@ class Erasures:
         """Return what is to be forgotten, by name."""
         return self._index.under(_PREFIX, ForgottenScores)
 
-    def end(self, name: str) -> None:
-        """Take a notice back."""
-        self._index.delete(_PREFIX + name)
+    def end(self) -> None:
+        """Take all notices back: there is one at a time, and whoever ended before doing so begins again by another."""
+        with self._index.change():
+            for name in self.notices():
+                self._index.delete(_PREFIX + name)

@@ -40,6 +40,7 @@ from millpond.models import Pool
 from millpond.models import registry as registry_module
 from millpond.models.attempts import Attempt
 from millpond.models.definition import Definition, forget_module
+from millpond.models.erasures import ForgottenScores
 from millpond.models.registry import Registry
 from millpond.models.version import Version, version_of
 
@@ -967,6 +968,7 @@ def test_who_is_forgotten_is_no_example_of_a_shadow_any_more(registry: Registry,
     async def story() -> None:
         registry.deploy([version_in(registry, definition("churn", "1"))])
         example = {"id": {"user_id": who}, "champion": "1", "shadow": "2"}
+        registry.erasures.begin("of one who ended", ForgottenScores("user_id", (1, 2), NOW - 1))
         dead = {"pid": os.getpid(), "started_ticks": -1, "shadows": {"churn": {"examples": [example]}}}
         registry.report("dead", dead)
         async with following(host_of(registry, shards)) as host:
