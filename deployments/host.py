@@ -307,8 +307,9 @@ class ModelHost(Models):
         for group in [[r] for r in loads] if len(loads) <= _TASKS_MAX else [loads]:
             self._start(self._bring(group), [r.model for r in group])
         # What came while this replica runs is loaded once all the same: who deploys it hears whether that can be done.
+        fitting = {r.model for r in loads}
         for rollout in rest if self._generation >= 0 else ():
-            if rollout not in loads and _brings_a_version(rollout, before.get(rollout.model)):
+            if rollout.model not in fitting and _brings_a_version(rollout, before.get(rollout.model)):
                 self._start(self._bring_over(rollout), [rollout.model])
         self._generation, self._followed_s = generation, time.monotonic()
 
@@ -326,6 +327,8 @@ class ModelHost(Models):
                 why = f"it takes longer than {self._limits.load_s:g} s (setting `load_timeout_s`)"
                 self._failed_views = {_of_file(one): why for i, one in views.items() if i not in self._views}
             elif isinstance(layout := self._extending.result(), Layout):
+                if self._failed_views:  # of which these may have read
+                    self._unread |= set(self._failed)
                 self._client.layout, self._views, self._failed_views = layout, views, {}
             else:
                 self._failed_views = layout

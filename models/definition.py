@@ -188,7 +188,7 @@ def _lock_of(name: str) -> AbstractContextManager[Any]:
 
 def module_name_of(hashes: Mapping[str, str]) -> str:
     """Return what the module of a definition is called, by the hashes of its files."""
-    return f"millpond_definition_{hashes[TEXT_FILE][:16]}"
+    return f"millpond_definition_{hashes.get(TEXT_FILE, '')[:16]}"
 
 
 def artifacts_of(files: Iterable[str]) -> set[str]:

@@ -869,23 +869,29 @@ def test_a_view_whose_text_does_not_run_here_holds_up_no_rollout(
     registry: Registry, shards: Any, monkeypatch: pytest.MonkeyPatch, ends: bool
 ) -> None:
     monkeypatch.setattr(host_module, "_AGAIN_S", 0.05)
-    text = f"""
-from apps import purchases
-from lanes import HOLDS
-from millpond.feature_actors import Count, FeatureView
-
-if "here" in HOLDS:
-    HOLDS["here"]()
-    assert {not ends}
-late = FeatureView("late", owner="tests", source=purchases, key=["user_id"], features={{"orders": Count()}})
+    imports = (
+        "from apps import purchases\nfrom lanes import HOLDS\nfrom millpond.feature_actors import Count, FeatureView\n"
+    )
+    declares = """
+late = FeatureView("late", owner="tests", source=purchases, key=["user_id"], features={"orders": Count()})
 """
+    text = f"{imports}if 'here' in HOLDS:\n    HOLDS['here']()\n    assert {not ends}\n{declares}"
     made = Definition("late.py", text)
     (view,) = made.declared().views
     forget_module(made.module_name)
+    reads = f"""{imports}{declares}
+from millpond.models import Model
+class Predictor:
+    def predict(self, features):
+        return ["read"] * len(features.matrix)
+
+reader = Model("reader", version="1", owner="tests", predictor=Predictor, features=list(late))
+"""
 
     async def story() -> None:
         registry.deploy([version_in(registry, definition("churn", "1"))])
         two, three = (version_in(registry, definition("churn", version)) for version in "23")
+        reading = version_in(registry, Definition("reader.py", reads))
         held = Held()
         if ends:
             held.go.set()
@@ -900,6 +906,9 @@ late = FeatureView("late", owner="tests", source=purchases, key=["user_id"], fea
             await live(host, registry.deploy([two]))
             assert await score(host, "churn") == ("2", "2")
             assert "late" not in host._client.layout.views
+            await live(host, registry.deploy([reading]))
+            with pytest.raises(Unavailable, match="`late`"):
+                await score(host, "reader")
             other = host_of(registry, shards)  # which starts now
             if ends:
                 await other.start()
@@ -909,7 +918,8 @@ late = FeatureView("late", owner="tests", source=purchases, key=["user_id"], fea
             await until(lambda: "late" in host._client.layout.views, "the view")
             await live(host, registry.deploy([three]))
             assert await score(host, "churn") == ("3", "3")
-            assert host.report()["failed"] == {}
+            await until(lambda: host.report()["failed"] == {}, "what reads it")
+            assert await score(host, "reader") == ("1", "read")
 
     run(story)
 
