@@ -131,7 +131,8 @@ class Definition:
         return _each(self._values(), kind)
 
     def _values(self) -> list[object]:
-        return [one for value in vars(self._module()).values() for one in _contents(value)]
+        # Copies: what a definition has taken from other modules may change in other threads.
+        return [one for value in [*vars(self._module()).values()] for one in [*_contents(value)]]
 
     def _module(self) -> types.ModuleType:
         name = self.module_name

@@ -151,7 +151,7 @@ class Registry:
     def text(self, version: Version) -> Definition:
         """Return the definition that a version was made of without its artifacts. Raises what `definition` does."""
         with self._reading(version):
-            return self._contents.text(self._usable(version.model, version.version).version)
+            return self._contents.text(version)
 
     @contextmanager
     def artifacts(self, version: Version, names: Iterable[str]) -> Iterator[Path]:
@@ -175,7 +175,7 @@ class Registry:
 
     @contextmanager
     def _reading(self, version: Version) -> Iterator[None]:
-        """Raise of files that are away because of it that their version has been retired as they were read."""
+        """Say of files that are away why, if that is because their version has been retired."""
         try:
             yield
         except VersionDamaged:

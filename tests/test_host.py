@@ -644,16 +644,11 @@ def test_a_load_has_its_time_from_when_it_begins(
     async def story() -> None:
         registry.deploy([version_in(registry, definition(name, "1")) for name in ("a", "b")])
         host = host_of(registry, shards)
-        impatient(host, 0.5)
-        held = Held()
-
-        def hold() -> None:
-            impatient(host, PATIENCE_S)  # whoever begins from now on
-            held()
-
-        HOLDS["a@1"] = HOLDS["b@1"] = hold  # type: ignore[assignment]
+        impatient(host, 1.0)
+        HOLDS["a@1"] = HOLDS["b@1"] = held = Held()
         starting = asyncio.create_task(host.start())
         await held.has_begun()
+        impatient(host, PATIENCE_S)  # whoever begins from now on
         first = next(iter(LOADS))
         HOLDS.clear()
         await starting
