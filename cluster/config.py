@@ -205,6 +205,12 @@ def load_config(
             "slot at least",
             path=origins["shards"],
         )
+    if ":" in config.host and config.proxy == "haproxy":
+        raise ConfigError(
+            f"setting `host`: {config.host} is an address of IPv6, on which HAProxy does not listen as Serve sets it "
+            'up; name one of IPv4, or take `proxy = "serve"`',
+            path=origins["host"],
+        )
     return config, origins
 
 

@@ -177,7 +177,13 @@ class EmbeddedCluster:
         client: Any = context._get_global_client()
         for target in targets:
             client._wait_for_application_running(target.name)
-        client.wait_for_proxies_serving()
+        try:
+            client.wait_for_proxies_serving()
+        except TimeoutError as error:
+            raise Unavailable(
+                f"embedded cluster: nothing answers at {self.http_url}: {error} Can `{self.settings.host}` be listened "
+                "on?"
+            ) from None
         if self.settings.proxy == "haproxy":
             self._wait_for_haproxy([target.name for target in targets])
 

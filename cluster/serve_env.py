@@ -147,7 +147,7 @@ def tighten_haproxy(config: str, *, host: str, shelter: str) -> str:
       bind unix@/tmp/x/stats mode 600
     <BLANKLINE>
     """
-    front = "*" if host in ("0.0.0.0", "::") else host
+    front = "*" if host == "0.0.0.0" else host
     lines, section = [], ""
     for line in config.splitlines():
         if line and not line[0].isspace() and not line.startswith("#"):

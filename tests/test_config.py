@@ -95,6 +95,7 @@ def test_every_number_has_bounds_that_its_default_keeps() -> None:
         ('ahead_max = "3661d"', "setting `ahead_max`: expected a length such as `90s`, `30m`, `24h`, at least `0s`, at most `3660d`, got '3661d' - at `millpond.toml`"),
         ('dedupe_horizon = "999ms"', "setting `dedupe_horizon`: expected a length such as `90s`, `30m`, `24h`, at least `1s`, at most `3660d`, got '999ms' - at `millpond.toml`"),
         ('dedupe_horizon_min = "0s"', "setting `dedupe_horizon_min`: expected a length such as `90s`, `30m`, `24h`, at least `1s`, at most `3660d`, got '0s' - at `millpond.toml`"),
+        ('host = "::1"', "setting `host`: ::1 is an address of IPv6, on which HAProxy does not listen as Serve sets it up; name one of IPv4, or take `proxy = \"serve\"` - at `millpond.toml`"),
         ('dedupe_horizon_min = "25h"', "setting `dedupe_horizon_min`: 25h is more than 24h (setting `dedupe_horizon`), which is how long ids are remembered at most - at `millpond.toml`"),
         ('dedupe_horizon = "1h"\ndedupe_horizon_min = "61m"', "setting `dedupe_horizon_min`: 61m is more than 1h (setting `dedupe_horizon`), which is how long ids are remembered at most - at `millpond.toml`"),
         ("late_after = 5", "setting `late_after`: expected text, got 5 - at `millpond.toml`"),
