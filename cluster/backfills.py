@@ -30,6 +30,8 @@ __all__ = ["BackfillKeeper", "Verdict", "kept_layout", "layout_now", "verdict_of
 logger = logging.getLogger("millpond.backfills")
 
 _POLL_S, _AGAIN_S = 0.2, 5.0
+#: How long a stop waits for what it does just now, which may hang with what it asks.
+_STOP_S = 30.0
 #: How often it is said how far a backfill is.
 _SAY_EVERY_S = 2.0
 
@@ -128,7 +130,7 @@ class BackfillKeeper:
     def stop(self) -> None:
         """Watch no longer; what is under way goes on at the next start."""
         self._stopping.set()
-        self._thread.join()
+        self._thread.join(_STOP_S)  # then it ends with this process
 
     def _keep(self) -> None:
         registry: Registry | None = None

@@ -21,6 +21,8 @@ __all__ = ["PoolKeeper", "ServeApps"]
 logger = logging.getLogger("millpond.pools")
 
 _POLL_S = 0.2
+#: How long a stop waits for what it does just now, which may hang with what it asks.
+_STOP_S = 30.0
 #: How long after something failed it is tried again.
 _AGAIN_S = 5.0
 
@@ -88,7 +90,7 @@ class PoolKeeper:
     def stop(self) -> None:
         """Keep them no longer; they end with the cluster."""
         self._stopping.set()
-        self._thread.join()
+        self._thread.join(_STOP_S)  # then it ends with this process
 
     def _keep(self) -> None:
         registry: Registry | None = None
