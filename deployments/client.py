@@ -426,6 +426,8 @@ class _Calls:
     def score_many(
         self, models: Sequence[str], ids: Sequence[Id], as_of: AsOf
     ) -> _Call[list[dict[str, Score | ClientError]]]:
+        if isinstance(models, str):  # its letters would be taken for models
+            raise TypeError(f"models: got {models!r}; expected a list of names, such as [{models!r}]")
         target = _target("/v1/score", "", as_of=_time(as_of))
         answers: list[dict[str, Score | ClientError]] = []
         for first_row, rows in _parts(ids, max(1, self._batch_rows // max(1, len(models)))):

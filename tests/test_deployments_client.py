@@ -545,6 +545,8 @@ def test_several_models_are_asked_about_the_same_ids(scene: Scene) -> None:
     assert isinstance(answers[4]["offer"], Score)
     assert answers[4]["offer"].as_of == NOW_TIME
     assert scene.client.score_many(["offer"], []) == []
+    with pytest.raises(TypeError, match=r"got 'offer'; expected a list of names, such as \['offer'\]"):
+        scene.client.score_many("offer", ids)
     with pytest.raises(RequestRefused) as caught:
         scene.client.score_many(["offer"], [*ids, {"user_id": None, "book_id": "b"}])
     assert caught.value.path == "$.ids[5].user_id"
