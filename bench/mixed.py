@@ -35,8 +35,6 @@ __all__ = ["MixedLoad", "MixedWorkload", "make"]
 _PATH, _EVENTS_PATH = f"/v1/score/{reference.reference.name}", f"/v1/events/{reference.activity.name}"
 _TEXTS = [(b'"model":"reference"', 1), (b'"unknown":[]', 1)]
 _BODIES = 50_000
-#: So many answers end a closed loop; an open one ends by time, however long that is.
-_ANSWERS_MAX = 5_000_000
 _POST_ROWS = 20_000
 _SAMPLE_USERS = 100
 #: Bodies a second beside the scores, and events of a body.
@@ -81,8 +79,9 @@ class MixedLoad:
 
     def scores(self, **settings: Any) -> Load:
         ids = self._options.ids.draw(next(self._draws), self.users, _BODIES)
-        due = settings.get("rate", 0.0) * (settings["seconds"] + settings.get("warm_seconds", 0.0))
-        settings["answers_max"] = max(_ANSWERS_MAX, 2 * int(due))
+        if "rate" in settings:  # it ends by time, however long that is
+            due = settings["rate"] * (settings["seconds"] + settings.get("warm_seconds", 0.0))
+            settings["answers_max"] = 1_000 + 2 * int(due)
         return self.bed.load(
             _PATH, id_bodies(ids), connections=32, texts=_TEXTS, arrivals=self._options.arrivals,
             seed=next(self._draws), **settings,

@@ -3,6 +3,7 @@ that what it left is found, and taken away by whoever makes such a folder next."
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -82,4 +83,5 @@ def _remove(folder: Path, lock: FileLock) -> None:
         is_empty = False
     lock.release(keep=not is_empty)
     if is_empty:
-        folder.rmdir()
+        with contextlib.suppress(OSError):  # something came into it just now
+            folder.rmdir()

@@ -86,8 +86,7 @@ class Contents:
         except OSError:
             self._check(version, path, None)
             raise
-        descriptor = os.open(to, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with source, os.fdopen(descriptor, "wb") as file:
+        with source, os.fdopen(os.open(to, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             while piece := source.read(_PIECE_BYTES):
                 hashed.update(piece)
                 file.write(piece)

@@ -106,9 +106,8 @@ class BoostedTrees:
     def predict(self, features: Features) -> npt.NDArray[np.float64]:
         """Raises `ValueError` if the matrix has another number of columns than the trees were trained with."""
         columns = features.matrix.shape[1]
-        if columns != self._columns and (
-            self._exactly or columns < self._columns
-        ):  # it would read past the end of a row
+        is_wrong = columns != self._columns if self._exactly else columns < self._columns
+        if is_wrong:  # it would read past the end of a row, or of other columns
             allowed = "were trained with" if self._exactly else "look at"
             raise ValueError(f"features: got {columns} columns; the trees {allowed} {self._columns}")
         margins = _margins(np.ascontiguousarray(features.matrix), *self._arrays, self._base)
